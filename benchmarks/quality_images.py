@@ -1,0 +1,180 @@
+"""Image classification quality: DiffusionBlocks beside end-to-end training, on Fashion-MNIST.
+
+    python benchmarks/quality_images.py --data ../shared/data/fashion_mnist --output outputs/quality_images
+
+One table: end to end, one block's depth, the paper's settings, then each improvement in turn; equal updates per
+parameter, mean and standard deviation over seeds, every model read by each of its predictors. Runs are cached in the
+output folder one by one, so an interrupted benchmark goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import load_dataset
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
+from transformers.utils import logging
+
+import hf_diffusionblocks as db
+
+LAYERS, BLOCKS = 6, 3
+POSTERIOR = {"denoiser": "joint", "readout": "posterior"}
+HIGHER_NOISE = {**POSTERIOR, "p_mean": 0.5}
+WITH_PRIOR = {**HIGHER_NOISE, "prior_fraction": 0.2}
+CARRIED = {**WITH_PRIOR, "context": "carried"}
+FACTORIZED = {**CARRIED, "denoiser": "factorized"}
+LOCAL = {**FACTORIZED, "prior_fraction": 1.0}
+
+#: Row -> None for a plain model (with its number of layers), or what `convert` is given.
+ROWS: dict[str, dict | int] = {
+    "end to end": LAYERS,
+    "end to end, one block's depth": LAYERS // BLOCKS,
+    "paper settings, B=1": {"num_blocks": 1},
+    "paper settings": {},
+    "+ posterior readout": POSTERIOR,
+    "+ noise mass higher (p_mean 0.5)": HIGHER_NOISE,
+    "+ 20 % of draws at sigma_max": WITH_PRIOR,
+    "+ carried context": CARRIED,
+    "+ factorized": FACTORIZED,
+    "+ all draws at sigma_max": LOCAL,
+    "+ local head of one layer": {**LOCAL, "readout_layers": 1},
+    "paper settings + EDM loss weight": {"loss_weighting": "edm"},
+    "factorized, independent": {**FACTORIZED, "context": "independent"},
+    "factorized, independent, all draws at sigma_max": {**LOCAL, "context": "independent"},
+}
+READINGS = ("logits", "last prior", "mean prior", "walk T=3", "walk T=6")
+
+
+def load_split(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images `[N, 1, 28, 28]` float32 of mean 0 and deviation 1, labels `[N]`."""
+    data = load_dataset("parquet", data_files=str(folder / f"{split}.parquet"), split="train")
+    images = torch.tensor(np.stack([np.asarray(image) for image in data["image"]]))
+    return ((images.float() / 255 - 0.286) / 0.353)[:, None], torch.tensor(data["label"])
+
+
+def plain_config(layers: int) -> ViTConfig:
+    return ViTConfig(
+        num_hidden_layers=layers, hidden_size=64, intermediate_size=256, num_attention_heads=4, image_size=28,
+        patch_size=4, num_channels=1, num_labels=10,
+    )  # fmt: skip
+
+
+def collate(rows: list) -> dict[str, torch.Tensor]:
+    images, labels = zip(*rows)
+    return {"pixel_values": torch.stack(images), "labels": torch.stack(labels)}
+
+
+def train_and_read(row: str, seed: int, settings: dict, data_file: Path) -> dict[str, float]:
+    """Train one row with one seed and read it in every way it can be read: accuracies, and seconds of training."""
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    data = torch.load(data_file)
+    train_set, test_set = (torch.utils.data.TensorDataset(*data[split]) for split in ("train", "test"))
+    spec = ROWS[row]
+    set_seed(seed)
+    shared_args = dict(
+        output_dir=settings["output"], per_device_train_batch_size=64, learning_rate=1e-3, weight_decay=0.05,
+        lr_scheduler_type="cosine", warmup_steps=0.05, seed=seed, use_cpu=True, report_to=[], save_strategy="no",
+        logging_strategy="no", disable_tqdm=True, remove_unused_columns=False,
+    )  # fmt: skip
+    if isinstance(spec, int):
+        model = ViTForImageClassification(plain_config(spec))
+        args = TrainingArguments(max_steps=settings["updates"], **shared_args)
+        trainer = Trainer(model=model, args=args, train_dataset=train_set, data_collator=collate)
+    else:
+        model = db.convert(plain_config(LAYERS), **{"num_blocks": BLOCKS, **spec})
+        args = db.DiffusionBlocksTrainingArguments(updates_per_block=settings["updates"], **shared_args)
+        trainer = db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=train_set, data_collator=collate)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    return {**read(model.eval(), test_set), "seconds": seconds}
+
+
+@torch.no_grad()
+def read(model, test_set) -> dict[str, float]:
+    """Accuracy by each reading; a plain model has logits only."""
+    correct: dict[str, int] = dict.fromkeys(READINGS, 0)
+    generator = torch.Generator().manual_seed(0)
+    for images, labels in torch.utils.data.DataLoader(test_set, batch_size=500):
+        predictions = {"logits": model(pixel_values=images).logits}
+        if isinstance(model, db.DiffusionBlocksPreTrainedModel):
+            priors = model.prior_logits(images).log_softmax(-1)
+            predictions["last prior"], predictions["mean prior"] = priors[:, -1], priors.mean(1)
+            for steps in (3, 6):
+                predictions[f"walk T={steps}"] = model.predict(images, steps, generator=generator).logits
+        for reading, logits in predictions.items():
+            correct[reading] += int((logits.argmax(-1) == labels).sum())
+    return {reading: correct[reading] / len(test_set) for reading in predictions}
+
+
+def run(job: tuple) -> None:
+    row, seed, settings, data_file, result_file = job
+    result = train_and_read(row, seed, settings, data_file)
+    result_file.write_text(json.dumps({"row": row, "seed": seed, **settings, **result}))
+    print(f"{row}, seed {seed}: " + ", ".join(f"{key} {value:.4g}" for key, value in result.items()), flush=True)
+
+
+def table(results: list[dict], updates: int) -> str:
+    """Markdown; accuracies in %, mean +- standard deviation over seeds."""
+    lines = [
+        f"Test accuracy in %, {updates} updates of 64 images for every parameter; ViT {LAYERS} layers, width 64, "
+        f"patch 4, B={BLOCKS}.",
+        "",
+        f"| | seeds | {' | '.join(READINGS)} |",
+        "|---|---|" + "---|" * len(READINGS),
+    ]
+    for row in ROWS:
+        runs = [result for result in results if result["row"] == row]
+        if runs:
+            cells = (_cell([100 * r[reading] for r in runs if reading in r]) for reading in READINGS)
+            lines.append(f"| {row} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and test.parquet")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the cached runs and the table")
+    parser.add_argument("--updates", type=int, default=938, help="updates of every parameter (938: one epoch)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    options = parser.parse_args()
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    data_file = options.output / "data.pt"
+    if not data_file.is_file():
+        torch.save({split: load_split(options.data, split) for split in ("train", "test")}, data_file)
+    settings = {"updates": options.updates, "output": str(options.output)}
+    jobs, files = [], []
+    for seed in range(options.seeds):  # whole tables first: an interrupted benchmark has every row
+        for number, row in enumerate(ROWS):
+            if row in options.rows:
+                files.append(options.output / f"row{number:02}-seed{seed}-updates{options.updates}.json")
+                if not files[-1].is_file():
+                    jobs.append((row, seed, settings, data_file, files[-1]))
+    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
+        for _ in pool.imap_unordered(run, jobs):
+            pass
+    result = table([json.loads(file.read_text()) for file in files], options.updates)
+    (options.output / "table.md").write_text(result + "\n")
+    print(result)
+
+
+if __name__ == "__main__":
+    main()

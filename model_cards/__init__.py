@@ -1,0 +1,1 @@
+"""Templates of model cards; installed as `hf_diffusionblocks.model_cards`."""

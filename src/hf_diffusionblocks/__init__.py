@@ -1,0 +1,32 @@
+"""Train Hugging Face transformers block by block (DiffusionBlocks, arXiv 2506.14202).
+
+Importing this package registers its models with the Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModelForImageClassification
+
+from ._version import __version__
+from .checkpoint import load_block_state_dict
+from .configuration import DiffusionBlocksConfig
+from .conversion import convert
+from .models import DiffusionBlocksForImageClassification, DiffusionBlocksPreTrainedModel
+from .noise import NoiseSchedule
+from .training import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
+
+
+
+AutoConfig.register(DiffusionBlocksConfig.model_type, DiffusionBlocksConfig, exist_ok=True)
+AutoModelForImageClassification.register(
+    DiffusionBlocksConfig, DiffusionBlocksForImageClassification, exist_ok=True
+)
+
+__all__ = [
+    "DiffusionBlocksConfig",
+    "DiffusionBlocksForImageClassification",
+    "DiffusionBlocksPreTrainedModel",
+    "DiffusionBlocksTrainer",
+    "DiffusionBlocksTrainingArguments",
+    "NoiseSchedule",
+    "convert",
+    "load_block_state_dict",
+]

@@ -1,0 +1,51 @@
+"""ViT for image classification."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedConfig, ViTForImageClassification
+from transformers.models.vit.modeling_vit import ViTLayer
+
+from ..conditioning import Modulation, modulate
+from .base import Backbone
+
+
+class ViTBackbone(Backbone):
+    model_type = "vit"
+    task = "image-classification"
+    plain_class = ViTForImageClassification
+    layers_path = "vit.layers"
+
+    def make_layer(self, config: PreTrainedConfig) -> ViTLayer:
+        return ViTLayer(config)
+
+    def embed(
+        self,
+        plain: ViTForImageClassification,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+    ) -> torch.Tensor:
+        """`[N, C, H, W]` -> `[N, 1 + patches, D]`, CLS first."""
+        dtype = plain.vit.embeddings.patch_embeddings.projection.weight.dtype
+        return plain.vit.embeddings(pixel_values.to(dtype), interpolate_pos_encoding=interpolate_pos_encoding)
+
+    def run_layer(self, layer: ViTLayer, hidden: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:
+        normed = layer.layernorm_before(hidden)
+        if modulation is not None:
+            normed = modulate(normed, modulation.attention_shift, modulation.attention_scale)
+        attended = layer.dropout(layer.attention(normed)[0])
+        if modulation is not None:
+            attended = modulation.attention_gate * attended
+        hidden = attended + hidden
+
+        normed = layer.layernorm_after(hidden)
+        if modulation is not None:
+            normed = modulate(normed, modulation.mlp_shift, modulation.mlp_scale)
+        transformed = layer.dropout(layer.mlp(normed))
+        if modulation is not None:
+            transformed = modulation.mlp_gate * transformed
+        return transformed + hidden
+
+    def read_out(self, plain: ViTForImageClassification, hidden: torch.Tensor) -> torch.Tensor:
+        """`[N, S, D]` -> `[N, num_labels]`, from the CLS token."""
+        return plain.classifier(plain.vit.layernorm(hidden)[:, 0, :])

@@ -1,0 +1,107 @@
+"""The model card: a function of the model's config and parameters alone, so that it can be written at every save."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .models import DiffusionBlocksPreTrainedModel
+
+CARD = "README.md"
+#: A card with one of these may be replaced; any other was written or edited by a person.
+GENERATED_BY = ("Written by hf-diffusionblocks with every save", "This model card has been automatically generated")
+
+AUTO_CLASSES = {"image-classification": "AutoModelForImageClassification"}
+USE_LINES = {
+    "image-classification": (
+        'classify = pipeline("image-classification", model="{name}")  # label-free logits, like any classifier\n'
+        "model.predict(pixel_values).trajectory  # the walk from noise to a label, block by block"
+    ),
+}
+FORMULATION_FIELDS = (
+    "denoiser", "context", "readout", "readout_layers", "sampler", "bridge", "prior_fraction", "overlap",
+    "p_mean", "p_std", "sigma_data",
+)  # fmt: skip
+EVALUATION_SENTENCES = {
+    ("factorized", "carried"): "`model(...).logits` are the last block's, with all layers as context: no diffusion "
+    "runs at inference. This is block-local training with a noise-tempered loss.",
+    ("factorized", "independent"): "`model(...).logits` are the mean of the blocks' log-probabilities, each with the "
+    "input as its only context.",
+    ("joint", "independent"): "`model(...).logits` are the end of a walk from noise that is the same for every input.",
+    ("joint", "carried"): "`model(...).logits` are the end of a walk from noise that is the same for every input.",
+}
+
+
+def write(model: DiffusionBlocksPreTrainedModel, folder: Path, keep_from: Path) -> None:
+    """Write the card to `folder`, unless a person wrote the one in `keep_from`."""
+    existing = keep_from / CARD
+    if existing.is_file() and not any(mark in existing.read_text() for mark in GENERATED_BY):
+        return
+    (folder / CARD).write_text(render(model, keep_from.resolve().name))
+
+
+def render(model: DiffusionBlocksPreTrainedModel, name: str) -> str:
+    """The card's text; `name` is the title and the name it is loaded by."""
+    config = model.config
+    report = config.training_report or {}
+    template = Template(files("hf_diffusionblocks.model_cards").joinpath("template.md").read_text())
+    source = f"[{config.base_model}](https://huggingface.co/{config.base_model})" if config.base_model else "a fresh model"
+    return template.substitute(
+        title=name,
+        load_name=name,
+        task=model.task,
+        auto_class=AUTO_CLASSES[model.task],
+        use_lines=USE_LINES[model.task].format(name=name),
+        base_model_yaml=f"base_model: {config.base_model}\n" if config.base_model else "",
+        datasets_yaml=f"datasets:\n- {report['dataset']}\n" if report.get("dataset") else "",
+        source=f"{source} ({type(model.backbone).__name__}, {config.num_hidden_layers} layers)",
+        num_blocks=config.num_blocks,
+        block_rows="\n".join(_block_row(model, k) for k in range(config.num_blocks)),
+        shared_parameters=f"{sum(p.numel() for p in model.shared_parameters()):,}",
+        formulation_rows="\n".join(f"| {field} | {_formulation_value(model, field)} |" for field in FORMULATION_FIELDS),
+        evaluation_sentence=EVALUATION_SENTENCES[config.denoiser, config.context],
+        training_section=_training_section(report),
+    )
+
+
+def _block_row(model: DiffusionBlocksPreTrainedModel, block_index: int) -> str:
+    layers = model.block_layers(block_index)
+    low, high = model.noise_schedule.interval(block_index)
+    count = sum(p.numel() for p in model.block_parameters(block_index))
+    return f"| {block_index} | {layers[0]}-{layers[-1]} | ({low:.4g}, {high:.4g}] | {count:,} |"
+
+
+def _formulation_value(model: DiffusionBlocksPreTrainedModel, field: str):
+    # What is in force, where the config leaves it to the task.
+    return {"overlap": model.noise_schedule.overlap, "sigma_data": f"{model.sigma_data:.4g}"}.get(
+        field, getattr(model.config, field)
+    )
+
+
+def _training_section(report: dict) -> str:
+    if not report:
+        return "Not trained yet: converted, with the weights of its source."
+    lines = [f"- {label}: {report[key]}" for key, label in _REPORT_LABELS.items() if report.get(key) is not None]
+    if results := report.get("results"):
+        lines += ["", "| result | value |", "|---|---|"]
+        lines += [f"| {key} | {value:.4f} |" for key, value in results.items()]
+    if memory := report.get("memory"):
+        lines += ["", "Memory measured in training, in the first step of each block (the largest of them):", ""]
+        lines += ["| part | bytes |", "|---|---|"]
+        lines += [f"| {part} | {size:,} |" for part, size in memory.items()]
+    return "\n".join(lines)
+
+
+_REPORT_LABELS = {
+    "dataset": "data",
+    "train_examples": "training examples",
+    "steps": "optimizer steps",
+    "updates_per_block": "updates of each block",
+    "block_schedule": "block schedule",
+    "batch_size": "batch size",
+    "learning_rate": "learning rate",
+    "seed": "seed",
+}

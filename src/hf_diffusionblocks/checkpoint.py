@@ -1,0 +1,155 @@
+"""The files of a saved model: a safetensors file of the shared parameters, one for each block, and their index.
+
+`model-00001-of-0000N.safetensors` holds what is shared and the next files a block each. The index is Hugging Face's
+(key -> file), so plain `from_pretrained` works; its metadata also maps blocks to files, so one block can be read alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+#: Arguments of `save_pretrained` that are for the Hub.
+HUB_KWARGS = ("repo_id", "commit_message", "private", "token", "create_pr", "revision", "commit_description", "tags")
+
+# A save is written to STAGED and, once whole, renamed to COMPLETE, from where its files replace the old ones. A save
+# killed in STAGED never happened; one killed in COMPLETE is finished by whoever reads or writes the folder next.
+STAGED, COMPLETE = ".saving", ".saved"
+
+
+@contextmanager
+def atomic_save(folder: Path) -> Iterator[Path]:
+    """Give a folder to write to; its files reach `folder` only if all of them were written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    finish_interrupted_save(folder)
+    staging = folder / STAGED
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+        os.rename(staging, folder / COMPLETE)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    finish_interrupted_save(folder)
+
+
+def finish_interrupted_save(folder: Path) -> bool:
+    """Move the files of a complete save into place; True if there was one."""
+    complete = folder / COMPLETE
+    if not complete.is_dir():
+        return False
+    for path in sorted(complete.iterdir()):
+        os.replace(path, folder / path.name)
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        # Weights of an older save with other file names: a stale model.safetensors would beat the index.
+        current = set(_read_index(folder)["weight_map"].values())
+        for path in folder.glob("model*.safetensors"):
+            if path.name not in current:
+                path.unlink()
+    complete.rmdir()
+    return True
+
+
+def split_by_block(folder: Path, block_of_parameter: Callable[[str], int | None], num_blocks: int) -> None:
+    """Replace the one weights file that HF wrote to `folder` by a file for what is shared and one for each block."""
+    whole = folder / SAFE_WEIGHTS_NAME
+    if not whole.is_file():
+        return  # a model with PEFT adapters saves those alone
+    total = num_blocks + 1
+    files = {block: f"model-{number:05}-of-{total:05}.safetensors" for number, block in _numbered(num_blocks)}
+    weight_map, total_size = {}, 0
+    with safe_open(whole, framework="pt") as weights:
+        for block, file in files.items():
+            tensors = {key: weights.get_tensor(key) for key in weights.keys() if block_of_parameter(key) == block}
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file)
+            total_size += sum(tensor.nbytes for tensor in tensors.values())
+    index = {
+        "metadata": {
+            "total_size": total_size,
+            "blocks": {"shared" if block is None else str(block): file for block, file in files.items()},
+        },
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    whole.unlink()
+
+
+def _numbered(num_blocks: int) -> Iterator[tuple[int, int | None]]:
+    return enumerate([None, *range(num_blocks)], start=1)
+
+
+def _read_index(folder: Path) -> dict:
+    return json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text())
+
+
+def check_shards(folder: Path) -> None:
+    """Check that every file the index names is there, whole.
+
+    Raises:
+        OSError: names the file that is missing or truncated.
+    """
+    if not (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        return
+    for file in sorted(set(_read_index(folder)["weight_map"].values())):
+        path = folder / file
+        if not path.is_file():
+            raise OSError(f"{path} is missing: {SAFE_WEIGHTS_INDEX_NAME} names it")
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            # safetensors: 8 bytes of header length, the header, then the tensors back to back.
+            header_length = int.from_bytes(stream.read(8), "little")
+            header = stream.read(header_length) if size >= 8 + header_length else b""
+        if not header:
+            raise OSError(f"{path} is truncated: {size} bytes do not hold its header")
+        offsets = [entry["data_offsets"][1] for key, entry in json.loads(header).items() if key != "__metadata__"]
+        expected = 8 + header_length + max(offsets, default=0)
+        if size != expected:
+            raise OSError(f"{path} is truncated: it has {size} bytes, its header promises {expected}")
+
+
+def align(model: torch.nn.Module) -> None:
+    """Copy CPU weights that are not aligned in memory, as slices of a mapped file are not.
+
+    Matrix products round differently for them: without this a reloaded model differs from the saved one in the
+    last bits.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+            parameter.data = parameter.data.clone()
+
+
+def load_block_state_dict(
+    pretrained_model_name_or_path: str | os.PathLike, block_index: int | None, **hub_kwargs
+) -> dict[str, torch.Tensor]:
+    """The weights of one block alone, of a folder or hub id; no other block's file is read or downloaded.
+
+    Args:
+        block_index: which block; None for the shared parameters.
+        hub_kwargs: `revision`, `token`, `cache_dir`, ... as in `from_pretrained`.
+
+    Returns:
+        State dict on the CPU, for `model.load_state_dict(..., strict=False)`.
+
+    Raises:
+        OSError: the file is missing; names it.
+        ValueError: there is no such block, or the checkpoint is not split by block.
+    """
+    index = json.loads(Path(cached_file(pretrained_model_name_or_path, SAFE_WEIGHTS_INDEX_NAME, **hub_kwargs)).read_text())
+    files = index["metadata"].get("blocks")
+    if files is None:
+        raise ValueError(f"{pretrained_model_name_or_path} is not a DiffusionBlocks checkpoint: its index names no blocks")
+    key = "shared" if block_index is None else str(block_index)
+    if key not in files:
+        raise ValueError(f"block_index={block_index} must be one of {', '.join(sorted(files))} (None for shared)")
+    return load_file(cached_file(pretrained_model_name_or_path, files[key], **hub_kwargs))

@@ -1,0 +1,66 @@
+"""How a noise level reaches a layer: a sigma embedding, and AdaLN modulation of attention and MLP.
+
+Source: DiffusionBlocks (arXiv 2506.14202), appendix; AdaLN-Zero is that of DiT (arXiv 2212.09748).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class Modulation(NamedTuple):
+    """What one layer applies around its attention and its MLP; each `[N, 1, D]`.
+
+    A sub-layer computes `residual + gate * f(norm(x) * (1 + scale) + shift)`; `gate` is already `1 + g`.
+    """
+
+    attention_shift: torch.Tensor
+    attention_scale: torch.Tensor
+    attention_gate: torch.Tensor
+    mlp_shift: torch.Tensor
+    mlp_scale: torch.Tensor
+    mlp_gate: torch.Tensor
+
+
+class SigmaEmbedding(nn.Module):
+    """Sinusoids of `c_noise = ln(sigma)/4`, then an MLP: `[N]` -> `[N, D]`."""
+
+    def __init__(self, width: int, num_frequencies: int = 128, max_period: float = 10_000.0):
+        super().__init__()
+        self.num_frequencies, self.max_period = num_frequencies, max_period
+        self.mlp_in = nn.Linear(2 * num_frequencies, width)
+        self.mlp_out = nn.Linear(width, width)
+
+    def forward(self, c_noise: torch.Tensor) -> torch.Tensor:
+        # Frequencies are made on the spot rather than kept in a buffer: a buffer that is not in the checkpoint
+        # would be left uninitialised by from_pretrained, which builds on the meta device.
+        exponents = torch.arange(self.num_frequencies, device=c_noise.device) / self.num_frequencies
+        # c_noise spans only [-1.6, 1.1]; times 1000 it covers the range the sinusoids are made for.
+        angles = 1000 * c_noise.float()[:, None] * torch.exp(-math.log(self.max_period) * exponents)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp_in.weight.dtype)
+        return self.mlp_out(nn.functional.silu(self.mlp_in(features)))
+
+
+class AdaLNModulation(nn.Linear):
+    """One layer's shift, scale and gate from the sigma embedding `[N, D]`.
+
+    Starts at zero (set in the model's `_init_weights`), so that the modulated layer starts as the plain layer, bit
+    for bit, fresh or pretrained. A leaf module, since from_pretrained initialises missing weights leaf by leaf.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(width, len(Modulation._fields) * width)
+
+    def forward(self, sigma_embedding: torch.Tensor) -> Modulation:
+        chunks = super().forward(nn.functional.silu(sigma_embedding))[:, None, :].chunk(len(Modulation._fields), -1)
+        modulation = Modulation(*chunks)
+        return modulation._replace(attention_gate=1 + modulation.attention_gate, mlp_gate=1 + modulation.mlp_gate)
+
+
+def modulate(hidden: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`hidden * (1 + scale) + shift`, for hidden states `[N, S, D]` that have just been normalised."""
+    return hidden * (1 + scale) + shift

@@ -1,0 +1,184 @@
+"""DiffusionBlocksConfig: the plain model's own config, and how it is cut into blocks and trained."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .noise import NoiseSchedule
+
+#: Field -> the values it may take.
+CHOICES: dict[str, tuple] = {
+    "denoiser": ("joint", "factorized"),
+    "context": ("independent", "carried"),
+    "readout": (None, "edm", "posterior"),
+    "bridge": ("soft", "hard"),
+    "sampler": ("euler", "ancestral"),
+    "loss_weighting": (None, "edm"),
+}
+
+
+class DiffusionBlocksConfig(PreTrainedConfig):
+    """Configuration of a DiffusionBlocks model. Defaults are the paper's (arXiv 2506.14202).
+
+    Args:
+        source_config: config of the plain model that is converted (a `PreTrainedConfig`, or its dict).
+        num_blocks: B, how many blocks the layers are cut into.
+        layers_per_block: layers of each block, first block first; None cuts as evenly as possible.
+        sigma_min, sigma_max: range of noise levels.
+        p_mean, p_std: mean and standard deviation of ln sigma (before truncation to the range).
+        sigma_data: EDM's scale of the target; "auto" is the target's norm over sqrt(width).
+        overlap: gamma, by how much a block's training interval is widened in log-sigma; None is the task's default.
+        denoiser: "joint" (layers see the noisy target) or "factorized" (layers see the context only; the noise is
+            accounted for by the posterior readout).
+        context: "independent" (a block starts from the embedded input) or "carried" (from the clean hidden states
+            of the earlier blocks, which run without gradient).
+        readout: "edm" (the paper's) or "posterior" (Bayes' rule on the network's prior); None is "edm" for joint and
+            "posterior" for factorized.
+        bridge: how logits become a point of the target space in the Euler walk: "soft" mean or "hard" argmax.
+        sampler: "euler" (the paper's) or "ancestral".
+        readout_layers: layers of each block's local head (carried context only; the last block reads out through the
+            model's own head alone). Local heads are not used by later blocks.
+        prior_fraction: share of training draws made at sigma_max whatever the block, where the target is invisible.
+        num_inference_steps: denoiser evaluations of a walk; None is num_blocks.
+        inference_seed: key of the noise used by evaluation and `predict`.
+        loss_weighting: None (right for cross-entropy) or "edm" (the paper's w(sigma), meant for L2 targets).
+        base_model: hub id or folder of the pretrained source, for the model card.
+        training_report: what the Trainer measured (data, steps, results, memory), for the model card.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+
+    model_type = "diffusionblocks"
+    sub_configs_defaults: ClassVar = {"source_config": SubConfigSpec(config_class=AutoConfig, model_type="vit")}
+
+    source_config: dict | PreTrainedConfig | None = None
+    num_blocks: int = 4
+    layers_per_block: list[int] | None = None
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    p_mean: float = -1.2
+    p_std: float = 1.2
+    sigma_data: float | str = 0.5
+    overlap: float | None = None
+    denoiser: str = "joint"
+    context: str = "independent"
+    readout: str | None = None
+    bridge: str = "soft"
+    sampler: str = "euler"
+    readout_layers: int = 0
+    prior_fraction: float = 0.0
+    num_inference_steps: int | None = None
+    inference_seed: int = 0
+    loss_weighting: str | None = None
+    base_model: str | None = None
+    training_report: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs):
+        labels_given = self.id2label is not None or "num_labels" in kwargs
+        super().__post_init__(**kwargs)
+        if not labels_given:
+            self.id2label, self.label2id = self.source_config.id2label, self.source_config.label2id
+        if self.readout is None:
+            self.readout = "edm" if self.denoiser == "joint" else "posterior"
+        self._check_fields()
+        self._check_combinations()
+
+    def _check_fields(self) -> None:
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+        self._check_number("num_blocks", int, "a whole number from 1", lambda v: v >= 1)
+        self._check_number("sigma_min", float, "above 0", lambda v: v > 0)
+        self._check_number("sigma_max", float, f"above sigma_min={self.sigma_min}", lambda v: v > self.sigma_min)
+        self._check_number("p_mean", float, "a number", lambda v: True)
+        self._check_number("p_std", float, "above 0", lambda v: v > 0)
+        if self.sigma_data != "auto":
+            self._check_number("sigma_data", float, "above 0, or 'auto'", lambda v: v > 0)
+        if self.overlap is not None:
+            self._check_number("overlap", float, "from 0, or None", lambda v: v >= 0)
+        self._check_number("readout_layers", int, "a whole number from 0", lambda v: v >= 0)
+        self._check_number("prior_fraction", float, "from 0 to 1", lambda v: 0 <= v <= 1)
+        if self.num_inference_steps is not None:
+            self._check_number("num_inference_steps", int, "a whole number from 1, or None", lambda v: v >= 1)
+        self._check_number("inference_seed", int, "a whole number from 0", lambda v: v >= 0)
+
+    def _check_number(self, name: str, kind: type, allowed: str, in_range) -> None:
+        value = getattr(self, name)
+        kinds = (int,) if kind is int else (int, float)
+        if not isinstance(value, kinds) or isinstance(value, bool) or not in_range(value):
+            raise ValueError(f"{name}={value!r} must be {allowed}")
+
+    def _check_combinations(self) -> None:
+        layers = self.num_hidden_layers
+        if self.layers_per_block is None:
+            if self.num_blocks > layers:
+                raise ValueError(f"num_blocks={self.num_blocks} must be at most the model's {layers} layers")
+        else:
+            counts = self.layers_per_block
+            if len(counts) != self.num_blocks or sum(counts) != layers or min(counts) < 1:
+                raise ValueError(
+                    f"layers_per_block={counts} must be {self.num_blocks} (num_blocks) whole numbers from 1 that "
+                    f"sum to the model's {layers} layers"
+                )
+        if self.denoiser == "factorized" and self.readout != "posterior":
+            raise ValueError(
+                f"readout={self.readout!r} must be 'posterior' with denoiser='factorized': its layers never see the "
+                "noisy target, so the readout has to"
+            )
+        if self.readout_layers and self.context != "carried":
+            raise ValueError(
+                f"readout_layers={self.readout_layers} must be 0 with context='independent': nothing is passed on "
+                "past a local head there, so its layers would only be more layers of the block"
+            )
+        self.noise_schedule(overlap=0.0)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.source_config.num_hidden_layers
+
+    @property
+    def hidden_size(self) -> int:
+        return self.source_config.hidden_size
+
+    @property
+    def initializer_range(self) -> float:
+        return self.source_config.initializer_range
+
+    @property
+    def image_size(self):
+        return self.source_config.image_size
+
+    def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
+        """The plain model's config: what HF's cache and generation code should read."""
+        return self.source_config.get_text_config(*args, **kwargs)
+
+    def block_layers(self, block_index: int) -> range:
+        """Global indices of a block's layers; the first blocks get the extra layers of an uneven cut."""
+        if not 0 <= block_index < self.num_blocks:
+            raise ValueError(f"block_index={block_index} must lie in 0..{self.num_blocks - 1}")
+        counts = self.layers_per_block
+        if counts is None:
+            even, extra = divmod(self.num_hidden_layers, self.num_blocks)
+            counts = [even + (k < extra) for k in range(self.num_blocks)]
+        start = sum(counts[:block_index])
+        return range(start, start + counts[block_index])
+
+    def noise_schedule(self, overlap: float) -> NoiseSchedule:
+        """The schedule these fields describe; `overlap` is the task's default where the field is None."""
+        return NoiseSchedule(
+            num_blocks=self.num_blocks,
+            sigma_min=self.sigma_min,
+            sigma_max=self.sigma_max,
+            p_mean=self.p_mean,
+            p_std=self.p_std,
+            overlap=overlap if self.overlap is None else self.overlap,
+        )
+
+    def target_scale(self, width: int) -> float:
+        """sigma_data: the field, or for "auto" the per-coordinate scale of a unit-norm target of this width."""
+        return width**-0.5 if self.sigma_data == "auto" else self.sigma_data

@@ -1,0 +1,11 @@
+"""One model class a task."""
+
+from .base import DiffusionBlocksPreTrainedModel
+from .image_classification import DiffusionBlocksForImageClassification, WalkClassifierOutput
+
+#: Task, as in `pipeline(task)` -> its class.
+MODELS: dict[str, type[DiffusionBlocksPreTrainedModel]] = {
+    model_class.task: model_class for model_class in (DiffusionBlocksForImageClassification,)
+}
+
+__all__ = ["MODELS", "DiffusionBlocksForImageClassification", "DiffusionBlocksPreTrainedModel", "WalkClassifierOutput"]

@@ -1,0 +1,249 @@
+"""Image classification: x is the image's patches, y the L2-normalised embedding of its label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from ..configuration import DiffusionBlocksConfig
+from ..denoising import edm_loss_weight, posterior_logits, precondition
+from ..sampling import NoiseSource, walk
+from .base import DiffusionBlocksPreTrainedModel
+from .targets import TargetEmbedding
+
+
+@dataclass
+class WalkClassifierOutput(ModelOutput):
+    """What [`DiffusionBlocksForImageClassification.predict`] returns.
+
+    Args:
+        logits: `[N, num_labels]` of the last evaluation.
+        probabilities: their softmax.
+        trajectory: `[N, T, num_labels]`, the probabilities after each evaluation.
+        sigmas: `[T+1]` float64, the levels walked; the last one is not evaluated.
+    """
+
+    logits: torch.FloatTensor | None = None
+    probabilities: torch.FloatTensor | None = None
+    trajectory: torch.FloatTensor | None = None
+    sigmas: torch.DoubleTensor | None = None
+
+
+class NoisyLabelToken(nn.Module):
+    """The noisy label as one more token of the sequence: `c_in z` plus a learned position."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(1, 1, width))
+
+    def forward(self, z: torch.Tensor, c_in: torch.Tensor) -> torch.Tensor:
+        """`z [N, D]`, `c_in [N]` -> `[N, 1, D]`."""
+        return (c_in[:, None] * z)[:, None, :].to(self.position.dtype) + self.position
+
+
+class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
+    """A ViT whose blocks are denoisers of the label embedding (arXiv 2506.14202, appendix on image classification).
+
+    Joint denoiser: the sequence is [CLS, patches, noisy label] and layers are modulated by sigma. Factorized: the
+    layers see [CLS, patches] only. Either way the class is read from CLS.
+    """
+
+    main_input_name = "pixel_values"
+    task = "image-classification"
+    default_overlap = 0.05
+
+    def __init__(self, config: DiffusionBlocksConfig):
+        if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
+            raise ValueError(
+                f"problem_type={config.problem_type!r} with num_labels={config.num_labels} must be "
+                "'single_label_classification' with at least 2 labels: the target is the embedding of one label"
+            )
+        super().__init__(config)
+        self.label_embeddings = TargetEmbedding(config.num_labels, config.hidden_size)
+        if config.denoiser == "joint":
+            self.noisy_label = NoisyLabelToken(config.hidden_size)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, NoisyLabelToken):
+            init.zeros_(module.position)
+
+    # ---- one block
+
+    def network(self, block_index: int, hidden: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """F: logits `[N, V]` of one block's layers, given the hidden states that enter it, z `[N, D]`, sigma `[N]`."""
+        if self.config.denoiser == "joint":
+            c_in = precondition(sigma, self.sigma_data).input
+            hidden = torch.cat([hidden, self.noisy_label(z, c_in)], dim=1)
+        hidden = self.run_block(block_index, hidden, self.modulations_at(block_index, sigma))
+        return self.read_out(block_index, hidden)
+
+    def denoise(self, block_index: int, hidden: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Logits `[N, V]` of p(label | x, z) by one block: the network's, or their posterior given z."""
+        logits = self.network(block_index, hidden, z, sigma)
+        if self.config.readout == "posterior":
+            logits = posterior_logits(logits, z, sigma, self.label_embeddings.vectors())
+        return logits
+
+    # ---- training and evaluation
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        block_index: int | None = None,
+        sigma: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> ImageClassifierOutput:
+        """Train one block (`block_index` given), or classify.
+
+        Args:
+            pixel_values: `[N, C, H, W]`.
+            labels: `[N]` class indices.
+            block_index: the block to train. Its logits are those of p(label | x, z) with the true label inside z:
+                their cross-entropy is a training loss, not a likelihood. Needs `labels`.
+            sigma: noise levels `[N]` to train at; drawn for the block when None.
+            noise: standard normal `[N, D]`; drawn when None.
+            generator: of the draws.
+            interpolate_pos_encoding: as in the plain model.
+
+        Returns:
+            `loss` (with labels) and `logits`. Without `block_index` the logits are label-free: factorized and
+            carried, the last block's prior; factorized and independent, the mean of the blocks' log-priors; joint,
+            the end of the walk from keyed noise.
+
+        Raises:
+            ValueError: labels are missing for a block, or a block for training.
+        """
+        if block_index is None:
+            if self.training and labels is not None:
+                raise ValueError(
+                    "block_index=None in training: pass the block to train (DiffusionBlocksTrainer does), "
+                    "or call model.eval() for the label-free loss"
+                )
+            logits = self._label_free_logits(pixel_values, interpolate_pos_encoding)
+            loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+            return ImageClassifierOutput(loss=loss, logits=logits)
+        if labels is None:
+            raise ValueError(f"labels=None with block_index={block_index}: a block is trained on the noised label")
+
+        sigma, z = self._noised_labels(block_index, labels, sigma, noise, generator)
+        hidden = self.block_input(
+            block_index, pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding
+        )
+        logits = self.denoise(block_index, hidden, z, sigma)
+        loss = F.cross_entropy(logits.float(), labels, reduction="none")
+        if self.config.loss_weighting == "edm":
+            loss = loss * edm_loss_weight(sigma, self.sigma_data)
+        return ImageClassifierOutput(loss=loss.mean(), logits=logits)
+
+    def _noised_labels(self, block_index, labels, sigma, noise, generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """`sigma [N]` and `z = y + sigma eps [N, D]`, drawing what is not given."""
+        if sigma is None:
+            sigma = self.draw_sigma(block_index, len(labels), generator)
+        if noise is None:
+            shape = (len(labels), self.config.hidden_size)
+            noise = torch.randn(shape, generator=generator, device=generator.device if generator else None)
+        sigma, noise = (t.to(self.device, torch.float32) for t in (sigma, noise))
+        return sigma, F.embedding(labels, self.label_embeddings.vectors()) + sigma[:, None] * noise
+
+    def prior_logits(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        """Label-free logits of every block at sigma_max, `[N, B, num_labels]`.
+
+        A joint network is fed the walk's (keyed) starting noise. Only block 0 trains at sigma_max by itself; the
+        others do for `prior_fraction` of their draws.
+        """
+        inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
+        if self.config.denoiser == "joint":
+            start = self._noise_source(len(pixel_values), None).normal(self.config.hidden_size)
+            sigma = torch.full((len(pixel_values),), self.config.sigma_max, device=self.device)
+            entering = self.block_inputs(**inputs)
+            logits = [self.network(k, hidden, sigma[:, None] * start, sigma) for k, hidden in enumerate(entering)]
+        else:
+            logits = [self.read_out(k, hidden) for k, hidden in enumerate(self._factorized_outputs(**inputs))]
+        return torch.stack(logits, dim=1)
+
+    def _factorized_outputs(self, **inputs) -> list[torch.Tensor]:
+        """What leaves each block of a factorized model: every layer runs once, whatever the context."""
+        hidden = embedded = self.architecture.embed(self.backbone, **inputs)
+        outputs = []
+        for block_index in range(self.config.num_blocks):
+            hidden = self.carry(block_index, hidden if self.config.context == "carried" else embedded)
+            outputs.append(hidden)
+        return outputs
+
+    def _label_free_logits(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
+        if self.config.denoiser == "joint":
+            return self._walk(pixel_values, interpolate_pos_encoding)[0].logits
+        if self.config.context == "carried":
+            outputs = self._factorized_outputs(
+                pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding
+            )
+            return self.read_out(self.config.num_blocks - 1, outputs[-1])
+        return self.prior_logits(pixel_values, interpolate_pos_encoding).log_softmax(-1).mean(1)
+
+    # ---- the walk
+
+    @torch.no_grad()
+    def predict(
+        self,
+        pixel_values: torch.Tensor,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> WalkClassifierOutput:
+        """Classify by walking from noise to a label, block by block.
+
+        The walk *samples* p(label | x): for the most accurate single answer take the argmax of `model(x).logits`
+        of a factorized model. With T = B steps each block runs once.
+
+        Args:
+            pixel_values: `[N, C, H, W]`.
+            num_inference_steps: T; None is the config's, and then num_blocks.
+            generator: of the walk's noise, independent for each row; None takes the keyed noise, equal for every row.
+            interpolate_pos_encoding: as in the plain model.
+        """
+        walked, sigmas = self._walk(pixel_values, interpolate_pos_encoding, num_inference_steps, generator)
+        return WalkClassifierOutput(
+            logits=walked.logits,
+            probabilities=walked.logits.float().softmax(-1),
+            trajectory=walked.trajectory,
+            sigmas=sigmas,
+        )
+
+    def _noise_source(self, num_rows: int, generator: torch.Generator | None) -> NoiseSource:
+        return NoiseSource(num_rows, self.config.inference_seed, generator, self.device)
+
+    def _walk(self, pixel_values, interpolate_pos_encoding, num_inference_steps=None, generator=None):
+        config, targets = self.config, self.label_embeddings.vectors()
+        if num_inference_steps is None:
+            num_inference_steps = config.num_inference_steps or config.num_blocks
+        sigmas = self.noise_schedule.inference_sigmas(num_inference_steps)
+        if config.denoiser == "factorized":
+            priors = self.prior_logits(pixel_values, interpolate_pos_encoding)
+        else:
+            entering = self.block_inputs(
+                pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding
+            )
+
+        def denoise(z: torch.Tensor, sigma: float) -> torch.Tensor:
+            block_index = int(self.noise_schedule.block_of(sigma))
+            level = torch.full((len(z),), sigma, device=z.device)
+            if config.denoiser == "factorized":  # the network does not depend on z: each block has run already
+                return posterior_logits(priors[:, block_index], z, level, targets)
+            return self.denoise(block_index, entering[block_index], z, level)
+
+        noise = self._noise_source(len(pixel_values), generator)
+        return walk(denoise, targets, sigmas, noise, config.sampler, config.bridge), sigmas

@@ -1,0 +1,117 @@
+"""The noise schedule: which noise levels there are, and which block owns which of them.
+
+Everything here is float64 and knows nothing of any model. Source: DiffusionBlocks (arXiv 2506.14202),
+section 3 (equi-probability partition, overlap); the log-normal is that of EDM (arXiv 2206.00364), table 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+class NoiseSchedule:
+    """A log-normal over sigma, truncated to `[sigma_min, sigma_max]` and cut into B blocks of equal probability.
+
+    Block 0 holds the highest noise (and the first layers), block B-1 the lowest.
+
+    Args:
+        num_blocks: B.
+        sigma_min, sigma_max: the range of noise levels.
+        p_mean, p_std: mean and standard deviation of ln sigma before truncation.
+        overlap: a block trains on its own interval widened by this share of its log-width on both sides.
+
+    Raises:
+        ValueError: the log-normal has (to float64) no mass in some block's interval.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        p_mean: float = -1.2,
+        p_std: float = 1.2,
+        overlap: float = 0.0,
+    ):
+        self.num_blocks = num_blocks
+        self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
+        self.p_mean, self.p_std = float(p_mean), float(p_std)
+        self.overlap = float(overlap)
+        with torch.device("cpu"):  # from_pretrained builds models, and their schedules, under the meta device
+            ends = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64)
+            self._mass_below_min, self._mass_below_max = self._normal_cdf(ends).tolist()
+            #: `[B+1]` ascending float64; the first is sigma_min and the last sigma_max, exactly.
+            self.boundaries: torch.Tensor = self.quantile(
+                torch.arange(num_blocks + 1, dtype=torch.float64) / num_blocks
+            )
+        if not bool((self.boundaries.diff() > 0).all()):
+            raise ValueError(
+                f"p_mean={p_mean}, p_std={p_std} leave some of {num_blocks} blocks no probability inside "
+                f"[sigma_min={sigma_min}, sigma_max={sigma_max}]: move p_mean towards the range or raise p_std"
+            )
+
+    def _normal_cdf(self, sigma: torch.Tensor) -> torch.Tensor:
+        return torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std)
+
+    def cdf(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Probability of a level below `sigma` under the truncated distribution; float64, same shape."""
+        mass = self._normal_cdf(torch.as_tensor(sigma, dtype=torch.float64))
+        return ((mass - self._mass_below_min) / (self._mass_below_max - self._mass_below_min)).clamp(0, 1)
+
+    def quantile(self, fraction: torch.Tensor) -> torch.Tensor:
+        """The sigma below which a `fraction` (0..1) of the probability lies; float64, same shape.
+
+        The ends are exact: 0 gives sigma_min and 1 gives sigma_max.
+        """
+        fraction = torch.as_tensor(fraction, dtype=torch.float64)
+        mass = self._mass_below_min + fraction * (self._mass_below_max - self._mass_below_min)
+        sigma = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(mass))
+        sigma = sigma.clamp(self.sigma_min, self.sigma_max)
+        sigma = torch.where(fraction <= 0, self.sigma_min, sigma)
+        return torch.where(fraction >= 1, self.sigma_max, sigma)
+
+    def block_of(self, sigma: torch.Tensor | float) -> torch.LongTensor:
+        """The block that owns each noise level: the only map from sigma to block.
+
+        Intervals are open below and closed above, and sigma_min itself belongs to the last block. Boundaries
+        ascend while blocks descend in noise, so the index is reversed here and nowhere else.
+        """
+        sigma = torch.as_tensor(sigma, dtype=torch.float64)
+        inner = self.boundaries[1:-1].to(sigma.device)
+        return self.num_blocks - 1 - torch.bucketize(sigma, inner)
+
+    def interval(self, block_index: int, overlap: float = 0.0) -> tuple[float, float]:
+        """`(low, high)` of a block, widened in log-sigma by `overlap * ln(high/low)` on both sides, clipped to the range."""
+        if not 0 <= block_index < self.num_blocks:
+            raise ValueError(f"block_index={block_index} must lie in 0..{self.num_blocks - 1}")
+        position = self.num_blocks - 1 - block_index
+        low, high = self.boundaries[position].item(), self.boundaries[position + 1].item()
+        widening = math.exp(overlap * math.log(high / low))
+        return max(low / widening, self.sigma_min), min(high * widening, self.sigma_max)
+
+    def sample(
+        self, block_index: int, shape: tuple[int, ...], generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Draw training noise levels for a block: the truncated log-normal, restricted to its widened interval.
+
+        Returns float64 of `shape`, on the generator's device (CPU without one).
+        """
+        low, high = self.interval(block_index, self.overlap)
+        device = generator.device if generator is not None else None
+        # 1 - [0, 1) is (0, 1]: the interval's open lower end is never drawn.
+        uniform = 1 - torch.rand(shape, generator=generator, dtype=torch.float64, device=device)
+        cdf_low, cdf_high = self.cdf(torch.tensor([low, high], dtype=torch.float64)).tolist()
+        sigma = self.quantile(cdf_low + uniform * (cdf_high - cdf_low))
+        return sigma.clamp(math.nextafter(low, math.inf), high)
+
+    def inference_sigmas(self, num_steps: int) -> torch.Tensor:
+        """`[T+1]` descending levels of equal probability for T denoiser evaluations; float64.
+
+        The last (sigma_min) is where the last step ends and is never evaluated. Fractions are `(T-i)/T`, never
+        `1 - i/T`: so a level that is a block boundary is that boundary bit for bit, and falls into the right block.
+        """
+        if num_steps < 1:
+            raise ValueError(f"num_steps={num_steps} must be at least 1")
+        return self.quantile(torch.arange(num_steps, -1, -1, dtype=torch.float64) / num_steps)

@@ -1,0 +1,48 @@
+"""Arguments of [`DiffusionBlocksTrainer`]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .block_schedule import ORDERS
+
+
+@dataclass
+class DiffusionBlocksTrainingArguments(TrainingArguments):
+    """`TrainingArguments`, and how blocks take turns.
+
+    `max_steps` and `num_train_epochs` count optimizer steps as always, and each step trains one block: for as many
+    updates a block as a plain model gets, set `updates_per_block` instead. Learning-rate schedules, warm-up
+    included, run on each block's own update count.
+    """
+
+    block_schedule: str = field(
+        default="random",
+        metadata={
+            "help": "Which block each optimizer step trains: 'random' (each round of num_blocks steps visits every "
+            "block once, in random order) or 'sequential' (block 0 to its end, then block 1, ...).",
+            "choices": list(ORDERS),
+        },
+    )
+    updates_per_block: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps for each block; the run takes num_blocks times as many. Replaces max_steps."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.block_schedule not in ORDERS:
+            raise ValueError(f"block_schedule={self.block_schedule!r} must be one of {', '.join(map(repr, ORDERS))}")
+        if self.updates_per_block is not None:
+            if self.updates_per_block < 1:
+                raise ValueError(f"updates_per_block={self.updates_per_block} must be at least 1")
+            if self.max_steps > 0:
+                raise ValueError(
+                    f"updates_per_block={self.updates_per_block} and max_steps={self.max_steps} both say how long to "
+                    "train: set one"
+                )
+        if self.ddp_find_unused_parameters is None:
+            # Inactive blocks get no gradient; the Trainer would turn this off under gradient checkpointing.
+            self.ddp_find_unused_parameters = True

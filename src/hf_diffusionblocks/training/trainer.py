@@ -1,0 +1,212 @@
+"""The Hugging Face Trainer, training one block per optimizer step."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer
+from transformers.optimization import get_scheduler
+from transformers.utils import logging
+
+from .. import cards, checkpoint
+from ..memory import SavedActivations, gradient_bytes, optimizer_state_bytes
+from ..models import DiffusionBlocksPreTrainedModel
+from .arguments import DiffusionBlocksTrainingArguments
+from .block_schedule import BlockSchedule
+
+logger = logging.get_logger(__name__)
+
+
+class DiffusionBlocksTrainer(Trainer):
+    """Trains a DiffusionBlocks model; used as [`~transformers.Trainer`] is.
+
+    Each optimizer step trains one block, the same for all its micro-batches and on all ranks. Only that block's
+    parameters and the shared ones have gradients and move. Noise is keyed by seed, step, micro-batch and rank: a
+    resumed run repeats the uninterrupted one.
+
+    Args:
+        model: from [`convert`] or `from_pretrained`.
+        args: [`DiffusionBlocksTrainingArguments`].
+        the rest: as [`~transformers.Trainer`].
+
+    Raises:
+        TypeError: model or args are of another class.
+    """
+
+    args: DiffusionBlocksTrainingArguments
+
+    def __init__(self, model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments, **kwargs):
+        if not isinstance(model, DiffusionBlocksPreTrainedModel):
+            raise TypeError(f"model={type(model).__name__} must be a DiffusionBlocks model: convert() makes one")
+        if not isinstance(args, DiffusionBlocksTrainingArguments):
+            raise TypeError(f"args={type(args).__name__} must be DiffusionBlocksTrainingArguments")
+        self.num_blocks = model.config.num_blocks
+        if args.updates_per_block is not None:
+            args = copy.copy(args)  # the caller's stay as they are, for another model
+            args.max_steps = args.updates_per_block * self.num_blocks
+        super().__init__(model=model, args=args, **kwargs)
+        self.block_schedule: BlockSchedule | None = None  # known once training knows its number of steps
+        self.active_block = 0
+        self._micro_batch = 0
+        self._block_losses = torch.zeros(self.num_blocks, 2, dtype=torch.float64)  # sum and count since the last log
+        self._memory: dict[str, dict[int, int]] = {"activations": {}, "gradients": {}}
+
+    # ---- which block
+
+    def get_batch_samples(self, *args, **kwargs):
+        # The Trainer calls this once for each optimizer step, before its micro-batches.
+        self.active_block = self.block_schedule.block_at(self.state.global_step)
+        self._micro_batch = 0
+        return super().get_batch_samples(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        inputs = {**inputs, "block_index": self.active_block, "generator": self._noise_generator()}
+        self._micro_batch += 1
+        if self.active_block in self._memory["activations"]:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with SavedActivations(self.model.parameters()) as saved:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self._memory["activations"][self.active_block] = saved.bytes
+        return loss
+
+    def _noise_generator(self) -> torch.Generator:
+        key = [self.args.seed, self.state.global_step, self._micro_batch, self.args.process_index]
+        seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(seed))
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.active_block not in self._memory["gradients"]:
+            self._memory["gradients"][self.active_block] = gradient_bytes(self.model.parameters())
+        # `loss` is already divided by the number of micro-batches.
+        self._block_losses[self.active_block, 0] += loss.double().cpu()
+        self._block_losses[self.active_block, 1] += 1 / self.current_gradient_accumulation_steps
+        return loss
+
+    # ---- optimizer and schedule
+
+    def create_optimizer(self, model=None):
+        """The Trainer's optimizer, with each of its groups split by block and tagged with it (None: shared)."""
+        made_here = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if made_here:
+            owner = {id(p): k for k in range(self.num_blocks) for p in self.model.block_parameters(k)}
+            groups = []
+            for group in optimizer.param_groups:
+                for block in [None, *range(self.num_blocks)]:
+                    params = [p for p in group["params"] if owner.get(id(p)) == block]
+                    groups.append({**group, "params": params, "block": block})
+            optimizer.param_groups = [group for group in groups if group["params"]]
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """`lr_scheduler_type` over the updates of one block; each group advances with the updates of its block."""
+        schedule = BlockSchedule(self.args.block_schedule, self.num_blocks, num_training_steps, self.args.seed)
+        self.block_schedule = schedule
+        if self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            curve = self._learning_rate_curve(schedule.updates_per_block)
+
+            def curve_of_block(block):
+                if block is None:  # shared parameters move at every step: the curve spans the whole run
+                    return lambda step: curve(step * schedule.updates_per_block // num_training_steps)
+                return lambda step: curve(schedule.updates_before(step, block))
+
+            self.lr_scheduler = LambdaLR(
+                optimizer, [curve_of_block(group.get("block")) for group in optimizer.param_groups]
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _learning_rate_curve(self, num_updates: int):
+        stand_in = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        scheduler = get_scheduler(
+            self.args.lr_scheduler_type,
+            optimizer=stand_in,
+            num_warmup_steps=self.args.get_warmup_steps(num_updates),
+            num_training_steps=num_updates,
+            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+        )
+        if not isinstance(scheduler, LambdaLR):
+            raise ValueError(
+                f"lr_scheduler_type={self.args.lr_scheduler_type!s} is not a function of the step: it cannot run on "
+                "each block's own update count; 'linear', 'cosine', 'constant_with_warmup' and the like can"
+            )
+        return scheduler.lr_lambdas[0]
+
+    def _get_learning_rate(self) -> float:
+        rates = zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr())
+        own = {group.get("block"): rate for group, rate in rates}
+        return float(own.get(self.active_block, next(iter(own.values()))))
+
+    # ---- reports
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:
+            totals = self.accelerator.reduce(self._block_losses.to(self.args.device), "sum").tolist()
+            logs |= {f"loss_block_{k}": total / count for k, (total, count) in enumerate(totals) if count}
+            self._block_losses.zero_()
+        super().log(logs, *args, **kwargs)
+
+    def train(self, *args, **kwargs):
+        for k in range(self.num_blocks):
+            low, high = self.model.noise_schedule.interval(k, self.model.noise_schedule.overlap)
+            layers = self.model.block_layers(k)
+            logger.info(
+                f"block {k}: layers {layers[0]}-{layers[-1]}, trains at sigma ({low:.4g}, {high:.4g}], "
+                f"{sum(p.numel() for p in self.model.block_parameters(k)):,} parameters"
+            )
+        return super().train(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        self.model.config.training_report = self._training_report()
+        super()._save(output_dir, state_dict)
+
+    def _training_report(self) -> dict:
+        """What the model card says of this run; JSON-able."""
+        evaluations = [entry for entry in self.state.log_history if any(key.startswith("eval_") for key in entry)]
+        results = evaluations[-1] if evaluations else {}
+        parameters = list(self.model.parameters())
+        memory = {
+            "parameters, all": sum(p.nbytes for p in parameters),
+            "gradients, one block and shared": max(self._memory["gradients"].values(), default=None),
+            "activations saved for backward, one block": max(self._memory["activations"].values(), default=None),
+            "optimizer state, all blocks": optimizer_state_bytes(self.optimizer) if self.optimizer else None,
+        }
+        return {
+            **(self.model.config.training_report or {}),
+            "train_examples": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
+            "steps": self.state.global_step,
+            "updates_per_block": [
+                self.block_schedule.updates_before(self.state.global_step, k) for k in range(self.num_blocks)
+            ]
+            if self.block_schedule
+            else None,
+            "block_schedule": self.args.block_schedule,
+            "batch_size": self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            "learning_rate": self.args.learning_rate,
+            "seed": self.args.seed,
+            "results": {
+                key: value
+                for key, value in results.items()
+                if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second")) and np.isscalar(value)
+            },
+            "memory": {part: size for part, size in memory.items() if size},
+        }
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write the DiffusionBlocks card to the output folder, where the Trainer would write its own."""
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            cards.write(self.model, folder, keep_from=folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        checkpoint.finish_interrupted_save(Path(resume_from_checkpoint))
+        checkpoint.check_shards(Path(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
