@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field, fields
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -20,33 +21,14 @@ CHOICES: dict[str, tuple] = {
 }
 
 
+def _field(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
 class DiffusionBlocksConfig(PreTrainedConfig):
     """Configuration of a DiffusionBlocks model. Defaults are the paper's (arXiv 2506.14202).
 
-    Args:
-        source_config: config of the plain model that is converted (a `PreTrainedConfig`, or its dict).
-        num_blocks: B, how many blocks the layers are cut into.
-        layers_per_block: layers of each block, first block first; None cuts as evenly as possible.
-        sigma_min, sigma_max: range of noise levels.
-        p_mean, p_std: mean and standard deviation of ln sigma (before truncation to the range).
-        sigma_data: EDM's scale of the target; "auto" is the target's norm over sqrt(width).
-        overlap: gamma, by how much a block's training interval is widened in log-sigma; None is the task's default.
-        denoiser: "joint" (layers see the noisy target) or "factorized" (layers see the context only; the noise is
-            accounted for by the posterior readout).
-        context: "independent" (a block starts from the embedded input) or "carried" (from the clean hidden states
-            of the earlier blocks, which run without gradient).
-        readout: "edm" (the paper's) or "posterior" (Bayes' rule on the network's prior); None is "edm" for joint and
-            "posterior" for factorized.
-        bridge: how logits become a point of the target space in the Euler walk: "soft" mean or "hard" argmax.
-        sampler: "euler" (the paper's) or "ancestral".
-        readout_layers: layers of each block's local head (carried context only; the last block reads out through the
-            model's own head alone). Local heads are not used by later blocks.
-        prior_fraction: share of training draws made at sigma_max whatever the block, where the target is invisible.
-        num_inference_steps: denoiser evaluations of a walk; None is num_blocks.
-        inference_seed: key of the noise used by evaluation and `predict`.
-        loss_weighting: None (right for cross-entropy) or "edm" (the paper's w(sigma), meant for L2 targets).
-        base_model: hub id or folder of the pretrained source, for the model card.
-        training_report: what the Trainer measured (data, steps, results, memory), for the model card.
+    What each field means is said beside it, and by `--help` of every command that takes it.
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -55,27 +37,66 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     model_type = "diffusionblocks"
     sub_configs_defaults: ClassVar = {"source_config": SubConfigSpec(config_class=AutoConfig, model_type="vit")}
 
-    source_config: dict | PreTrainedConfig | None = None
-    num_blocks: int = 4
-    layers_per_block: list[int] | None = None
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    p_mean: float = -1.2
-    p_std: float = 1.2
-    sigma_data: float | str = 0.5
-    overlap: float | None = None
-    denoiser: str = "joint"
-    context: str = "independent"
-    readout: str | None = None
-    bridge: str = "soft"
-    sampler: str = "euler"
-    readout_layers: int = 0
-    prior_fraction: float = 0.0
-    num_inference_steps: int | None = None
-    inference_seed: int = 0
-    loss_weighting: str | None = None
-    base_model: str | None = None
-    training_report: dict[str, Any] | None = None
+    # Set by `convert` and the Trainer
+    source_config: dict | PreTrainedConfig | None = _field(None, "Config of the plain model that is converted.")
+    base_model: str | None = _field(None, "Hub id or folder of the pretrained source, for the model card.")
+    training_report: dict[str, Any] | None = _field(
+        None, "What the Trainer measured (data, steps, results, memory), for the model card."
+    )
+
+    # The cut
+    num_blocks: int = _field(4, "B, how many blocks the layers are cut into.")
+    layers_per_block: list[int] | None = _field(
+        None, "Layers of each block, first block first; None cuts as evenly as possible."
+    )
+
+    # The noise
+    sigma_min: float = _field(0.002, "Lowest noise level.")
+    sigma_max: float = _field(80.0, "Highest noise level.")
+    p_mean: float = _field(-1.2, "Mean of ln sigma, before truncation to the range.")
+    p_std: float = _field(1.2, "Standard deviation of ln sigma, before truncation to the range.")
+    sigma_data: float | str = _field(0.5, "EDM's scale of the target; 'auto' is the target's norm over sqrt(width).")
+    overlap: float | None = _field(
+        None,
+        "gamma: a block's training interval is widened by this share of its log-width on both sides; None is the "
+        "task's default (images 0.05).",
+    )
+    prior_fraction: float = _field(
+        0.0, "Share of training draws made at sigma_max whatever the block: there the target is invisible."
+    )
+
+    # The formulation
+    denoiser: str = _field(
+        "joint",
+        "'joint': layers see the noisy target. 'factorized': layers see the context only, and the posterior readout "
+        "accounts for the noise.",
+    )
+    context: str = _field(
+        "independent",
+        "'independent': a block starts from the embedded input. 'carried': from the clean hidden states of the "
+        "earlier blocks, which run without gradient.",
+    )
+    readout: str | None = _field(
+        None,
+        "'edm' (the paper's) or 'posterior' (Bayes' rule on the network's prior); None is 'edm' for joint and "
+        "'posterior' for factorized.",
+    )
+    readout_layers: int = _field(
+        0,
+        "Layers of each block's local head, which later blocks do not see (carried context only). The last block "
+        "has none: it reads out as the plain model does.",
+    )
+    loss_weighting: str | None = _field(
+        None, "None (right for cross-entropy), or 'edm': the paper's w(sigma), meant for L2 targets."
+    )
+
+    # The walk
+    sampler: str = _field("euler", "'euler' (the paper's) or 'ancestral'.")
+    bridge: str = _field(
+        "soft", "How logits become a point of the target space in the Euler walk: 'soft' mean or 'hard' argmax."
+    )
+    num_inference_steps: int | None = _field(None, "Denoiser evaluations of a walk; None is num_blocks.")
+    inference_seed: int = _field(0, "Key of the noise that evaluation and prediction use.")
 
     def __post_init__(self, **kwargs):
         labels_given = self.id2label is not None or "num_labels" in kwargs
@@ -182,3 +203,12 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     def target_scale(self, width: int) -> float:
         """sigma_data: the field, or for "auto" the per-coordinate scale of a unit-norm target of this width."""
         return width**-0.5 if self.sigma_data == "auto" else self.sigma_data
+
+
+#: The fields a user sets: every field of its own that `convert` and the Trainer do not fill in.
+USER_FIELDS = {
+    f.name: f
+    for f in fields(DiffusionBlocksConfig)
+    if f.name in DiffusionBlocksConfig.__annotations__
+    and f.name not in ("source_config", "base_model", "training_report")
+}

@@ -7,7 +7,7 @@ from os import PathLike
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .backbones import backbone_for
-from .configuration import DiffusionBlocksConfig
+from .configuration import USER_FIELDS, DiffusionBlocksConfig
 from .models import MODELS, DiffusionBlocksPreTrainedModel
 
 
@@ -72,11 +72,10 @@ def _model_class(config: PreTrainedConfig, task: str | None) -> type[DiffusionBl
 
 
 def _config(source: PreTrainedConfig, num_blocks: int, config_fields: dict) -> DiffusionBlocksConfig:
-    unknown = set(config_fields) - set(DiffusionBlocksConfig.__dataclass_fields__)
+    unknown = set(config_fields) - set(USER_FIELDS) - {"base_model"}
     if unknown:
         raise ValueError(
-            f"{', '.join(sorted(unknown))}: not a field of DiffusionBlocksConfig; fields are "
-            f"{', '.join(sorted(DiffusionBlocksConfig.__annotations__))}"
+            f"{', '.join(sorted(unknown))}: not a field of DiffusionBlocksConfig; fields are {', '.join(USER_FIELDS)}"
         )
     # Through a dict: the source's own config must not be shared with the new model.
     return DiffusionBlocksConfig(source_config=source.to_dict(), num_blocks=num_blocks, **config_fields)

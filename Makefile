@@ -1,0 +1,16 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test
+
+demo: .venv/installed
+	$(BIN)/python recipes/demo_digits.py --output_dir outputs/demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest tests -n 2
+
+.venv/installed: requirements-dev.txt setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	touch $@
