@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import field, fields
 from typing import Any, ClassVar
 
@@ -100,9 +101,12 @@ class DiffusionBlocksConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         labels_given = self.id2label is not None or "num_labels" in kwargs
+        # Setting up a composite config sets fields of its sub-configs: never those of a config the user still holds.
+        self.source_config = copy.deepcopy(self.source_config)
         super().__post_init__(**kwargs)
         if not labels_given:
             self.id2label, self.label2id = self.source_config.id2label, self.source_config.label2id
+        self.problem_type = self.problem_type or self.source_config.problem_type
         if self.readout is None:
             self.readout = "edm" if self.denoiser == "joint" else "posterior"
         self._check_fields()

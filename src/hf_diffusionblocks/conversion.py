@@ -47,7 +47,11 @@ def convert(
     if type(source) is not plain_class:
         raise ValueError(f"source={type(source).__name__} must be {plain_class.__name__} for task {model_class.task!r}")
     config_fields.setdefault("base_model", source.config.name_or_path or None)
-    model = model_class._from_config(_config(source.config, num_blocks, config_fields), dtype=source.dtype)
+    model = model_class._from_config(
+        _config(source.config, num_blocks, config_fields),
+        dtype=source.dtype,
+        attn_implementation=source.config._attn_implementation,
+    )
     model.backbone.load_state_dict(source.state_dict())
     return model.to(source.device).train(source.training)
 
@@ -77,5 +81,4 @@ def _config(source: PreTrainedConfig, num_blocks: int, config_fields: dict) -> D
         raise ValueError(
             f"{', '.join(sorted(unknown))}: not a field of DiffusionBlocksConfig; fields are {', '.join(USER_FIELDS)}"
         )
-    # Through a dict: the source's own config must not be shared with the new model.
-    return DiffusionBlocksConfig(source_config=source.to_dict(), num_blocks=num_blocks, **config_fields)
+    return DiffusionBlocksConfig(source_config=source, num_blocks=num_blocks, **config_fields)

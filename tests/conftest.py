@@ -1,0 +1,72 @@
+"""Tiny models, and the grid of formulations that shared checks run over."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+import hf_diffusionblocks as db
+
+torch.set_num_threads(1)
+
+NUM_LABELS = 5
+#: Every formulation that is allowed, and what `convert` is given for it.
+FORMULATIONS = {
+    "joint-edm-independent": {"denoiser": "joint", "readout": "edm", "context": "independent"},
+    "joint-posterior-independent": {"denoiser": "joint", "readout": "posterior", "context": "independent"},
+    "joint-edm-carried": {"denoiser": "joint", "readout": "edm", "context": "carried"},
+    "joint-posterior-carried-head": {
+        "denoiser": "joint", "readout": "posterior", "context": "carried", "readout_layers": 1
+    },
+    "factorized-independent": {"denoiser": "factorized", "context": "independent"},
+    "factorized-carried": {"denoiser": "factorized", "context": "carried"},
+    "factorized-carried-head": {"denoiser": "factorized", "context": "carried", "readout_layers": 1},
+}  # fmt: skip
+
+
+@pytest.fixture(params=FORMULATIONS.values(), ids=FORMULATIONS.keys())
+def formulation(request) -> dict:
+    return request.param
+
+
+@pytest.fixture
+def plain_config() -> ViTConfig:
+    return ViTConfig(
+        num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, image_size=8, patch_size=4,
+        num_channels=1, num_labels=NUM_LABELS,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def plain_model(plain_config) -> ViTForImageClassification:
+    torch.manual_seed(0)
+    return randomized(ViTForImageClassification(plain_config)).eval()
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "pixel_values": torch.randn(6, 1, 8, 8, generator=generator),
+        "labels": torch.randint(NUM_LABELS, (6,), generator=generator),
+    }
+
+
+@pytest.fixture
+def model(plain_model, formulation) -> db.DiffusionBlocksForImageClassification:
+    """A converted model of each formulation, every parameter away from its start (AdaLN included)."""
+    return randomized(db.convert(plain_model, num_blocks=2, **formulation))
+
+
+def randomized(model):
+    """Move every parameter, so that nothing passes a test by being zero or one."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model

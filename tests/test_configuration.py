@@ -1,0 +1,84 @@
+"""Bad fields and combinations: one ValueError that names the field, the value and what is allowed."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoConfig
+
+from hf_diffusionblocks import DiffusionBlocksConfig
+
+BAD_FIELDS = [
+    ({"num_blocks": 0}, r"num_blocks=0 must be a whole number from 1"),
+    ({"num_blocks": 5}, r"num_blocks=5 must be at most the model's 4 layers"),
+    ({"num_blocks": 2.0}, r"num_blocks=2.0 must be"),
+    ({"num_blocks": 2, "layers_per_block": [1, 2]}, r"layers_per_block=\[1, 2\] must be 2 .* sum to the model's 4"),
+    ({"num_blocks": 2, "layers_per_block": [4]}, r"layers_per_block=\[4\]"),
+    ({"num_blocks": 2, "layers_per_block": [0, 4]}, r"layers_per_block=\[0, 4\]"),
+    ({"sigma_min": 0}, r"sigma_min=0 must be above 0"),
+    ({"sigma_max": 0.001}, r"sigma_max=0.001 must be above sigma_min=0.002"),
+    ({"p_std": -1.0}, r"p_std=-1.0 must be above 0"),
+    ({"p_mean": 40.0}, r"p_mean=40.0"),
+    ({"p_mean": "high"}, r"p_mean='high' must be a number"),
+    ({"sigma_data": "large"}, r"sigma_data='large' must be above 0, or 'auto'"),
+    ({"overlap": -0.1}, r"overlap=-0.1 must be from 0"),
+    ({"denoiser": "both"}, r"denoiser='both' must be one of 'joint', 'factorized'"),
+    ({"context": None}, r"context=None must be one of"),
+    ({"bridge": "warm"}, r"bridge='warm' must be one of 'soft', 'hard'"),
+    ({"sampler": "heun"}, r"sampler='heun' must be one of 'euler', 'ancestral'"),
+    ({"denoiser": "factorized", "readout": "edm"}, r"readout='edm' must be 'posterior' with denoiser='factorized'"),
+    ({"readout_layers": 1}, r"readout_layers=1 must be 0 with context='independent'"),
+    ({"prior_fraction": 1.5}, r"prior_fraction=1.5 must be from 0 to 1"),
+    ({"num_inference_steps": 0}, r"num_inference_steps=0 must be a whole number from 1"),
+    ({"loss_weighting": "min-snr"}, r"loss_weighting='min-snr' must be one of None, 'edm'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields, message", BAD_FIELDS, ids=[message for _, message in BAD_FIELDS])
+def test_bad_field_is_named(plain_config, fields, message):
+    with pytest.raises(ValueError, match=message):
+        DiffusionBlocksConfig(source_config=plain_config, **fields)
+
+
+def test_defaults_are_the_paper_s(plain_config):
+    config = DiffusionBlocksConfig(source_config=plain_config)
+    assert (config.sigma_min, config.sigma_max, config.p_mean, config.p_std, config.sigma_data) == (
+        0.002, 80.0, -1.2, 1.2, 0.5,
+    )  # fmt: skip
+    assert (config.denoiser, config.context, config.readout, config.sampler) == (
+        "joint", "independent", "edm", "euler",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"num_blocks": 4}, [[0], [1], [2], [3]]),
+        ({"num_blocks": 3}, [[0, 1], [2], [3]]),
+        ({"num_blocks": 2, "layers_per_block": [1, 3]}, [[0], [1, 2, 3]]),
+        ({"num_blocks": 1}, [[0, 1, 2, 3]]),
+    ],
+)
+def test_layers_of_blocks(plain_config, fields, expected):
+    config = DiffusionBlocksConfig(source_config=plain_config, **fields)
+    assert [list(config.block_layers(k)) for k in range(config.num_blocks)] == expected
+
+
+def test_round_trip_through_auto_config(plain_config, tmp_path):
+    config = DiffusionBlocksConfig(source_config=plain_config, num_blocks=2, overlap=0.1, sigma_data="auto")
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, DiffusionBlocksConfig)
+    assert loaded.to_diff_dict() == config.to_diff_dict()
+    assert loaded.source_config.to_dict() == config.source_config.to_dict()
+
+
+def test_it_shows_what_users_of_a_plain_config_read(plain_config):
+    config = DiffusionBlocksConfig(source_config=plain_config)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_labels) == (32, 4, 5)
+    assert config.id2label == plain_config.id2label
+    assert config.get_text_config() is config.source_config
+
+
+def test_auto_sigma_data_is_the_target_s_scale(plain_config):
+    config = DiffusionBlocksConfig(source_config=plain_config, sigma_data="auto")
+    assert config.target_scale(32) == 32**-0.5

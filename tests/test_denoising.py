@@ -1,0 +1,143 @@
+"""Preconditioning, readouts and the two samplers against closed forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy import stats
+from torch.nn import functional as F
+
+from hf_diffusionblocks import NoiseSchedule
+from hf_diffusionblocks.denoising import (
+    ancestral_step,
+    edm_loss_weight,
+    euler_step,
+    hard_bridge,
+    log_likelihood,
+    posterior_logits,
+    precondition,
+    soft_bridge,
+)
+from hf_diffusionblocks.sampling import NoiseSource, walk
+
+PRIOR = torch.tensor([0.5, 0.3, 0.15, 0.05])
+
+
+def unit_targets(classes: int = 4, width: int = 8) -> torch.Tensor:
+    return F.normalize(torch.randn(classes, width, generator=torch.Generator().manual_seed(0)), dim=-1)
+
+
+def test_preconditioning_gives_unit_variance_in_and_out():
+    """EDM's conditions: the network's input and its training target have variance 1 for any sigma."""
+    sigma, data = torch.logspace(-2.5, 1.9, 50, dtype=torch.float64), 0.5
+    c = precondition(sigma, data)
+    assert torch.allclose(c.input**2 * (sigma**2 + data**2), torch.ones_like(sigma))
+    target_variance = ((1 - c.skip) ** 2 * data**2 + c.skip**2 * sigma**2) / c.out**2
+    assert torch.allclose(target_variance, torch.ones_like(sigma))
+    assert torch.allclose(c.noise, sigma.log() / 4)
+
+
+def test_edm_weight_makes_the_effective_weight_one():
+    sigma = torch.logspace(-2.5, 1.9, 50, dtype=torch.float64)
+    weight = edm_loss_weight(sigma, 0.5)
+    assert weight.shape == sigma.shape
+    assert torch.allclose(weight * precondition(sigma, 0.5).out ** 2, torch.ones_like(sigma))
+
+
+@pytest.mark.parametrize("level", [0.002, 0.05, 0.7, 5.0, 80.0])
+def test_posterior_readout_is_bayes_rule(level):
+    """Against the densities themselves, in float64."""
+    targets, sigma = unit_targets(), torch.full((64,), level)
+    z = targets[torch.arange(64) % 4] + level * torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    posterior = posterior_logits(PRIOR.log().expand(64, 4), z, sigma, targets).softmax(-1)
+    log_density = stats.norm.logpdf(z.double()[:, None], targets.double()[None], level).sum(-1)
+    expected = (torch.from_numpy(log_density) + PRIOR.double().log()).softmax(-1)
+    assert torch.allclose(posterior.double(), expected, atol=2e-5)
+
+
+def test_likelihood_is_float32_under_autocast():
+    targets, z = unit_targets(), unit_targets()
+    reference = log_likelihood(z, torch.full((4,), 0.002), targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = log_likelihood(z, torch.full((4,), 0.002), targets)
+    assert cast.dtype == torch.float32
+    assert torch.equal(cast, reference)
+
+
+def test_bridges():
+    targets, logits = unit_targets(), torch.tensor([[2.0, 0.0, 1.0, -1.0]])
+    assert torch.allclose(soft_bridge(logits, targets), logits.softmax(-1) @ targets)
+    assert torch.equal(hard_bridge(logits, targets), targets[:1])
+
+
+def test_euler_step_ends():
+    z, denoised = torch.randn(2, 8), torch.randn(2, 8)
+    assert torch.equal(euler_step(z, denoised, 2.0, 2.0), z)
+    assert torch.equal(euler_step(z, denoised, 2.0, 0.0), denoised)
+
+
+def test_euler_walk_follows_the_exact_ode_of_one_target():
+    """With one class the ODE's solution is z(s) = e + s/sigma_max (z - e): Euler is exact on it, at any T."""
+    target = unit_targets(1)
+    noise = NoiseSource(16, 0, torch.Generator().manual_seed(0), torch.device("cpu"))
+    walked = walk(lambda z, s: torch.zeros(len(z), 1), target, NoiseSchedule(3).inference_sigmas(7), noise)
+    start = 80 * NoiseSource(16, 0, torch.Generator().manual_seed(0), torch.device("cpu")).normal(8)
+    assert torch.allclose(walked.z, target + 0.002 / 80 * (start - target), atol=1e-5)
+
+
+def test_ancestral_step_keeps_the_marginal():
+    """If z ~ N(e, sigma^2) then the step's result ~ N(e, sigma_next^2): the noising process, reversed."""
+    generator = torch.Generator().manual_seed(0)
+    target = unit_targets(1).expand(200_000, 8)
+    z = target + 3.0 * torch.randn(target.shape, generator=generator)
+    stepped = ancestral_step(z, target, 3.0, 1.2, torch.randn(target.shape, generator=generator))
+    assert (stepped - target).std().item() == pytest.approx(1.2, rel=0.005)
+    assert (stepped - target).mean(0).abs().max() < 0.01
+
+
+def drawn_frequencies(num_steps: int, sampler: str, bridge: str = "soft", rows: int = 20_000) -> torch.Tensor:
+    """Class frequencies of a walk with the exact denoiser of PRIOR."""
+    targets = unit_targets()
+
+    def exact(z, sigma):
+        return posterior_logits(PRIOR.log().expand(len(z), 4), z, torch.full((len(z),), sigma), targets)
+
+    noise = NoiseSource(rows, 0, torch.Generator().manual_seed(num_steps), torch.device("cpu"))
+    walked = walk(exact, targets, NoiseSchedule(1).inference_sigmas(num_steps), noise, sampler, bridge)
+    return torch.cdist(walked.z, targets).argmin(-1).bincount(minlength=4)
+
+
+@pytest.mark.parametrize("num_steps", [2, 3, 8, 40])
+def test_ancestral_walk_draws_the_prior_at_any_number_of_steps(num_steps):
+    counts = drawn_frequencies(num_steps, "ancestral")
+    assert stats.chisquare(counts.numpy(), (PRIOR.double() / PRIOR.double().sum() * counts.sum()).numpy()).pvalue > 0.01
+
+
+def test_soft_euler_walk_approaches_the_prior_only_with_many_steps():
+    few, many = (drawn_frequencies(steps, "euler") / 20_000 for steps in (2, 400))
+    assert (many - PRIOR).abs().max() < 0.015
+    assert (few - PRIOR).abs().max() > 0.1
+
+
+def test_walk_evaluates_every_level_but_the_last():
+    levels = []
+    sigmas = NoiseSchedule(2).inference_sigmas(5)
+    noise = NoiseSource(3, 0, None, torch.device("cpu"))
+    walked = walk(lambda z, s: levels.append(s) or torch.zeros(3, 4), unit_targets(), sigmas, noise)
+    assert levels == sigmas[:-1].tolist()
+    assert walked.trajectory.shape == (3, 5, 4)
+
+
+def test_keyed_noise_is_equal_for_all_rows_and_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    first, second = (NoiseSource(3, 7, None, torch.device("cpu")) for _ in range(2))
+    assert torch.equal(first.normal(8), second.normal(8))
+    assert first.normal(8).unique(dim=0).shape[0] == 1
+    assert first.categorical(PRIOR.log().expand(3, 4)).unique().numel() == 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_categorical_draws_have_the_right_frequencies():
+    noise = NoiseSource(50_000, 0, torch.Generator().manual_seed(3), torch.device("cpu"))
+    counts = noise.categorical(PRIOR.log().expand(50_000, 4)).bincount(minlength=4)
+    assert stats.chisquare(counts.numpy(), (PRIOR.double() / PRIOR.double().sum() * 50_000).numpy()).pvalue > 0.01

@@ -1,0 +1,307 @@
+"""The model: which parameters and layers a block uses, what its logits may know, and what evaluation returns."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from conftest import FORMULATIONS, randomized
+from torch.nn import functional as F
+from transformers import AutoModelForImageClassification, ViTConfig, ViTImageProcessorPil, pipeline
+
+import hf_diffusionblocks as db
+from hf_diffusionblocks.memory import SavedActivations
+
+BLOCKS = [0, 1]
+
+
+def count_layer_runs(model) -> Counter:
+    """Count how often each layer's attention runs, from now on."""
+    runs = Counter()
+    for index, layer in enumerate(model.backbone.vit.layers):
+        layer.attention.register_forward_hook(lambda *_, index=index: runs.update([index]))
+    return runs
+
+
+# ---- the cut
+
+
+def test_parameters_of_blocks_and_shared_are_disjoint_and_complete(model):
+    parts = [model.shared_parameters(), *(model.block_parameters(k) for k in BLOCKS)]
+    ids = [id(p) for part in parts for p in part]
+    assert len(ids) == len(set(ids))
+    assert set(ids) == {id(p) for p in model.parameters()}
+    assert all(parts)
+
+
+def test_block_that_does_not_exist_is_named(model):
+    with pytest.raises(ValueError, match=r"block_index=2 must lie in 0\.\.1"):
+        model.block_parameters(2)
+
+
+# ---- training one block
+
+
+@pytest.mark.parametrize("block_index", BLOCKS)
+def test_only_the_active_block_and_shared_parameters_get_gradients(model, batch, block_index):
+    model.train()(**batch, block_index=block_index).loss.backward()
+    for name, parameter in model.named_parameters():
+        if model.block_of_parameter(name) not in (None, block_index):
+            assert parameter.grad is None, name
+        elif model.block_of_parameter(name) == block_index:
+            assert parameter.grad is not None and parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("block_index", BLOCKS)
+def test_layers_of_inactive_blocks_are_not_run(model, batch, block_index):
+    runs = count_layer_runs(model)
+    model.train()(**batch, block_index=block_index)
+    first = 0 if model.config.context == "carried" else block_index
+    assert runs == {i: 1 for k in range(first, block_index + 1) for i in model.block_layers(k)}
+
+
+def test_activations_are_stored_for_the_active_block_only(plain_model, batch, formulation):
+    """Twice the inactive layers must not change what a step stores: cut 4 layers as 1+3 and 3+1."""
+    stored = {}
+    for counts in ([1, 3], [3, 1]):
+        model = db.convert(plain_model.train(), num_blocks=2, layers_per_block=counts, **formulation)
+        for block_index in BLOCKS:
+            with SavedActivations(model.parameters()) as saved:
+                model(**batch, block_index=block_index, sigma=torch.ones(6), noise=torch.zeros(6, 32))
+            stored[counts[block_index], block_index] = saved.bytes
+    with SavedActivations(plain_model.parameters()) as saved:
+        plain_model(**batch).loss
+    assert stored[1, 0] < stored[3, 0]
+    assert stored[1, 1] < stored[3, 1]
+    per_layer = (stored[3, 1] - stored[1, 1]) / 2
+    # One layer and the readout, and never what the other three layers would add.
+    assert stored[1, 1] < 2 * per_layer + (saved.bytes - 4 * per_layer if not model.config.readout_layers else per_layer) + per_layer
+
+
+@pytest.mark.parametrize("block_index", BLOCKS)
+def test_carried_context_is_that_of_the_clean_earlier_blocks_without_dropout(plain_config, batch, block_index):
+    plain_config.hidden_dropout_prob = 0.5
+    model = randomized(db.convert(plain_config, num_blocks=2, context="carried")).train()
+    with torch.no_grad():
+        hidden = model.block_input(block_index, pixel_values=batch["pixel_values"])
+        expected = model.eval().block_inputs(pixel_values=batch["pixel_values"])[block_index]
+    # Block 0 has no earlier block: there the embedding's own dropout acts.
+    assert torch.equal(hidden, expected) is (block_index == 1)
+
+
+def test_modes_are_given_back_after_a_carried_pass(plain_config, batch):
+    model = db.convert(plain_config, num_blocks=2, context="carried").train()
+    model.backbone.vit.embeddings.eval()
+    before = [m.training for m in model.modules()]
+    model(**batch, block_index=1)
+    assert [m.training for m in model.modules()] == before
+
+
+def test_loss_is_the_mean_cross_entropy_of_the_logits(model, batch):
+    out = model.train()(**batch, block_index=1)
+    assert torch.allclose(out.loss, F.cross_entropy(out.logits, batch["labels"]))
+
+
+def test_edm_weight_is_per_sample(plain_model, batch):
+    """Each sample weighted by its own w(sigma): an outer product would weigh all alike."""
+    sigma = torch.logspace(-1, 1, 6)
+    draw = {"sigma": sigma, "noise": torch.randn(6, 32, generator=torch.Generator().manual_seed(0))}
+    plain, weighted = (
+        db.convert(plain_model, num_blocks=2, loss_weighting=weighting) for weighting in (None, "edm")
+    )
+    weighted.load_state_dict(plain.state_dict())
+    logits = plain(**batch, block_index=0, **draw).logits
+    weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+    expected = (weight * F.cross_entropy(logits, batch["labels"], reduction="none")).mean()
+    assert torch.allclose(weighted(**batch, block_index=0, **draw).loss, expected)
+
+
+def test_draws_come_from_the_generator_alone(model, batch):
+    state = torch.get_rng_state()
+    losses = [
+        model.eval()(**batch, block_index=1, generator=torch.Generator().manual_seed(seed)).loss for seed in (3, 3, 4)
+    ]
+    assert losses[0] == losses[1] != losses[2]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_sigma_is_drawn_in_the_block_and_at_sigma_max_for_the_prior_fraction(plain_config):
+    model = db.convert(plain_config, num_blocks=2, prior_fraction=0.25)
+    sigma = model.draw_sigma(1, 4000, torch.Generator().manual_seed(0))
+    at_top = sigma == 80.0
+    assert at_top.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    low, high = model.noise_schedule.interval(1, 0.05)
+    assert low < sigma[~at_top].min() and sigma[~at_top].max() <= high
+
+
+def test_training_without_a_block_is_refused(model, batch):
+    with pytest.raises(ValueError, match="block_index=None in training"):
+        model.train()(**batch)
+
+
+def test_a_block_without_labels_is_refused(model, batch):
+    with pytest.raises(ValueError, match="labels=None with block_index=0"):
+        model(pixel_values=batch["pixel_values"], block_index=0)
+
+
+def test_gradient_checkpointing_changes_nothing(model, batch):
+    model.train()
+    runs = count_layer_runs(model)
+    gradients = []
+    for runs_of_a_layer in (1, 2):  # with checkpointing, once more in the backward pass
+        runs.clear()
+        model.zero_grad()
+        model(**batch, block_index=1, generator=torch.Generator().manual_seed(0)).loss.backward()
+        assert runs[3] == runs_of_a_layer
+        gradients.append([p.grad for p in model.block_parameters(1)])
+        model.activation_checkpointing_enable()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+# ---- what logits know
+
+
+def test_prior_of_a_factorized_block_cannot_see_the_label(plain_model, batch):
+    model = randomized(db.convert(plain_model, num_blocks=2, denoiser="factorized"))
+    hidden = model.block_input(0, pixel_values=batch["pixel_values"])
+    sigma = torch.ones(6)
+    first, second = (model.network(0, hidden, torch.randn(6, 32), sigma) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_training_logits_see_the_label_through_z(model, batch):
+    """Positive control: the noisy target does reach the denoiser's logits."""
+    noise, sigma = torch.zeros(6, 32), torch.full((6,), 0.1)
+    first = model.eval()(**batch, block_index=1, sigma=sigma, noise=noise).logits
+    batch["labels"] = (batch["labels"] + 1) % 5
+    second = model(**batch, block_index=1, sigma=sigma, noise=noise).logits
+    assert not torch.allclose(first, second)
+
+
+def test_evaluation_logits_do_not_depend_on_the_labels(model, batch):
+    model.eval()
+    first = model(**batch)
+    second = model(pixel_values=batch["pixel_values"], labels=(batch["labels"] + 1) % 5)
+    assert torch.equal(first.logits, second.logits)
+    assert torch.equal(first.logits, model(pixel_values=batch["pixel_values"]).logits)
+    assert torch.equal(first.loss, F.cross_entropy(first.logits, batch["labels"]))
+    assert first.loss != second.loss
+
+
+def test_evaluation_does_not_depend_on_the_rest_of_the_batch(model, batch):
+    model.eval()
+    with torch.no_grad():
+        whole = model(pixel_values=batch["pixel_values"]).logits
+        alone = torch.cat([model(pixel_values=image[None]).logits for image in batch["pixel_values"]])
+    assert torch.allclose(whole, alone, atol=1e-5)
+
+
+def test_evaluation_is_reproducible_and_leaves_the_global_generator_alone(model, batch):
+    model.eval()
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        assert torch.equal(*(model(pixel_values=batch["pixel_values"]).logits for _ in range(2)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_evaluation_logits_are(model, batch):
+    """Each formulation's documented definition, from its parts."""
+    model.eval()
+    with torch.no_grad():
+        logits = model(pixel_values=batch["pixel_values"]).logits
+        priors = model.prior_logits(batch["pixel_values"])
+        if model.config.denoiser == "joint":
+            expected = model.predict(batch["pixel_values"]).logits
+        elif model.config.context == "carried":
+            expected = priors[:, -1]
+        else:
+            expected = priors.log_softmax(-1).mean(1)
+    assert torch.equal(logits, expected)
+
+
+# ---- the walk
+
+
+def test_walk_with_one_step_a_block_runs_each_layer_once(plain_model, batch):
+    for fields in (FORMULATIONS["joint-edm-independent"], FORMULATIONS["factorized-carried"]):
+        model = db.convert(plain_model, num_blocks=2, **fields)
+        runs = count_layer_runs(model)
+        model.predict(batch["pixel_values"])
+        assert runs == dict.fromkeys(range(4), 1)
+
+
+def test_walk_returns_its_trajectory(model, batch):
+    out = model.eval().predict(batch["pixel_values"], num_inference_steps=5)
+    assert out.trajectory.shape == (6, 5, 5) and out.sigmas.shape == (6,)
+    assert torch.allclose(out.trajectory.sum(-1), torch.ones(6, 5))
+    assert torch.equal(out.trajectory[:, -1], out.probabilities)
+    assert torch.equal(out.probabilities, out.logits.softmax(-1))
+
+
+def test_walk_steps_default_to_the_config_and_then_to_the_blocks(plain_config, batch):
+    for fields, steps in (({}, 2), ({"num_inference_steps": 3}, 3)):
+        model = db.convert(plain_config, num_blocks=2, **fields).eval()
+        assert model.predict(batch["pixel_values"]).trajectory.shape[1] == steps
+    with pytest.raises(ValueError, match="num_steps=0 must be at least 1"):
+        model.predict(batch["pixel_values"], num_inference_steps=0)
+
+
+@pytest.mark.parametrize("sampler, bridge", [("euler", "soft"), ("euler", "hard"), ("ancestral", "soft")])
+def test_a_generator_gives_every_row_its_own_noise(plain_config, batch, sampler, bridge):
+    model = randomized(db.convert(plain_config, 2, sampler=sampler, bridge=bridge, p_mean=1.0)).eval()
+    same = batch["pixel_values"][:1].expand(6, -1, -1, -1)
+    keyed = model.predict(same, 4).logits
+    drawn, again = (model.predict(same, 4, generator=torch.Generator().manual_seed(0)).logits for _ in range(2))
+    assert torch.allclose(keyed, keyed[:1].expand_as(keyed), atol=1e-5)
+    assert not torch.allclose(drawn, drawn[:1].expand_as(drawn), atol=1e-3)
+    assert torch.equal(drawn, again)
+
+
+# ---- use like any other model
+
+
+def test_pipeline(plain_config, tmp_path):
+    from PIL import Image
+
+    plain_config.num_channels = 3
+    model = randomized(db.convert(plain_config, num_blocks=2))
+    model.save_pretrained(tmp_path)
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    processor.save_pretrained(tmp_path)
+    image = Image.new("RGB", (8, 8), (200, 20, 90))
+    result = pipeline("image-classification", model=str(tmp_path))(image, top_k=5)
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"]
+    expected = model.eval()(pixel_values=pixel_values).logits.softmax(-1)[0]
+    assert {entry["label"]: entry["score"] for entry in result} == pytest.approx(
+        {f"LABEL_{i}": p for i, p in enumerate(expected.tolist())}, abs=1e-6
+    )
+
+
+def test_new_label_set_on_loading(plain_config, batch, tmp_path):
+    db.convert(plain_config, num_blocks=2).save_pretrained(tmp_path)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
+    assert model(pixel_values=batch["pixel_values"]).logits.shape == (6, 3)
+
+
+def test_attention_implementation_reaches_the_layers(model, batch):
+    model.eval()
+    with torch.no_grad():
+        sdpa = model(pixel_values=batch["pixel_values"]).logits
+        model.set_attn_implementation("eager")
+        assert model.backbone.config._attn_implementation == "eager"
+        assert torch.allclose(model(pixel_values=batch["pixel_values"]).logits, sdpa, atol=1e-4)
+
+
+def test_bfloat16(plain_model, batch, formulation):
+    model = db.convert(plain_model.to(torch.bfloat16), num_blocks=2, **formulation).train()
+    out = model(**batch, block_index=1)
+    out.loss.backward()
+    assert out.loss.isfinite() and model.block_parameters(1)[0].grad.dtype == torch.bfloat16
+
+
+def test_unusual_image_size(plain_config, batch):
+    model = db.convert(ViTConfig(**{**plain_config.to_dict(), "image_size": 16}), num_blocks=2).eval()
+    with pytest.raises(ValueError, match="image size"):
+        model(pixel_values=batch["pixel_values"])
+    assert model(pixel_values=batch["pixel_values"], interpolate_pos_encoding=True).logits.shape == (6, 5)
