@@ -103,6 +103,18 @@ def test_loss_is_the_mean_cross_entropy_of_the_logits(model, batch):
     assert torch.allclose(out.loss, F.cross_entropy(out.logits, batch["labels"]))
 
 
+def test_one_factorized_block_at_sigma_max_trains_as_the_plain_model(plain_model, batch):
+    """B=1 and the target out of sight is end-to-end training: the same loss and gradients."""
+    model = db.convert(plain_model, num_blocks=1, denoiser="factorized", context="carried")
+    draw = {"sigma": torch.full((6,), 80.0), "noise": torch.zeros(6, 32)}
+    loss, plain_loss = model.train()(**batch, block_index=0, **draw).loss, plain_model.train()(**batch).loss
+    assert loss.item() == pytest.approx(plain_loss.item(), abs=2e-4)
+    loss.backward()
+    plain_loss.backward()
+    for own, plain in zip(model.backbone.parameters(), plain_model.parameters()):
+        assert torch.allclose(own.grad, plain.grad, atol=2e-4 * plain.grad.abs().max().item() + 1e-6)
+
+
 def test_edm_weight_is_per_sample(plain_model, batch):
     """Each sample weighted by its own w(sigma): an outer product would weigh all alike."""
     sigma = torch.logspace(-1, 1, 6)

@@ -135,7 +135,7 @@ class DiffusionBlocksTrainer(Trainer):
         )
         if not isinstance(scheduler, LambdaLR):
             raise ValueError(
-                f"lr_scheduler_type={self.args.lr_scheduler_type!s} is not a function of the step: it cannot run on "
+                f"lr_scheduler_type={self.args.lr_scheduler_type.value!r} is not a function of the step: it cannot run on "
                 "each block's own update count; 'linear', 'cosine', 'constant_with_warmup' and the like can"
             )
         return scheduler.lr_lambdas[0]

@@ -1,0 +1,81 @@
+"""`diffusionblocks convert`: a plain model or config becomes a saved DiffusionBlocks model."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoImageProcessor, set_seed
+from transformers.utils import CONFIG_NAME
+
+from .. import checkpoint
+from ..conversion import convert
+from ..models import DiffusionBlocksPreTrainedModel
+from .arguments import BlocksArguments, config_fields
+from .inspect import block_table, describe
+from .operands import parse_verb
+
+
+@dataclass
+class ConvertArguments:
+    fresh: bool = field(default=False, metadata={"help": "Take SOURCE's config alone: all weights are fresh."})
+    seed: int = field(
+        default=0, metadata={"help": "Of fresh weights: all with --fresh, else those that the plain model lacks."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace the model that OUT_DIR holds."})
+
+
+def run(args: list[str]) -> None:
+    options, blocks, source, out_dir = parse_verb(
+        "convert",
+        [ConvertArguments, BlocksArguments],
+        {
+            "SOURCE": "hub id or folder of a plain model, or its config JSON file (with --fresh)",
+            "OUT_DIR": "folder for the DiffusionBlocks model",
+        },
+        args,
+        description="Cut a plain model into blocks, save it with its image processor, and print its blocks.",
+    )
+    _check_out_dir(Path(out_dir), Path(source), options.overwrite)
+    if not options.fresh:
+        _check_weights(Path(source))
+    pass
+    model = _convert(source, options.fresh, config_fields(blocks))
+    model.save_pretrained(out_dir)
+    _copy_image_processor(source, out_dir)
+    print(block_table(describe(out_dir)))
+
+
+def _check_out_dir(out_dir: Path, source: Path, overwrite: bool) -> None:
+    checkpoint.finish_interrupted_save(out_dir)
+    if out_dir.resolve() == source.resolve():
+        raise ValueError(f"OUT_DIR={out_dir} must not be SOURCE: the plain model would be lost")
+    if out_dir.exists() and not out_dir.is_dir():
+        raise NotADirectoryError(f"OUT_DIR={out_dir} is not a folder")
+    if (out_dir / CONFIG_NAME).exists() and not overwrite:
+        raise ValueError(f"OUT_DIR={out_dir} holds a model already: --overwrite replaces it")
+
+
+def _check_weights(source: Path) -> None:
+    if source.is_file() or (source.is_dir() and not any(source.glob("*.safetensors"))):
+        raise ValueError(f"SOURCE={source} has no safetensors weights: --fresh takes its config alone")
+
+
+def _convert(source: str, fresh: bool, fields: dict) -> DiffusionBlocksPreTrainedModel:
+    try:
+        return convert(AutoConfig.from_pretrained(source) if fresh else source, **fields)
+    except (OSError, SafetensorError) as error:  # "header too large", "couldn't connect": of what?
+        raise OSError(f"SOURCE={source}: {error}") from error
+
+
+def _copy_image_processor(source: str, out_dir: str) -> None:
+    """Pipelines need it beside the model."""
+    # Of a config file, the one beside it: AutoImageProcessor would read the file itself as a processor's.
+    folder = Path(source).parent if Path(source).is_file() else source
+    try:
+        AutoImageProcessor.from_pretrained(folder).save_pretrained(out_dir)
+    except (ImportError, OSError) as error:
+        reason = str(error).strip().partition(". ")[0]  # without advice on the hub
+        print(f"diffusionblocks convert: note: no image processor was copied: {reason}", file=sys.stderr)

@@ -1,0 +1,182 @@
+"""`diffusionblocks inspect`: what a saved model's blocks hold, from its config, index and file headers alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import (
+    HfApi,
+    get_hf_file_metadata,
+    hf_hub_url,
+    parse_local_safetensors_file_metadata,
+    try_to_load_from_cache,
+)
+from huggingface_hub.utils import SafetensorsFileMetadata
+from transformers import AutoConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+
+from .. import checkpoint
+from ..backbones import backbone_for
+from ..configuration import USER_FIELDS, DiffusionBlocksConfig
+from ..models import MODELS
+from .operands import parse_verb
+
+
+@dataclass
+class InspectArguments:
+    json: bool = field(default=False, metadata={"help": "Print JSON."})
+
+
+def run(args: list[str]) -> None:
+    options, source = parse_verb(
+        "inspect",
+        [InspectArguments],
+        {"PATH_OR_ID": "folder or hub id of a DiffusionBlocks model"},
+        args,
+        description="Print what a saved model's blocks hold. Reads its config, index and file headers, no weights.",
+    )
+    description = describe(source)
+    if options.json:
+        print(json.dumps(description, indent=2))
+    else:
+        print("\n\n".join([block_table(description), _formulation(description), _training_report(description)]))
+
+
+def read_config(source: str) -> DiffusionBlocksConfig:
+    """The config of a saved DiffusionBlocks model.
+
+    Raises:
+        ValueError: it is the config of another model.
+        OSError: there is none.
+    """
+    if Path(source).is_dir():
+        checkpoint.finish_interrupted_save(Path(source))
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except OSError as error:  # "couldn't connect": for what?
+        raise OSError(f"{source}: {error}") from error
+    if not isinstance(config, DiffusionBlocksConfig):
+        raise ValueError(
+            f"{source} is not a DiffusionBlocks model (model_type={config.model_type!r}): "
+            "`diffusionblocks convert` makes one of it"
+        )
+    return config
+
+
+def describe(source: str) -> dict:
+    """What is known of a saved model without its weights; JSON-able.
+
+    Raises:
+        ValueError: it is no DiffusionBlocks model, or its index does not fit its config.
+        OSError: a file is missing or truncated; names it.
+    """
+    config = read_config(source)
+    files = _files_by_block(source, config)
+    if Path(source).is_dir():
+        checkpoint.check_shards(Path(source))
+    contents = {block: _contents(source, file) for block, file in files.items()}
+    model_class = MODELS[backbone_for(config.source_config).task]
+    schedule = config.noise_schedule(model_class.default_overlap)
+    in_force = {  # where the config leaves it to the task, or names another field
+        "overlap": schedule.overlap,
+        "sigma_data": config.target_scale(config.hidden_size),
+        "num_inference_steps": config.num_inference_steps or config.num_blocks,
+    }
+    return {
+        "model": source,
+        "source_model_type": config.source_config.model_type,
+        "base_model": config.base_model,
+        "task": model_class.task,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_blocks": config.num_blocks,
+        "blocks": [
+            {
+                "block": k,
+                "layers": list(config.block_layers(k)),
+                "sigma": list(schedule.interval(k)),
+                "training_sigma": list(schedule.interval(k, schedule.overlap)),
+                **contents[str(k)],
+            }
+            for k in range(config.num_blocks)
+        ],
+        "shared": contents["shared"],
+        "formulation": {
+            name: in_force.get(name, getattr(config, name))
+            for name in USER_FIELDS
+            if name not in ("num_blocks", "layers_per_block")
+        },
+        "training_report": config.training_report,
+    }
+
+
+def _files_by_block(source: str, config: DiffusionBlocksConfig) -> dict[str, str]:
+    """"shared" and each block's number -> its file, from the index."""
+    path = Path(cached_file(source, SAFE_WEIGHTS_INDEX_NAME))
+    try:
+        files = json.loads(path.read_text())["metadata"]["blocks"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, or does not map blocks to files: {error!r}") from None
+    if set(files) != {"shared", *map(str, range(config.num_blocks))}:
+        raise ValueError(f"{path} maps {', '.join(sorted(files))}, but the config says num_blocks={config.num_blocks}")
+    return files
+
+
+def _contents(source: str, file: str) -> dict:
+    """Parameters and bytes of one file."""
+    path = Path(source) / file if Path(source).is_dir() else try_to_load_from_cache(source, file)
+    if isinstance(path, (str, Path)):
+        header, size = parse_local_safetensors_file_metadata(path), Path(path).stat().st_size
+    else:
+        header, size = _remote_header(source, file)
+    return {"parameters": sum(header.parameter_count.values()), "file": file, "bytes": size}
+
+
+def _remote_header(repo_id: str, file: str) -> tuple[SafetensorsFileMetadata, int]:
+    """Header and size of a file on the hub, without downloading the rest."""
+    try:
+        header = HfApi().parse_safetensors_file_metadata(repo_id, file)
+        return header, get_hf_file_metadata(hf_hub_url(repo_id, file)).size
+    except Exception as error:  # the hub client lets through whatever its HTTP library raises
+        raise OSError(f"{repo_id}: the header of {file} cannot be read: {error}") from error
+
+
+def block_table(description: dict) -> str:
+    """A model's blocks as a table, from [`describe`]."""
+    header = ("block", "layers", "sigma", "trains at sigma", "parameters", "file", "bytes")
+    parts = [*description["blocks"], {"block": "shared", **description["shared"]}]
+    total = {key: sum(part[key] for part in parts) for key in ("parameters", "bytes")}
+    rows = [header, *map(_block_row, parts), _block_row({"block": "total", "file": "", **total})]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    title = (
+        f"{description['model']}: {description['source_model_type']} for {description['task']}, "
+        f"{description['num_hidden_layers']} layers in {description['num_blocks']} blocks"
+    )
+    return "\n".join([title, "", *lines])
+
+
+def _block_row(part: dict) -> tuple[str, ...]:
+    layers = f"{part['layers'][0]}-{part['layers'][-1]}" if "layers" in part else ""
+    intervals = ["({:.4g}, {:.4g}]".format(*part[key]) if key in part else "" for key in ("sigma", "training_sigma")]
+    return (str(part["block"]), layers, *intervals, f"{part['parameters']:,}", part["file"], f"{part['bytes']:,}")
+
+
+def _formulation(description: dict) -> str:
+    return "\n".join(["formulation:", *_lines(description["formulation"])])
+
+
+def _training_report(description: dict) -> str:
+    report = description["training_report"]
+    return "\n".join(["training report:", *_lines(report)]) if report else "not trained yet"
+
+
+def _lines(values: dict, indent: str = "  ") -> list[str]:
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}:", *_lines(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{name}: {value}")
+    return lines

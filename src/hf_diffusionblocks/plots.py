@@ -1,0 +1,188 @@
+"""Pictures: how the noise is cut into blocks, and how a walk sharpens from noise to a label.
+
+Figures are drawn without pyplot, so they need no display and leave no global state behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .models.image_classification import WalkClassifierOutput
+    from .noise import NoiseSchedule
+
+INK, MUTED, QUIET, RIGHT, WRONG = "#22303c", "#66727e", "#c3ccd4", "#2a9d6f", "#d1495b"
+MOST_CLASSES = 10  # bars in a panel that can still be read
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install hf-diffusionblocks[recipes]") from error
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def _bare(axes: Axes) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(QUIET)
+    axes.tick_params(colors=MUTED, labelsize=8, length=3)
+
+
+# ---- the partition
+
+
+def plot_noise_partition(schedule: NoiseSchedule, path: str | PathLike) -> None:
+    """Draw the density of the noise over ln sigma, and the intervals that the blocks own and train on.
+
+    Args:
+        schedule: of a model, `model.noise_schedule`.
+        path: of the picture; its suffix gives the format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    num_blocks = schedule.num_blocks
+    rows_height = 0.25 + 0.28 * num_blocks
+    figure = _figure(9, 3.2 + rows_height)
+    density, intervals = figure.subplots(2, sharex=True, height_ratios=[2.5, rows_height])
+    colors = _block_colors(num_blocks)
+    _draw_density(density, schedule, colors)
+    for block, color in enumerate(colors):
+        _draw_interval(intervals, schedule, block, color)
+    for boundary in schedule.boundaries[1:-1].log().tolist():
+        for axes in (density, intervals):
+            axes.axvline(boundary, color=INK, linewidth=0.8, linestyle=(0, (3, 3)))
+
+    _bare(intervals)
+    intervals.set_ylim(num_blocks - 0.4, -0.6)  # block 0 on top
+    names = ["block {}: σ {:.3g} to {:.3g}".format(block, *schedule.interval(block)) for block in range(num_blocks)]
+    intervals.set_yticks(range(num_blocks), names)
+    intervals.tick_params(axis="y", length=0, labelcolor=INK, labelsize=9)
+    decades = [10.0**power for power in range(-4, 4)]
+    # The ends of the range, and the decades that leave them room.
+    ticks = [s for s in decades if 1.3 * schedule.sigma_min < s < schedule.sigma_max / 1.3]
+    ticks = [schedule.sigma_min, *ticks, schedule.sigma_max]
+    intervals.set_xticks(np.log(ticks), [f"{sigma:g}" for sigma in ticks])
+    intervals.set_xlim(np.log(schedule.sigma_min), np.log(schedule.sigma_max))
+    hatched = "; hatched: overlap, trained on as well" if schedule.overlap and num_blocks > 1 else ""
+    intervals.set_xlabel(f"noise level σ (logarithmic){hatched}", color=MUTED, fontsize=9)
+    density.set_title("Blocks of equal probability; the first layers take the highest noise", color=INK, fontsize=11)
+    figure.savefig(path, dpi=150)
+
+
+def _block_colors(num_blocks: int) -> list:
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.75 - 0.6 * block / max(num_blocks - 1, 1)) for block in range(num_blocks)]
+
+
+def _draw_density(axes: Axes, schedule: NoiseSchedule, colors: list) -> None:
+    ends = np.log([schedule.sigma_min, schedule.sigma_max])
+    log_sigma = torch.linspace(*ends, 2001, dtype=torch.float64)
+    # The slope of the CDF: right for every kind of schedule.
+    density = torch.gradient(schedule.cdf(log_sigma.exp()), spacing=(log_sigma,))[0].numpy()
+    log_sigma = log_sigma.numpy()
+    for block, color in enumerate(colors):
+        low, high = np.log(schedule.interval(block))
+        inside = (log_sigma >= low - 0.01) & (log_sigma <= high + 0.01)
+        axes.fill_between(log_sigma, density, where=inside, color=color, linewidth=0)
+        middle = 1 - (block + 0.5) / schedule.num_blocks  # the block's median
+        middle = float(schedule.quantile(torch.tensor(middle)).log())
+        name = f"block {block}" if schedule.num_blocks <= 4 else str(block)
+        axes.text(middle, 0.06 * density.max(), name, color="white", fontsize=10, ha="center", weight="bold")
+    axes.plot(log_sigma, density, color=INK, linewidth=1.2)
+    _bare(axes)
+    axes.set_ylim(0, 1.08 * density.max())
+    axes.set_yticks([])
+    axes.tick_params(bottom=False, labelbottom=False)
+    axes.set_ylabel("density of ln σ", color=MUTED, fontsize=9)
+
+
+def _draw_interval(axes: Axes, schedule: NoiseSchedule, block: int, color) -> None:
+    """A block's own interval in full colour, its overlap with its neighbours hatched."""
+    own = np.log(schedule.interval(block))
+    trained = np.log(schedule.interval(block, schedule.overlap))
+    axes.barh(block, own[1] - own[0], left=own[0], height=0.62, color=color)
+    for low, high in ((trained[0], own[0]), (own[1], trained[1])):
+        axes.barh(block, high - low, left=low, height=0.62, facecolor="white", edgecolor=color, hatch="/////")
+
+
+# ---- the walk
+
+
+def plot_walk(
+    images: Sequence[Any],
+    labels: Sequence[int],
+    prediction: WalkClassifierOutput,
+    id2label: Mapping[int, str],
+    path: str | PathLike,
+) -> None:
+    """Draw images beside the class probabilities after each step of their walks from noise to a label.
+
+    Args:
+        images: N pictures, anything matplotlib's `imshow` takes (PIL images, arrays `[H, W]` or `[H, W, 3]`).
+        labels: their N true classes.
+        prediction: of the same images, `model.predict(pixel_values, num_inference_steps=T)`.
+        id2label: names of the classes, `model.config.id2label`.
+        path: of the picture; its suffix gives the format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there are not as many images as labels and walks.
+    """
+    trajectory = prediction.trajectory.float().cpu().numpy()
+    num_images, num_steps, num_classes = trajectory.shape
+    if not len(images) == len(labels) == num_images:
+        raise ValueError(f"images ({len(images)}), labels ({len(labels)}) and walks ({num_images}) must be as many")
+    shown = min(num_classes, MOST_CLASSES)
+    figure = _figure(max(6.5, 1.9 + 1.55 * num_steps), 0.75 + num_images * (0.45 + 0.125 * shown))
+    grid = figure.subplots(num_images, num_steps + 1, squeeze=False, width_ratios=[1.0] + [1.2] * num_steps)
+    for row, image, label, steps in zip(grid, images, labels, trajectory):
+        _draw_image(row[0], image, id2label[int(label)])
+        # With many classes, those that were ever likely, in the model's order.
+        classes = np.sort(np.argsort(-steps.max(0), kind="stable")[:shown])
+        for step, axes in enumerate(row[1:]):
+            _draw_probabilities(axes, steps[step], classes, int(label))
+            if step == 0:
+                axes.set_yticks(range(shown), [id2label[int(c)] for c in classes])
+                axes.tick_params(axis="y", labelsize=7, length=0)
+    for step, sigma in enumerate(prediction.sigmas[:-1].tolist()):
+        grid[0, step + 1].set_title(f"step {step + 1}, σ = {sigma:.3g}", fontsize=9, color=INK)
+    figure.suptitle(
+        "Walk from noise to a label. Green: the true class; red: a wrong one on top", x=0.01, ha="left",
+        fontsize=11, color=INK,
+    )  # fmt: skip
+    figure.savefig(path, dpi=150)
+
+
+def _draw_image(axes: Axes, image: Any, name: str) -> None:
+    axes.imshow(image, cmap="gray", interpolation="nearest")
+    axes.set_axis_off()
+    axes.set_title(name, fontsize=9, color=INK)
+
+
+def _draw_probabilities(axes: Axes, probabilities: np.ndarray, classes: np.ndarray, label: int) -> None:
+    top = int(probabilities.argmax())
+    colors = [RIGHT if c == label else WRONG if c == top else QUIET for c in classes]
+    axes.barh(range(len(classes)), probabilities[classes], color=colors, height=0.8)
+    if top in classes:
+        value = probabilities[top]
+        inside = value > 0.6
+        axes.text(
+            value + (-0.03 if inside else 0.03), list(classes).index(top), f"{value:.0%}", va="center", fontsize=7,
+            ha="right" if inside else "left", color="white" if inside else INK,
+        )  # fmt: skip
+    _bare(axes)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(len(classes) - 0.4, -0.6)  # the first class on top
+    axes.set_xticks([0, 0.5, 1], ["", "", ""])
+    axes.set_yticks([])

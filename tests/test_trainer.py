@@ -1,0 +1,301 @@
+"""Training: which block moves when, schedules on each block's own count, resume, logs."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FORMULATIONS, NUM_LABELS, randomized
+from safetensors.torch import load_file
+from transformers import TrainerCallback, TrainingArguments, ViTForImageClassification
+
+import hf_diffusionblocks as db
+from hf_diffusionblocks.training import BlockSchedule
+
+
+class Images(torch.utils.data.Dataset):
+    """64 random images, made as they are asked for."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        return {"pixel_values": torch.randn(1, 8, 8, generator=generator), "labels": index % NUM_LABELS}
+
+
+def make_trainer(model, folder, callbacks=None, **arguments) -> db.DiffusionBlocksTrainer:
+    arguments = {
+        "learning_rate": 1e-2, "weight_decay": 0.1, "per_device_train_batch_size": 8, "logging_steps": 1,
+        "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True, **arguments,
+    }  # fmt: skip
+    args = db.DiffusionBlocksTrainingArguments(output_dir=str(folder), **arguments)
+    return db.DiffusionBlocksTrainer(
+        model=model, args=args, train_dataset=Images(), eval_dataset=Images(), callbacks=callbacks
+    )
+
+
+class StepRecorder(TrainerCallback):
+    """Notes the active block, the parameters that moved, and the learning rates of each optimizer step."""
+
+    def __init__(self):
+        self.trainer, self.blocks, self.moved, self.rates = None, [], [], []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self._before = copy.deepcopy(dict(model.named_parameters()))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.rates.append({group["block"]: group["lr"] for group in self.trainer.optimizer.param_groups})
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.blocks.append(self.trainer.active_block)
+        self.moved.append({n for n, p in model.named_parameters() if not torch.equal(p, self._before[n])})
+
+
+def train_and_record(model, folder, **arguments) -> StepRecorder:
+    recorder = StepRecorder()
+    recorder.trainer = make_trainer(model, folder, callbacks=[recorder], **arguments)
+    recorder.trainer.train()
+    return recorder
+
+
+# ---- which block
+
+
+@pytest.mark.parametrize("num_blocks, total_steps", [(1, 5), (3, 12), (4, 10)])
+@pytest.mark.parametrize("order", ["random", "sequential"])
+def test_schedule_counts_the_updates_of_each_block(order, num_blocks, total_steps):
+    schedule = BlockSchedule(order, num_blocks, total_steps, seed=0)
+    counts = Counter()
+    for step in range(total_steps):
+        assert [schedule.updates_before(step, k) for k in range(num_blocks)] == [counts[k] for k in range(num_blocks)]
+        counts[schedule.block_at(step)] += 1
+    assert max(counts.values()) == schedule.updates_per_block
+    if total_steps % num_blocks == 0:
+        assert set(counts.values()) == {total_steps // num_blocks}
+
+
+def test_random_schedule_is_uniform_and_keyed_by_the_seed():
+    drawn = Counter(BlockSchedule("random", 4, 4, seed).block_at(1) for seed in range(4000))
+    assert all(abs(drawn[k] - 1000) < 4 * math.sqrt(1000) for k in range(4))
+    runs = [[BlockSchedule("random", 4, 40, seed).block_at(step) for step in range(40)] for seed in (0, 0, 1)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_sequential_schedule_finishes_a_block_before_the_next():
+    schedule = BlockSchedule("sequential", 3, 6, seed=0)
+    assert [schedule.block_at(step) for step in range(6)] == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_moves_its_block_and_shared_parameters_only(model, tmp_path, accumulation):
+    """Every parameter, weight decay on: a gradient of zero, rather than none, would let decay move the others."""
+    recorder = train_and_record(model, tmp_path, max_steps=4, gradient_accumulation_steps=accumulation)
+    assert sorted(recorder.blocks) == [0, 0, 1, 1]
+    for block, moved in zip(recorder.blocks, recorder.moved):
+        own = {name for name, _ in model.named_parameters() if model.block_of_parameter(name) == block}
+        assert own <= moved
+        assert all(model.block_of_parameter(name) in (None, block) for name in moved)
+        assert any(model.block_of_parameter(name) is None for name in moved)
+
+
+def test_micro_batches_of_a_step_train_one_block(plain_model, tmp_path):
+    model = db.convert(plain_model, num_blocks=2)
+    trained = []
+    model.register_forward_pre_hook(lambda m, args, kwargs: trained.append(kwargs["block_index"]), with_kwargs=True)
+    trainer = make_trainer(model, tmp_path, max_steps=4, gradient_accumulation_steps=2)
+    trainer.train()
+    assert trained == [trainer.block_schedule.block_at(step) for step in range(4) for _ in range(2)]
+
+
+def test_updates_per_block_sets_the_number_of_steps(plain_model, tmp_path):
+    recorder = train_and_record(db.convert(plain_model, num_blocks=4), tmp_path, updates_per_block=3)
+    assert Counter(recorder.blocks) == dict.fromkeys(range(4), 3)
+    assert recorder.trainer.state.global_step == 12
+
+
+def test_sequential_training(plain_model, tmp_path):
+    recorder = train_and_record(
+        db.convert(plain_model, num_blocks=2), tmp_path, updates_per_block=2, block_schedule="sequential"
+    )
+    assert recorder.blocks == [0, 0, 1, 1]
+
+
+# ---- learning rates
+
+
+@pytest.mark.parametrize("order", ["random", "sequential"])
+def test_learning_rate_runs_on_each_block_s_own_updates(plain_model, tmp_path, order):
+    """Each block sees the whole curve, warm-up to zero, as a plain model of as many updates would."""
+    recorder = train_and_record(
+        db.convert(plain_model, num_blocks=2), tmp_path, updates_per_block=6, block_schedule=order,
+        lr_scheduler_type="linear", warmup_steps=2,
+    )  # fmt: skip
+    expected = [0, 0.005, 0.01, 0.0075, 0.005, 0.0025]
+    for block in range(2):
+        rates = [rate[block] for active, rate in zip(recorder.blocks, recorder.rates) if active == block]
+        assert rates == pytest.approx(expected)
+    shared = [rate[None] for rate in recorder.rates]
+    assert shared == pytest.approx([rate for rate in expected for _ in range(2)])
+
+
+def test_logged_learning_rate_is_the_active_block_s(plain_model, tmp_path):
+    recorder = train_and_record(
+        db.convert(plain_model, num_blocks=2), tmp_path, updates_per_block=2, block_schedule="sequential"
+    )
+    logged = [entry["learning_rate"] for entry in recorder.trainer.state.log_history if "learning_rate" in entry]
+    assert logged == pytest.approx([0.01, 0.005, 0.01, 0.005])
+
+
+def test_a_schedule_that_is_no_function_of_the_step_is_refused(plain_model, tmp_path):
+    trainer = make_trainer(
+        db.convert(plain_model, 2), tmp_path, max_steps=2, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps"
+    )
+    with pytest.raises(ValueError, match="lr_scheduler_type='reduce_lr_on_plateau' is not a function of the step"):
+        trainer.train()
+
+
+# ---- logs, evaluation
+
+
+def test_logs_hold_a_loss_for_each_block(plain_model, tmp_path):
+    trainer = make_trainer(db.convert(plain_model, 2), tmp_path, updates_per_block=2, logging_steps=2)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 2
+    for entry in entries:  # one step of each block between logs
+        assert (entry["loss_block_0"] + entry["loss_block_1"]) / 2 == pytest.approx(entry["loss"], abs=1e-4)
+
+
+def test_block_losses_are_means_over_micro_batches(plain_model, tmp_path):
+    trainer = make_trainer(
+        db.convert(plain_model, 2), tmp_path, max_steps=2, logging_steps=2, gradient_accumulation_steps=4
+    )
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert (entry["loss_block_0"] + entry["loss_block_1"]) / 2 == pytest.approx(entry["loss"], abs=1e-4)
+
+
+def test_evaluation_is_label_free(model, tmp_path):
+    trainer = make_trainer(model, tmp_path)
+    result = trainer.evaluate()
+    with torch.no_grad():
+        batch = torch.utils.data.default_collate([Images()[i] for i in range(64)])
+        expected = model.eval()(**batch).loss
+    assert result["eval_loss"] == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_training_evaluates_and_goes_on(plain_model, tmp_path):
+    trainer = make_trainer(db.convert(plain_model, 2), tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 2
+
+
+# ---- resume
+
+
+@pytest.mark.parametrize("name", FORMULATIONS)
+def test_resumed_equals_uninterrupted_bit_for_bit(plain_config, tmp_path, name):
+    """Stopped in the middle of an epoch and of a round of blocks; dropout on, so the global generator matters too."""
+    plain_config.hidden_dropout_prob = 0.1
+    arguments = {"max_steps": 11, "save_strategy": "steps", "save_steps": 5, "lr_scheduler_type": "cosine"}
+
+    def fresh():
+        torch.manual_seed(0)
+        return db.convert(plain_config, num_blocks=2, **FORMULATIONS[name])
+
+    uninterrupted = fresh()
+    make_trainer(uninterrupted, tmp_path / "whole", **arguments).train()
+    make_trainer(fresh(), tmp_path / "part", **arguments).train()  # the same run, of which checkpoint-5 is kept
+    resumed = randomized(fresh())
+    make_trainer(resumed, tmp_path / "part", **arguments).train(
+        resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-5")
+    )
+    for (key, expected), actual in zip(uninterrupted.state_dict().items(), resumed.state_dict().values()):
+        assert torch.equal(expected, actual), key
+
+
+def test_resume_from_a_damaged_checkpoint_names_the_shard(plain_model, tmp_path):
+    arguments = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(db.convert(plain_model, 2), tmp_path, **arguments).train()
+    (tmp_path / "checkpoint-2" / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(OSError, match="checkpoint-2/model-00002-of-00003.safetensors is missing"):
+        make_trainer(db.convert(plain_model, 2), tmp_path, **arguments).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
+
+
+def test_best_model_is_loaded_at_the_end(plain_model, tmp_path):
+    trainer = make_trainer(
+        db.convert(plain_model, 2), tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2, save_strategy="steps",
+        save_steps=2, load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer.train()
+    best = min(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(best, abs=1e-5)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"block_schedule": "round-robin"}, r"block_schedule='round-robin' must be one of 'random', 'sequential'"),
+        ({"updates_per_block": 0}, r"updates_per_block=0 must be at least 1"),
+        ({"updates_per_block": 3, "max_steps": 6}, r"updates_per_block=3 and max_steps=6 both"),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        db.DiffusionBlocksTrainingArguments(output_dir=str(tmp_path), **arguments)
+
+
+def test_a_plain_model_or_plain_arguments_are_refused(plain_model, tmp_path):
+    args = db.DiffusionBlocksTrainingArguments(output_dir=str(tmp_path))
+    with pytest.raises(TypeError, match="model=ViTForImageClassification must be a DiffusionBlocks model"):
+        db.DiffusionBlocksTrainer(model=plain_model, args=args)
+    with pytest.raises(TypeError, match="args=TrainingArguments must be DiffusionBlocksTrainingArguments"):
+        db.DiffusionBlocksTrainer(model=db.convert(plain_model, 2), args=TrainingArguments(output_dir=str(tmp_path)))
+
+
+# ---- several processes
+
+DISTRIBUTED = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from test_trainer import Images, make_trainer
+import hf_diffusionblocks as db
+model = db.DiffusionBlocksForImageClassification.from_pretrained({source!r})
+trainer = make_trainer(model, {output!r}, max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+trainer.train()
+torch.save(model.state_dict(), {output!r} + f"/rank{{trainer.args.process_index}}.pt")
+"""
+
+
+def test_two_processes_train_the_same_block_and_agree(plain_model, tmp_path):
+    """Real processes under `accelerate launch` (gloo): both ranks end with the same weights."""
+    db.convert(plain_model, num_blocks=2).save_pretrained(tmp_path / "source")
+    script = tmp_path / "script.py"
+    script.write_text(
+        DISTRIBUTED.format(
+            tests=str(Path(__file__).parent), source=str(tmp_path / "source"), output=str(tmp_path)
+        )
+    )
+    # --multi_gpu is accelerate's torchrun launcher; --cpu would want MPI. The arguments' use_cpu makes it gloo.
+    launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    subprocess.run(
+        [sys.executable, "-m", *launch.split(), "--dynamo_backend", "no", "--main_process_port", "0", str(script)],
+        check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
+    before = load_file(tmp_path / "source" / "model-00002-of-00003.safetensors")
+    assert not any(torch.equal(before[key], ranks[0][key]) for key in before)
