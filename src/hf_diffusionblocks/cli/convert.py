@@ -41,7 +41,7 @@ def run(args: list[str]) -> None:
     _check_out_dir(Path(out_dir), Path(source), options.overwrite)
     if not options.fresh:
         _check_weights(Path(source))
-    pass
+    set_seed(options.seed)
     model = _convert(source, options.fresh, config_fields(blocks))
     model.save_pretrained(out_dir)
     _copy_image_processor(source, out_dir)
