@@ -23,7 +23,7 @@ def test_card_states_blocks_and_formulation(model, tmp_path):
         assert f"| {k} | {layers[0]}-{layers[-1]} | ({low:.4g}, {high:.4g}] | {count:,} |" in card
     for field in ("denoiser", "context", "readout"):
         assert f"| {field} | {getattr(model.config, field)} |" in card
-    assert "Not trained yet" in card
+    assert "Not trained since its conversion" in card
     assert "$" not in card.replace("$ pip", "")
 
 

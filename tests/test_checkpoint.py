@@ -144,10 +144,11 @@ def test_a_plain_checkpoint_has_no_blocks(plain_model, tmp_path):
     [
         (lambda path: path.unlink(), "is missing"),
         (lambda path: os.truncate(path, path.stat().st_size - 10), "is truncated: it has .* bytes, its header promises"),
-        (lambda path: os.truncate(path, 30), "is truncated: 30 bytes do not hold its header"),
-        (lambda path: os.truncate(path, 0), "is truncated: 0 bytes"),
+        (lambda path: os.truncate(path, 30), "is truncated: its header is cut off"),
+        (lambda path: os.truncate(path, 0), "is truncated or damaged: its header is not JSON"),
+        (lambda path: path.write_bytes(b"\x08" + 7 * b"\0" + 8 * b"?"), "is truncated or damaged: its header is not JSON"),
     ],
-    ids=["missing", "truncated", "header cut", "empty"],
+    ids=["missing", "truncated", "header cut", "empty", "garbage"],
 )
 def test_a_damaged_shard_is_named(saved, load, shard, damage, message):
     damage(saved[1] / shard)
@@ -179,11 +180,12 @@ def test_a_save_killed_while_moving_its_files_is_finished_by_the_next_reader(sav
     randomized(model).config.inference_seed = 7
     moved, replace = [], os.replace
 
-    def die(*args):
-        if len(moved) == files_moved:
-            raise KeyboardInterrupt
-        moved.append(args)
-        replace(*args)
+    def die(source, target):
+        if source.parent.name == checkpoint.COMPLETE:
+            if len(moved) == files_moved:
+                raise KeyboardInterrupt
+            moved.append(source)
+        replace(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", die)

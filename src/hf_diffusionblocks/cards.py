@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -35,12 +36,23 @@ EVALUATION_SENTENCES = {
 }
 
 
-def write(model: DiffusionBlocksPreTrainedModel, folder: Path, keep_from: Path) -> None:
-    """Write the card to `folder`, unless a person wrote the one in `keep_from`."""
+def write(model: DiffusionBlocksPreTrainedModel, folder: Path, keep_from: Path) -> bool:
+    """Write the card to `folder`, unless a person wrote or edited the one in `keep_from`; whether it was written."""
     existing = keep_from / CARD
     if existing.is_file() and not any(mark in existing.read_text() for mark in GENERATED_BY):
-        return
-    (folder / CARD).write_text(render(model, keep_from.resolve().name))
+        return False
+    replace(model, folder, keep_from.resolve().name)
+    return True
+
+
+def replace(model: DiffusionBlocksPreTrainedModel, folder: Path, name: str) -> None:
+    """Write the card to `folder`, whatever is there; aside first, so that a failure leaves the old one whole."""
+    aside = folder / f".{CARD}"
+    try:
+        aside.write_text(render(model, name))
+        os.replace(aside, folder / CARD)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def render(model: DiffusionBlocksPreTrainedModel, name: str) -> str:
@@ -48,7 +60,10 @@ def render(model: DiffusionBlocksPreTrainedModel, name: str) -> str:
     config = model.config
     report = config.training_report or {}
     template = Template(files("hf_diffusionblocks.model_cards").joinpath("template.md").read_text())
-    source = f"[{config.base_model}](https://huggingface.co/{config.base_model})" if config.base_model else "a fresh model"
+    plain = f"{type(model.backbone).__name__}, {config.num_hidden_layers} layers"
+    source = f"a {plain}"
+    if config.base_model:
+        source = f"[{config.base_model}](https://huggingface.co/{config.base_model}) ({plain})"
     return template.substitute(
         title=name,
         load_name=name,
@@ -57,7 +72,7 @@ def render(model: DiffusionBlocksPreTrainedModel, name: str) -> str:
         use_lines=USE_LINES[model.task].format(name=name),
         base_model_yaml=f"base_model: {config.base_model}\n" if config.base_model else "",
         datasets_yaml=f"datasets:\n- {report['dataset']}\n" if report.get("dataset") else "",
-        source=f"{source} ({type(model.backbone).__name__}, {config.num_hidden_layers} layers)",
+        source=source,
         num_blocks=config.num_blocks,
         block_rows="\n".join(_block_row(model, k) for k in range(config.num_blocks)),
         shared_parameters=f"{sum(p.numel() for p in model.shared_parameters()):,}",
@@ -83,7 +98,7 @@ def _formulation_value(model: DiffusionBlocksPreTrainedModel, field: str):
 
 def _training_section(report: dict) -> str:
     if not report:
-        return "Not trained yet: converted, with the weights of its source."
+        return "Not trained since its conversion."
     lines = [f"- {label}: {report[key]}" for key, label in _REPORT_LABELS.items() if report.get(key) is not None]
     if results := report.get("results"):
         lines += ["", "| result | value |", "|---|---|"]

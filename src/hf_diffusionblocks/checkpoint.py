@@ -97,7 +97,7 @@ def check_shards(folder: Path) -> None:
     """Check that every file the index names is there, whole.
 
     Raises:
-        OSError: names the file that is missing or truncated.
+        OSError: names the file that is missing, truncated or damaged.
     """
     if not (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
         return
@@ -105,17 +105,23 @@ def check_shards(folder: Path) -> None:
         path = folder / file
         if not path.is_file():
             raise OSError(f"{path} is missing: {SAFE_WEIGHTS_INDEX_NAME} names it")
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            # safetensors: 8 bytes of header length, the header, then the tensors back to back.
-            header_length = int.from_bytes(stream.read(8), "little")
-            header = stream.read(header_length) if size >= 8 + header_length else b""
-        if not header:
-            raise OSError(f"{path} is truncated: {size} bytes do not hold its header")
-        offsets = [entry["data_offsets"][1] for key, entry in json.loads(header).items() if key != "__metadata__"]
-        expected = 8 + header_length + max(offsets, default=0)
+        size, expected = path.stat().st_size, _promised_size(path)
         if size != expected:
             raise OSError(f"{path} is truncated: it has {size} bytes, its header promises {expected}")
+
+
+def _promised_size(path: Path) -> int:
+    """Size of a safetensors file by its header: 8 bytes of header length, the header, the tensors back to back."""
+    with path.open("rb") as stream:
+        header_length = int.from_bytes(stream.read(8), "little")
+        if header_length > path.stat().st_size:
+            raise OSError(f"{path} is truncated: its header is cut off")
+        try:
+            header = json.loads(stream.read(header_length))
+        except ValueError:
+            raise OSError(f"{path} is truncated or damaged: its header is not JSON") from None
+    offsets = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+    return 8 + header_length + max(offsets, default=0)
 
 
 def align(model: torch.nn.Module) -> None:

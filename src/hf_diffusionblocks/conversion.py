@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from os import PathLike
+from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -46,11 +47,11 @@ def convert(
     plain_class = backbone_for(source.config).plain_class
     if type(source) is not plain_class:
         raise ValueError(f"source={type(source).__name__} must be {plain_class.__name__} for task {model_class.task!r}")
-    config_fields.setdefault("base_model", source.config.name_or_path or None)
+    config = _config(source.config, num_blocks, config_fields)
+    name = source.config.name_or_path
+    config.base_model = name if name and not Path(name).exists() else None  # a local path means nothing to others
     model = model_class._from_config(
-        _config(source.config, num_blocks, config_fields),
-        dtype=source.dtype,
-        attn_implementation=source.config._attn_implementation,
+        config, dtype=source.dtype, attn_implementation=source.config._attn_implementation
     )
     model.backbone.load_state_dict(source.state_dict())
     return model.to(source.device).train(source.training)
@@ -76,7 +77,7 @@ def _model_class(config: PreTrainedConfig, task: str | None) -> type[DiffusionBl
 
 
 def _config(source: PreTrainedConfig, num_blocks: int, config_fields: dict) -> DiffusionBlocksConfig:
-    unknown = set(config_fields) - set(USER_FIELDS) - {"base_model"}
+    unknown = set(config_fields) - set(USER_FIELDS)
     if unknown:
         raise ValueError(
             f"{', '.join(sorted(unknown))}: not a field of DiffusionBlocksConfig; fields are {', '.join(USER_FIELDS)}"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -34,12 +32,16 @@ def run(args: list[str]) -> None:
     if not folder.is_dir():
         raise NotADirectoryError(f"FOLDER={folder} is not a folder")
     model = _empty_model(folder)
+    name = folder.resolve().name
     if options.stdout:
-        print(cards.render(model, folder.resolve().name))
-    elif _write(model, folder, options.force):
-        print(f"{folder / cards.CARD}: written")
-    else:
+        print(cards.render(model, name))
+        return
+    if options.force:
+        cards.replace(model, folder, name)
+    elif not cards.write(model, folder, keep_from=folder):
         print(f"{folder / cards.CARD}: kept, a person wrote or edited it; --force replaces it")
+        return
+    print(f"{folder / cards.CARD}: written")
 
 
 def _empty_model(folder: Path) -> DiffusionBlocksPreTrainedModel:
@@ -47,17 +49,3 @@ def _empty_model(folder: Path) -> DiffusionBlocksPreTrainedModel:
     config = read_config(str(folder))
     with torch.device("meta"):
         return MODELS[backbone_for(config.source_config).task](config)
-
-
-def _write(model: DiffusionBlocksPreTrainedModel, folder: Path, force: bool) -> bool:
-    """Whether the card was written. It is written aside first: a failure leaves the old one whole."""
-    with TemporaryDirectory(prefix=".card-", dir=folder) as aside:
-        card = Path(aside) / cards.CARD
-        if force:
-            card.write_text(cards.render(model, folder.resolve().name))
-        else:
-            cards.write(model, Path(aside), keep_from=folder)
-        if not card.is_file():
-            return False
-        os.replace(card, folder / cards.CARD)
-        return True
