@@ -52,7 +52,7 @@ class DiffusionBlocksTrainer(Trainer):
         self.block_schedule: BlockSchedule | None = None  # known once training knows its number of steps
         self.active_block = 0
         self._micro_batch = 0
-        self._block_losses = torch.zeros(self.num_blocks, 2, dtype=torch.float64)  # sum and count since the last log
+        self._block_losses = torch.zeros(self.num_blocks, 2, device=args.device)  # sum and count since the last log
         self._memory: dict[str, dict[int, int]] = {"activations": {}, "gradients": {}}
 
     # ---- which block
@@ -85,7 +85,7 @@ class DiffusionBlocksTrainer(Trainer):
         if self.active_block not in self._memory["gradients"]:
             self._memory["gradients"][self.active_block] = gradient_bytes(self.model.parameters())
         # `loss` is already divided by the number of micro-batches.
-        self._block_losses[self.active_block, 0] += loss.double().cpu()
+        self._block_losses[self.active_block, 0] += loss
         self._block_losses[self.active_block, 1] += 1 / self.current_gradient_accumulation_steps
         return loss
 
@@ -149,7 +149,7 @@ class DiffusionBlocksTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
-            totals = self.accelerator.reduce(self._block_losses.to(self.args.device), "sum").tolist()
+            totals = self.accelerator.reduce(self._block_losses, "sum").tolist()
             logs |= {f"loss_block_{k}": total / count for k, (total, count) in enumerate(totals) if count}
             self._block_losses.zero_()
         super().log(logs, *args, **kwargs)
