@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import yaml
@@ -50,18 +50,25 @@ class Parser(HfArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def parse(dataclass_types: Sequence[type], args: Sequence[str] | None = None, **parser_kwargs) -> tuple:
+def parse(
+    dataclass_types: Sequence[type],
+    args: Sequence[str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    **parser_kwargs,
+) -> tuple:
     """Fill dataclasses from `--config FILE.yaml` and from options, which win.
 
     Args:
         dataclass_types: one instance of each is returned, in this order.
         args: the command line; None is `sys.argv[1:]`.
+        defaults: in place of the dataclasses' own.
         parser_kwargs: of `argparse.ArgumentParser` (prog, description, ...).
 
     Exits with status 2 and one line on standard error on a bad file, an unknown option or a bad value.
     """
     usage = "%(prog)s [--config FILE.yaml] [--option VALUE ...]"
     parser = Parser(dataclass_types, usage=usage, allow_abbrev=False, **parser_kwargs)
+    parser.set_defaults(**defaults or {})
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of options; the command line overrides it.")
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
