@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import FORMULATIONS, randomized
+from conftest import FORMULATIONS, NUM_LABELS, randomized
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, ViTConfig, ViTImageProcessorPil, pipeline
 
@@ -97,6 +97,70 @@ def test_modes_are_given_back_after_a_carried_pass(plain_config, batch):
     before = [m.training for m in model.modules()]
     model(**batch, block_index=1)
     assert [m.training for m in model.modules()] == before
+
+
+@pytest.mark.parametrize("block_index", BLOCKS)
+def test_a_step_draws_a_sigma_of_its_block_and_noise_for_every_row(model, batch, block_index):
+    """The same loss as from the draws made by hand, in this order, from the same generator."""
+    generator = torch.Generator().manual_seed(3)
+    sigma = model.draw_sigma(block_index, 6, generator)
+    noise = torch.randn(6, 32, generator=generator)
+    assert sigma.unique().numel() == noise.unique(dim=0).shape[0] == 6
+    model.eval()
+    by_hand = model(**batch, block_index=block_index, sigma=sigma, noise=noise).loss
+    assert torch.equal(model(**batch, block_index=block_index, generator=generator.manual_seed(3)).loss, by_hand)
+
+
+def test_the_noisy_label_is_scaled_by_c_in_and_the_clean_tokens_are_not(plain_model, batch):
+    model = randomized(db.convert(plain_model, num_blocks=2)).eval()
+    entered = []
+    model.backbone.vit.layers[2].layernorm_before.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    sigma, noise = torch.logspace(-2, 1.5, 6), torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    model(**batch, block_index=1, sigma=sigma, noise=noise)
+    z = model.label_embeddings.vectors()[batch["labels"]] + sigma[:, None] * noise
+    c_in = (sigma**2 + 0.25).rsqrt()[:, None]
+    assert torch.allclose(entered[0][:, -1], c_in * z + model.noisy_label.position[0], atol=1e-5)
+    assert torch.equal(entered[0][:, :-1], model.block_input(1, pixel_values=batch["pixel_values"]))
+
+
+def test_targets_have_norm_one(model):
+    assert torch.allclose(model.label_embeddings.vectors().norm(dim=-1), torch.ones(NUM_LABELS))
+
+
+def test_posterior_readout_adds_the_likelihood_of_z(model, batch):
+    sigma, noise = torch.full((6,), 0.4), torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    model.eval()
+    logits = model(**batch, block_index=1, sigma=sigma, noise=noise).logits
+    targets = model.label_embeddings.vectors()
+    z = targets[batch["labels"]] + 0.4 * noise
+    network = model.network(1, model.block_input(1, pixel_values=batch["pixel_values"]), z, sigma)
+    likelihood = -(z[:, None] - targets).square().sum(-1) / (2 * 0.4**2)
+    expected = network + likelihood if model.config.readout == "posterior" else network
+    assert torch.allclose(logits, expected, atol=1e-4)
+
+
+def test_clean_stream_is_conditioned_on_sigma_min(plain_model, batch):
+    model = randomized(db.convert(plain_model, num_blocks=2, context="carried")).eval()
+    hidden = model.architecture.embed(model.backbone, pixel_values=batch["pixel_values"])
+    entering = {
+        sigma: model.run_block(0, hidden, model.modulations_at(0, torch.tensor([sigma]))) for sigma in (0.002, 80.0)
+    }
+    assert torch.equal(model.block_input(1, pixel_values=batch["pixel_values"]), entering[0.002])
+    assert not torch.allclose(entering[0.002], entering[80.0])
+
+
+def test_overlap_defaults_to_the_task_s(plain_config):
+    assert db.convert(plain_config, 2).noise_schedule.overlap == 0.05
+    assert db.convert(plain_config, 2, overlap=0.0).noise_schedule.overlap == 0.0
+
+
+def test_the_last_block_has_no_local_head(plain_model, batch):
+    model = db.convert(plain_model, num_blocks=2, context="carried", readout_layers=1)
+    runs = Counter()
+    model.readout_heads[0][0].attention.register_forward_hook(lambda *_: runs.update(["head"]))
+    for block_index, expected in ((0, 1), (1, 1)):
+        model(**batch, block_index=block_index)
+        assert len(model.readout_heads) == 1 and runs["head"] == expected
 
 
 def test_loss_is_the_mean_cross_entropy_of_the_logits(model, batch):
