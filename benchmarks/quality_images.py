@@ -161,16 +161,16 @@ def main() -> None:
     if not data_file.is_file():
         torch.save({split: load_split(options.data, split) for split in ("train", "test")}, data_file)
     settings = {"updates": options.updates, "output": str(options.output)}
-    jobs, files = [], []
+    jobs = []
     for seed in range(options.seeds):  # whole tables first: an interrupted benchmark has every row
         for number, row in enumerate(ROWS):
-            if row in options.rows:
-                files.append(options.output / f"row{number:02}-seed{seed}-updates{options.updates}.json")
-                if not files[-1].is_file():
-                    jobs.append((row, seed, settings, data_file, files[-1]))
+            file = options.output / f"row{number:02}-seed{seed}-updates{options.updates}.json"
+            if row in options.rows and not file.is_file():
+                jobs.append((row, seed, settings, data_file, file))
     with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
         for _ in pool.imap_unordered(run, jobs):
             pass
+    files = options.output.glob(f"row*-updates{options.updates}.json")
     result = table([json.loads(file.read_text()) for file in files], options.updates)
     (options.output / "table.md").write_text(result + "\n")
     print(result)
