@@ -33,7 +33,7 @@ from hf_diffusionblocks.cli.arguments import BlocksArguments, config_fields, par
 
 PROG = "train_image_classification.py"
 #: The recipe's defaults where they are not the class's (the paper's): what benchmarks/quality_images.py found best.
-BEST_MEASURED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
+BEST_MEASURED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0, "p_mean": 0.5}
 
 
 def _option(default, help: str):

@@ -308,6 +308,13 @@ def test_walk_with_one_step_a_block_runs_each_layer_once(plain_model, batch):
         assert runs == dict.fromkeys(range(4), 1)
 
 
+def test_walk_runs_without_dropout_in_training_mode(plain_config, batch):
+    plain_config.hidden_dropout_prob = 0.5
+    model = randomized(db.convert(plain_config, 2)).train()
+    assert torch.equal(*(model.predict(batch["pixel_values"]).logits for _ in range(2)))
+    assert model.training and model.backbone.vit.layers[0].dropout.training
+
+
 def test_walk_returns_its_trajectory(model, batch):
     out = model.eval().predict(batch["pixel_values"], num_inference_steps=5)
     assert out.trajectory.shape == (6, 5, 5) and out.sigmas.shape == (6,)

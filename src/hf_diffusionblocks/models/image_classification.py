@@ -15,7 +15,7 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration import DiffusionBlocksConfig
 from ..denoising import edm_loss_weight, posterior_logits, precondition
 from ..sampling import NoiseSource, walk
-from .base import DiffusionBlocksPreTrainedModel
+from .base import DiffusionBlocksPreTrainedModel, without_dropout
 from .targets import TargetEmbedding
 
 
@@ -215,7 +215,8 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
             generator: of the walk's noise, independent for each row; None takes the keyed noise, equal for every row.
             interpolate_pos_encoding: as in the plain model.
         """
-        walked, sigmas = self._walk(pixel_values, interpolate_pos_encoding, num_inference_steps, generator)
+        with without_dropout(self):
+            walked, sigmas = self._walk(pixel_values, interpolate_pos_encoding, num_inference_steps, generator)
         return WalkClassifierOutput(
             logits=walked.logits,
             probabilities=walked.logits.float().softmax(-1),

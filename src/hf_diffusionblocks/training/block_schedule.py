@@ -15,6 +15,7 @@ class BlockSchedule:
     Args:
         order: "random": every B steps are a fresh random order of the B blocks, so each step's block is uniformly
             random and all blocks get equally many updates. "sequential": all updates of block 0, then of block 1, ...
+            Where B does not divide the steps, some blocks get one update more.
         num_blocks: B.
         total_steps: optimizer steps of the whole run.
         seed: of the random order.
@@ -31,12 +32,13 @@ class BlockSchedule:
     def block_at(self, step: int) -> int:
         """The block that optimizer step `step` (from 0) trains."""
         if self.order == "sequential":
-            return min(step // self.updates_per_block, self.num_blocks - 1)
+            return step * self.num_blocks // self.total_steps
         return int(self._round(step // self.num_blocks)[step % self.num_blocks])
 
     def updates_before(self, step: int, block_index: int) -> int:
         """How many of the steps before `step` trained this block."""
         if self.order == "sequential":
-            return min(max(step - block_index * self.updates_per_block, 0), self.updates_per_block)
+            first, end = (math.ceil(k * self.total_steps / self.num_blocks) for k in (block_index, block_index + 1))
+            return min(max(step, first), end) - first
         rounds, within = divmod(step, self.num_blocks)
         return rounds + int(block_index in self._round(rounds)[:within])

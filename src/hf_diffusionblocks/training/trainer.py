@@ -35,6 +35,7 @@ class DiffusionBlocksTrainer(Trainer):
 
     Raises:
         TypeError: model or args are of another class.
+        ValueError: one process sees several devices.
     """
 
     args: DiffusionBlocksTrainingArguments
@@ -44,6 +45,11 @@ class DiffusionBlocksTrainer(Trainer):
             raise TypeError(f"model={type(model).__name__} must be a DiffusionBlocks model: convert() makes one")
         if not isinstance(args, DiffusionBlocksTrainingArguments):
             raise TypeError(f"args={type(args).__name__} must be DiffusionBlocksTrainingArguments")
+        if args.n_gpu > 1:  # the Trainer would wrap the model in DataParallel, whose threads would share one generator
+            raise ValueError(
+                f"{args.n_gpu} devices in one process cannot be trained on: start one process each with `accelerate "
+                "launch`, or choose one with CUDA_VISIBLE_DEVICES"
+            )
         self.num_blocks = model.config.num_blocks
         if args.updates_per_block is not None:
             args = copy.copy(args)  # the caller's stay as they are, for another model
@@ -165,7 +171,8 @@ class DiffusionBlocksTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        self.model.config.training_report = self._training_report()
+        if self.state.global_step:
+            self.model.config.training_report = self._training_report()
         super()._save(output_dir, state_dict)
 
     def _training_report(self) -> dict:
