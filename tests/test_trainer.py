@@ -283,7 +283,8 @@ import hf_diffusionblocks as db
 model = db.DiffusionBlocksForImageClassification.from_pretrained({source!r})
 trainer = make_trainer(model, {output!r}, max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=2)
 trainer.train()
-torch.save(model.state_dict(), {output!r} + f"/rank{{trainer.args.process_index}}.pt")
+state = {{"noise seed": torch.tensor(trainer._noise_generator().initial_seed() % 2**62), **model.state_dict()}}
+torch.save(state, {output!r} + f"/rank{{trainer.args.process_index}}.pt")
 """
 
 
@@ -303,6 +304,7 @@ def test_two_processes_train_the_same_block_and_agree(plain_model, tmp_path):
         check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    assert ranks[0].pop("noise seed") != ranks[1].pop("noise seed")  # each rank noises its own rows
     assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
     before = load_file(tmp_path / "source" / "model-00002-of-00003.safetensors")
     assert not any(torch.equal(before[key], ranks[0][key]) for key in before)
