@@ -43,6 +43,9 @@ def config_fields(arguments: BlocksArguments) -> dict[str, Any]:
     return values
 
 
+OPTIONS_USAGE = "[--config FILE.yaml] [--option VALUE ...]"
+
+
 class Parser(HfArgumentParser):
     """Errors are one line: with a hundred options, the usage that argparse prints before them hides them."""
 
@@ -66,8 +69,8 @@ def parse(
 
     Exits with status 2 and one line on standard error on a bad file, an unknown option or a bad value.
     """
-    usage = "%(prog)s [--config FILE.yaml] [--option VALUE ...]"
-    parser = Parser(dataclass_types, usage=usage, allow_abbrev=False, **parser_kwargs)
+    parser_kwargs.setdefault("usage", f"%(prog)s {OPTIONS_USAGE}")  # argparse's own names a hundred options
+    parser = Parser(dataclass_types, allow_abbrev=False, **parser_kwargs)
     parser.set_defaults(**defaults or {})
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of options; the command line overrides it.")
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

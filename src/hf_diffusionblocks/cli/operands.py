@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from .arguments import parse
+from .arguments import OPTIONS_USAGE, parse
 
 
 class _Operand(argparse.Action):
@@ -30,7 +30,10 @@ def parse_verb(
     parent = argparse.ArgumentParser(add_help=False)
     actions = [parent.add_argument(name, action=_Operand, help=text) for name, text in operands.items()]
     args = _explicit_flags(dataclass_types, args)
-    parsed = parse(dataclass_types, args, prog=f"diffusionblocks {verb}", description=description, parents=[parent])
+    usage = f"%(prog)s {' '.join(operands)} {OPTIONS_USAGE}"
+    parsed = parse(
+        dataclass_types, args, prog=f"diffusionblocks {verb}", usage=usage, description=description, parents=[parent]
+    )
     return (*parsed, *(action.value for action in actions))
 
 
