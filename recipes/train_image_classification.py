@@ -259,11 +259,8 @@ def load_image_processor(args: ModelArguments, config: PreTrainedConfig) -> Base
 
 
 class PlainTrainer(Trainer):
-    """The stock Trainer, reading checkpoints as `from_pretrained` does.
-
-    Its own reading does not know the older parameter names that a ViT is saved with, and would leave the layers as
-    they are.
-    """
+    """The stock Trainer, but reading checkpoints as `from_pretrained` does: its own reading does not know the older
+    parameter names that a ViT is saved with, and would leave the layers as they are."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         saved = type(self.model).from_pretrained(resume_from_checkpoint)
