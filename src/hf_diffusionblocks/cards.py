@@ -24,7 +24,7 @@ USE_LINES = {
 }
 FORMULATION_FIELDS = (
     "denoiser", "context", "readout", "readout_layers", "sampler", "bridge", "prior_fraction", "overlap",
-    "p_mean", "p_std", "sigma_data",
+    "noise_distribution", "p_mean", "p_std", "sigma_data", "shared",
 )  # fmt: skip
 EVALUATION_SENTENCES = {
     ("factorized", "carried"): "`model(...).logits` are the last block's, with all layers as context: no diffusion "
@@ -91,9 +91,10 @@ def _block_row(model: DiffusionBlocksPreTrainedModel, block_index: int) -> str:
 
 def _formulation_value(model: DiffusionBlocksPreTrainedModel, field: str):
     # What is in force, where the config leaves it to the task.
-    return {"overlap": model.noise_schedule.overlap, "sigma_data": f"{model.sigma_data:.4g}"}.get(
-        field, getattr(model.config, field)
-    )
+    in_force = {
+        "overlap": model.noise_schedule.overlap, "sigma_data": f"{model.sigma_data:.4g}", "bridge": model.bridge
+    }  # fmt: skip
+    return in_force.get(field, getattr(model.config, field))
 
 
 def _training_section(report: dict) -> str:

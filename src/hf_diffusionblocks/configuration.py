@@ -16,7 +16,9 @@ CHOICES: dict[str, tuple] = {
     "denoiser": ("joint", "factorized"),
     "context": ("independent", "carried"),
     "readout": (None, "edm", "posterior"),
-    "bridge": ("soft", "hard"),
+    "bridge": (None, "soft", "hard"),
+    "noise_distribution": ("lognormal", "information"),
+    "shared": ("common", "per_block"),
     "sampler": ("euler", "ancestral"),
     "loss_weighting": (None, "edm"),
 }
@@ -44,6 +46,9 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     training_report: dict[str, Any] | None = _field(
         None, "What the Trainer measured (data, steps, results, memory), for the model card."
     )
+    noise_table: list[list[float]] | None = _field(
+        None, "What fit_noise_schedule found: [sigma, share of the draws below it], from sigma_min to sigma_max."
+    )
 
     # The cut
     num_blocks: int = _field(4, "B, how many blocks the layers are cut into.")
@@ -60,7 +65,12 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     overlap: float | None = _field(
         None,
         "gamma: a block's training interval is widened by this share of its log-width on both sides; None is the "
-        "task's default (images 0.05).",
+        "task's default (images 0.05, text 0.1).",
+    )
+    noise_distribution: str = _field(
+        "lognormal",
+        "'lognormal' (p_mean, p_std), or 'information': equal mass where the cross-entropy falls equally, as "
+        "fit_noise_schedule finds it; log-normal until then.",
     )
     prior_fraction: float = _field(
         0.0, "Share of training draws made at sigma_max whatever the block: there the target is invisible."
@@ -87,14 +97,21 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         "Layers of each block's local head, which later blocks do not see (carried context only). The last block "
         "has none: it reads out as the plain model does.",
     )
+    shared: str = _field(
+        "common",
+        "'common': all blocks read and train the same embeddings, final norm and head. 'per_block': each has its own, "
+        "around one fixed table of targets, so that blocks can be trained apart.",
+    )
     loss_weighting: str | None = _field(
         None, "None (right for cross-entropy), or 'edm': the paper's w(sigma), meant for L2 targets."
     )
 
     # The walk
     sampler: str = _field("euler", "'euler' (the paper's) or 'ancestral'.")
-    bridge: str = _field(
-        "soft", "How logits become a point of the target space in the Euler walk: 'soft' mean or 'hard' argmax."
+    bridge: str | None = _field(
+        None,
+        "How logits become a point of the target space in the Euler walk: 'soft' mean or 'hard' argmax; None is the "
+        "task's default (images soft, text hard).",
     )
     num_inference_steps: int | None = _field(None, "Denoiser evaluations of a walk; None is num_blocks.")
     inference_seed: int = _field(0, "Key of the noise that evaluation and prediction use.")
@@ -109,6 +126,8 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         self.problem_type = self.problem_type or self.source_config.problem_type
         if self.readout is None:
             self.readout = "edm" if self.denoiser == "joint" else "posterior"
+        if self.shared == "per_block":
+            self.source_config.tie_word_embeddings = False  # the embedding is the first block's, the head the last's
         self._check_fields()
         self._check_combinations()
 
@@ -160,7 +179,24 @@ class DiffusionBlocksConfig(PreTrainedConfig):
                 f"readout_layers={self.readout_layers} must be 0 with context='independent': nothing is passed on "
                 "past a local head there, so its layers would only be more layers of the block"
             )
+        self._check_noise_table()
         self.noise_schedule(overlap=0.0)
+
+    def _check_noise_table(self) -> None:
+        table = self.noise_table
+        if table is None:
+            return
+        if self.noise_distribution != "information":
+            raise ValueError(
+                f"noise_distribution={self.noise_distribution!r} must be 'information' with a noise_table"
+            )
+        ends = table[0] == [self.sigma_min, 0.0] and table[-1] == [self.sigma_max, 1.0]
+        rising = all(low[0] < high[0] and low[1] < high[1] for low, high in zip(table, table[1:]))
+        if not ends or not rising:
+            raise ValueError(
+                f"noise_table={table} must rise in both columns from [sigma_min={self.sigma_min}, 0.0] to "
+                f"[sigma_max={self.sigma_max}, 1.0]"
+            )
 
     @property
     def num_hidden_layers(self) -> int:
@@ -177,6 +213,10 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     @property
     def image_size(self):
         return self.source_config.image_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.source_config.vocab_size
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         """The plain model's config: what HF's cache and generation code should read."""
@@ -202,6 +242,7 @@ class DiffusionBlocksConfig(PreTrainedConfig):
             p_mean=self.p_mean,
             p_std=self.p_std,
             overlap=overlap if self.overlap is None else self.overlap,
+            table=self.noise_table,
         )
 
     def target_scale(self, width: int) -> float:
@@ -214,5 +255,5 @@ USER_FIELDS = {
     f.name: f
     for f in fields(DiffusionBlocksConfig)
     if f.name in DiffusionBlocksConfig.__annotations__
-    and f.name not in ("source_config", "base_model", "training_report")
+    and f.name not in ("source_config", "base_model", "training_report", "noise_table")
 }

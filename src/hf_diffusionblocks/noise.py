@@ -7,23 +7,27 @@ section 3 (equi-probability partition, overlap); the log-normal is that of EDM (
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 
 class NoiseSchedule:
-    """A log-normal over sigma, truncated to `[sigma_min, sigma_max]` and cut into B blocks of equal probability.
+    """A distribution over sigma in `[sigma_min, sigma_max]`, cut into B blocks of equal probability.
 
     Block 0 holds the highest noise (and the first layers), block B-1 the lowest.
 
     Args:
         num_blocks: B.
         sigma_min, sigma_max: the range of noise levels.
-        p_mean, p_std: mean and standard deviation of ln sigma before truncation.
+        p_mean, p_std: mean and standard deviation of ln sigma, of a log-normal truncated to the range.
         overlap: a block trains on its own interval widened by this share of its log-width on both sides.
+        table: `(sigma, probability of a level below it)`, both ascending, from sigma_min at 0 to sigma_max at 1: the
+            distribution in place of the log-normal, linear in ln sigma between these points.
 
     Raises:
-        ValueError: the log-normal has (to float64) no mass in some block's interval.
+        ValueError: the distribution has (to float64) no mass in some block's interval.
     """
 
     def __init__(
@@ -34,11 +38,13 @@ class NoiseSchedule:
         p_mean: float = -1.2,
         p_std: float = 1.2,
         overlap: float = 0.0,
+        table: Sequence[tuple[float, float]] | None = None,
     ):
         self.num_blocks = num_blocks
         self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
         self.p_mean, self.p_std = float(p_mean), float(p_std)
         self.overlap = float(overlap)
+        self._table = None if table is None else np.asarray(table, dtype=np.float64).T
         with torch.device("cpu"):  # from_pretrained builds models, and their schedules, under the meta device
             ends = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64)
             self._mass_below_min, self._mass_below_max = self._normal_cdf(ends).tolist()
@@ -56,8 +62,12 @@ class NoiseSchedule:
         return torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std)
 
     def cdf(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Probability of a level below `sigma` under the truncated distribution; float64, same shape."""
-        mass = self._normal_cdf(torch.as_tensor(sigma, dtype=torch.float64))
+        """Probability of a level below `sigma`; float64, same shape."""
+        sigma = torch.as_tensor(sigma, dtype=torch.float64)
+        if self._table is not None:
+            levels, probabilities = self._table
+            return _interpolate(sigma.log(), np.log(levels), probabilities)
+        mass = self._normal_cdf(sigma)
         return ((mass - self._mass_below_min) / (self._mass_below_max - self._mass_below_min)).clamp(0, 1)
 
     def quantile(self, fraction: torch.Tensor) -> torch.Tensor:
@@ -66,8 +76,12 @@ class NoiseSchedule:
         The ends are exact: 0 gives sigma_min and 1 gives sigma_max.
         """
         fraction = torch.as_tensor(fraction, dtype=torch.float64)
-        mass = self._mass_below_min + fraction * (self._mass_below_max - self._mass_below_min)
-        sigma = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(mass))
+        if self._table is not None:
+            levels, probabilities = self._table
+            sigma = _interpolate(fraction, probabilities, np.log(levels)).exp()
+        else:
+            mass = self._mass_below_min + fraction * (self._mass_below_max - self._mass_below_min)
+            sigma = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(mass))
         sigma = sigma.clamp(self.sigma_min, self.sigma_max)
         sigma = torch.where(fraction <= 0, self.sigma_min, sigma)
         return torch.where(fraction >= 1, self.sigma_max, sigma)
@@ -115,3 +129,7 @@ class NoiseSchedule:
         if num_steps < 1:
             raise ValueError(f"num_steps={num_steps} must be at least 1")
         return self.quantile(torch.arange(num_steps, -1, -1, dtype=torch.float64) / num_steps)
+
+
+def _interpolate(x: torch.Tensor, xs: np.ndarray, ys: np.ndarray) -> torch.Tensor:
+    return torch.as_tensor(np.interp(x.cpu().numpy(), xs, ys), device=x.device)

@@ -1,17 +1,15 @@
 """The walk: from pure noise at sigma_max down the inference levels, one denoiser evaluation a level.
 
-Knows no model: a denoiser is any function `(z, sigma) -> logits`.
+Knows no model: a denoiser is any function `(z, step) -> logits`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch.nn import functional as F
 
-from .denoising import BRIDGES, ancestral_step, euler_step
+from .denoising import ancestral_step, euler_step
 
 
 class NoiseSource:
@@ -42,42 +40,36 @@ class NoiseSource:
         return torch.searchsorted(cumulative, uniform.contiguous(), right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
-class Walk(NamedTuple):
-    """What a walk of T evaluations leaves behind."""
-
-    logits: torch.Tensor  #: `[N, V]` of the last evaluation
-    trajectory: torch.Tensor  #: `[N, T, V]` probabilities after each evaluation
-    z: torch.Tensor  #: `[N, D]` at the last level, sigma_min
-
-
 def walk(
-    denoise: Callable[[torch.Tensor, float], torch.Tensor],
+    denoise: Callable[[torch.Tensor, int], torch.Tensor],
     targets: torch.Tensor,
     sigmas: torch.Tensor,
     noise: NoiseSource,
-    sampler: str = "euler",
-    bridge: str = "soft",
-) -> Walk:
+    sampler: str,
+    bridge: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Walk from `z ~ N(0, sigma_max^2 I)` down `sigmas`.
 
     Args:
-        denoise: `(z [N, D], sigma) -> logits [N, V]`.
+        denoise: `(z [N, D], step) -> logits [N, V]`, at the noise level `sigmas[step]`.
         targets: the known vectors e_v, `[V, D]`.
         sigmas: `[T+1]` descending levels; the last is not evaluated.
-        noise: where draws come from; its `num_rows` is N.
+        noise: where draws come from; its rows are the N.
         sampler: "euler" (probability-flow ODE with the bridge's estimate; the paper's) or "ancestral" (exact
             posterior sampling, needs no bridge).
-        bridge: "soft" or "hard": how logits become a point of the target space.
+        bridge: `(logits, targets) -> [N, D]`, how logits become a point of the target space.
+
+    Returns:
+        `logits [N, V]` of the last evaluation, and `z [N, D]` at the last level, sigma_min.
     """
     levels = sigmas.tolist()
-    z = levels[0] * noise.normal(targets.shape[-1])
-    trajectory = []
-    for sigma, sigma_next in zip(levels[:-1], levels[1:]):
-        logits = denoise(z, sigma)
-        trajectory.append(logits.float().softmax(-1))
+    width = targets.shape[-1]
+    z = levels[0] * noise.normal(width)
+    for step, (sigma, sigma_next) in enumerate(zip(levels[:-1], levels[1:])):
+        logits = denoise(z, step)
         if sampler == "euler":
-            z = euler_step(z, BRIDGES[bridge](logits, targets), sigma, sigma_next)
+            z = euler_step(z, bridge(logits, targets), sigma, sigma_next)
         else:
             target = F.embedding(noise.categorical(logits), targets).float()
-            z = ancestral_step(z, target, sigma, sigma_next, noise.normal(targets.shape[-1]))
-    return Walk(logits=logits, trajectory=torch.stack(trajectory, dim=1), z=z)
+            z = ancestral_step(z, target, sigma, sigma_next, noise.normal(width))
+    return logits, z

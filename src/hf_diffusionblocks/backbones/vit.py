@@ -15,6 +15,8 @@ class ViTBackbone(Backbone):
     task = "image-classification"
     plain_class = ViTForImageClassification
     layers_path = "vit.layers"
+    embedding_paths = ("vit.embeddings",)
+    readout_paths = ("vit.layernorm", "classifier")
 
     def make_layer(self, config: PreTrainedConfig) -> ViTLayer:
         return ViTLayer(config)

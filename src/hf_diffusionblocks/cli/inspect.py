@@ -83,6 +83,7 @@ def describe(source: str) -> dict:
         "overlap": schedule.overlap,
         "sigma_data": config.target_scale(config.hidden_size),
         "num_inference_steps": config.num_inference_steps or config.num_blocks,
+        "bridge": config.bridge or model_class.default_bridge,
     }
     return {
         "model": source,

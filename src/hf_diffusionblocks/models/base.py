@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -14,12 +15,12 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .. import cards, checkpoint
-from ..backbones import backbone_for
+from ..backbones import Parts, backbone_for
 from ..conditioning import AdaLNModulation, Modulation, SigmaEmbedding
 from ..configuration import DiffusionBlocksConfig
 from ..denoising import precondition
 from ..noise import NoiseSchedule
-from .targets import TargetEmbedding
+from .targets import FixedTargets, TargetEmbedding
 
 
 @contextmanager
@@ -38,7 +39,9 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
     """Base of the task models. `backbone` is the stock HF model, with its own parameter names.
 
     Parameters belong either to one block (its layers, their modulations, its local head) or to all (embeddings,
-    final norm, head, sigma embedding, target embeddings).
+    final norm, head, sigma embedding, target embeddings). With `shared="per_block"` every block has its own of the
+    latter too: the backbone's embeddings are then block 0's and its final norm and head the last block's, so that
+    these and the layers still make up the stock model.
     """
 
     config_class = DiffusionBlocksConfig
@@ -53,6 +56,7 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
 
     task: ClassVar[str]  #: as in `pipeline(task)`
     default_overlap: ClassVar[float]  #: gamma where the config leaves it open
+    default_bridge: ClassVar[str]  #: bridge where the config leaves it open
 
     def __init__(self, config: DiffusionBlocksConfig):
         super().__init__(config)
@@ -67,9 +71,19 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         self.backbone = self.architecture.plain_class(config.source_config)
         self._no_split_modules = self.backbone._no_split_modules
 
-        width = config.hidden_size
+        width, blocks = config.hidden_size, config.num_blocks
+        self.per_block = config.shared == "per_block"
+        if self.per_block:
+            # Block 0 reads in by the backbone's own embeddings, and so do all blocks whose context is carried on.
+            readers = 0 if config.context == "carried" else blocks - 1
+            self.block_embeddings = nn.ModuleList(
+                Parts(self.backbone, self.architecture.embedding_paths) for _ in range(readers)
+            )
+            self.block_readouts = nn.ModuleList(
+                Parts(self.backbone, self.architecture.readout_paths) for _ in range(blocks - 1)
+            )
         if config.denoiser == "joint":
-            self.sigma_embedding = SigmaEmbedding(width)
+            self.sigma_embeddings = nn.ModuleList(SigmaEmbedding(width) for _ in range(blocks if self.per_block else 1))
             self.modulations = nn.ModuleList(AdaLNModulation(width) for _ in range(config.num_hidden_layers))
         if config.readout_layers:
             # The last block has none: it reads out as the stock model does.
@@ -77,10 +91,11 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
                 nn.ModuleList(
                     self.architecture.make_layer(config.source_config) for _ in range(config.readout_layers)
                 )
-                for _ in range(config.num_blocks - 1)
+                for _ in range(blocks - 1)
             )
         self.noise_schedule: NoiseSchedule = config.noise_schedule(self.default_overlap)
         self.sigma_data = config.target_scale(width)
+        self.bridge = config.bridge or self.default_bridge
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -89,8 +104,10 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, TargetEmbedding):
             init.normal_(module.weight, std=module.embedding_dim**-0.5)
+        elif isinstance(module, FixedTargets):
+            init.normal_(module.table, std=module.table.shape[-1] ** -0.5)
         else:
-            super()._init_weights(module)
+            self.backbone._init_weights(module)  # local heads and blocks' own parts start as the family's do
 
     # ---- which parameter belongs to which block
 
@@ -107,7 +124,16 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
                 return next(k for k in range(self.config.num_blocks) if layer in self.block_layers(k))
         if name.startswith("readout_heads."):
             return int(name.split(".")[1])
-        return None
+        return self._owner_of_shared_part(name) if self.per_block else None
+
+    def _owner_of_shared_part(self, name: str) -> int | None:
+        if name.startswith(tuple(f"backbone.{path}" for path in self.architecture.embedding_paths)):
+            return 0
+        if name.startswith(tuple(f"backbone.{path}" for path in self.architecture.readout_paths)):
+            return self.config.num_blocks - 1
+        part, _, rest = name.partition(".")
+        first = {"block_embeddings": 1, "block_readouts": 0, "sigma_embeddings": 0, "noisy_labels": 0}.get(part)
+        return None if first is None else first + int(rest.split(".")[0])
 
     def block_parameters(self, block_index: int) -> list[nn.Parameter]:
         """All parameters of one block, and of no other."""
@@ -120,65 +146,92 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
 
     # ---- running blocks
 
+    def embed(self, block_index: int, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The input, embedded as this block sees it: the hidden states that enter its first layer, or the model's."""
+        own = self.per_block and self.config.context == "independent" and block_index > 0
+        return self.architecture.embed(self.block_embeddings[block_index - 1] if own else self.backbone, **inputs)
+
     def run_block(
-        self, block_index: int, hidden: torch.Tensor, modulations: list[Modulation | None]
+        self,
+        block_index: int,
+        hidden: torch.Tensor,
+        modulations: list[Modulation | None],
+        **attention,
     ) -> torch.Tensor:
-        """`[N, S, D]` through the layers of one block."""
-        layers = self.backbone.get_submodule(self.architecture.layers_path)
+        """`[N, S, D]` through the layers of one block; `attention` as in [`Backbone.run_layer`], here and below."""
         for index, modulation in zip(self.block_layers(block_index), modulations):
-            hidden = self._run_layer(layers[index], hidden, modulation)
+            hidden = self.run_layer(self.layer(index), hidden, modulation, **attention)
         return hidden
 
-    def _run_layer(self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:
+    def layer(self, index: int) -> nn.Module:
+        """A layer of the stock model."""
+        return self.backbone.get_submodule(self.architecture.layers_path)[index]
+
+    def run_layer(
+        self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention
+    ) -> torch.Tensor:
+        """One layer, checkpointed where gradient checkpointing is on."""
+        run = partial(self.architecture.run_layer, **attention)
         if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
-            return layer._gradient_checkpointing_func(self.architecture.run_layer, layer, hidden, modulation)
-        return self.architecture.run_layer(layer, hidden, modulation)
+            return layer._gradient_checkpointing_func(run, layer, hidden, modulation)
+        return run(layer, hidden, modulation)
 
     def modulations_at(self, block_index: int, sigma: torch.Tensor) -> list[Modulation | None]:
         """What sigma `[N]` (or `[1]`, for the whole batch) does to each layer of a block: nothing if factorized."""
         if self.config.denoiser == "factorized":
             return [None] * len(self.block_layers(block_index))
-        embedded = self.sigma_embedding(precondition(sigma, self.sigma_data).noise)
+        embed_sigma = self.sigma_embeddings[block_index if self.per_block else 0]
+        embedded = embed_sigma(precondition(sigma, self.sigma_data).noise)
         return [self.modulations[index](embedded) for index in self.block_layers(block_index)]
 
-    def carry(self, block_index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Clean hidden states through one block, as context for the next. The clean stream is conditioned on
-        sigma_min, whatever the noise level of the target."""
-        sigma_min = torch.full((1,), self.config.sigma_min, device=hidden.device)
-        return self.run_block(block_index, hidden, self.modulations_at(block_index, sigma_min))
+    def clean_modulations(self, block_index: int) -> list[Modulation | None]:
+        """The clean stream is conditioned on sigma_min, whatever the noise level of the target."""
+        return self.modulations_at(block_index, torch.full((1,), self.config.sigma_min, device=self.device))
 
-    def block_input(self, block_index: int, **inputs) -> torch.Tensor:
+    def carry(self, block_index: int, hidden: torch.Tensor, **attention) -> torch.Tensor:
+        """Clean hidden states through one block, as context for the next."""
+        return self.run_block(block_index, hidden, self.clean_modulations(block_index), **attention)
+
+    def block_input(self, block_index: int, inputs: Mapping[str, Any], **attention) -> torch.Tensor:
         """Training: the hidden states that enter a block. Carried ones come without gradient and dropout."""
         if self.config.context == "independent" or block_index == 0:
-            return self.architecture.embed(self.backbone, **inputs)
+            return self.embed(block_index, inputs)
         with torch.no_grad(), without_dropout(self.backbone):
-            hidden = self.architecture.embed(self.backbone, **inputs)
+            hidden = self.embed(0, inputs)
             for earlier in range(block_index):
-                hidden = self.carry(earlier, hidden)
+                hidden = self.carry(earlier, hidden, **attention)
         return hidden
 
-    def block_inputs(self, **inputs) -> list[torch.Tensor]:
-        """Inference: the hidden states that enter each block, first block first."""
-        hidden = self.architecture.embed(self.backbone, **inputs)
-        entering = [hidden]
-        for block_index in range(self.config.num_blocks - 1):
-            if self.config.context == "carried":
-                hidden = self.carry(block_index, hidden)
-            entering.append(hidden)
-        return entering
+    def clean_outputs(self, inputs: Mapping[str, Any], **attention) -> list[torch.Tensor]:
+        """Inference: what leaves each block when the clean input runs through all of them, first block first."""
+        outputs: list[torch.Tensor] = []
+        for block_index in range(self.config.num_blocks):
+            carried = outputs and self.config.context == "carried"
+            hidden = outputs[-1] if carried else self.embed(block_index, inputs)
+            outputs.append(self.carry(block_index, hidden, **attention))
+        return outputs
 
-    def read_out(self, block_index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """A block's output `[N, S, D]` to logits, through its local head if it has one."""
+    def readout_parts(self, block_index: int) -> nn.Module:
+        """Where a block's final norm and head are."""
+        last = block_index == self.config.num_blocks - 1
+        return self.block_readouts[block_index] if self.per_block and not last else self.backbone
+
+    def run_local_head(self, block_index: int, hidden: torch.Tensor, **attention) -> torch.Tensor:
+        """A block's output through the layers of its local head, if it has one."""
         if self.config.readout_layers and block_index < self.config.num_blocks - 1:
             for layer in self.readout_heads[block_index]:
-                hidden = self._run_layer(layer, hidden, None)
-        return self.architecture.read_out(self.backbone, hidden)
+                hidden = self.run_layer(layer, hidden, None, **attention)
+        return hidden
 
-    def draw_sigma(self, block_index: int, num_rows: int, generator: torch.Generator | None) -> torch.Tensor:
-        """Training noise levels `[N]` of a block, float32: its own, and sigma_max for `prior_fraction` of them."""
-        sigma = self.noise_schedule.sample(block_index, (num_rows,), generator)
+    def read_out(self, block_index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What has left a block and its local head, to logits: final norm and head."""
+        return self.architecture.read_out(self.readout_parts(block_index), hidden)
+
+    def draw_sigma(self, block_index: int, shape: tuple[int, ...], generator: torch.Generator | None) -> torch.Tensor:
+        """Training noise levels of a block, float32: its own, and sigma_max for `prior_fraction` of them."""
+        sigma = self.noise_schedule.sample(block_index, shape, generator)
         if self.config.prior_fraction:
-            chosen = torch.rand((num_rows,), generator=generator, device=sigma.device) < self.config.prior_fraction
+            chosen = torch.rand(shape, generator=generator, device=sigma.device) < self.config.prior_fraction
             sigma = torch.where(chosen, self.config.sigma_max, sigma)
         return sigma.to(self.device, torch.float32)
 

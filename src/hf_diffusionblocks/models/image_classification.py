@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,10 +15,10 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration import DiffusionBlocksConfig
-from ..denoising import edm_loss_weight, posterior_logits, precondition
+from ..denoising import BRIDGES, edm_loss_weight, posterior_logits, precondition
 from ..sampling import NoiseSource, walk
 from .base import DiffusionBlocksPreTrainedModel, without_dropout
-from .targets import TargetEmbedding
+from .targets import FixedTargets, TargetEmbedding
 
 
 @dataclass
@@ -58,6 +60,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
     main_input_name = "pixel_values"
     task = "image-classification"
     default_overlap = 0.05
+    default_bridge = "soft"
 
     def __init__(self, config: DiffusionBlocksConfig):
         if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
@@ -66,9 +69,11 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
                 "'single_label_classification' with at least 2 labels: the target is the embedding of one label"
             )
         super().__init__(config)
-        self.label_embeddings = TargetEmbedding(config.num_labels, config.hidden_size)
+        targets = FixedTargets if self.per_block else TargetEmbedding
+        self.label_embeddings = targets(config.num_labels, config.hidden_size)
         if config.denoiser == "joint":
-            self.noisy_label = NoisyLabelToken(config.hidden_size)
+            copies = config.num_blocks if self.per_block else 1
+            self.noisy_labels = nn.ModuleList(NoisyLabelToken(config.hidden_size) for _ in range(copies))
         self.post_init()
 
     @torch.no_grad()
@@ -83,9 +88,10 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         """F: logits `[N, V]` of one block's layers, given the hidden states that enter it, z `[N, D]`, sigma `[N]`."""
         if self.config.denoiser == "joint":
             c_in = precondition(sigma, self.sigma_data).input
-            hidden = torch.cat([hidden, self.noisy_label(z, c_in)], dim=1)
+            noisy_label = self.noisy_labels[block_index if self.per_block else 0]
+            hidden = torch.cat([hidden, noisy_label(z, c_in)], dim=1)
         hidden = self.run_block(block_index, hidden, self.modulations_at(block_index, sigma))
-        return self.read_out(block_index, hidden)
+        return self.read_out(block_index, self.run_local_head(block_index, hidden))
 
     def denoise(self, block_index: int, hidden: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """Logits `[N, V]` of p(label | x, z) by one block: the network's, or their posterior given z."""
@@ -140,9 +146,8 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
             raise ValueError(f"labels=None with block_index={block_index}: a block is trained on the noised label")
 
         sigma, z = self._noised_labels(block_index, labels, sigma, noise, generator)
-        hidden = self.block_input(
-            block_index, pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding
-        )
+        inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
+        hidden = self.block_input(block_index, inputs)
         logits = self.denoise(block_index, hidden, z, sigma)
         loss = F.cross_entropy(logits.float(), labels, reduction="none")
         if self.config.loss_weighting == "edm":
@@ -152,7 +157,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
     def _noised_labels(self, block_index, labels, sigma, noise, generator) -> tuple[torch.Tensor, torch.Tensor]:
         """`sigma [N]` and `z = y + sigma eps [N, D]`, drawing what is not given."""
         if sigma is None:
-            sigma = self.draw_sigma(block_index, len(labels), generator)
+            sigma = self.draw_sigma(block_index, (len(labels),), generator)
         if noise is None:
             shape = (len(labels), self.config.hidden_size)
             noise = torch.randn(shape, generator=generator, device=generator.device if generator else None)
@@ -169,29 +174,26 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         if self.config.denoiser == "joint":
             start = self._noise_source(len(pixel_values), None).normal(self.config.hidden_size)
             sigma = torch.full((len(pixel_values),), self.config.sigma_max, device=self.device)
-            entering = self.block_inputs(**inputs)
+            entering = self.block_inputs(inputs)
             logits = [self.network(k, hidden, sigma[:, None] * start, sigma) for k, hidden in enumerate(entering)]
         else:
-            logits = [self.read_out(k, hidden) for k, hidden in enumerate(self._factorized_outputs(**inputs))]
+            logits = [
+                self.read_out(k, self.run_local_head(k, hidden)) for k, hidden in enumerate(self.clean_outputs(inputs))
+            ]
         return torch.stack(logits, dim=1)
 
-    def _factorized_outputs(self, **inputs) -> list[torch.Tensor]:
-        """What leaves each block of a factorized model: every layer runs once, whatever the context."""
-        hidden = embedded = self.architecture.embed(self.backbone, **inputs)
-        outputs = []
-        for block_index in range(self.config.num_blocks):
-            hidden = self.carry(block_index, hidden if self.config.context == "carried" else embedded)
-            outputs.append(hidden)
-        return outputs
+    def block_inputs(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Inference: the hidden states that enter each block, first block first."""
+        if self.config.context == "carried":
+            return [self.embed(0, inputs), *self.clean_outputs(inputs)[:-1]]
+        return [self.embed(k, inputs) for k in range(self.config.num_blocks)]
 
     def _label_free_logits(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
         if self.config.denoiser == "joint":
-            return self._walk(pixel_values, interpolate_pos_encoding)[0].logits
+            return self._walk(pixel_values, interpolate_pos_encoding)[0]
         if self.config.context == "carried":
-            outputs = self._factorized_outputs(
-                pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding
-            )
-            return self.read_out(self.config.num_blocks - 1, outputs[-1])
+            inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
+            return self.read_out(self.config.num_blocks - 1, self.clean_outputs(inputs)[-1])
         return self.prior_logits(pixel_values, interpolate_pos_encoding).log_softmax(-1).mean(1)
 
     # ---- the walk
@@ -216,12 +218,11 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
             interpolate_pos_encoding: as in the plain model.
         """
         with without_dropout(self):
-            walked, sigmas = self._walk(pixel_values, interpolate_pos_encoding, num_inference_steps, generator)
+            logits, trajectory, sigmas = self._walk(
+                pixel_values, interpolate_pos_encoding, num_inference_steps, generator
+            )
         return WalkClassifierOutput(
-            logits=walked.logits,
-            probabilities=walked.logits.float().softmax(-1),
-            trajectory=walked.trajectory,
-            sigmas=sigmas,
+            logits=logits, probabilities=logits.float().softmax(-1), trajectory=trajectory, sigmas=sigmas
         )
 
     def _noise_source(self, num_rows: int, generator: torch.Generator | None) -> NoiseSource:
@@ -235,16 +236,20 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         if config.denoiser == "factorized":
             priors = self.prior_logits(pixel_values, interpolate_pos_encoding)
         else:
-            entering = self.block_inputs(
-                pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding
-            )
+            inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
+            entering = self.block_inputs(inputs)
+        trajectory = []
 
-        def denoise(z: torch.Tensor, sigma: float) -> torch.Tensor:
-            block_index = int(self.noise_schedule.block_of(sigma))
-            level = torch.full((len(z),), sigma, device=z.device)
+        def denoise(z: torch.Tensor, step: int) -> torch.Tensor:
+            block_index = int(self.noise_schedule.block_of(sigmas[step]))
+            level = torch.full((len(z),), sigmas[step].item(), device=z.device)
             if config.denoiser == "factorized":  # the network does not depend on z: each block has run already
-                return posterior_logits(priors[:, block_index], z, level, targets)
-            return self.denoise(block_index, entering[block_index], z, level)
+                logits = posterior_logits(priors[:, block_index], z, level, targets)
+            else:
+                logits = self.denoise(block_index, entering[block_index], z, level)
+            trajectory.append(logits.float().softmax(-1))
+            return logits
 
         noise = self._noise_source(len(pixel_values), generator)
-        return walk(denoise, targets, sigmas, noise, config.sampler, config.bridge), sigmas
+        logits, _ = walk(denoise, targets, sigmas, noise, config.sampler, BRIDGES[self.bridge])
+        return logits, torch.stack(trajectory, dim=1), sigmas

@@ -13,3 +13,15 @@ class TargetEmbedding(nn.Embedding):
     def vectors(self) -> torch.Tensor:
         """All targets e_v, `[V, D]` float32 of norm 1."""
         return F.normalize(self.weight.float(), dim=-1)
+
+
+class FixedTargets(nn.Module):
+    """A table of target vectors that is never trained, so that blocks trained apart aim at the same points."""
+
+    def __init__(self, num_targets: int, width: int):
+        super().__init__()
+        self.register_buffer("table", torch.randn(num_targets, width))
+
+    def vectors(self) -> torch.Tensor:
+        """All targets e_v, `[V, D]` float32 of norm 1."""
+        return F.normalize(self.table.float(), dim=-1)
