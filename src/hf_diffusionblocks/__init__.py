@@ -3,25 +3,29 @@
 Importing this package registers its models with the Auto classes.
 """
 
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
 from ._version import __version__
 from .checkpoint import load_block_state_dict
 from .configuration import DiffusionBlocksConfig
 from .conversion import convert
-from .models import DiffusionBlocksForImageClassification, DiffusionBlocksPreTrainedModel
+from .models import (
+    DiffusionBlocksForCausalLM,
+    DiffusionBlocksForImageClassification,
+    DiffusionBlocksPreTrainedModel,
+)
 from .noise import NoiseSchedule
 from .training import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
 
-
-
 AutoConfig.register(DiffusionBlocksConfig.model_type, DiffusionBlocksConfig, exist_ok=True)
+AutoModelForCausalLM.register(DiffusionBlocksConfig, DiffusionBlocksForCausalLM, exist_ok=True)
 AutoModelForImageClassification.register(
     DiffusionBlocksConfig, DiffusionBlocksForImageClassification, exist_ok=True
 )
 
 __all__ = [
     "DiffusionBlocksConfig",
+    "DiffusionBlocksForCausalLM",
     "DiffusionBlocksForImageClassification",
     "DiffusionBlocksPreTrainedModel",
     "DiffusionBlocksTrainer",

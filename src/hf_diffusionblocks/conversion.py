@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from os import PathLike
 from pathlib import Path
 
@@ -54,6 +55,9 @@ def convert(
         config, dtype=source.dtype, attn_implementation=source.config._attn_implementation
     )
     model.backbone.load_state_dict(source.state_dict())
+    model.copy_backbone_parts()
+    if source.can_generate():
+        model.generation_config = copy.deepcopy(source.generation_config)
     return model.to(source.device).train(source.training)
 
 

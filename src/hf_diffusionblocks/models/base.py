@@ -109,6 +109,14 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         else:
             self.backbone._init_weights(module)  # local heads and blocks' own parts start as the family's do
 
+    @torch.no_grad()
+    def copy_backbone_parts(self) -> None:
+        """Give every block's own parts the backbone's weights, as a conversion does."""
+        if self.per_block:
+            for parts in (*self.block_embeddings, *self.block_readouts):
+                for name, parameter in parts.named_parameters():
+                    parameter.copy_(self.backbone.get_parameter(name))
+
     # ---- which parameter belongs to which block
 
     def block_layers(self, block_index: int) -> range:

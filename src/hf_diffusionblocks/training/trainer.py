@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .. import cards, checkpoint
 from ..memory import SavedActivations, gradient_bytes, optimizer_state_bytes
-from ..models import DiffusionBlocksPreTrainedModel
+from ..models import DiffusionBlocksForCausalLM, DiffusionBlocksPreTrainedModel
 from .arguments import DiffusionBlocksTrainingArguments
 from .block_schedule import BlockSchedule
 
@@ -35,7 +35,8 @@ class DiffusionBlocksTrainer(Trainer):
 
     Raises:
         TypeError: model or args are of another class.
-        ValueError: one process sees several devices.
+        ValueError: one process sees several devices, the noise is not fitted yet, or `lr_scheduler_type` is not a
+            function of the step.
     """
 
     args: DiffusionBlocksTrainingArguments
@@ -50,11 +51,16 @@ class DiffusionBlocksTrainer(Trainer):
                 f"{args.n_gpu} devices in one process cannot be trained on: start one process each with `accelerate "
                 "launch`, or choose one with CUDA_VISIBLE_DEVICES"
             )
+        if model.config.noise_distribution == "information" and model.config.noise_table is None:
+            raise ValueError(
+                "noise_distribution='information' has no noise_table yet: call fit_noise_schedule(model, dataloader)"
+            )
         self.num_blocks = model.config.num_blocks
         if args.updates_per_block is not None:
             args = copy.copy(args)  # the caller's stay as they are, for another model
             args.max_steps = args.updates_per_block * self.num_blocks
         super().__init__(model=model, args=args, **kwargs)
+        self._learning_rate_curve(num_updates=1)  # complain before training
         self.block_schedule: BlockSchedule | None = None  # known once training knows its number of steps
         self.active_block = 0
         self._micro_batch = 0
@@ -80,6 +86,11 @@ class DiffusionBlocksTrainer(Trainer):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         self._memory["activations"][self.active_block] = saved.bytes
         return loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
+        if prediction_loss_only and isinstance(self.model, DiffusionBlocksForCausalLM):
+            inputs = {**inputs, "return_logits": False}
+        return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
     def _noise_generator(self) -> torch.Generator:
         key = [self.args.seed, self.state.global_step, self._micro_batch, self.args.process_index]

@@ -1,0 +1,102 @@
+"""What autoregressive text models have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+
+from ..conditioning import Modulation, modulate
+from .base import Backbone
+
+
+class CausalBackbone(Backbone):
+    """A pre-norm decoder: norm, causal self-attention, residual; norm, MLP, residual."""
+
+    task = "text-generation"
+    attention_norm_name: ClassVar[str]  #: names of a layer's parts
+    attention_name: ClassVar[str]
+    mlp_norm_name: ClassVar[str]
+    mlp_name: ClassVar[str] = "mlp"
+    final_norm_path: ClassVar[str]
+
+    @property
+    def readout_paths(self):
+        return (self.final_norm_path, "lm_head")
+
+    @abstractmethod
+    def embed(
+        self,
+        plain: nn.Module,
+        input_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Tokens `[N, S]` (or their embeddings) at positions `[N or 1, S]` -> `[N, S, D]`."""
+
+    def embed_noisy(self, plain: nn.Module, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Noisy tokens `[N, S, D]`, each at the position of the token it becomes."""
+        return self.embed(plain, inputs_embeds=embeds, position_ids=position_ids)
+
+    @abstractmethod
+    def positions(self, plain: PreTrainedModel, hidden: torch.Tensor, position_ids: torch.Tensor) -> dict[str, Any]:
+        """What the attention module takes to know positions."""
+
+    @abstractmethod
+    def keys_and_values(
+        self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **positions
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values `[N, heads, S, head width]` a layer computes, and nothing else of it."""
+
+    def causal_mask(
+        self,
+        plain: PreTrainedModel,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        past_key_values,
+        explicit: bool = False,
+    ) -> torch.Tensor | None:
+        """HF's own causal mask for its attention implementation; None, unless `explicit`, where that needs none."""
+        return create_causal_mask(
+            config=plain.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=past_key_values,
+            position_ids=position_ids, allow_is_causal_skip=not explicit,
+        )  # fmt: skip
+
+    def normed(self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:
+        """What enters a layer's attention."""
+        normed = getattr(layer, self.attention_norm_name)(hidden)
+        return normed if modulation is None else modulate(normed, modulation.attention_shift, modulation.attention_scale)
+
+    def run_layer(
+        self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention
+    ) -> torch.Tensor:
+        attend, mlp = getattr(layer, self.attention_name), getattr(layer, self.mlp_name)
+        attended = attend(self.normed(layer, hidden, modulation), **attention)[0]
+        if modulation is not None:
+            attended = modulation.attention_gate * attended
+        hidden = attended + hidden
+
+        normed = getattr(layer, self.mlp_norm_name)(hidden)
+        if modulation is None:
+            return hidden + mlp(normed)
+        return hidden + modulation.mlp_gate * mlp(modulate(normed, modulation.mlp_shift, modulation.mlp_scale))
+
+    def final_norm(self, plain: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        return plain.get_submodule(self.final_norm_path)(hidden)
+
+    def head(self, plain: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        return plain.lm_head(hidden)
+
+    def read_out(self, plain: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """`[..., D]` -> `[..., V]`."""
+        return self.head(plain, self.final_norm(plain, hidden))
+
+
+def layer_beyond_the_last(config: PreTrainedConfig) -> int:
+    """Index given to the layers of local heads, which no cache holds: that of a layer like the last."""
+    return config.num_hidden_layers - 1

@@ -1,0 +1,73 @@
+"""A loss over many rows whose logits are never all in memory at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+#: A chunk has at most this many logits (32 MiB of float32), and never more than a quarter of the rows.
+CHUNK_LOGITS = 2**23
+MIN_CHUNKS = 4
+
+#: `(hidden [R, ...], *other rows) -> sum of their losses`
+LossOfRows = Callable[..., torch.Tensor]
+
+
+def chunked_sum(
+    loss_of_rows: LossOfRows, rows: Sequence[torch.Tensor], parameters: Sequence[nn.Parameter], num_logits: int
+) -> torch.Tensor:
+    """Sum a loss over rows, a chunk of rows at a time.
+
+    With gradients enabled, each chunk's are taken at once, while its logits are there: nothing of a chunk is kept or
+    computed again. (Second derivatives are not available.)
+
+    Args:
+        loss_of_rows: called with a chunk of each of `rows`, gives their summed loss.
+        rows: tensors with the same first dimension R; gradients flow to the first.
+        parameters: all that `loss_of_rows` trains.
+        num_logits: logits a row, V.
+    """
+    if torch.is_grad_enabled():
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        return _ChunkedSum.apply(loss_of_rows, num_logits, len(rows), *rows, *trained)
+    return sum(
+        (loss_of_rows(*chunk) for chunk in _chunks(rows, num_logits)), start=torch.zeros((), device=rows[0].device)
+    )
+
+
+def rows_per_chunk(num_rows: int, num_logits: int) -> int:
+    """How many rows are read out at a time."""
+    return max(1, min(CHUNK_LOGITS // num_logits, -(-num_rows // MIN_CHUNKS)))
+
+
+def _chunks(rows: Sequence[torch.Tensor], num_logits: int):
+    return zip(*(tensor.split(rows_per_chunk(len(rows[0]), num_logits)) for tensor in rows))
+
+
+class _ChunkedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss_of_rows: LossOfRows, num_logits: int, num_tensors: int, *tensors: torch.Tensor):
+        rows, parameters = tensors[:num_tensors], tensors[num_tensors:]
+        total = torch.zeros((), device=rows[0].device)
+        of_hidden, of_parameters = [], [torch.zeros_like(parameter) for parameter in parameters]
+        for hidden, *others in _chunks(rows, num_logits):
+            hidden = hidden.detach().requires_grad_()
+            with torch.enable_grad():
+                loss = loss_of_rows(hidden, *others)
+            own, *gradients = torch.autograd.grad(loss, [hidden, *parameters])
+            total += loss.detach()
+            of_hidden.append(own)
+            for accumulated, gradient in zip(of_parameters, gradients):
+                accumulated += gradient
+        ctx.save_for_backward(torch.cat(of_hidden) if of_hidden else torch.zeros_like(rows[0]))
+        ctx.of_parameters = of_parameters  # these become the parameters' gradients: no activations
+        ctx.num_other_rows = num_tensors - 1
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream: torch.Tensor):
+        # Scaled in place, to hold no second copy of a head's gradient; autograd refuses a second pass by itself.
+        gradients = [gradient.mul_(upstream) for gradient in (*ctx.saved_tensors, *ctx.of_parameters)]
+        return None, None, None, gradients[0], *[None] * ctx.num_other_rows, *gradients[1:]

@@ -1,0 +1,333 @@
+"""Autoregressive text: x is the tokens before, y the L2-normalised embedding of the next one."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+from transformers import DynamicCache, GenerationMixin, LogitsProcessorList
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from ..configuration import DiffusionBlocksConfig
+from ..denoising import edm_loss_weight, log_likelihood, precondition
+from ..losses import chunked_sum
+from .base import DiffusionBlocksPreTrainedModel
+from .streams import CleanKeys, Rows, Streams
+from .targets import FixedTargets
+from .text_walk import TextWalk
+
+IGNORED = -100  # label of a token that has no loss, everywhere in Transformers
+
+
+class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin):
+    """A decoder whose blocks are denoisers of the next token's embedding (arXiv 2506.14202, appendix on text).
+
+    Factorized denoiser: layers see the tokens before, as in the plain model; the noise enters by Bayes' rule in the
+    readout. Joint: a stream of noisy tokens, modulated by sigma, reads the keys and values of the clean stream.
+
+    At sigma_max a noisy token says nothing of its target (1e-4 nats), and a factorized block is trained there on the
+    plain cross-entropy of its prior.
+    """
+
+    main_input_name = "input_ids"
+    task = "text-generation"
+    default_overlap = 0.1
+    default_bridge = "hard"
+    accepts_loss_kwargs = True  # the Trainer gives num_items_in_batch: every token of a step counts alike
+
+    def __init__(self, config: DiffusionBlocksConfig):
+        if config.denoiser == "joint" and config.readout_layers:
+            raise ValueError(
+                f"readout_layers={config.readout_layers} must be 0 with denoiser='joint' for text: a noisy token's local "
+                "head would need clean keys, and a cache, of its own"
+            )
+        super().__init__(config)
+        if self.per_block:
+            self.target_embeddings = FixedTargets(config.vocab_size, config.hidden_size)
+        self.post_init()
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        if self.config.denoiser == "joint" and requested_attention not in (None, "sdpa", "eager"):
+            raise ValueError(
+                f"attn_implementation={requested_attention!r} must be 'sdpa' or 'eager' with denoiser='joint': a noisy "
+                "token sees the clean ones before it and itself, a mask that the others ignore or cannot express"
+            )
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+    @torch.no_grad()
+    def copy_backbone_parts(self) -> None:
+        super().copy_backbone_parts()
+        if self.per_block:
+            self.target_embeddings.table.copy_(self.get_input_embeddings().weight)
+
+    def target_vectors(self) -> torch.Tensor:
+        """The targets e_v of all tokens, `[V, D]` float32 of norm 1, without gradient: the input embeddings as they
+        are now, or the fixed table of `shared="per_block"`."""
+        if self.per_block:
+            return self.target_embeddings.vectors()
+        return F.normalize(self.get_input_embeddings().weight.detach().float(), dim=-1)
+
+    # ---- training and evaluation
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        block_index: int | None = None,
+        sigma: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        return_logits: bool | None = None,
+        text_walk: TextWalk | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Train one block (`block_index` given), or predict next tokens.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, logits_to_keep: as in
+                the plain model.
+            labels: `[N, S]`, usually `input_ids`: shifted here, -100 has no loss.
+            block_index: the block to train. Its logits are those of p(token | before, z) with the true token inside z:
+                their cross-entropy is a training loss, not a likelihood. Needs `labels`.
+            sigma: noise levels to train at, `[N]`, or (factorized) `[N, S-1]`: of tokens 1 to S-1; drawn for the block
+                when None, one a token, or one a sequence for a joint denoiser, whose layers are modulated by it.
+            noise: standard normal `[N, S-1, D]`; drawn when None.
+            generator: of the draws.
+            num_items_in_batch: tokens that the summed loss is divided by; None is those of this batch.
+            return_logits: whether to hold and return all logits; None returns them unless a block is trained.
+            text_walk: what [`generate`] keeps from token to token.
+
+        Returns:
+            `loss` (with labels) and `logits`: of a block, `[N, S-1, V]`, for tokens 1 to S-1. Without `block_index`
+            `[N, S, V]`, for the tokens after each, and label-free: factorized and carried, the last block's prior;
+            factorized and independent, the mean of the blocks' log-priors; joint, the end of the walk from keyed noise.
+
+        Raises:
+            ValueError: labels are missing for a block, or a block for training.
+        """
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        if block_index is not None:
+            if labels is None:
+                raise ValueError(f"labels=None with block_index={block_index}: a block is trained on the noised label")
+            rows, targets = self._training_rows(
+                block_index, inputs, attention_mask, position_ids, labels, sigma, noise, generator
+            )
+            logits = None
+            if return_logits:
+                logits = self.denoise(block_index, rows).unflatten(0, (len(labels), -1))
+            loss = self._block_loss(block_index, rows, targets, num_items_in_batch)
+            return CausalLMOutputWithPast(loss=loss, logits=logits)
+        if self.training and labels is not None:
+            raise ValueError(
+                "block_index=None in training: pass the block to train (DiffusionBlocksTrainer does), or call "
+                "model.eval() for the label-free loss"
+            )
+        return self._predict(
+            inputs, attention_mask, position_ids, past_key_values, labels, use_cache, logits_to_keep,
+            num_items_in_batch, return_logits, text_walk,
+        )  # fmt: skip
+
+    # ---- one block
+
+    def _training_rows(
+        self, block_index, inputs, attention_mask, position_ids, labels, sigma, noise, generator
+    ) -> tuple[Rows, torch.Tensor]:
+        """A block's rows for tokens 1 to S-1, `[N * (S-1)]` of them, and these tokens."""
+        targets = labels[:, 1:]
+        if sigma is None:
+            shape = targets.shape if self.config.denoiser == "factorized" else targets.shape[:1]
+            sigma = self.draw_sigma(block_index, shape, generator)
+        sigma = sigma.to(self.device, torch.float32)
+        sigma = (sigma if sigma.dim() == 2 else sigma[:, None]).expand(targets.shape)
+        hidden_of = self._factorized_hidden if self.config.denoiser == "factorized" else self._joint_hidden
+        z = None
+        if self.config.denoiser == "joint" or bool((sigma < self.config.sigma_max).any()):
+            z = self._noised(targets, sigma, noise, generator)
+        hidden = hidden_of(block_index, inputs, attention_mask, position_ids, z, sigma)
+        rows = Rows(hidden.flatten(0, 1), None if z is None else z.flatten(0, 1), sigma.flatten())
+        return rows, targets.flatten()
+
+    def _noised(self, targets: torch.Tensor, sigma: torch.Tensor, noise, generator) -> torch.Tensor:
+        """`z = y + sigma eps`, `[N, S-1, D]`."""
+        if noise is None:
+            shape = (*targets.shape, self.config.hidden_size)
+            noise = torch.randn(shape, generator=generator, device=generator.device if generator else None)
+        # A token without loss has no target: any will do.
+        clean = F.embedding(targets.clamp(min=0), self.target_vectors())
+        return clean + sigma[..., None] * noise.to(self.device, torch.float32)
+
+    def _factorized_hidden(self, block_index, inputs, attention_mask, position_ids, z, sigma) -> torch.Tensor:
+        inputs, attention = self._clean_pass(inputs, attention_mask, position_ids)
+        hidden = self.block_input(block_index, inputs, **attention)
+        hidden = self.run_block(block_index, hidden, self.clean_modulations(block_index), **attention)
+        return self.run_local_head(block_index, hidden, **attention)[:, :-1]
+
+    def _joint_hidden(self, block_index, inputs, attention_mask, position_ids, z, sigma) -> torch.Tensor:
+        # The last token is no context of any target.
+        without_last = [None if tensor is None else tensor[:, :-1] for tensor in (*inputs.values(), attention_mask)]
+        *tokens, attention_mask = without_last
+        inputs = dict(zip(inputs, tokens))
+        position_ids = None if position_ids is None else position_ids[:, :-1]
+        inputs, attention = self._clean_pass(inputs, attention_mask, position_ids)
+        clean = self.block_input(block_index, inputs, **attention)
+        kept = torch.arange(clean.shape[1], device=clean.device)
+        streams = Streams(self, clean, attention_mask, inputs["position_ids"], kept, CleanKeys())
+        streams.run_clean(block_index, clean, self.clean_modulations(block_index), output=False)
+        sigma = sigma[:, :1]
+        noisy = self.embed_noisy(block_index, z, sigma, streams.noisy_position_ids)
+        return streams.run_noisy(block_index, noisy, self.modulations_at(block_index, sigma[:, 0]))
+
+    def _clean_pass(self, inputs, attention_mask, position_ids, past_key_values=None) -> tuple[dict, dict]:
+        """What embeds the clean tokens, positions included, and what the attention modules take to run them."""
+        tokens = next(tensor for tensor in inputs.values() if tensor is not None)
+        if position_ids is None:
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
+        shape = torch.empty((*tokens.shape[:2], 0), dtype=self.dtype, device=tokens.device)
+        mask = self.architecture.causal_mask(self.backbone, shape, attention_mask, position_ids, past_key_values)
+        positions = self.architecture.positions(self.backbone, shape, position_ids)
+        attention = {"attention_mask": mask, "past_key_values": past_key_values, **positions}
+        return {**inputs, "position_ids": position_ids}, attention
+
+    def embed_noisy(self, block_index: int, z: torch.Tensor, sigma: torch.Tensor, position_ids) -> torch.Tensor:
+        """`c_in z`, as tokens at their positions: `[N, Q, D]`."""
+        embeds = precondition(sigma, self.sigma_data).input[..., None] * z
+        own = self.per_block and self.config.context == "independent" and block_index > 0
+        parts = self.block_embeddings[block_index - 1] if own else self.backbone
+        return self.architecture.embed_noisy(parts, embeds.to(self.dtype), position_ids)
+
+    def denoise(self, block_index: int, rows: Rows, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits `[R, V]` of p(token | before, z) by one block.
+
+        EDM readout: the head on `(c_skip z + c_out F) / sigma_data`, so that at sigma_max, where c_out is sigma_data and
+        c_skip nothing, it is the plain model's. Posterior: the head on F gives the prior, and z its likelihood.
+        """
+        parts, (hidden, z, sigma) = self.readout_parts(block_index), rows
+        if self.config.readout == "edm":
+            c = precondition(sigma, self.sigma_data)
+            normed = self.architecture.final_norm(parts, hidden)
+            estimate = c.skip[:, None] * z + c.out[:, None] * normed
+            return self.architecture.head(parts, (estimate / self.sigma_data).to(normed.dtype)).float()
+        logits = self.architecture.read_out(parts, hidden).float()
+        seen = None if z is None else sigma < self.config.sigma_max
+        if seen is None or not seen.any():
+            return logits
+        likelihood = log_likelihood(z[seen], sigma[seen], self.target_vectors() if targets is None else targets)
+        return logits.index_add(0, seen.nonzero()[:, 0], likelihood)
+
+    def _block_loss(self, block_index, rows: Rows, targets: torch.Tensor, num_items) -> torch.Tensor:
+        labelled = targets != IGNORED
+        rows = Rows(*(tensor if tensor is None else tensor[labelled] for tensor in rows))
+        targets = targets[labelled]
+        vectors = None if rows.z is None or self.config.readout == "edm" else self.target_vectors()
+
+        def loss_of_rows(hidden, targets, sigma, z=None):
+            logits = self.denoise(block_index, Rows(hidden, z, sigma), vectors)
+            loss = F.cross_entropy(logits, targets, reduction="none")
+            if self.config.loss_weighting == "edm":
+                loss = loss * edm_loss_weight(sigma, self.sigma_data)
+            return loss.sum()
+
+        tensors = [rows.hidden, targets, rows.sigma, *([] if rows.z is None else [rows.z])]
+        return self._mean(loss_of_rows, tensors, [self.readout_parts(block_index)], num_items)
+
+    def _mean(self, loss_of_rows, tensors, modules, num_items) -> torch.Tensor:
+        parameters = [
+            parameter
+            for module in modules
+            for path in self.architecture.readout_paths
+            for parameter in module.get_submodule(path).parameters()
+        ]
+        total = chunked_sum(loss_of_rows, tensors, list(dict.fromkeys(parameters)), self.config.vocab_size)
+        return total / (max(len(tensors[0]), 1) if num_items is None else num_items)
+
+    # ---- prediction
+
+    def _predict(
+        self, inputs, attention_mask, position_ids, past_key_values, labels, use_cache, logits_to_keep, num_items,
+        return_logits, text_walk,
+    ) -> CausalLMOutputWithPast:  # fmt: skip
+        use_cache = self.config.source_config.use_cache if use_cache is None else use_cache
+        if use_cache and not self.training and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config.source_config)
+        inputs, attention = self._clean_pass(inputs, attention_mask, position_ids, past_key_values)
+        positions = torch.arange(inputs["position_ids"].shape[1], device=self.device)
+        kept = positions[-logits_to_keep:] if isinstance(logits_to_keep, int) else logits_to_keep  # 0 keeps all
+        if self.config.denoiser == "joint":
+            text_walk = text_walk or TextWalk(self)
+            logits = text_walk.logits(inputs, attention, attention_mask, kept, past_key_values)
+        else:
+            outputs = self.clean_outputs(inputs, **attention)
+            outputs = outputs[-1:] if self.config.context == "carried" else outputs
+            rows = torch.stack([hidden[:, kept] for hidden in outputs], 2)
+            if labels is not None and return_logits is False:
+                loss = self._prior_loss(rows[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), num_items)
+                return CausalLMOutputWithPast(loss=loss, past_key_values=past_key_values)
+            logits = self._prior(rows)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def _prior(self, rows: torch.Tensor) -> torch.Tensor:
+        """Label-free logits `[..., V]` from what left the blocks that have a say, `[..., 1 or B, D]`."""
+        if self.config.context == "carried":
+            return self.read_out(self.config.num_blocks - 1, rows[..., 0, :])
+        priors = [self.read_out(k, hidden).float().log_softmax(-1) for k, hidden in enumerate(rows.unbind(-2))]
+        return torch.stack(priors).mean(0)
+
+    def _prior_loss(self, rows: torch.Tensor, targets: torch.Tensor, num_items) -> torch.Tensor:
+        labelled = targets != IGNORED
+        return self._mean(
+            lambda rows, targets: F.cross_entropy(self._prior(rows).float(), targets, reduction="sum"),
+            [rows[labelled], targets[labelled]],
+            [self.readout_parts(k) for k in range(self.config.num_blocks)],
+            num_items,
+        )
+
+    def prior_logits(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+    ) -> torch.Tensor:
+        """Label-free logits of every block at sigma_max, `[N, B, S, V]`.
+
+        A joint network is fed the walk's (keyed) starting noise. Only block 0 trains at sigma_max by itself; the
+        others do for `prior_fraction` of their draws.
+        """
+        inputs, attention = self._clean_pass({"input_ids": input_ids}, attention_mask, position_ids)
+        if self.config.denoiser == "joint":
+            return TextWalk(self).prior_logits(inputs, attention, attention_mask)
+        outputs = self.clean_outputs(inputs, **attention)
+        logits = [self.read_out(k, self.run_local_head(k, out, **attention)) for k, out in enumerate(outputs)]
+        return torch.stack(logits, 1)
+
+    # ---- generation
+
+    def generate(self, *args, **kwargs):
+        """As in Transformers. A joint model has greedy search and sampling: its walk makes one token a row at a time."""
+        return super().generate(*args, **kwargs)
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **model_kwargs):
+        if self.config.denoiser == "joint":
+            # Sampling controls act inside the walk, where they still can: its last logits are next to a point mass.
+            model_kwargs["text_walk"] = TextWalk(self, logits_processor, generation_config.do_sample)
+            logits_processor = LogitsProcessorList()
+        return super()._sample(
+            input_ids, logits_processor, stopping_criteria, generation_config, *args, **model_kwargs
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, *args, text_walk: TextWalk | None = None, **kwargs):
+        prepared = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if text_walk is not None:
+            text_walk.generated = input_ids
+            prepared["text_walk"] = text_walk
+        return prepared

@@ -1,0 +1,185 @@
+"""The two streams of a joint text denoiser: clean tokens, and noisy ones that become the tokens after them.
+
+Noisy token p stands at the position of clean token p + 1, which it is to become. It sees the clean tokens up to p and
+itself; clean tokens see clean tokens only. Hence the clean stream is an ordinary causal pass, and the noisy stream
+reads its keys and values. Sources: DiffusionBlocks (arXiv 2506.14202), appendix on autoregressive models.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from ..conditioning import Modulation
+
+if TYPE_CHECKING:
+    from .causal_lm import DiffusionBlocksForCausalLM
+
+
+class Rows(NamedTuple):
+    """What one token's logits are read from: R of them, of any sequences and positions."""
+
+    hidden: torch.Tensor  #: `[R, D]`, what left the block
+    z: torch.Tensor | None  #: `[R, D]`, the noisy targets; None where the target is out of sight
+    sigma: torch.Tensor | None  #: `[R]`
+
+
+class CleanKeys:
+    """What the clean pass of a training step leaves for the noisy one: each layer's keys and values.
+
+    Stands in for a cache in the stock attention module, but starts anew at every call, so that a layer that gradient
+    checkpointing runs twice does not see its own keys twice.
+    """
+
+    def __init__(self):
+        self.layers: dict[int, SimpleNamespace] = {}
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_index: int, *args, **kwargs):
+        self.layers[layer_index] = SimpleNamespace(keys=keys, values=values)
+        return keys, values
+
+
+class StreamsCache:
+    """What the stock attention module is given as its cache when noisy tokens run through it.
+
+    Of the tokens that run, the first `num_clean` are clean and are added to the `clean` cache; the others are noisy,
+    see it, and are forgotten.
+    """
+
+    def __init__(self, clean, num_clean: int):
+        self.clean, self.num_clean = clean, num_clean
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_index: int, *args, **kwargs):
+        split = (self.num_clean, keys.shape[2] - self.num_clean)
+        (clean_keys, noisy_keys), (clean_values, noisy_values) = keys.split(split, 2), values.split(split, 2)
+        if self.num_clean:
+            clean_keys, clean_values = self.clean.update(clean_keys, clean_values, layer_index)
+        else:
+            stored = self.clean.layers[layer_index]
+            clean_keys, clean_values = stored.keys, stored.values
+        return torch.cat([clean_keys, noisy_keys], 2), torch.cat([clean_values, noisy_values], 2)
+
+
+def noisy_mask(clean_mask: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Who sees whom among [clean ; noisy] keys, for the noisy queries: their clean token's row, and themselves.
+
+    Args:
+        clean_mask: explicit causal mask `[N, 1, S, P + S]`: boolean, or added to the scores.
+        kept: `[Q]`, the clean tokens (of the S) that have a noisy one.
+
+    Returns:
+        `[N, 1, Q, P + S + Q]`.
+    """
+    rows = clean_mask[:, :, kept]
+    own = torch.eye(len(kept), dtype=torch.bool, device=rows.device)
+    return torch.cat([rows, _like(own, rows)], -1)
+
+
+def streams_mask(clean_mask: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The mask of one pass over [clean ; noisy]: `[N, 1, S + Q, P + S + Q]`; arguments as in [`noisy_mask`]."""
+    nothing = torch.zeros(clean_mask.shape[2], len(kept), dtype=torch.bool, device=clean_mask.device)
+    return torch.cat([torch.cat([clean_mask, _like(nothing, clean_mask)], -1), noisy_mask(clean_mask, kept)], 2)
+
+
+def _like(visible: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A boolean `[Q, K]` in the form and number of rows of a mask."""
+    if mask.dtype != torch.bool:
+        visible = torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, torch.finfo(mask.dtype).min)
+    return visible.expand(*mask.shape[:2], *visible.shape)
+
+
+def join(clean: Modulation, noisy: Modulation, num_clean: int, num_noisy: int) -> Modulation:
+    """The modulation of [clean ; noisy] tokens, each field `[N or 1, S + Q, D]`."""
+    rows = max(clean[0].shape[0], noisy[0].shape[0])
+    return Modulation(
+        *(torch.cat([c.expand(rows, num_clean, -1), n.expand(rows, num_noisy, -1)], 1) for c, n in zip(clean, noisy))
+    )
+
+
+class Streams:
+    """A batch of clean tokens with noisy ones over them, run through one block after another.
+
+    [`run_clean`] then [`run_noisy`] is the fast way over many tokens: the clean pass is ordinary causal attention.
+    [`run_together`] is one masked pass over [clean ; noisy]: the same function, and the fast way over one new token.
+
+    Args:
+        model: whose layers run.
+        hidden: any hidden states of the clean tokens `[N, S, D]`, for their shape, dtype and device.
+        attention_mask: `[N, P + S]`, 0 for padding, or None.
+        position_ids: of the clean tokens, `[N or 1, S]`.
+        kept: `[Q]`, the clean tokens (of the S) that have a noisy one.
+        cache: keys and values of clean tokens: the P earlier ones', and soon these'.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionBlocksForCausalLM,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        kept: torch.Tensor,
+        cache,
+    ):
+        self.model, self.architecture, self.cache, self.kept = model, model.architecture, cache, kept
+        self.num_clean = hidden.shape[1]
+        self.noisy_position_ids = position_ids[:, kept] + 1
+        self._position_ids, self._hidden = position_ids, hidden
+        past = cache if hasattr(cache, "get_seq_length") else None
+        of_mask = (attention_mask, position_ids, past)
+        self._clean_mask = self.architecture.causal_mask(model.backbone, hidden, *of_mask)
+        # One row serves the whole batch where rows do not differ.
+        one_row = hidden if attention_mask is not None or len(position_ids) > 1 else hidden[:1]
+        self._explicit_mask = self.architecture.causal_mask(model.backbone, one_row, *of_mask, explicit=True)
+
+    def _positions(self, position_ids: torch.Tensor) -> dict:
+        return self.architecture.positions(self.model.backbone, self._hidden, position_ids)
+
+    @cached_property
+    def _clean_positions(self) -> dict:
+        return self._positions(self._position_ids)
+
+    @cached_property
+    def _noisy_attention(self) -> dict:
+        return {
+            "attention_mask": noisy_mask(self._explicit_mask, self.kept),
+            "past_key_values": StreamsCache(self.cache, num_clean=0),
+            **self._positions(self.noisy_position_ids),
+        }
+
+    @cached_property
+    def _joint_attention(self) -> dict:
+        return {
+            "attention_mask": streams_mask(self._explicit_mask, self.kept),
+            "past_key_values": StreamsCache(self.cache, self.num_clean),
+            **self._positions(torch.cat([self._position_ids, self.noisy_position_ids], 1)),
+        }
+
+    def run_clean(self, block_index: int, hidden: torch.Tensor, modulations, output: bool) -> torch.Tensor | None:
+        """Clean tokens `[N, S, D]` through a block. Without `output`, the last layer computes keys and values only."""
+        model, attention = self.model, {"attention_mask": self._clean_mask, **self._clean_positions}
+        *first, last = model.block_layers(block_index)
+        for index, modulation in zip(first, modulations):
+            hidden = model.run_layer(model.layer(index), hidden, modulation, past_key_values=self.cache, **attention)
+        if output:
+            return model.run_layer(
+                model.layer(last), hidden, modulations[-1], past_key_values=self.cache, **attention
+            )
+        keys, values = self.architecture.keys_and_values(
+            model.layer(last), hidden, modulations[-1], **self._clean_positions
+        )
+        self.cache.update(keys, values, last)
+        return None
+
+    def run_noisy(self, block_index: int, hidden: torch.Tensor, modulations) -> torch.Tensor:
+        """Noisy tokens `[N, Q, D]` through a block that the clean ones have run through."""
+        return self.model.run_block(block_index, hidden, modulations, **self._noisy_attention)
+
+    def run_together(
+        self, block_index: int, clean: torch.Tensor, noisy: torch.Tensor, modulations
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both, `[N, S, D]` and `[N, Q, D]`, through a block in one pass; modulations from [`join`]."""
+        hidden = self.model.run_block(block_index, torch.cat([clean, noisy], 1), modulations, **self._joint_attention)
+        return hidden.split((clean.shape[1], noisy.shape[1]), 1)

@@ -1,0 +1,155 @@
+"""The walk of a joint text denoiser: from noise to the next token, for one position or for many at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+from transformers import DynamicCache, LogitsProcessorList
+
+from ..denoising import BRIDGES
+from ..sampling import PositionNoise, walk
+from .streams import Rows, Streams, join
+
+if TYPE_CHECKING:
+    from .causal_lm import DiffusionBlocksForCausalLM
+
+
+class TextWalk:
+    """What walks share from token to token: levels, targets, and all that depends on sigma alone, computed once.
+
+    Args:
+        model: a joint model.
+        logits_processor: controls of generation. They act on every evaluation of the walk: at sigma_max its logits are
+            a next-token distribution, at the end next to a point mass.
+        sample: whether each evaluation's token is drawn (from the global generator, as everywhere in generation)
+            rather than bridged as the config says.
+    """
+
+    def __init__(
+        self, model: DiffusionBlocksForCausalLM, logits_processor: LogitsProcessorList | None = None, sample: bool = False
+    ):
+        self.model, self.config, self.logits_processor = model, model.config, logits_processor
+        self.generated: torch.Tensor | None = None  # all tokens so far, for the controls
+        self.bridge = _drawn_bridge if sample else BRIDGES[model.bridge]
+        self.targets = model.target_vectors()
+        self.sigmas = model.noise_schedule.inference_sigmas(self.config.num_inference_steps or self.config.num_blocks)
+        self.blocks = model.noise_schedule.block_of(self.sigmas[:-1]).tolist()
+        self.levels = self.sigmas.to(model.device, torch.float32)
+        self.clean_modulations = [model.clean_modulations(k) for k in range(self.config.num_blocks)]
+        self.noisy_modulations = [
+            model.modulations_at(block, self.levels[step : step + 1]) for step, block in enumerate(self.blocks)
+        ]
+        self._joint_modulations = {}
+
+    def joint_modulations(self, step: int) -> list:
+        """For one clean and one noisy token."""
+        if step not in self._joint_modulations:
+            pairs = zip(self.clean_modulations[self.blocks[step]], self.noisy_modulations[step])
+            self._joint_modulations[step] = [join(clean, noisy, 1, 1) for clean, noisy in pairs]
+        return self._joint_modulations[step]
+
+    def logits(self, inputs: dict, attention: dict, attention_mask, kept: torch.Tensor, cache) -> torch.Tensor:
+        """Walk the tokens after the clean tokens `kept`, `[Q]` of the S given.
+
+        Args:
+            inputs, attention: of the clean pass.
+            attention_mask: `[N, P + S]` or None.
+            cache: of the P earlier tokens, which these are added to; None if none is kept.
+
+        Returns:
+            Logits of the last evaluation, `[N, Q, V]`.
+        """
+        run = _Run(self, inputs, attention, attention_mask, kept, cache)
+
+        def denoise(z: torch.Tensor, step: int) -> torch.Tensor:
+            return self._controlled(run.denoise(z, step))
+
+        logits, _ = walk(denoise, self.targets, self.sigmas, run.noise, self.config.sampler, self.bridge)
+        if cache is not None:  # blocks that the walk did not visit have clean tokens to remember, too
+            run.advance_to(self.config.num_blocks)
+        return logits.unflatten(0, (run.num_rows, len(kept)))
+
+    def prior_logits(self, inputs: dict, attention: dict, attention_mask) -> torch.Tensor:
+        """Every block's logits at sigma_max, from keyed noise: `[N, B, S, V]`."""
+        tokens = inputs["position_ids"].shape[1]
+        run = _Run(self, inputs, attention, attention_mask, torch.arange(tokens, device=self.levels.device), None)
+        z = self.levels[0] * run.noise.normal(self.targets.shape[-1])
+        logits = []
+        for block in range(self.config.num_blocks):
+            run.advance_to(block + 1)
+            modulations = self.model.modulations_at(block, self.levels[:1])
+            logits.append(run.read(block, run.noisy(block, z, self.levels[0], modulations), z, self.levels[0]))
+        return torch.stack(logits).unflatten(1, (run.num_rows, tokens)).transpose(0, 1)
+
+    def _controlled(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.logits_processor is None:
+            return logits
+        return self.logits_processor(self.generated, logits)
+
+
+class _Run:
+    """One batch on its walk: how far its clean tokens have come through the blocks."""
+
+    def __init__(self, plan: TextWalk, inputs: dict, attention: dict, attention_mask, kept: torch.Tensor, cache):
+        self.plan, self.model, self.inputs, self.kept = plan, plan.model, inputs, kept
+        tokens = next(tensor for name, tensor in inputs.items() if tensor is not None and name != "position_ids")
+        self.num_rows, self.num_tokens = tokens.shape[:2]
+        cache = DynamicCache(config=self.model.config.source_config) if cache is None else cache
+        shape = torch.empty((*tokens.shape[:2], 0), dtype=self.model.dtype, device=tokens.device)
+        self.streams = Streams(self.model, shape, attention_mask, inputs["position_ids"], kept, cache)
+        positions = self.streams.noisy_position_ids.expand(self.num_rows, -1)
+        self.noise = PositionNoise(positions.flatten(), plan.config.inference_seed)
+        self._done = 0  # blocks that the clean tokens have run through
+        self._clean: torch.Tensor | None = None  # what left the last of these, if context is carried
+
+    def _entering(self, block: int) -> torch.Tensor:
+        carried = block > 0 and self.model.config.context == "carried"
+        return self._clean if carried else self.model.embed(block, self.inputs)
+
+    def advance_to(self, block: int) -> None:
+        """Run the clean tokens through all blocks before this one."""
+        while self._done < block:
+            last = self._done == self.model.config.num_blocks - 1
+            self._clean = self.streams.run_clean(
+                self._done,
+                self._entering(self._done),
+                self.plan.clean_modulations[self._done],
+                output=self.model.config.context == "carried" and not last,
+            )
+            self._done += 1
+
+    def denoise(self, z: torch.Tensor, step: int) -> torch.Tensor:
+        """`z [N * Q, D]` to logits `[N * Q, V]` at one level of the walk."""
+        plan, block = self.plan, self.plan.blocks[step]
+        sigma = plan.levels[step]
+        if self.num_tokens == 1 and self._done <= block:
+            # One new token: clean and noisy together, in one pass over the block.
+            self.advance_to(block)
+            noisy = self._embed_noisy(block, z, sigma)
+            self._clean, hidden = self.streams.run_together(
+                block, self._entering(block), noisy, plan.joint_modulations(step)
+            )
+            self._done += 1
+        else:
+            self.advance_to(block + 1)
+            hidden = self.noisy(block, z, sigma, plan.noisy_modulations[step])
+        return self.read(block, hidden, z, sigma)
+
+    def _embed_noisy(self, block: int, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        z = z.unflatten(0, (self.num_rows, len(self.kept)))
+        return self.model.embed_noisy(block, z, sigma[None, None], self.streams.noisy_position_ids)
+
+    def noisy(self, block: int, z: torch.Tensor, sigma: torch.Tensor, modulations) -> torch.Tensor:
+        """Noisy tokens through a block, `[N, Q, D]`."""
+        return self.streams.run_noisy(block, self._embed_noisy(block, z, sigma), modulations)
+
+    def read(self, block: int, hidden: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        rows = Rows(hidden.flatten(0, 1), z, sigma.expand(len(z)))
+        return self.model.denoise(block, rows, self.plan.targets)
+
+
+def _drawn_bridge(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """A token drawn from softmax(logits), `[N, D]`."""
+    return F.embedding(torch.multinomial(logits.softmax(-1), 1)[:, 0], targets)
