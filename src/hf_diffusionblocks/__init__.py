@@ -9,6 +9,8 @@ from ._version import __version__
 from .checkpoint import load_block_state_dict
 from .configuration import DiffusionBlocksConfig
 from .conversion import convert
+from .fitting import fit_noise_schedule
+from .likelihood import LikelihoodBound, bits_per_byte, nll_bound
 from .models import (
     DiffusionBlocksForCausalLM,
     DiffusionBlocksForImageClassification,
@@ -30,7 +32,11 @@ __all__ = [
     "DiffusionBlocksPreTrainedModel",
     "DiffusionBlocksTrainer",
     "DiffusionBlocksTrainingArguments",
+    "LikelihoodBound",
     "NoiseSchedule",
+    "bits_per_byte",
     "convert",
+    "fit_noise_schedule",
     "load_block_state_dict",
+    "nll_bound",
 ]

@@ -116,7 +116,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         if block_index is not None:
             if labels is None:
                 raise ValueError(f"labels=None with block_index={block_index}: a block is trained on the noised label")
-            rows, targets = self._training_rows(
+            rows, targets = self.noised_rows(
                 block_index, inputs, attention_mask, position_ids, labels, sigma, noise, generator
             )
             logits = None
@@ -136,7 +136,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
 
     # ---- one block
 
-    def _training_rows(
+    def noised_rows(
         self, block_index, inputs, attention_mask, position_ids, labels, sigma, noise, generator
     ) -> tuple[Rows, torch.Tensor]:
         """A block's rows for tokens 1 to S-1, `[N * (S-1)]` of them, and these tokens."""
@@ -254,8 +254,9 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         self, inputs, attention_mask, position_ids, past_key_values, labels, use_cache, logits_to_keep, num_items,
         return_logits, text_walk,
     ) -> CausalLMOutputWithPast:  # fmt: skip
-        use_cache = self.config.source_config.use_cache if use_cache is None else use_cache
-        if use_cache and not self.training and past_key_values is None:
+        if use_cache is None:  # nobody goes on from a text that is scored
+            use_cache = self.config.source_config.use_cache and labels is None and not self.training
+        if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.source_config)
         inputs, attention = self._clean_pass(inputs, attention_mask, position_ids, past_key_values)
         positions = torch.arange(inputs["position_ids"].shape[1], device=self.device)
