@@ -1,0 +1,229 @@
+"""Language modelling quality: DiffusionBlocks beside end-to-end training, on novels of Project Gutenberg.
+
+    python benchmarks/quality_text.py --data ../shared/data/gutenberg --output outputs/quality_text
+
+One table a family: end to end, one block's depth, greedy local training, the paper's settings, then each improvement in
+turn; equal updates per parameter of the blocks. Columns are label-free cross-entropies in nats a token on held-out
+novels ("logits": `model(...).logits`; "mean prior": the mean of all blocks' log-probabilities at sigma_max), the
+diffusion's own bound, and seconds of training on one thread. Runs are cached in the output folder one by one, so an
+interrupted benchmark goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from gutenberg import config_for, plain_loss, prepare
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers.utils import logging
+
+import hf_diffusionblocks as db
+
+LAYERS = 8
+PAPER = {"denoiser": "joint", "context": "independent"}
+POSTERIOR = {**PAPER, "readout": "posterior"}
+INFORMATION = {**POSTERIOR, "noise_distribution": "information"}
+FACTORIZED = {**INFORMATION, "denoiser": "factorized"}
+CARRIED = {**FACTORIZED, "context": "carried"}
+LOCAL = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
+
+#: Row -> layers of a plain model, or what `convert` is given. "neighbours": gradients through two blocks.
+ROWS: dict[str, int | dict] = {
+    "end to end": LAYERS,
+    "end to end, one block's depth (B=4)": LAYERS // 4,
+    "greedy local": LOCAL,
+    "paper settings": PAPER,
+    "+ posterior readout": POSTERIOR,
+    "+ information-uniform noise": INFORMATION,
+    "+ carried context": {**INFORMATION, "context": "carried"},
+    "factorized, information-uniform, independent": FACTORIZED,
+    "factorized, information-uniform, carried": CARRIED,
+    "greedy local + local head of one layer": {**LOCAL, "readout_layers": 1},
+    "greedy local + own head a block": {**LOCAL, "shared": "per_block"},
+    "greedy local, gradients through two blocks": {**LOCAL, "neighbours": True},
+    "end to end, one block's depth (B=2)": LAYERS // 2,
+    "greedy local, B=2": {**LOCAL, "num_blocks": 2},
+    "greedy local, B=2 + local head of one layer": {**LOCAL, "num_blocks": 2, "readout_layers": 1},
+    "paper settings, B=2": {**PAPER, "num_blocks": 2},
+    "half of the draws at sigma_max, half information-uniform": {**CARRIED, "prior_fraction": 0.5},
+    "joint, information-uniform, carried, half at sigma_max": {
+        **INFORMATION, "context": "carried", "prior_fraction": 0.5
+    },
+}  # fmt: skip
+BOUND_BATCHES = 8  # of 8 sequences: the bound costs ten passes a sequence
+
+
+class TwoBlocks(db.DiffusionBlocksForCausalLM):
+    """Trains the active block and the one before it, on the active block's loss."""
+
+    def block_input(self, block_index, inputs, **attention):
+        if block_index == 0:
+            return super().block_input(block_index, inputs, **attention)
+        hidden = super().block_input(block_index - 1, inputs, **attention)
+        return self.carry(block_index - 1, hidden, **attention)
+
+
+class ChunkedTrainer(Trainer):
+    """The stock Trainer, with the readout in chunks."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return plain_loss(model, inputs["input_ids"])
+
+
+class Sequences(torch.utils.data.Dataset):
+    """A stream of tokens, cut."""
+
+    def __init__(self, tokens: torch.Tensor, length: int):
+        self.tokens = tokens[: len(tokens) // length * length].view(-1, length)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+
+
+def make_model(spec: dict, config):
+    fields = {"num_blocks": 4, **spec}
+    neighbours = fields.pop("neighbours", False)
+    model = db.convert(config, **fields)
+    return TwoBlocks(model.config) if neighbours else model
+
+
+def train_and_read(row: str, family: str, seed: int, settings: dict) -> dict[str, float]:
+    """Train one row and read it in every way it can be read."""
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    data = torch.load(settings["tokens"])
+    train_set = Sequences(data["train"], settings["length"])
+    test_set = Sequences(data["validation"][: settings["eval_tokens"]], settings["length"])
+    spec = ROWS[row]
+    set_seed(seed)
+    layers = spec if isinstance(spec, int) else LAYERS
+    config = config_for(family, layers, settings["width"], settings["vocab_size"], settings["length"])
+    shared_args = dict(
+        output_dir=settings["output"], per_device_train_batch_size=settings["batch_size"], weight_decay=0.1,
+        learning_rate=settings["learning_rate"], adam_beta2=0.95, lr_scheduler_type="cosine", warmup_steps=0.05,
+        seed=seed, use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    if isinstance(spec, int):
+        model = AutoModelForCausalLM.from_config(config)
+        args = TrainingArguments(max_steps=settings["updates"], **shared_args)
+        trainer = ChunkedTrainer(model=model, args=args, train_dataset=train_set)
+    else:
+        model = make_model(spec, config)
+        if model.config.noise_distribution == "information":
+            db.fit_noise_schedule(model, torch.utils.data.DataLoader(train_set, settings["batch_size"]))
+        args = db.DiffusionBlocksTrainingArguments(updates_per_block=settings["updates"], **shared_args)
+        trainer = db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=train_set)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    return {**read(model.eval(), test_set), "seconds": seconds, "bytes_per_token": data["bytes_per_token"]}
+
+
+@torch.no_grad()
+def read(model, test_set: Sequences) -> dict[str, float]:
+    """Nats a token by each reading; a plain model has logits only."""
+    batches = [{key: value for key, value in batch.items()} for batch in torch.utils.data.DataLoader(test_set, 8)]
+    totals: dict[str, float] = {}
+    for batch in batches:
+        tokens = batch["input_ids"]
+        readings = {"logits": model(tokens, use_cache=False).logits}
+        if isinstance(model, db.DiffusionBlocksForCausalLM):
+            priors = model.prior_logits(tokens).log_softmax(-1)
+            readings["mean prior"] = priors.mean(1)
+            readings |= {f"prior {k}": prior for k, prior in enumerate(priors.unbind(1))}
+        for name, logits in readings.items():
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
+            totals[name] = totals.get(name, 0.0) + loss.item()
+    scored = len(test_set) * (test_set.tokens.shape[1] - 1)
+    result = {name: total / scored for name, total in totals.items()}
+    if isinstance(model, db.DiffusionBlocksForCausalLM):
+        bound = db.nll_bound(model, batches[:BOUND_BATCHES], num_samples=8)
+        result |= {"bound": bound.nats_per_token, "bound_error": bound.standard_error}
+    return result
+
+
+def run(job: tuple) -> None:
+    row, family, seed, settings, result_file = job
+    result = train_and_read(row, family, seed, settings)
+    result_file.write_text(json.dumps({"row": row, "family": family, "seed": seed, **settings, **result}))
+    print(f"{family}, {row}, seed {seed}: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()), flush=True)
+
+
+def table(results: list[dict], family: str) -> str:
+    """Markdown: nats a token, mean +- standard deviation over seeds; and over end to end."""
+    lines = ["| | seeds | logits | over end to end | mean prior | bound | seconds |", "|---|---|---|---|---|---|---|"]
+    of_row = {row: [r for r in results if r["row"] == row and r["family"] == family] for row in ROWS}
+    base = statistics.mean(r["logits"] for r in of_row["end to end"]) if of_row["end to end"] else math.nan
+    for row, runs in of_row.items():
+        if runs:
+            over = f"{100 * (statistics.mean(r['logits'] for r in runs) / base - 1):+.1f} %"
+            cells = [_cell(runs, "logits"), over, *(_cell(runs, name) for name in ("mean prior", "bound", "seconds"))]
+            lines.append(f"| {row} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(runs: list[dict], name: str) -> str:
+    values = [run[name] for run in runs if name in run]
+    if not values:
+        return ""
+    digits = 0 if name == "seconds" else 3
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and validation.parquet")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the cached runs and the table")
+    parser.add_argument("--families", nargs="*", default=["gpt2", "llama"], choices=["gpt2", "llama"])
+    parser.add_argument("--updates", type=int, default=600, help="updates of every block")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--length", type=int, default=128, help="tokens a sequence")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--vocab_size", type=int, default=4096)
+    parser.add_argument("--eval_tokens", type=int, default=24576)
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    options = parser.parse_args()
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    tokens = prepare(options.data, options.output, options.vocab_size, train_bytes=24_000_000, eval_bytes=400_000)
+    names = ("updates", "width", "length", "batch_size", "learning_rate", "vocab_size", "eval_tokens")
+    settings = {name: getattr(options, name) for name in names}
+    settings |= {"output": str(options.output), "tokens": str(tokens)}
+    jobs = []
+    for seed in range(options.seeds):
+        for family in options.families:
+            for number, row in enumerate(ROWS):
+                file = options.output / f"{family}-row{number:02}-seed{seed}-updates{options.updates}.json"
+                if row in options.rows and not file.is_file():
+                    jobs.append((row, family, seed, settings, file))
+    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
+        for _ in pool.imap_unordered(run, jobs):
+            pass
+    files = sorted(options.output.glob(f"*-row*-updates{options.updates}.json"))
+    results = [json.loads(file.read_text()) for file in files]
+    texts = [
+        f"{family}, {LAYERS} layers, width {options.width}, {options.vocab_size} tokens; {options.updates} updates of "
+        f"{options.batch_size} x {options.length} tokens; nats a token:\n\n{table(results, family)}"
+        for family in options.families
+    ]
+    (options.output / "table.md").write_text("\n\n".join(texts) + "\n")
+    print("\n\n".join(texts))
+
+
+if __name__ == "__main__":
+    main()
