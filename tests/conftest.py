@@ -26,6 +26,10 @@ FORMULATIONS = {
     "factorized-independent": {"denoiser": "factorized", "context": "independent"},
     "factorized-carried": {"denoiser": "factorized", "context": "carried"},
     "factorized-carried-head": {"denoiser": "factorized", "context": "carried", "readout_layers": 1},
+    "joint-edm-independent-own": {
+        "denoiser": "joint", "readout": "edm", "context": "independent", "shared": "per_block"
+    },
+    "factorized-carried-own": {"denoiser": "factorized", "context": "carried", "shared": "per_block"},
 }  # fmt: skip
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from transformers import AutoConfig
 
-from hf_diffusionblocks import DiffusionBlocksConfig
+from hf_diffusionblocks import DiffusionBlocksConfig, DiffusionBlocksForImageClassification, NoiseSchedule
 
+TABLE = [[0.002, 0.0], [0.3, 0.2], [2.0, 0.7], [80.0, 1.0]]
 BAD_FIELDS = [
     ({"num_blocks": 0}, r"num_blocks=0 must be a whole number from 1"),
     ({"num_blocks": 5}, r"num_blocks=5 must be at most the model's 4 layers"),
@@ -23,17 +24,27 @@ BAD_FIELDS = [
     ({"overlap": -0.1}, r"overlap=-0.1 must be from 0"),
     ({"denoiser": "both"}, r"denoiser='both' must be one of 'joint', 'factorized'"),
     ({"context": None}, r"context=None must be one of"),
-    ({"bridge": "warm"}, r"bridge='warm' must be one of 'soft', 'hard'"),
+    ({"bridge": "warm"}, r"bridge='warm' must be one of None, 'soft', 'hard'"),
     ({"sampler": "heun"}, r"sampler='heun' must be one of 'euler', 'ancestral'"),
     ({"denoiser": "factorized", "readout": "edm"}, r"readout='edm' must be 'posterior' with denoiser='factorized'"),
     ({"readout_layers": 1}, r"readout_layers=1 must be 0 with context='independent'"),
     ({"prior_fraction": 1.5}, r"prior_fraction=1.5 must be from 0 to 1"),
     ({"num_inference_steps": 0}, r"num_inference_steps=0 must be a whole number from 1"),
     ({"loss_weighting": "min-snr"}, r"loss_weighting='min-snr' must be one of None, 'edm'"),
+    ({"shared": "none"}, r"shared='none' must be one of 'common', 'per_block'"),
+    ({"noise_distribution": "uniform"}, r"noise_distribution='uniform' must be one of 'lognormal', 'information'"),
+    ({"noise_table": TABLE}, r"noise_distribution='lognormal' must be 'information' with a noise_table"),
+    *(
+        ({"noise_distribution": "information", "noise_table": table},
+         r"noise_table=.* must rise in both columns from \[sigma_min=0.002, 0.0\] to \[sigma_max=80.0, 1.0\]")
+        for table in ([[0.01, 0.0], *TABLE[1:]], [*TABLE[:-1], [70.0, 1.0]], [*TABLE[:-1], [80.0, 0.9]],
+                      [[0.002, 0.1], *TABLE[1:]], [TABLE[0], TABLE[2], TABLE[1], TABLE[3]],
+                      [TABLE[0], [0.3, 0.4], [2.0, 0.4], TABLE[3]])
+    ),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("fields, message", BAD_FIELDS, ids=[message for _, message in BAD_FIELDS])
+@pytest.mark.parametrize("fields, message", BAD_FIELDS, ids=[str(fields) for fields, _ in BAD_FIELDS])
 def test_bad_field_is_named(plain_config, fields, message):
     with pytest.raises(ValueError, match=message):
         DiffusionBlocksConfig(source_config=plain_config, **fields)
@@ -70,6 +81,20 @@ def test_round_trip_through_auto_config(plain_config, tmp_path):
     assert isinstance(loaded, DiffusionBlocksConfig)
     assert loaded.to_diff_dict() == config.to_diff_dict()
     assert loaded.source_config.to_dict() == config.source_config.to_dict()
+
+
+def test_a_noise_table_makes_the_schedule_and_survives_a_reload(plain_config, tmp_path):
+    config = DiffusionBlocksConfig(
+        source_config=plain_config, num_blocks=2, noise_distribution="information", noise_table=TABLE
+    )
+    config.save_pretrained(tmp_path)
+    boundaries = AutoConfig.from_pretrained(tmp_path).noise_schedule(0.0).boundaries
+    assert boundaries.tolist() == NoiseSchedule(2, table=TABLE).boundaries.tolist()
+
+
+def test_bridge_defaults_to_the_task_s(plain_config):
+    config = DiffusionBlocksConfig(source_config=plain_config)
+    assert (config.bridge, DiffusionBlocksForImageClassification(config).bridge) == (None, "soft")
 
 
 def test_it_shows_what_users_of_a_plain_config_read(plain_config):

@@ -18,7 +18,7 @@ from hf_diffusionblocks.denoising import (
     precondition,
     soft_bridge,
 )
-from hf_diffusionblocks.sampling import NoiseSource, walk
+from hf_diffusionblocks.sampling import NoiseSource, PositionNoise, walk
 
 PRIOR = torch.tensor([0.5, 0.3, 0.15, 0.05])
 
@@ -80,9 +80,10 @@ def test_euler_walk_follows_the_exact_ode_of_one_target():
     """With one class the ODE's solution is z(s) = e + s/sigma_max (z - e): Euler is exact on it, at any T."""
     target = unit_targets(1)
     noise = NoiseSource(16, 0, torch.Generator().manual_seed(0), torch.device("cpu"))
-    walked = walk(lambda z, s: torch.zeros(len(z), 1), target, NoiseSchedule(3).inference_sigmas(7), noise)
+    sigmas = NoiseSchedule(3).inference_sigmas(7)
+    _, z = walk(lambda z, step: torch.zeros(len(z), 1), target, sigmas, noise, "euler", soft_bridge)
     start = 80 * NoiseSource(16, 0, torch.Generator().manual_seed(0), torch.device("cpu")).normal(8)
-    assert torch.allclose(walked.z, target + 0.002 / 80 * (start - target), atol=1e-5)
+    assert torch.allclose(z, target + 0.002 / 80 * (start - target), atol=1e-5)
 
 
 def test_ancestral_step_keeps_the_marginal():
@@ -95,16 +96,16 @@ def test_ancestral_step_keeps_the_marginal():
     assert (stepped - target).mean(0).abs().max() < 0.01
 
 
-def drawn_frequencies(num_steps: int, sampler: str, bridge: str = "soft", rows: int = 20_000) -> torch.Tensor:
+def drawn_frequencies(num_steps: int, sampler: str, rows: int = 20_000) -> torch.Tensor:
     """Class frequencies of a walk with the exact denoiser of PRIOR."""
-    targets = unit_targets()
+    targets, sigmas = unit_targets(), NoiseSchedule(1).inference_sigmas(num_steps)
 
-    def exact(z, sigma):
-        return posterior_logits(PRIOR.log().expand(len(z), 4), z, torch.full((len(z),), sigma), targets)
+    def exact(z, step):
+        return posterior_logits(PRIOR.log().expand(len(z), 4), z, sigmas[step].float().expand(len(z)), targets)
 
     noise = NoiseSource(rows, 0, torch.Generator().manual_seed(num_steps), torch.device("cpu"))
-    walked = walk(exact, targets, NoiseSchedule(1).inference_sigmas(num_steps), noise, sampler, bridge)
-    return torch.cdist(walked.z, targets).argmin(-1).bincount(minlength=4)
+    _, z = walk(exact, targets, sigmas, noise, sampler, soft_bridge)
+    return torch.cdist(z, targets).argmin(-1).bincount(minlength=4)
 
 
 @pytest.mark.parametrize("num_steps", [2, 3, 8, 40])
@@ -120,12 +121,32 @@ def test_soft_euler_walk_approaches_the_prior_only_with_many_steps():
 
 
 def test_walk_evaluates_every_level_but_the_last():
-    levels = []
+    steps = []
     sigmas = NoiseSchedule(2).inference_sigmas(5)
     noise = NoiseSource(3, 0, None, torch.device("cpu"))
-    walked = walk(lambda z, s: levels.append(s) or torch.zeros(3, 4), unit_targets(), sigmas, noise)
-    assert levels == sigmas[:-1].tolist()
-    assert walked.trajectory.shape == (3, 5, 4)
+    walk(lambda z, step: steps.append(step) or torch.zeros(3, 4), unit_targets(), sigmas, noise, "euler", soft_bridge)
+    assert steps == list(range(len(sigmas) - 1))
+
+
+@pytest.mark.parametrize("sampler", ["euler", "ancestral"])
+def test_walk_returns_the_logits_of_its_last_evaluation(sampler):
+    evaluations = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
+    noise = NoiseSource(3, 0, None, torch.device("cpu"))
+    sigmas = NoiseSchedule(2).inference_sigmas(5)
+    logits, _ = walk(lambda z, step: evaluations[step], unit_targets(), sigmas, noise, sampler, soft_bridge)
+    assert torch.equal(logits, evaluations[-1])
+
+
+def test_euler_walk_goes_where_the_bridge_points():
+    """Always to target 2, whatever the logits say."""
+
+    def bridge(logits, targets):
+        return targets[2].expand(len(logits), -1)
+
+    targets, sigmas = unit_targets(), NoiseSchedule(2).inference_sigmas(5)
+    noise = NoiseSource(3, 0, None, torch.device("cpu"))
+    _, z = walk(lambda z, step: torch.zeros(3, 4), targets, sigmas, noise, "euler", bridge)
+    assert torch.cdist(z, targets).argmin(-1).tolist() == [2, 2, 2]
 
 
 def test_keyed_noise_is_equal_for_all_rows_and_leaves_the_global_generator_alone():
@@ -137,7 +158,61 @@ def test_keyed_noise_is_equal_for_all_rows_and_leaves_the_global_generator_alone
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_categorical_draws_have_the_right_frequencies():
-    noise = NoiseSource(50_000, 0, torch.Generator().manual_seed(3), torch.device("cpu"))
+def by_generator(rows: int) -> NoiseSource:
+    return NoiseSource(rows, 0, torch.Generator().manual_seed(3), torch.device("cpu"))
+
+
+def by_position(rows: int) -> PositionNoise:
+    return PositionNoise(torch.arange(rows), seed=3)
+
+
+@pytest.mark.parametrize("source", [by_generator, by_position])
+def test_categorical_draws_have_the_right_frequencies(source):
+    noise = source(50_000)
     counts = noise.categorical(PRIOR.log().expand(50_000, 4)).bincount(minlength=4)
     assert stats.chisquare(counts.numpy(), (PRIOR.double() / PRIOR.double().sum() * 50_000).numpy()).pvalue > 0.01
+
+
+# ---- noise keyed by position
+
+
+def draws(positions, seed: int = 7) -> list[torch.Tensor]:
+    """Three calls in a row, as a walk makes them."""
+    noise = PositionNoise(torch.as_tensor(positions), seed)
+    return [noise.normal(8), noise.categorical(PRIOR.log().expand(len(positions), 4)), noise.normal(8)]
+
+
+def test_position_noise_is_a_function_of_position_and_draw_however_positions_are_asked_for():
+    """Together, in another order and batch, or one at a time; across the pages they are drawn in."""
+    positions = [0, 63, 64, 5, 200, 63, 5]
+    together = draws(positions)
+    alone = [torch.cat(parts) for parts in zip(*(draws([position]) for position in positions))]
+    backwards = [part.flip(0) for part in draws(positions[::-1])]
+    for draw in range(3):
+        assert torch.equal(together[draw], alone[draw])
+        assert torch.equal(together[draw], backwards[draw])
+
+
+def test_position_noise_is_equal_for_rows_at_the_same_position():
+    noise = draws([3, 3, 4])[0]
+    assert torch.equal(noise[0], noise[1])
+    assert not torch.equal(noise[0], noise[2])
+
+
+def test_position_noise_differs_between_draws_and_seeds():
+    first, _, later = draws([3])
+    assert not torch.equal(first, later)
+    assert not torch.equal(first, draws([3], seed=8)[0])
+
+
+def test_position_noise_is_standard_normal():
+    noise = PositionNoise(torch.arange(4000), 0).normal(16)
+    assert stats.kstest(noise.flatten().double().numpy(), "norm").pvalue > 0.01
+    # Neighbours in position are as unrelated as any.
+    assert (noise[1:] * noise[:-1]).mean().abs() < 4 / (3999 * 16) ** 0.5
+
+
+def test_position_noise_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    draws([999])
+    assert torch.equal(torch.get_rng_state(), state)

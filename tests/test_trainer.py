@@ -103,7 +103,8 @@ def test_a_step_moves_its_block_and_shared_parameters_only(model, tmp_path, accu
         own = {name for name, _ in model.named_parameters() if model.block_of_parameter(name) == block}
         assert own <= moved
         assert all(model.block_of_parameter(name) in (None, block) for name in moved)
-        assert any(model.block_of_parameter(name) is None for name in moved)
+        shared_moved = any(model.block_of_parameter(name) is None for name in moved)
+        assert shared_moved is (model.config.shared == "common")
 
 
 def test_micro_batches_of_a_step_train_one_block(plain_model, tmp_path):
@@ -155,11 +156,10 @@ def test_logged_learning_rate_is_the_active_block_s(plain_model, tmp_path):
 
 
 def test_a_schedule_that_is_no_function_of_the_step_is_refused(plain_model, tmp_path):
-    trainer = make_trainer(
-        db.convert(plain_model, 2), tmp_path, max_steps=2, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps"
-    )
+    """Before any training."""
+    arguments = {"max_steps": 2, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
     with pytest.raises(ValueError, match="lr_scheduler_type='reduce_lr_on_plateau' is not a function of the step"):
-        trainer.train()
+        make_trainer(db.convert(plain_model, 2), tmp_path, **arguments)
 
 
 # ---- logs, evaluation
