@@ -11,6 +11,7 @@ from .configuration import DiffusionBlocksConfig
 from .conversion import convert
 from .fitting import fit_noise_schedule
 from .likelihood import LikelihoodBound, bits_per_byte, nll_bound
+from .measures import generation_measures
 from .models import (
     DiffusionBlocksForCausalLM,
     DiffusionBlocksForImageClassification,
@@ -37,6 +38,7 @@ __all__ = [
     "bits_per_byte",
     "convert",
     "fit_noise_schedule",
+    "generation_measures",
     "load_block_state_dict",
     "nll_bound",
 ]
