@@ -15,8 +15,15 @@ CARD = "README.md"
 #: A card with one of these may be replaced; any other was written or edited by a person.
 GENERATED_BY = ("Written by hf-diffusionblocks with every save", "This model card has been automatically generated")
 
-AUTO_CLASSES = {"image-classification": "AutoModelForImageClassification"}
+AUTO_CLASSES = {
+    "image-classification": "AutoModelForImageClassification",
+    "text-generation": "AutoModelForCausalLM",
+}
 USE_LINES = {
+    "text-generation": (
+        'write = pipeline("text-generation", model="{name}")\n'
+        'write("Once upon a time", max_new_tokens=50, do_sample=True, top_p=0.9)'
+    ),
     "image-classification": (
         'classify = pipeline("image-classification", model="{name}")  # label-free logits, like any classifier\n'
         "model.predict(pixel_values).trajectory  # the walk from noise to a label, block by block"

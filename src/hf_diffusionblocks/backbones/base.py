@@ -26,6 +26,7 @@ class Backbone(ABC):
     plain_class: ClassVar[type[PreTrainedModel]]  #: the stock model that is converted
     layers_path: ClassVar[str]  #: path of its list of layers, for example "vit.layers"
     embedding_paths: ClassVar[Sequence[str]]  #: paths of what `embed` uses
+    noisy_embedding_paths: ClassVar[Sequence[str]] = ()  #: paths of those of them that noisy tokens need, too
     readout_paths: ClassVar[Sequence[str]]  #: paths of what `read_out` uses
 
     def check(self, config: PreTrainedConfig) -> None:

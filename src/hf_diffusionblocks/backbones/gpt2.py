@@ -17,6 +17,7 @@ class GPT2Backbone(CausalBackbone):
     plain_class = GPT2LMHeadModel
     layers_path = "transformer.h"
     embedding_paths = ("transformer.wte", "transformer.wpe", "transformer.drop")
+    noisy_embedding_paths = ("transformer.wpe", "transformer.drop")
     attention_norm_name, attention_name, mlp_norm_name = "ln_1", "attn", "ln_2"
     final_norm_path = "transformer.ln_f"
 

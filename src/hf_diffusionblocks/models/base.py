@@ -75,10 +75,10 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         self.per_block = config.shared == "per_block"
         if self.per_block:
             # Block 0 reads in by the backbone's own embeddings, and so do all blocks whose context is carried on.
-            readers = 0 if config.context == "carried" else blocks - 1
-            self.block_embeddings = nn.ModuleList(
-                Parts(self.backbone, self.architecture.embedding_paths) for _ in range(readers)
-            )
+            paths = self.architecture.embedding_paths
+            if config.context == "carried":
+                paths = self.architecture.noisy_embedding_paths if config.denoiser == "joint" else ()
+            self.block_embeddings = nn.ModuleList(Parts(self.backbone, paths) for _ in range(blocks - 1))
             self.block_readouts = nn.ModuleList(
                 Parts(self.backbone, self.architecture.readout_paths) for _ in range(blocks - 1)
             )
@@ -156,8 +156,12 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
 
     def embed(self, block_index: int, inputs: Mapping[str, Any]) -> torch.Tensor:
         """The input, embedded as this block sees it: the hidden states that enter its first layer, or the model's."""
-        own = self.per_block and self.config.context == "independent" and block_index > 0
-        return self.architecture.embed(self.block_embeddings[block_index - 1] if own else self.backbone, **inputs)
+        own = self.config.context == "independent"
+        return self.architecture.embed(self.embedding_parts(block_index) if own else self.backbone, **inputs)
+
+    def embedding_parts(self, block_index: int) -> nn.Module:
+        """Where a block's own embeddings are."""
+        return self.block_embeddings[block_index - 1] if self.per_block and block_index > 0 else self.backbone
 
     def run_block(
         self,

@@ -199,8 +199,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
     def embed_noisy(self, block_index: int, z: torch.Tensor, sigma: torch.Tensor, position_ids) -> torch.Tensor:
         """`c_in z`, as tokens at their positions: `[N, Q, D]`."""
         embeds = precondition(sigma, self.sigma_data).input[..., None] * z
-        own = self.per_block and self.config.context == "independent" and block_index > 0
-        parts = self.block_embeddings[block_index - 1] if own else self.backbone
+        parts = self.embedding_parts(block_index)
         return self.architecture.embed_noisy(parts, embeds.to(self.dtype), position_ids)
 
     def denoise(self, block_index: int, rows: Rows, targets: torch.Tensor | None = None) -> torch.Tensor:
