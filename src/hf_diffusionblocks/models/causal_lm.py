@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, LogitsProcessorList
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -17,6 +18,20 @@ from .targets import FixedTargets
 from .text_walk import TextWalk
 
 IGNORED = -100  # label of a token that has no loss, everywhere in Transformers
+
+JOINT_SEARCHES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+#: Arguments of `generate` that ask for another search.
+OTHER_SEARCHES = (
+    "num_beams", "constraints", "force_words_ids", "penalty_alpha", "dola_layers", "prompt_lookup_num_tokens",
+    "assistant_early_exit", "use_mtp",
+)  # fmt: skip
+
+
+def _no_such_search(asked: str) -> ValueError:
+    return ValueError(
+        f"{asked}: with denoiser='joint' only greedy search and sampling are implemented: a walk makes one token a row "
+        "at a time"
+    )
 
 
 class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin):
@@ -313,8 +328,26 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
     # ---- generation
 
     def generate(self, *args, **kwargs):
-        """As in Transformers. A joint model has greedy search and sampling: its walk makes one token a row at a time."""
+        """As in Transformers. A joint model walks to one token a row at a time: it has greedy search and sampling.
+
+        Greedy search walks from keyed noise and leaves the global generator alone; sampling draws from that, noise
+        included.
+
+        Raises:
+            ValueError: a joint model is asked for another search; names the argument.
+        """
+        if self.config.denoiser == "joint" and kwargs.get("assistant_model") is not None:
+            raise _no_such_search(f"assistant_model={type(kwargs['assistant_model']).__name__}")
         return super().generate(*args, **kwargs)
+
+    def _prepare_generation_config(self, *args, **kwargs):
+        config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        if self.config.denoiser == "joint" and config.get_generation_mode() not in JOINT_SEARCHES:
+            asked = {name: getattr(config, name, None) for name in OTHER_SEARCHES}
+            if asked["num_beams"] == 1:
+                asked["num_beams"] = None
+            raise _no_such_search(", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None))
+        return config, model_kwargs
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **model_kwargs):
         if self.config.denoiser == "joint":
@@ -325,8 +358,13 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
             input_ids, logits_processor, stopping_criteria, generation_config, *args, **model_kwargs
         )
 
-    def prepare_inputs_for_generation(self, input_ids, *args, text_walk: TextWalk | None = None, **kwargs):
-        prepared = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, inputs_embeds: torch.Tensor | None = None, text_walk: TextWalk | None = None, **kwargs
+    ):
+        prepared = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        if isinstance(prepared.get("attention_mask"), dict):
+            # A mask for each kind of layer, made for a static cache: these models have one kind.
+            prepared["attention_mask"] = prepared["attention_mask"]["full_attention"]
         if text_walk is not None:
             text_walk.generated = input_ids
             prepared["text_walk"] = text_walk
