@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache, LogitsProcessorList
 
-from ..denoising import BRIDGES
-from ..sampling import PositionNoise, walk
+from ..denoising import BRIDGES, log_likelihood
+from ..sampling import NoiseSource, PositionNoise, walk
 from .streams import Rows, Streams, join
 
 if TYPE_CHECKING:
@@ -21,16 +21,18 @@ class TextWalk:
 
     Args:
         model: a joint model.
-        logits_processor: controls of generation. They act on every evaluation of the walk: at sigma_max its logits are
-            a next-token distribution, at the end next to a point mass.
-        sample: whether each evaluation's token is drawn (from the global generator, as everywhere in generation)
-            rather than bridged as the config says.
+        logits_processor: controls of generation. At the end of a walk z has made its logits next to a point mass: they
+            act at every evaluation, on the network's prior, before the likelihood of z is added (posterior readout),
+            or on the whole (EDM readout).
+        sample: whether noise and each evaluation's token are drawn for every row, from the global generator as
+            everywhere in generation, rather than noise keyed and tokens bridged as the config says. (Keyed noise, the
+            same for all samples at a position, would favour the same tokens in all of them.)
     """
 
     def __init__(
         self, model: DiffusionBlocksForCausalLM, logits_processor: LogitsProcessorList | None = None, sample: bool = False
     ):
-        self.model, self.config, self.logits_processor = model, model.config, logits_processor
+        self.model, self.config, self.logits_processor, self.sample = model, model.config, logits_processor, sample
         self.generated: torch.Tensor | None = None  # all tokens so far, for the controls
         self.bridge = _drawn_bridge if sample else BRIDGES[model.bridge]
         self.targets = model.target_vectors()
@@ -63,10 +65,7 @@ class TextWalk:
         """
         run = _Run(self, inputs, attention, attention_mask, kept, cache)
 
-        def denoise(z: torch.Tensor, step: int) -> torch.Tensor:
-            return self._controlled(run.denoise(z, step))
-
-        logits, _ = walk(denoise, self.targets, self.sigmas, run.noise, self.config.sampler, self.bridge)
+        logits, _ = walk(run.denoise, self.targets, self.sigmas, run.noise, self.config.sampler, self.bridge)
         if cache is not None:  # blocks that the walk did not visit have clean tokens to remember, too
             run.advance_to(self.config.num_blocks)
         return logits.unflatten(0, (run.num_rows, len(kept)))
@@ -83,7 +82,8 @@ class TextWalk:
             logits.append(run.read(block, run.noisy(block, z, self.levels[0], modulations), z, self.levels[0]))
         return torch.stack(logits).unflatten(1, (run.num_rows, tokens)).transpose(0, 1)
 
-    def _controlled(self, logits: torch.Tensor) -> torch.Tensor:
+    def controlled(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits `[N * Q, V]`, after the controls of generation."""
         if self.logits_processor is None:
             return logits
         return self.logits_processor(self.generated, logits)
@@ -99,8 +99,11 @@ class _Run:
         cache = DynamicCache(config=self.model.config.source_config) if cache is None else cache
         shape = torch.empty((*tokens.shape[:2], 0), dtype=self.model.dtype, device=tokens.device)
         self.streams = Streams(self.model, shape, attention_mask, inputs["position_ids"], kept, cache)
-        positions = self.streams.noisy_position_ids.expand(self.num_rows, -1)
-        self.noise = PositionNoise(positions.flatten(), plan.config.inference_seed)
+        positions = self.streams.noisy_position_ids.expand(self.num_rows, -1).flatten()
+        if plan.sample:
+            self.noise = NoiseSource(len(positions), 0, torch.default_generator, positions.device)
+        else:
+            self.noise = PositionNoise(positions, plan.config.inference_seed)
         self._done = 0  # blocks that the clean tokens have run through
         self._clean: torch.Tensor | None = None  # what left the last of these, if context is carried
 
@@ -146,8 +149,14 @@ class _Run:
         return self.streams.run_noisy(block, self._embed_noisy(block, z, sigma), modulations)
 
     def read(self, block: int, hidden: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        rows = Rows(hidden.flatten(0, 1), z, sigma.expand(len(z)))
-        return self.model.denoise(block, rows, self.plan.targets)
+        """Logits `[N * Q, V]` from what left a block, controls applied."""
+        hidden, level = hidden.flatten(0, 1), sigma.expand(len(z))
+        if self.plan.config.readout == "edm":
+            return self.plan.controlled(self.model.denoise(block, Rows(hidden, z, level)))
+        logits = self.plan.controlled(self.model.denoise(block, Rows(hidden, None, None)))
+        if sigma < self.plan.config.sigma_max:
+            logits = logits + log_likelihood(z, level, self.plan.targets)
+        return logits
 
 
 def _drawn_bridge(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
