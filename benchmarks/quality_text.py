@@ -5,7 +5,7 @@
 One table a family: end to end, one block's depth, greedy local training, the paper's settings, then each improvement in
 turn; equal updates per parameter of the blocks. Columns are label-free cross-entropies in nats a token on held-out
 novels ("logits": `model(...).logits`; "mean prior": the mean of all blocks' log-probabilities at sigma_max), the
-diffusion's own bound, and seconds of training on one thread. Runs are cached in the output folder one by one, so an
+diffusion's own bound, and CPU seconds of training on one thread. Runs are cached in the output folder one by one, so an
 interrupted benchmark goes on where it stopped.
 """
 
@@ -124,9 +124,9 @@ def train_and_read(row: str, family: str, seed: int, settings: dict) -> dict[str
             db.fit_noise_schedule(model, torch.utils.data.DataLoader(train_set, settings["batch_size"]))
         args = db.DiffusionBlocksTrainingArguments(updates_per_block=settings["updates"], **shared_args)
         trainer = db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=train_set)
-    start = time.perf_counter()
+    start = time.process_time()
     trainer.train()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     return {**read(model.eval(), test_set), "seconds": seconds, "bytes_per_token": data["bytes_per_token"]}
 
 

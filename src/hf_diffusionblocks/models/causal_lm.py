@@ -233,8 +233,8 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         seen = None if z is None else sigma < self.config.sigma_max
         if seen is None or not seen.any():
             return logits
-        likelihood = log_likelihood(z[seen], sigma[seen], self.target_vectors() if targets is None else targets)
-        return logits.index_add(0, seen.nonzero()[:, 0], likelihood)
+        likelihood = log_likelihood(z, sigma, self.target_vectors() if targets is None else targets)
+        return logits + (likelihood if seen.all() else likelihood * seen[:, None])
 
     def _block_loss(self, block_index, rows: Rows, targets: torch.Tensor, num_items) -> torch.Tensor:
         labelled = targets != IGNORED
