@@ -128,6 +128,12 @@ def test_pretrained_weights_are_kept_and_the_head_is_new(tmp_path, plain_model, 
             assert torch.equal(weights[name], weight), name
 
 
+def test_information_noise_is_fitted_before_training(tmp_path, data):
+    options = ["--noise_distribution", "information", "--prior_fraction", "0", "--output_dir", str(tmp_path)]
+    train_image_classification.main([*MODEL, *TRAINING, *data, *options])
+    assert load(tmp_path).config.noise_table[-1] == [80.0, 1.0]
+
+
 def test_image_folder_names_its_labels_and_is_split(tmp_path, image_folder):
     model = [*MODEL[:-1], OVERRIDES.replace("num_channels=1", "num_channels=3")]
     options = ["--train_dir", str(image_folder), "--validation_split", "0.4", "--max_eval_samples", "5"]
@@ -171,6 +177,19 @@ BAD_INPUTS = {
     "no such column": ([*MODEL, "--train_file", "{train}", "--label_column", "x"], "must be a column of"),
     "not images": ([*MODEL, "--train_file", "{train}", "--image_column", "label"], "'label' must hold images"),
     "bad override": ([*MODEL[:-1], "depth=2", "--train_file", "{train}"], "config_overrides='depth=2' must be"),
+    "width zero": ([*MODEL[:-1], "hidden_size=0", "--train_file", "{train}"], "makes no model that runs: ZeroDivision"),
+    "no such activation": (
+        [*MODEL[:-1], "hidden_act=foo", "--end_to_end", "--train_file", "{train}"],
+        "config_overrides='hidden_act=foo' makes no model that runs: KeyError: 'foo'",
+    ),
+    "patch above image": (
+        [*MODEL[:-1], "image_size=4, patch_size=16", "--train_file", "{train}"],
+        "makes no model that runs: RuntimeError",
+    ),
+    "text model": (
+        ["--num_blocks", "2", "--config_name", "llama", "--train_file", "{train}"],
+        "task='image-classification' must be 'text-generation' for model_type='llama'",
+    ),
     "bad field": ([*MODEL, "--train_file", "{train}", "--num_blocks", "3"], "num_blocks=3 must be at most"),
     "bad share": ([*MODEL, "--train_file", "{train}", "--validation_split", "1"], "validation_split=1.0 must be"),
     "nothing to resume": ([*MODEL, "--train_file", "{train}", "--resume_from_checkpoint", "last"], "no checkpoint"),

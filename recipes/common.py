@@ -1,0 +1,312 @@
+"""What the training recipes share: arguments and their checks, reading data, making models, training, the main program.
+
+A recipe (`train_<task>.py`) is run as a script or imported, so it imports this file by its installed name.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer, default_data_collator, set_seed
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.trainer_utils import get_last_checkpoint
+
+import hf_diffusionblocks as db
+from hf_diffusionblocks.cli.arguments import BlocksArguments, parse
+
+#: What the libraries below raise on bad input; anything else is a bug and keeps its traceback.
+BAD_INPUT = (ValueError, TypeError, OSError, SafetensorError, StrictDataclassError)
+SPLITS = ("train", "validation")
+
+
+def option(default, help: str):
+    """A dataclass field that is a command-line option."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained: `model_name_or_path` or `config_name`."""
+
+    model_name_or_path: str | None = option(
+        None, "Hub id or folder of a plain pretrained model. Its weights are kept; a head of other labels is new."
+    )
+    config_name: str | None = option(
+        None, "For fresh weights: hub id, folder or JSON file of a plain config, or a bare model type (vit, llama)."
+    )
+    config_overrides: str | None = option(
+        None, "Changes to the config of config_name, such as hidden_size=64,num_hidden_layers=6."
+    )
+    end_to_end: bool = option(
+        False, "Train the plain model with the stock Trainer instead; updates_per_block is then its max_steps."
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which data: `dataset_name`, or files (or folders) of training and validation data."""
+
+    dataset_name: str | None = option(None, "Hub id of the data set; uses its splits train and, if any, validation.")
+    dataset_config_name: str | None = option(None, "Configuration of the hub data set.")
+    train_file: str | None = option(None, "File to train on.")
+    validation_file: str | None = option(None, "File to evaluate on.")
+    validation_split: float = option(
+        0.1, "Share of the training data to evaluate on instead, where there is no validation data; 0 for none."
+    )
+    max_train_samples: int | None = option(None, "Train on that many randomly chosen rows of the data only.")
+    max_eval_samples: int | None = option(None, "Evaluate on that many randomly chosen rows of the data only.")
+
+
+# ---- checks that need neither data nor weights
+
+
+def check_arguments(model_args: ModelArguments, data_args: DataArguments) -> None:
+    """Raises ValueError naming the field, its value and what is allowed."""
+    sources = [name for name in ("dataset_name", "train_file", "train_dir") if hasattr(data_args, name)]
+    paths = [f"{split}_{kind}" for kind in ("file", "dir") if hasattr(data_args, f"train_{kind}") for split in SPLITS]
+    _check_one_of(model_args, "model_name_or_path", "config_name")
+    _check_one_of(data_args, *sources)
+    for arguments, name, needed in (
+        (model_args, "config_overrides", "config_name"),
+        (data_args, "dataset_config_name", "dataset_name"),
+        *((data_args, path, path.replace("validation", "train")) for path in paths),
+    ):
+        if getattr(arguments, name) and not getattr(arguments, needed):
+            raise ValueError(f"{name}={getattr(arguments, name)!r} needs {needed}")
+    for name in paths:
+        value = getattr(data_args, name)
+        kind, exists = ("file", Path.is_file) if name.endswith("file") else ("folder", Path.is_dir)
+        if value and not exists(Path(value)):
+            raise ValueError(f"{name}={value!r} must be an existing {kind}")
+    if not 0 <= data_args.validation_split < 1:
+        raise ValueError(f"validation_split={data_args.validation_split} must be from 0 to below 1")
+    for name in ("max_train_samples", "max_eval_samples"):
+        if (value := getattr(data_args, name)) is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+
+
+def _check_one_of(arguments, *names: str) -> None:
+    given = [f"{name}={getattr(arguments, name)!r}" for name in names if getattr(arguments, name)]
+    if len(given) != 1:
+        raise ValueError(f"set exactly one of {', '.join(names)}, not {' and '.join(given) or 'none of them'}")
+
+
+def checkpoint_to_resume(args: db.DiffusionBlocksTrainingArguments) -> str | None:
+    """The folder `resume_from_checkpoint` stands for."""
+    value = args.resume_from_checkpoint
+    if str(value).lower() in ("none", "false"):
+        return None
+    if str(value).lower() in ("true", "last"):
+        last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        if last is None:
+            raise ValueError(f"resume_from_checkpoint={value!r}: output_dir={args.output_dir!r} has no checkpoint")
+        return last
+    if not Path(value).is_dir():
+        raise ValueError(f"resume_from_checkpoint={value!r} must be a checkpoint's folder, or 'last'")
+    return value
+
+
+def plain_config(args: ModelArguments) -> PreTrainedConfig:
+    """Config of the plain model."""
+    name = args.model_name_or_path or args.config_name
+    if args.config_name in CONFIG_MAPPING and not Path(args.config_name).exists():
+        config = AutoConfig.for_model(args.config_name)
+    else:
+        config = AutoConfig.from_pretrained(name)
+    if isinstance(config, db.DiffusionBlocksConfig):
+        raise ValueError(f"{name!r} is a DiffusionBlocks model already: name the plain one")
+    if args.config_overrides:
+        overrides = _without_spaces(args.config_overrides)
+        try:
+            config.update_from_string(overrides)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"config_overrides={overrides!r} must be field=value,field=value: {error}") from None
+    return config
+
+
+def _without_spaces(overrides: str) -> str:
+    return "".join(overrides.split())  # a long line of YAML is folded at spaces
+
+
+def check_model(
+    args: ModelArguments, config: PreTrainedConfig, task: str, fields: dict | None, shapes: dict[str, torch.Tensor]
+) -> None:
+    """Build the model and run the plain one inside without memory, to complain before any data or weights are loaded.
+
+    Args:
+        task: what the model has to be for.
+        fields: as in [`load_model`].
+        shapes: inputs on the meta device.
+
+    Raises:
+        ValueError: a field is wrong; or the config makes no model: an odd value of it surfaces as any exception at all.
+    """
+    try:
+        with torch.device("meta"), torch.no_grad():
+            db.convert(config, task=task, **(fields or {"num_blocks": 1})).eval().backbone(**shapes)
+    except BAD_INPUT:
+        raise  # these say what is wrong
+    except Exception as error:
+        source = f"config_overrides={_without_spaces(args.config_overrides)!r}" if args.config_overrides else repr(
+            args.model_name_or_path or args.config_name
+        )  # fmt: skip
+        raise ValueError(f"{source} makes no model that runs: {type(error).__name__}: {error}") from None
+
+
+# ---- data
+
+
+def load_data(
+    args: DataArguments, columns: Sequence[str], read_files: Callable[[], DatasetDict], seed: int, ordered: bool
+) -> DatasetDict:
+    """Splits "train" and, if there is anything to evaluate on, "validation".
+
+    Args:
+        columns: names of the arguments that name columns the data must have.
+        read_files: reads what is not on the hub.
+        seed: of what is drawn at random.
+        ordered: whether neighbouring rows belong together, so that the last ones are split off, not random ones.
+    """
+    try:
+        data = load_dataset(args.dataset_name, args.dataset_config_name) if args.dataset_name else read_files()
+    except DatasetGenerationError as error:
+        raise ValueError(f"the data cannot be read: {error.__cause__}") from None
+    if "train" not in data:
+        raise ValueError(f"dataset_name={args.dataset_name!r} must have a split 'train', it has {', '.join(data)}")
+    for name in columns:
+        for split in SPLITS:
+            found = data[split].column_names if split in data else [getattr(args, name)]
+            if getattr(args, name) not in found:
+                raise ValueError(
+                    f"{name}={getattr(args, name)!r} must be a column of the {split} data: {', '.join(found)}"
+                )
+    if "validation" not in data and args.validation_split:
+        if len(data["train"]) < 2:
+            raise ValueError(
+                f"validation_split={args.validation_split} of {len(data['train'])} row of data cannot be set aside"
+            )
+        parts = data["train"].train_test_split(args.validation_split, seed=seed, shuffle=not ordered)
+        data = DatasetDict(train=parts["train"], validation=parts["test"])
+    sizes = {"train": args.max_train_samples, "validation": args.max_eval_samples}
+    return DatasetDict({split: _sample(data[split], size, seed) for split, size in sizes.items() if split in data})
+
+
+def _sample(data: Dataset, size: int | None, seed: int) -> Dataset:
+    """That many random rows, in the order they had."""
+    if size is None or size >= len(data):
+        return data
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:size]
+    return data.select(chosen.sort().values.tolist())
+
+
+# ---- model and training
+
+
+def load_model(auto_class, args: ModelArguments, config: PreTrainedConfig, fields: dict | None) -> PreTrainedModel:
+    """The plain model, or the DiffusionBlocks model if `fields` for `convert` are given."""
+    if args.model_name_or_path:
+        plain = auto_class.from_pretrained(
+            args.model_name_or_path, config=config, use_safetensors=True, ignore_mismatched_sizes=True
+        )
+        return plain if fields is None else db.convert(plain, **fields)
+    return auto_class.from_config(config) if fields is None else db.convert(config, **fields)
+
+
+class PlainTrainer(Trainer):
+    """The stock Trainer, but reading checkpoints as `from_pretrained` does: its own reading does not know the older
+    parameter names that a ViT is saved with, and would leave the layers as they are."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        saved = type(self.model).from_pretrained(resume_from_checkpoint)
+        self.model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def make_trainer(
+    trainer_class: type[Trainer],
+    model: PreTrainedModel,
+    data_args: DataArguments,
+    training_args: db.DiffusionBlocksTrainingArguments,
+    data: DatasetDict,
+    data_collator: Callable = default_data_collator,
+    **kwargs,
+) -> Trainer:
+    """The Trainer, once all that it needs to know of data and noise is set."""
+    if isinstance(model, db.DiffusionBlocksPreTrainedModel):
+        # For the model card, which takes hub ids only.
+        model.config.training_report = {"dataset": data_args.dataset_name} if data_args.dataset_name else None
+        if model.config.noise_distribution == "information":
+            # Not the Trainer's loader: it would give every process a part of its own, and every process would fit
+            # another schedule. A resumed run fits the same one again.
+            order = torch.Generator().manual_seed(training_args.seed)
+            loader = DataLoader(
+                data["train"], training_args.per_device_train_batch_size, shuffle=True, generator=order,
+                collate_fn=data_collator,
+            )  # fmt: skip
+            db.fit_noise_schedule(model.to(training_args.device), loader, seed=training_args.seed)
+    elif training_args.updates_per_block is not None:
+        training_args.max_steps = training_args.updates_per_block
+    return trainer_class(
+        model=model, args=training_args, train_dataset=data["train"], eval_dataset=data.get("validation"),
+        data_collator=data_collator, **kwargs,
+    )  # fmt: skip
+
+
+def train(trainer: Trainer, resume_from: str | None) -> dict[str, float]:
+    """Train, evaluate and save; returns all metrics."""
+    metrics = trainer.train(resume_from_checkpoint=resume_from).metrics
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    if trainer.eval_dataset is not None:
+        results = trainer.evaluate()
+        trainer.log_metrics("eval", results)
+        trainer.save_metrics("eval", results)
+        metrics |= results
+    trainer.save_model()  # after the evaluation, which the model card quotes
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    return metrics
+
+
+def run(
+    prepare: Callable[..., tuple[Trainer, str | None]],
+    types: tuple[type[ModelArguments], type[DataArguments]],
+    args: Sequence[str] | None,
+    defaults: dict,
+    prog: str,
+    description: str,
+) -> dict[str, float]:
+    """A recipe's main program; bad input exits with one line on standard error.
+
+    Args:
+        prepare: given an instance of each of `types`, of BlocksArguments and of the training arguments, makes the
+            Trainer and names the checkpoint it resumes from. It must find everything the user can get wrong.
+        types: the recipe's arguments.
+        args: the command line; None is `sys.argv[1:]`.
+        defaults: of options, in place of the classes' own.
+        prog, description: as in argparse.
+    """
+    types = (*types, BlocksArguments, db.DiffusionBlocksTrainingArguments)
+    arguments = parse(types, args, defaults=defaults, prog=prog, description=description)
+    training_args = arguments[-1]
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hf_diffusionblocks").setLevel(logging.INFO if training_args.should_log else logging.WARNING)
+    set_seed(training_args.seed)
+    try:
+        trainer, resume_from = prepare(*arguments)
+    except BAD_INPUT as error:
+        sys.exit(f"{prog}: error: {' '.join(str(error).split())}")
+    return train(trainer, resume_from)
