@@ -1,0 +1,414 @@
+"""`generate`: the same tokens by every route, controls that act, exact samples, and what a token costs."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import product
+
+import pytest
+import torch
+from conftest import randomized
+from scipy import stats
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    pipeline,
+    set_seed,
+)
+
+import hf_diffusionblocks as db
+from hf_diffusionblocks.conditioning import AdaLNModulation
+
+VOCAB, PROMPT, NEW = 64, 5, 8
+# No end-of-sequence token: every generation has the length it is asked for.
+ENDS = {"bos_token_id": None, "eos_token_id": None}
+LLAMA = dict(
+    num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=VOCAB, max_position_embeddings=64, **ENDS,
+)  # fmt: skip
+FAMILIES = {
+    "gpt2": GPT2Config(n_layer=4, n_embd=32, n_head=4, vocab_size=VOCAB, n_positions=64, **ENDS),
+    "llama": LlamaConfig(**LLAMA),
+    "qwen3": Qwen3Config(head_dim=8, **LLAMA),
+}
+CONTEXTS, SHARED = ("independent", "carried"), ("common", "per_block")
+FACTORIZED = {
+    f"factorized-{context}-{shared}": {"denoiser": "factorized", "context": context, "shared": shared}
+    for context, shared in product(CONTEXTS, SHARED)
+}
+JOINT = {
+    f"joint-{readout}-{context}-{shared}": {"readout": readout, "context": context, "shared": shared}
+    for readout, context, shared in product(("edm", "posterior"), CONTEXTS, SHARED)
+}
+ANCESTRAL = {
+    "joint-posterior-carried-ancestral": {"readout": "posterior", "context": "carried", "sampler": "ancestral"},
+}
+FORMULATIONS = {**FACTORIZED, **JOINT, **ANCESTRAL}
+
+
+def over(*formulations: dict, families=tuple(FAMILIES)):
+    """Run a test with these formulations of these families as its `model`."""
+    cases = list(product(families, (name for chosen in formulations for name in chosen)))
+    return pytest.mark.parametrize("model", cases, ids=map("-".join, cases), indirect=True)
+
+
+over_all = over(FORMULATIONS)
+#: For what a family has no part in.
+over_gpt2 = over(FORMULATIONS, families=["gpt2"])
+
+
+def plain_model(family: str):
+    torch.manual_seed(0)
+    return randomized(AutoModelForCausalLM.from_config(FAMILIES[family])).eval()
+
+
+@lru_cache(maxsize=None)
+def converted(family: str, formulation: str) -> db.DiffusionBlocksForCausalLM:
+    """Two blocks, every parameter (AdaLN included) away from its start; shared by tests, none of which changes it."""
+    return randomized(db.convert(plain_model(family), num_blocks=2, **FORMULATIONS[formulation])).eval()
+
+
+@pytest.fixture
+def model(request) -> db.DiffusionBlocksForCausalLM:
+    return converted(*request.param)
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(1, VOCAB, (3, PROMPT), generator=torch.Generator().manual_seed(1))
+
+
+def greedy(model, ids, **kwargs) -> torch.Tensor:
+    return model.generate(ids, **{"max_new_tokens": NEW, "do_sample": False, **kwargs})
+
+
+def sample(model, ids, seed: int = 0, **kwargs) -> torch.Tensor:
+    set_seed(seed)
+    return model.generate(ids, **{"max_new_tokens": NEW, "do_sample": True, "top_k": 0, **kwargs})
+
+
+def next_tokens(model, ids, number: int, **kwargs) -> torch.Tensor:
+    """How often each token is drawn to follow the first prompt, `[V]`."""
+    drawn = sample(model, ids[:1], max_new_tokens=1, num_return_sequences=number, **kwargs)
+    return drawn[:, -1].bincount(minlength=VOCAB)
+
+
+def num_repeats(generated: torch.Tensor) -> int:
+    return sum(len(row) - len(row.unique()) for row in generated[:, PROMPT:])
+
+
+# ---- one answer by every route
+
+
+@over_all
+def test_greedy_is_the_argmax_of_the_logits_step_by_step(model, ids):
+    expected = ids
+    with torch.no_grad():
+        for _ in range(NEW):
+            expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(greedy(model, ids), expected)
+
+
+@over_all
+@pytest.mark.parametrize(
+    "route", [{"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 2}], ids=str
+)
+def test_greedy_is_the_same_without_a_cache_or_with_another(model, ids, route):
+    assert torch.equal(greedy(model, ids, **route), greedy(model, ids))
+
+
+@over_all
+def test_sampling_is_the_same_without_a_cache(model, ids):
+    assert torch.equal(sample(model, ids, use_cache=False), sample(model, ids))
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_a_walk_of_fewer_or_more_steps_than_blocks_is_the_same_without_a_cache(ids, context, steps):
+    """One step leaves the last block unvisited: its cache has to be filled nevertheless."""
+    model = db.convert(plain_model("llama"), num_blocks=2, context=context, num_inference_steps=steps)
+    model = randomized(model).eval()
+    assert torch.equal(greedy(model, ids, use_cache=False), greedy(model, ids))
+
+
+@over_gpt2
+def test_cache_is_used_by_default(model, ids):
+    out = greedy(model, ids, return_dict_in_generate=True)
+    assert out.past_key_values.get_seq_length() == PROMPT + NEW - 1
+
+
+@over_all
+def test_a_padded_prompt_is_continued_as_it_is_alone(model, ids):
+    lengths = (5, 3, 1)
+    mask = torch.stack([(torch.arange(PROMPT) >= PROMPT - length).long() for length in lengths])
+    together = greedy(model, ids.masked_fill(mask == 0, 0), attention_mask=mask)
+    for row, length in enumerate(lengths):
+        alone = greedy(model, ids[row : row + 1, PROMPT - length :])
+        assert torch.equal(together[row, PROMPT:], alone[0, length:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("formulation", [*ANCESTRAL, "joint-edm-independent-common", "factorized-carried-per_block"])
+def test_a_prompt_can_be_given_as_embeddings(ids, family, formulation):
+    model = converted(family, formulation)
+    embeds = model.get_input_embeddings()(ids)
+    continued = model.generate(inputs_embeds=embeds, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(continued, greedy(model, ids)[:, PROMPT:])
+
+
+# ---- the plain model's answer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "search",
+    [{}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}, {"num_beams": 3}],
+    ids=["greedy", "sample", "beams"],
+)
+def test_factorized_carried_generates_what_the_plain_model_does(ids, family, search):
+    """Bit-equal logits at every step."""
+    plain = plain_model(family)
+    model = db.convert(plain, num_blocks=2, denoiser="factorized", context="carried")
+    outputs = []
+    for either in (model, plain):
+        set_seed(0)
+        outputs.append(
+            either.generate(ids, max_new_tokens=NEW, return_dict_in_generate=True, output_logits=True, **search)
+        )
+    own, expected = outputs
+    assert torch.equal(own.sequences, expected.sequences)
+    assert all(map(torch.equal, own.logits, expected.logits))
+
+
+# ---- sampling
+
+
+@over_gpt2
+def test_sampling_is_the_seed_s(model, ids):
+    assert torch.equal(sample(model, ids, seed=3), sample(model, ids, seed=3))
+    assert not torch.equal(sample(model, ids, seed=3), sample(model, ids, seed=4))
+
+
+@over_gpt2
+def test_several_sequences_of_a_prompt_stand_together_and_differ(model, ids):
+    out = sample(model, ids[:2], num_return_sequences=3)
+    assert torch.equal(out[:, :PROMPT], ids[:2].repeat_interleave(3, 0))
+    assert len(out[:3].unique(dim=0)) == 3
+
+
+def entropy(model, ids, **controls) -> float:
+    """Of the next token, estimated to about 0.01 nats."""
+    return torch.special.entr(next_tokens(model, ids, 2000, **controls) / 2000).sum().item()
+
+
+@over_gpt2
+def test_entropy_grows_with_temperature(model, ids):
+    cold, warm, hot = (entropy(model, ids, temperature=temperature) for temperature in (0.5, 1.0, 3.0))
+    assert cold + 0.1 < warm < hot - 0.02
+
+
+@over_gpt2
+def test_top_p_reduces_entropy(model, ids):
+    assert entropy(model, ids, top_p=0.3) < entropy(model, ids) - 0.3
+
+
+@over(FACTORIZED)
+def test_sampling_one_of_one_is_greedy(model, ids):
+    assert torch.equal(sample(model, ids, top_k=1), greedy(model, ids))
+
+
+def constant_prior_model(sampler: str, num_blocks: int) -> tuple[db.DiffusionBlocksForCausalLM, torch.Tensor]:
+    """A joint model whose every block predicts the same distribution whatever it sees, and its logits `[V]`."""
+    model = db.convert(plain_model("gpt2"), num_blocks=num_blocks, readout="posterior", sampler=sampler)
+    norm = model.backbone.transformer.ln_f
+    with torch.no_grad():
+        norm.weight.zero_()
+        norm.bias.copy_(torch.randn(32, generator=torch.Generator().manual_seed(3)))
+        return model, model.backbone.lm_head(norm.bias)
+
+
+CONTROLS = {
+    "none": ({}, []),
+    "temperature": ({"temperature": 0.5}, [TemperatureLogitsWarper(0.5)]),
+    "top_p": ({"top_p": 0.6}, [TopPLogitsWarper(0.6)]),
+    "top_k": ({"top_k": 5}, [TopKLogitsWarper(5)]),
+    "repetition_penalty": ({"repetition_penalty": 3.0}, [RepetitionPenaltyLogitsProcessor(3.0)]),
+}
+
+
+@pytest.mark.parametrize("num_blocks", [2, 4])
+@pytest.mark.parametrize("sampler", ["euler", "ancestral"])
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_walk_draws_from_the_prior_after_controls(ids, sampler, num_blocks, control):
+    """At one position, where all samples would meet the same noise if it were keyed."""
+    model, logits = constant_prior_model(sampler, num_blocks)
+    arguments, processors = CONTROLS[control]
+    expected = LogitsProcessorList(processors)(ids[:1], logits[None].clone())[0].double().softmax(-1)
+    counts = next_tokens(model, ids, 5000, **arguments)
+    allowed = expected > 0
+    assert not counts[~allowed].any()
+    assert stats.chisquare(counts[allowed].numpy(), (5000 * expected[allowed]).numpy()).pvalue > 0.01
+
+
+# ---- controls of greedy search
+
+
+@over(FACTORIZED, JOINT)
+def test_repetition_penalty_reduces_repeats(model, ids):
+    plain, penalized = (greedy(model, ids, max_new_tokens=20, repetition_penalty=penalty) for penalty in (1.0, 3.0))
+    assert num_repeats(penalized) < 0.5 * num_repeats(plain)
+
+
+@over_gpt2
+def test_suppressed_tokens_are_never_generated(model, ids):
+    unwanted = greedy(model, ids)[:, PROMPT:].unique()
+    assert not torch.isin(greedy(model, ids, suppress_tokens=unwanted.tolist())[:, PROMPT:], unwanted).any()
+
+
+# ---- stopping, streaming, pipelines
+
+
+@over_gpt2
+def test_generation_stops_at_the_end_token_and_pads(model, ids):
+    free = greedy(model, ids)
+    end = free[0, PROMPT + 2].item()
+    expected = []
+    for row in free.tolist():
+        stop = row.index(end, PROMPT) + 1 if end in row[PROMPT:] else len(row)
+        expected.append(row[:stop])
+    length = max(map(len, expected))
+    expected = torch.tensor([row + [0] * (length - len(row)) for row in expected])
+    assert torch.equal(greedy(model, ids, eos_token_id=end, pad_token_id=0), expected)
+
+
+@over_gpt2
+def test_stopping_criteria(model, ids):
+    stop = StoppingCriteriaList([lambda tokens, scores: torch.full((len(tokens),), tokens.shape[1] >= PROMPT + 3)])
+    assert torch.equal(greedy(model, ids, stopping_criteria=stop), greedy(model, ids)[:, : PROMPT + 3])
+
+
+class Streamer:
+    """Keeps what a `TextStreamer` would print."""
+
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+@over_gpt2
+def test_a_streamer_is_given_the_prompt_and_each_token(model, ids):
+    streamer = Streamer()
+    generated = greedy(model, ids[:1], streamer=streamer)
+    assert streamer.tokens == generated[0].tolist() and streamer.ended
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.BPE(unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    text = ["the noise that blocks remove is the noise that blocks were given", "each block knows its own noise"]
+    words.train_from_iterator(text, trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["?"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", pad_token="?")
+
+
+@pytest.mark.parametrize("formulation", ["factorized-independent-common", "joint-posterior-carried-per_block"])
+def test_pipeline_of_a_saved_model(tokenizer, tmp_path, formulation):
+    model = converted("llama", formulation)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    generator = pipeline("text-generation", model=str(tmp_path))
+    (result,) = generator("the noise", max_new_tokens=NEW, do_sample=False, return_full_text=False)
+    prompt = tokenizer("the noise", return_tensors="pt")["input_ids"]
+    expected = greedy(model, prompt)[0, prompt.shape[1] :]
+    assert result["generated_text"] == tokenizer.decode(expected)
+
+
+# ---- other searches
+
+
+@over(FACTORIZED)
+def test_beams_as_many_as_tokens_find_the_most_likely_pair(model, ids):
+    with torch.no_grad():
+        first = model(ids[:1]).logits[0, -1].log_softmax(-1)
+        continued = torch.cat([ids[:1].expand(VOCAB, -1), torch.arange(VOCAB)[:, None]], 1)
+        second = model(continued).logits[:, -1].log_softmax(-1)
+    best = (first[:, None] + second).argmax().item()
+    found = greedy(model, ids[:1], max_new_tokens=2, num_beams=VOCAB)
+    assert found[0, PROMPT:].tolist() == [best // VOCAB, best % VOCAB]
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ({"num_beams": 4}, "num_beams=4"),
+        ({"num_beams": 2, "do_sample": True}, "num_beams=2"),
+        ({"force_words_ids": [[1]], "num_beams": 2}, r"num_beams=2, force_words_ids=\[\[1\]\]"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha=0.6"),
+        ({"dola_layers": "high"}, "dola_layers='high'"),
+        ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens=2"),
+        ({"assistant_early_exit": 2}, "assistant_early_exit=2"),
+        ({"assistant_model": plain_model("gpt2")}, "assistant_model=GPT2LMHeadModel"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_joint_model_names_the_search_it_lacks(ids, arguments, named):
+    with pytest.raises(ValueError, match=f"^{named}: with denoiser='joint' only greedy search and sampling"):
+        converted("gpt2", "joint-edm-independent-common").generate(ids, max_new_tokens=2, **arguments)
+
+
+# ---- what a token costs
+
+
+@over(JOINT, ANCESTRAL)
+def test_a_new_token_of_a_joint_model_costs_one_call_of_each_layer(model, ids):
+    """Two tokens a call: the one before it, clean, and itself, noisy."""
+    calls = []
+    attentions = [getattr(model.layer(index), model.architecture.attention_name) for index in range(4)]
+    hooks = [
+        attention.register_forward_hook(lambda _, args, out, index=index: calls.append((index, args[0].shape[1])))
+        for index, attention in enumerate(attentions)
+    ]
+    greedy(model, ids, max_new_tokens=1)
+    prompt_calls = list(calls)
+    calls.clear()
+    greedy(model, ids, max_new_tokens=4)
+    for hook in hooks:
+        hook.remove()
+    assert calls == prompt_calls + 3 * [(index, 2) for index in range(4)]
+
+
+@over(JOINT, ANCESTRAL)
+def test_modulations_are_computed_once_a_generation(model, ids):
+    """Of each layer one for its clean tokens and one for its noisy ones, however many there are."""
+    calls = []
+    hooks = [
+        module.register_forward_hook(lambda *_: calls.append(1))
+        for module in model.modules()
+        if isinstance(module, AdaLNModulation)
+    ]
+    greedy(model, ids)
+    for hook in hooks:
+        hook.remove()
+    assert len(calls) == 2 * 4
+
+
+@over_gpt2
+def test_greedy_generation_leaves_the_global_generator_alone(model, ids):
+    state = torch.get_rng_state()
+    greedy(model, ids)
+    assert torch.equal(torch.get_rng_state(), state)
