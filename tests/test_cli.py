@@ -13,7 +13,13 @@ import pytest
 import torch
 from conftest import randomized
 from PIL import Image
-from transformers import AutoModelForImageClassification, ViTForImageClassification, ViTImageProcessorPil, pipeline
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedTokenizerFast,
+    ViTForImageClassification, ViTImageProcessorPil, pipeline,
+)  # fmt: skip
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks import cards
@@ -86,7 +92,7 @@ def test_help_lists_every_verb_with_a_line(args, capsys):
     ("verb", "expected"),
     [
         ("convert", ["SOURCE", "OUT_DIR", "--config FILE.yaml", "--fresh", "--seed", "--overwrite", "--sigma_max"]),
-        ("train", ["TASK", "--accelerate_config", "--config FILE.yaml", "tasks: image-classification"]),
+        ("train", ["TASK", "--accelerate_config", "--config FILE.yaml", "tasks: causal-lm, image-classification"]),
         ("inspect", ["PATH_OR_ID", "--config FILE.yaml", "--json"]),
         ("card", ["FOLDER", "--config FILE.yaml", "--stdout", "--force"]),
     ],
@@ -158,6 +164,31 @@ def test_converted_model_is_one_for_pipelines(plain_config, tmp_path, capsys):
     found, expected = (pipeline("image-classification", model=folder)(image) for folder in (out, source))
     assert [entry["label"] for entry in found] == [entry["label"] for entry in expected]
     assert [entry["score"] for entry in found] == pytest.approx([entry["score"] for entry in expected], abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_converted_text_model_has_its_tokenizer(family, tmp_path, capsys):
+    source, out = str(tmp_path / "plain"), str(tmp_path / "out")
+    config = AutoConfig.for_model(family)
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 300}
+    for field, size in (sizes | ({"num_key_value_heads": 2, "head_dim": 16} if family == "llama" else {})).items():
+        setattr(config, field, size)
+    config.bos_token_id = config.eos_token_id = 0
+    randomized(AutoModelForCausalLM.from_config(config)).save_pretrained(source)
+    options = ["--num_blocks", "2", "--denoiser", "factorized", "--context", "carried"]
+    main(["convert", source, out, *options])
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if "note" in line]
+    assert note.startswith(f"diffusionblocks convert: note: no tokenizer was copied: {source} has no tokenizer")
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+    words = Tokenizer(WordLevel({"<end>": 0, "once": 1, "upon": 2, "a": 3, "time": 4}, unk_token="<end>"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>").save_pretrained(source)
+    main(["convert", source, out, "--overwrite", *options])
+    assert "note" not in capsys.readouterr().err
+    write = {folder: pipeline("text-generation", model=folder) for folder in (out, source)}
+    told = [each("once upon a", max_new_tokens=8, do_sample=False)[0]["generated_text"] for each in write.values()]
+    assert told[0] == told[1] and told[0].startswith("once upon a")
 
 
 @pytest.mark.parametrize("form", ["file", "folder"])
@@ -563,5 +594,7 @@ def test_train_names_what_is_wrong(args, status, named, recipe_saw, fail):
 
 
 def test_recipes_are_found_in_the_package():
-    recipe = train.find_recipes()["image-classification"]
-    assert Path(recipe).name == "train_image_classification.py" and Path(recipe).is_file()
+    recipes = train.find_recipes()
+    assert list(recipes) == ["causal-lm", "image-classification"]
+    for task, recipe in recipes.items():
+        assert Path(recipe).name == f"train_{task.replace('-', '_')}.py" and Path(recipe).is_file()

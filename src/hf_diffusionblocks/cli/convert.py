@@ -16,6 +16,7 @@ from ..models import DiffusionBlocksPreTrainedModel
 from .arguments import BlocksArguments, config_fields
 from .inspect import block_table, describe
 from .operands import parse_verb
+from .tokenizers import load_tokenizer
 
 
 @dataclass
@@ -36,7 +37,7 @@ def run(args: list[str]) -> None:
             "OUT_DIR": "folder for the DiffusionBlocks model",
         },
         args,
-        description="Cut a plain model into blocks, save it with its image processor, and print its blocks.",
+        description="Cut a plain model into blocks, save it with its tokenizer or image processor, print its blocks.",
     )
     _check_out_dir(Path(out_dir), Path(source), options.overwrite)
     if not options.fresh:
@@ -44,7 +45,7 @@ def run(args: list[str]) -> None:
     set_seed(options.seed)
     model = _convert(source, options.fresh, config_fields(blocks))
     model.save_pretrained(out_dir)
-    _copy_image_processor(source, out_dir)
+    _copy_processor(model.task, source, out_dir)
     print(block_table(describe(out_dir)))
 
 
@@ -70,12 +71,15 @@ def _convert(source: str, fresh: bool, fields: dict) -> DiffusionBlocksPreTraine
         raise OSError(f"SOURCE={source}: {error}") from error
 
 
-def _copy_image_processor(source: str, out_dir: str) -> None:
-    """Pipelines need it beside the model."""
-    # Of a config file, the one beside it: AutoImageProcessor would read the file itself as a processor's.
+def _copy_processor(task: str, source: str, out_dir: str) -> None:
+    """What pipelines need beside the model: a tokenizer for text, an image processor for images."""
+    # Of a config file, the one beside it: the Auto classes would read the file itself as a processor's.
     folder = Path(source).parent if Path(source).is_file() else source
+    kind, load = ("tokenizer", load_tokenizer)
+    if task == "image-classification":
+        kind, load = ("image processor", AutoImageProcessor.from_pretrained)
     try:
-        AutoImageProcessor.from_pretrained(folder).save_pretrained(out_dir)
+        load(folder).save_pretrained(out_dir)
     except (ImportError, OSError) as error:
         reason = str(error).strip().partition(". ")[0]  # without advice on the hub
-        print(f"diffusionblocks convert: note: no image processor was copied: {reason}", file=sys.stderr)
+        print(f"diffusionblocks convert: note: no {kind} was copied: {reason}", file=sys.stderr)
