@@ -119,10 +119,9 @@ def checkpoint_to_resume(args: db.DiffusionBlocksTrainingArguments) -> str | Non
 def plain_config(args: ModelArguments) -> PreTrainedConfig:
     """Config of the plain model."""
     name = args.model_name_or_path or args.config_name
-    if args.config_name in CONFIG_MAPPING and not Path(args.config_name).exists():
-        config = AutoConfig.for_model(args.config_name)
-    else:
-        config = AutoConfig.from_pretrained(name)
+    bare = args.config_name in CONFIG_MAPPING and not Path(args.config_name).exists()
+    read = AutoConfig.for_model if bare else AutoConfig.from_pretrained
+    config = read(name)
     if isinstance(config, db.DiffusionBlocksConfig):
         raise ValueError(f"{name!r} is a DiffusionBlocks model already: name the plain one")
     if args.config_overrides:
@@ -131,6 +130,12 @@ def plain_config(args: ModelArguments) -> PreTrainedConfig:
             config.update_from_string(overrides)
         except (ValueError, TypeError) as error:
             raise ValueError(f"config_overrides={overrides!r} must be field=value,field=value: {error}") from None
+        # Read again: what a config derives from other fields (the width of a head, the types of layers) follows them.
+        changed = [part.split("=")[0] for part in overrides.split(",")]
+        try:
+            config = read(name, **{field: getattr(config, field) for field in changed})
+        except Exception as error:  # an odd value surfaces as any exception at all
+            raise ValueError(f"config_overrides={overrides!r} makes no config: {_described(error)}") from None
     return config
 
 
@@ -149,20 +154,27 @@ def check_model(
         shapes: inputs on the meta device.
 
     Raises:
-        ValueError: a field is wrong; or the config makes no model: an odd value of it surfaces as any exception at all.
+        ValueError: a field is wrong, or the config makes no model.
     """
+    source = repr(args.model_name_or_path or args.config_name)
+    if args.config_overrides:
+        source = f"config_overrides={_without_spaces(args.config_overrides)!r}"
     try:
         with torch.device("meta"), torch.no_grad():
-            db.convert(config, task=task, **(fields or {"num_blocks": 1})).eval().backbone(**shapes)
+            model = db.convert(config, task=task, **(fields or {"num_blocks": 1})).eval()
+            model.backbone(**shapes)
     except BAD_INPUT:
         raise  # these say what is wrong
     except Exception as error:
         if "meta tensor" in str(error):  # the model wants to see a value: no fault of the config
             return
-        source = f"config_overrides={_without_spaces(args.config_overrides)!r}" if args.config_overrides else repr(
-            args.model_name_or_path or args.config_name
-        )  # fmt: skip
-        raise ValueError(f"{source} makes no model that runs: {type(error).__name__}: {error}") from None
+        raise ValueError(f"{source} makes no model that runs: {_described(error)}") from None
+    if not all(parameter.numel() for parameter in model.parameters()):
+        raise ValueError(f"{source} makes a model with weights of no width")
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"  # a KeyError alone says little
 
 
 # ---- data

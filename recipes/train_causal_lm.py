@@ -178,9 +178,12 @@ def pack(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: DataArgume
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """A batch: every token is a label. (HF's collator would leave out end tokens, which are padding to it.)"""
+    """A batch. End tokens are labels (HF's collator would take them for padding); first tokens are none: nothing
+    predicts them, but the Trainer would count them in the mean for GPT-2."""
     input_ids = torch.tensor([row["input_ids"] for row in rows])
-    return {"input_ids": input_ids, "labels": input_ids.clone()}
+    labels = input_ids.clone()
+    labels[:, 0] = -100
+    return {"input_ids": input_ids, "labels": labels}
 
 
 # ---- tokenizer
