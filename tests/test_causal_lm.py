@@ -182,7 +182,7 @@ def noisy_through_both(model, block_index: int, ids, mask=None) -> list[torch.Te
     for together in (False, True):
         hidden = model.embed(block_index, {"input_ids": ids, "position_ids": positions})
         streams = Streams(model, hidden, mask, positions, kept, CleanKeys())
-        noisy = model.embed_noisy(block_index, z, sigma[:, None], streams.noisy_position_ids)
+        noisy = model.embed_noisy(block_index, z, streams.noisy_position_ids)
         if together:
             joined = [join(c, n, LENGTH, LENGTH) for c, n in zip(clean_modulations, noisy_modulations)]
             outputs.append(streams.run_together(block_index, hidden, noisy, joined)[1])

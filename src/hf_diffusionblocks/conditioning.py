@@ -15,7 +15,7 @@ from torch import nn
 class Modulation(NamedTuple):
     """What one layer applies around its attention and its MLP; each `[N, 1, D]`.
 
-    A sub-layer computes `residual + gate * f(norm(x) * (1 + scale) + shift)`; `gate` is already `1 + g`.
+    A sub-layer computes `residual + gate * f(norm(x) * scale + shift)`; scale and gate are already `1 + s`, `1 + g`.
     """
 
     attention_shift: torch.Tensor
@@ -57,10 +57,9 @@ class AdaLNModulation(nn.Linear):
 
     def forward(self, sigma_embedding: torch.Tensor) -> Modulation:
         chunks = super().forward(nn.functional.silu(sigma_embedding))[:, None, :].chunk(len(Modulation._fields), -1)
-        modulation = Modulation(*chunks)
-        return modulation._replace(attention_gate=1 + modulation.attention_gate, mlp_gate=1 + modulation.mlp_gate)
+        return Modulation(*(chunk if name.endswith("shift") else 1 + chunk for name, chunk in zip(Modulation._fields, chunks)))
 
 
 def modulate(hidden: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`hidden * (1 + scale) + shift`, for hidden states `[N, S, D]` that have just been normalised."""
-    return hidden * (1 + scale) + shift
+    """`hidden * scale + shift`, for hidden states `[N, S, D]` that have just been normalised."""
+    return torch.addcmul(shift, hidden, scale)

@@ -57,15 +57,13 @@ class PositionNoise:
     """
 
     def __init__(self, positions: torch.Tensor, seed: int):
-        self.positions, self.seed, self.draws = positions.cpu(), seed, 0
+        self.positions, self.seed, self.draws = positions.tolist(), seed, 0
         self.device = positions.device
 
     def _draw(self, draw: Callable, width: int) -> torch.Tensor:
-        pages, offsets = self.positions // PAGE, self.positions % PAGE
-        values = torch.empty(len(pages), width)
-        for page in pages.unique().tolist():
-            here = pages == page
-            values[here] = _page_of_noise(draw, self.seed, self.draws, page, width)[offsets[here]]
+        numbers = {position // PAGE for position in self.positions}
+        pages = {number: _page_of_noise(draw, self.seed, self.draws, number, width) for number in numbers}
+        values = torch.stack([pages[position // PAGE][position % PAGE] for position in self.positions])
         self.draws += 1
         return values.to(self.device)
 

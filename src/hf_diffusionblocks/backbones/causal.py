@@ -77,14 +77,13 @@ class CausalBackbone(Backbone):
     ) -> torch.Tensor:
         attend, mlp = getattr(layer, self.attention_name), getattr(layer, self.mlp_name)
         attended = attend(self.normed(layer, hidden, modulation), **attention)[0]
-        if modulation is not None:
-            attended = modulation.attention_gate * attended
-        hidden = attended + hidden
-
-        normed = getattr(layer, self.mlp_norm_name)(hidden)
         if modulation is None:
-            return hidden + mlp(normed)
-        return hidden + modulation.mlp_gate * mlp(modulate(normed, modulation.mlp_shift, modulation.mlp_scale))
+            hidden = hidden + attended
+            return hidden + mlp(getattr(layer, self.mlp_norm_name)(hidden))
+        hidden = torch.addcmul(hidden, modulation.attention_gate, attended)
+        normed = getattr(layer, self.mlp_norm_name)(hidden)
+        normed = modulate(normed, modulation.mlp_shift, modulation.mlp_scale)
+        return torch.addcmul(hidden, modulation.mlp_gate, mlp(normed))
 
     def final_norm(self, plain: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         return plain.get_submodule(self.final_norm_path)(hidden)

@@ -171,8 +171,9 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         **attention,
     ) -> torch.Tensor:
         """`[N, S, D]` through the layers of one block; `attention` as in [`Backbone.run_layer`], here and below."""
+        layers = self.backbone.get_submodule(self.architecture.layers_path)
         for index, modulation in zip(self.block_layers(block_index), modulations):
-            hidden = self.run_layer(self.layer(index), hidden, modulation, **attention)
+            hidden = self.run_layer(layers[index], hidden, modulation, **attention)
         return hidden
 
     def layer(self, index: int) -> nn.Module:

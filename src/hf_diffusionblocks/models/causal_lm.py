@@ -10,7 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration import DiffusionBlocksConfig
-from ..denoising import edm_loss_weight, log_likelihood, precondition
+from ..denoising import Preconditioning, edm_loss_weight, log_likelihood, precondition
 from ..losses import chunked_sum
 from .base import DiffusionBlocksPreTrainedModel
 from .streams import CleanKeys, Rows, Streams
@@ -179,7 +179,8 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         return clean + sigma[..., None] * noise.to(self.device, torch.float32)
 
     def _factorized_hidden(self, block_index, inputs, attention_mask, position_ids, z, sigma) -> torch.Tensor:
-        inputs, attention = self._clean_pass(inputs, attention_mask, position_ids)
+        inputs = self._positioned(inputs, position_ids)
+        attention = self._attention(inputs, attention_mask)
         hidden = self.block_input(block_index, inputs, **attention)
         hidden = self.run_block(block_index, hidden, self.clean_modulations(block_index), **attention)
         return self.run_local_head(block_index, hidden, **attention)[:, :-1]
@@ -190,51 +191,61 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         *tokens, attention_mask = without_last
         inputs = dict(zip(inputs, tokens))
         position_ids = None if position_ids is None else position_ids[:, :-1]
-        inputs, attention = self._clean_pass(inputs, attention_mask, position_ids)
-        clean = self.block_input(block_index, inputs, **attention)
+        inputs = self._positioned(inputs, position_ids)
+        clean = self.block_input(block_index, inputs, **self._attention(inputs, attention_mask))
         kept = torch.arange(clean.shape[1], device=clean.device)
         streams = Streams(self, clean, attention_mask, inputs["position_ids"], kept, CleanKeys())
         streams.run_clean(block_index, clean, self.clean_modulations(block_index), output=False)
-        sigma = sigma[:, :1]
-        noisy = self.embed_noisy(block_index, z, sigma, streams.noisy_position_ids)
+        c_in = precondition(sigma, self.sigma_data).input[..., None]
+        noisy = self.embed_noisy(block_index, (c_in * z).to(clean.dtype), streams.noisy_position_ids)
         return streams.run_noisy(block_index, noisy, self.modulations_at(block_index, sigma[:, 0]))
 
-    def _clean_pass(self, inputs, attention_mask, position_ids, past_key_values=None) -> tuple[dict, dict]:
-        """What embeds the clean tokens, positions included, and what the attention modules take to run them."""
+    def _positioned(self, inputs: dict, position_ids, past_key_values=None) -> dict:
+        """What embeds the clean tokens: with their positions."""
         tokens = next(tensor for tensor in inputs.values() if tensor is not None)
         if position_ids is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
-        shape = torch.empty((*tokens.shape[:2], 0), dtype=self.dtype, device=tokens.device)
+        return {**inputs, "position_ids": position_ids}
+
+    def _attention(self, inputs: dict, attention_mask, past_key_values=None) -> dict:
+        """What the attention modules take to run the clean tokens."""
+        shape, position_ids = self._shape(inputs), inputs["position_ids"]
         mask = self.architecture.causal_mask(self.backbone, shape, attention_mask, position_ids, past_key_values)
         positions = self.architecture.positions(self.backbone, shape, position_ids)
-        attention = {"attention_mask": mask, "past_key_values": past_key_values, **positions}
-        return {**inputs, "position_ids": position_ids}, attention
+        return {"attention_mask": mask, "past_key_values": past_key_values, **positions}
 
-    def embed_noisy(self, block_index: int, z: torch.Tensor, sigma: torch.Tensor, position_ids) -> torch.Tensor:
+    def _shape(self, inputs: dict) -> torch.Tensor:
+        """Hidden states of no width, for their shape, dtype and device."""
+        tokens = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
+        return torch.empty((*tokens.shape[:2], 0), dtype=self.dtype, device=tokens.device)
+
+    def embed_noisy(self, block_index: int, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """`c_in z`, as tokens at their positions: `[N, Q, D]`."""
-        embeds = precondition(sigma, self.sigma_data).input[..., None] * z
-        parts = self.embedding_parts(block_index)
-        return self.architecture.embed_noisy(parts, embeds.to(self.dtype), position_ids)
+        return self.architecture.embed_noisy(self.embedding_parts(block_index), embeds, position_ids)
 
     def denoise(self, block_index: int, rows: Rows, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Logits `[R, V]` of p(token | before, z) by one block.
 
-        EDM readout: the head on `(c_skip z + c_out F) / sigma_data`, so that at sigma_max, where c_out is sigma_data and
-        c_skip nothing, it is the plain model's. Posterior: the head on F gives the prior, and z its likelihood.
+        Posterior readout: the head on F gives the prior, and z its likelihood.
         """
-        parts, (hidden, z, sigma) = self.readout_parts(block_index), rows
+        hidden, z, sigma = rows
         if self.config.readout == "edm":
-            c = precondition(sigma, self.sigma_data)
-            normed = self.architecture.final_norm(parts, hidden)
-            estimate = c.skip[:, None] * z + c.out[:, None] * normed
-            return self.architecture.head(parts, (estimate / self.sigma_data).to(normed.dtype)).float()
-        logits = self.architecture.read_out(parts, hidden).float()
+            return self.edm_logits(block_index, hidden, z, precondition(sigma[:, None], self.sigma_data))
+        logits = self.read_out(block_index, hidden).float()
         seen = None if z is None else sigma < self.config.sigma_max
         if seen is None or not seen.any():
             return logits
         likelihood = log_likelihood(z, sigma, self.target_vectors() if targets is None else targets)
         return logits + (likelihood if seen.all() else likelihood * seen[:, None])
+
+    def edm_logits(self, block_index: int, hidden: torch.Tensor, z: torch.Tensor, c: Preconditioning) -> torch.Tensor:
+        """The head on `(c_skip z + c_out F) / sigma_data`, `[R, V]`: at sigma_max, where c_out is sigma_data and c_skip
+        nothing, it reads F as the plain model does."""
+        parts = self.readout_parts(block_index)
+        normed = self.architecture.final_norm(parts, hidden)
+        estimate = c.skip / self.sigma_data * z + c.out / self.sigma_data * normed
+        return self.architecture.head(parts, estimate.to(normed.dtype)).float()
 
     def _block_loss(self, block_index, rows: Rows, targets: torch.Tensor, num_items) -> torch.Tensor:
         labelled = targets != IGNORED
@@ -245,6 +256,9 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         def loss_of_rows(hidden, targets, sigma, z=None):
             logits = self.denoise(block_index, Rows(hidden, z, sigma), vectors)
             loss = F.cross_entropy(logits, targets, reduction="none")
+            # A token that z gives away has a loss that rounds to 0 and gradients of 1e-40, which CPUs multiply a
+            # hundred times slower than zeros.
+            loss = torch.where(loss > 0, loss, 0.0)
             if self.config.loss_weighting == "edm":
                 loss = loss * edm_loss_weight(sigma, self.sigma_data)
             return loss.sum()
@@ -272,14 +286,15 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
             use_cache = self.config.source_config.use_cache and labels is None and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.source_config)
-        inputs, attention = self._clean_pass(inputs, attention_mask, position_ids, past_key_values)
-        positions = torch.arange(inputs["position_ids"].shape[1], device=self.device)
-        kept = positions[-logits_to_keep:] if isinstance(logits_to_keep, int) else logits_to_keep  # 0 keeps all
+        inputs = self._positioned(inputs, position_ids, past_key_values)
+        kept = logits_to_keep
+        if isinstance(kept, int):
+            kept = torch.arange(inputs["position_ids"].shape[1], device=self.device)[-kept:]  # 0 keeps all
         if self.config.denoiser == "joint":
             text_walk = text_walk or TextWalk(self)
-            logits = text_walk.logits(inputs, attention, attention_mask, kept, past_key_values)
+            logits = text_walk.logits(inputs, self._shape(inputs), attention_mask, kept, past_key_values)
         else:
-            outputs = self.clean_outputs(inputs, **attention)
+            outputs = self.clean_outputs(inputs, **self._attention(inputs, attention_mask, past_key_values))
             outputs = outputs[-1:] if self.config.context == "carried" else outputs
             rows = torch.stack([hidden[:, kept] for hidden in outputs], 2)
             if labels is not None and return_logits is False:
@@ -318,9 +333,10 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         A joint network is fed the walk's (keyed) starting noise. Only block 0 trains at sigma_max by itself; the
         others do for `prior_fraction` of their draws.
         """
-        inputs, attention = self._clean_pass({"input_ids": input_ids}, attention_mask, position_ids)
+        inputs = self._positioned({"input_ids": input_ids, "inputs_embeds": None}, position_ids)
         if self.config.denoiser == "joint":
-            return TextWalk(self).prior_logits(inputs, attention, attention_mask)
+            return TextWalk(self).prior_logits(inputs, self._shape(inputs), attention_mask)
+        attention = self._attention(inputs, attention_mask)
         outputs = self.clean_outputs(inputs, **attention)
         logits = [self.read_out(k, self.run_local_head(k, out, **attention)) for k, out in enumerate(outputs)]
         return torch.stack(logits, 1)
@@ -331,7 +347,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         """As in Transformers. A joint model walks to one token a row at a time: it has greedy search and sampling.
 
         Greedy search walks from keyed noise and leaves the global generator alone; sampling draws from that, noise
-        included.
+        included, and with `top_k=1` is greedy search.
 
         Raises:
             ValueError: a joint model is asked for another search; names the argument.
@@ -347,6 +363,8 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
             if asked["num_beams"] == 1:
                 asked["num_beams"] = None
             raise _no_such_search(", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None))
+        if self.config.denoiser == "joint" and config.do_sample and config.top_k == 1:
+            config.do_sample = False  # nothing is left to draw but noise: this is greedy search
         return config, model_kwargs
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **model_kwargs):

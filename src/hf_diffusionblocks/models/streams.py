@@ -53,14 +53,13 @@ class StreamsCache:
         self.clean, self.num_clean = clean, num_clean
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_index: int, *args, **kwargs):
-        split = (self.num_clean, keys.shape[2] - self.num_clean)
-        (clean_keys, noisy_keys), (clean_values, noisy_values) = keys.split(split, 2), values.split(split, 2)
-        if self.num_clean:
-            clean_keys, clean_values = self.clean.update(clean_keys, clean_values, layer_index)
+        clean = self.num_clean
+        if clean:
+            clean_keys, clean_values = self.clean.update(keys[:, :, :clean], values[:, :, :clean], layer_index)
         else:
             stored = self.clean.layers[layer_index]
             clean_keys, clean_values = stored.keys, stored.values
-        return torch.cat([clean_keys, noisy_keys], 2), torch.cat([clean_values, noisy_values], 2)
+        return torch.cat([clean_keys, keys[:, :, clean:]], 2), torch.cat([clean_values, values[:, :, clean:]], 2)
 
 
 def noisy_mask(clean_mask: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -128,11 +127,18 @@ class Streams:
         self.noisy_position_ids = position_ids[:, kept] + 1
         self._position_ids, self._hidden = position_ids, hidden
         past = cache if hasattr(cache, "get_seq_length") else None
-        of_mask = (attention_mask, position_ids, past)
-        self._clean_mask = self.architecture.causal_mask(model.backbone, hidden, *of_mask)
-        # One row serves the whole batch where rows do not differ.
+        self._mask_arguments = (attention_mask, position_ids, past)
+        # Masks are made before anything runs: they count the tokens that the cache holds now. One row of an explicit
+        # mask serves the whole batch where rows do not differ.
         one_row = hidden if attention_mask is not None or len(position_ids) > 1 else hidden[:1]
-        self._explicit_mask = self.architecture.causal_mask(model.backbone, one_row, *of_mask, explicit=True)
+        self._explicit_mask = self._mask(one_row, explicit=True)
+        self._clean_mask = self._mask(hidden) if self.num_clean > 1 else self._explicit_mask
+
+    def _mask(self, hidden: torch.Tensor, explicit: bool = False) -> torch.Tensor | None:
+        attention_mask, position_ids, past = self._mask_arguments
+        return self.architecture.causal_mask(
+            self.model.backbone, hidden, attention_mask, position_ids, past, explicit=explicit
+        )
 
     def _positions(self, position_ids: torch.Tensor) -> dict:
         return self.architecture.positions(self.model.backbone, self._hidden, position_ids)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache, LogitsProcessorList
 
-from ..denoising import BRIDGES, log_likelihood
+from ..denoising import BRIDGES, log_likelihood, precondition
 from ..sampling import NoiseSource, PositionNoise, walk
 from .streams import Rows, Streams, join
 
@@ -39,6 +39,7 @@ class TextWalk:
         self.sigmas = model.noise_schedule.inference_sigmas(self.config.num_inference_steps or self.config.num_blocks)
         self.blocks = model.noise_schedule.block_of(self.sigmas[:-1]).tolist()
         self.levels = self.sigmas.to(model.device, torch.float32)
+        self.preconditioning = [precondition(level[None], model.sigma_data) for level in self.levels]
         self.clean_modulations = [model.clean_modulations(k) for k in range(self.config.num_blocks)]
         self.noisy_modulations = [
             model.modulations_at(block, self.levels[step : step + 1]) for step, block in enumerate(self.blocks)
@@ -52,34 +53,34 @@ class TextWalk:
             self._joint_modulations[step] = [join(clean, noisy, 1, 1) for clean, noisy in pairs]
         return self._joint_modulations[step]
 
-    def logits(self, inputs: dict, attention: dict, attention_mask, kept: torch.Tensor, cache) -> torch.Tensor:
+    def logits(self, inputs: dict, shape: torch.Tensor, attention_mask, kept: torch.Tensor, cache) -> torch.Tensor:
         """Walk the tokens after the clean tokens `kept`, `[Q]` of the S given.
 
         Args:
-            inputs, attention: of the clean pass.
+            inputs: what embeds the clean tokens.
+            shape: their hidden states without width, `[N, S, 0]`, for dtype and device.
             attention_mask: `[N, P + S]` or None.
             cache: of the P earlier tokens, which these are added to; None if none is kept.
 
         Returns:
             Logits of the last evaluation, `[N, Q, V]`.
         """
-        run = _Run(self, inputs, attention, attention_mask, kept, cache)
-
+        run = _Run(self, inputs, shape, attention_mask, kept, cache)
         logits, _ = walk(run.denoise, self.targets, self.sigmas, run.noise, self.config.sampler, self.bridge)
         if cache is not None:  # blocks that the walk did not visit have clean tokens to remember, too
             run.advance_to(self.config.num_blocks)
         return logits.unflatten(0, (run.num_rows, len(kept)))
 
-    def prior_logits(self, inputs: dict, attention: dict, attention_mask) -> torch.Tensor:
+    def prior_logits(self, inputs: dict, shape: torch.Tensor, attention_mask) -> torch.Tensor:
         """Every block's logits at sigma_max, from keyed noise: `[N, B, S, V]`."""
-        tokens = inputs["position_ids"].shape[1]
-        run = _Run(self, inputs, attention, attention_mask, torch.arange(tokens, device=self.levels.device), None)
+        tokens = shape.shape[1]
+        run = _Run(self, inputs, shape, attention_mask, torch.arange(tokens, device=self.levels.device), None)
         z = self.levels[0] * run.noise.normal(self.targets.shape[-1])
         logits = []
         for block in range(self.config.num_blocks):
             run.advance_to(block + 1)
             modulations = self.model.modulations_at(block, self.levels[:1])
-            logits.append(run.read(block, run.noisy(block, z, self.levels[0], modulations), z, self.levels[0]))
+            logits.append(run.read(block, run.noisy(block, z, 0, modulations), z, 0))
         return torch.stack(logits).unflatten(1, (run.num_rows, tokens)).transpose(0, 1)
 
     def controlled(self, logits: torch.Tensor) -> torch.Tensor:
@@ -92,12 +93,10 @@ class TextWalk:
 class _Run:
     """One batch on its walk: how far its clean tokens have come through the blocks."""
 
-    def __init__(self, plan: TextWalk, inputs: dict, attention: dict, attention_mask, kept: torch.Tensor, cache):
-        self.plan, self.model, self.inputs, self.kept = plan, plan.model, inputs, kept
-        tokens = next(tensor for name, tensor in inputs.items() if tensor is not None and name != "position_ids")
-        self.num_rows, self.num_tokens = tokens.shape[:2]
+    def __init__(self, plan: TextWalk, inputs: dict, shape: torch.Tensor, attention_mask, kept: torch.Tensor, cache):
+        self.plan, self.model, self.inputs, self.kept, self.dtype = plan, plan.model, inputs, kept, shape.dtype
+        self.num_rows, self.num_tokens = shape.shape[:2]
         cache = DynamicCache(config=self.model.config.source_config) if cache is None else cache
-        shape = torch.empty((*tokens.shape[:2], 0), dtype=self.model.dtype, device=tokens.device)
         self.streams = Streams(self.model, shape, attention_mask, inputs["position_ids"], kept, cache)
         positions = self.streams.noisy_position_ids.expand(self.num_rows, -1).flatten()
         if plan.sample:
@@ -126,36 +125,35 @@ class _Run:
     def denoise(self, z: torch.Tensor, step: int) -> torch.Tensor:
         """`z [N * Q, D]` to logits `[N * Q, V]` at one level of the walk."""
         plan, block = self.plan, self.plan.blocks[step]
-        sigma = plan.levels[step]
         if self.num_tokens == 1 and self._done <= block:
             # One new token: clean and noisy together, in one pass over the block.
             self.advance_to(block)
-            noisy = self._embed_noisy(block, z, sigma)
+            noisy = self._embed_noisy(block, z, step)
             self._clean, hidden = self.streams.run_together(
                 block, self._entering(block), noisy, plan.joint_modulations(step)
             )
             self._done += 1
         else:
             self.advance_to(block + 1)
-            hidden = self.noisy(block, z, sigma, plan.noisy_modulations[step])
-        return self.read(block, hidden, z, sigma)
+            hidden = self.noisy(block, z, step, plan.noisy_modulations[step])
+        return self.read(block, hidden, z, step)
 
-    def _embed_noisy(self, block: int, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        z = z.unflatten(0, (self.num_rows, len(self.kept)))
-        return self.model.embed_noisy(block, z, sigma[None, None], self.streams.noisy_position_ids)
+    def _embed_noisy(self, block: int, z: torch.Tensor, step: int) -> torch.Tensor:
+        embeds = (self.plan.preconditioning[step].input * z).to(self.dtype).unflatten(0, (self.num_rows, len(self.kept)))
+        return self.model.embed_noisy(block, embeds, self.streams.noisy_position_ids)
 
-    def noisy(self, block: int, z: torch.Tensor, sigma: torch.Tensor, modulations) -> torch.Tensor:
+    def noisy(self, block: int, z: torch.Tensor, step: int, modulations) -> torch.Tensor:
         """Noisy tokens through a block, `[N, Q, D]`."""
-        return self.streams.run_noisy(block, self._embed_noisy(block, z, sigma), modulations)
+        return self.streams.run_noisy(block, self._embed_noisy(block, z, step), modulations)
 
-    def read(self, block: int, hidden: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def read(self, block: int, hidden: torch.Tensor, z: torch.Tensor, step: int) -> torch.Tensor:
         """Logits `[N * Q, V]` from what left a block, controls applied."""
-        hidden, level = hidden.flatten(0, 1), sigma.expand(len(z))
-        if self.plan.config.readout == "edm":
-            return self.plan.controlled(self.model.denoise(block, Rows(hidden, z, level)))
-        logits = self.plan.controlled(self.model.denoise(block, Rows(hidden, None, None)))
-        if sigma < self.plan.config.sigma_max:
-            logits = logits + log_likelihood(z, level, self.plan.targets)
+        plan, hidden = self.plan, hidden.flatten(0, 1)
+        if plan.config.readout == "edm":
+            return plan.controlled(self.model.edm_logits(block, hidden, z, plan.preconditioning[step]))
+        logits = plan.controlled(self.model.denoise(block, Rows(hidden, None, None)))
+        if step > 0:  # at sigma_max z says nothing
+            logits = logits + log_likelihood(z, plan.levels[step].expand(len(z)), plan.targets)
         return logits
 
 
