@@ -223,17 +223,18 @@ def trained_tokenizer(texts: Iterable[str], args: ModelArguments, is_main: bool)
 
 def fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, args: ModelArguments) -> None:
     """Fresh weights have the tokenizer's vocabulary; pretrained ones must have room for it."""
-    if args.model_name_or_path:
-        if len(tokenizer) > config.vocab_size:
-            raise ValueError(
-                f"tokenizer_name={args.tokenizer_name!r} has {len(tokenizer)} tokens, but the model knows "
-                f"{config.vocab_size}"
-            )
-        return
-    config.vocab_size = len(tokenizer)
-    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    # Llama does not train the embedding of its padding, which may well be the end token.
-    config.pad_token_id = None
+    if not args.model_name_or_path:
+        config.vocab_size = len(tokenizer)
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        config.pad_token_id = None  # another vocabulary's may lie outside this one
+    elif len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"tokenizer_name={args.tokenizer_name!r} has {len(tokenizer)} tokens, but the model knows "
+            f"{config.vocab_size}"
+        )
+    # Llama does not train the embedding of its padding, and the end token is to be trained.
+    if config.pad_token_id == tokenizer.eos_token_id:
+        config.pad_token_id = None
 
 
 # ---- training

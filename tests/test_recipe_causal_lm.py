@@ -281,10 +281,13 @@ def test_end_tokens_are_labels_and_first_tokens_are_none():
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_the_end_token_is_embedded_like_any_other(tmp_path, data, family):
-    model = [*SIZES, "--config_name", family, "--config_overrides", OVERRIDES[family]]
-    train_causal_lm.main([*TRAINING, *data, *model, "--output_dir", str(tmp_path)])
-    assert load(tmp_path).get_input_embeddings().weight[0].norm() > 0.01
+def test_the_end_token_is_trained_though_it_pads(tmp_path, data, family):
+    fresh = [*SIZES, "--config_name", family, "--config_overrides", OVERRIDES[family], "--end_to_end"]
+    train_causal_lm.main([*TRAINING, *data, *fresh, "--output_dir", str(tmp_path / "plain")])
+    further = [*SIZES, "--model_name_or_path", str(tmp_path / "plain"), "--output_dir", str(tmp_path / "blocks")]
+    train_causal_lm.main([*TRAINING, *data, *further])
+    plain, blocks = (load(tmp_path / name).get_input_embeddings().weight[0] for name in ("plain", "blocks"))
+    assert plain.norm() > 0.01 and not torch.equal(plain, blocks)
 
 
 def test_infinite_perplexity_is_no_error():
