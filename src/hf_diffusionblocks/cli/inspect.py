@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from .. import checkpoint
 from ..backbones import backbone_for
 from ..configuration import USER_FIELDS, DiffusionBlocksConfig
 from ..models import MODELS
+from ..models.targets import FixedTargets
 from .operands import parse_verb
 
 
@@ -131,7 +133,8 @@ def _contents(source: str, file: str) -> dict:
         header, size = parse_local_safetensors_file_metadata(path), Path(path).stat().st_size
     else:
         header, size = _remote_header(source, file)
-    return {"parameters": sum(header.parameter_count.values()), "file": file, "bytes": size}
+    shapes = (tensor.shape for name, tensor in header.tensors.items() if not name.endswith(FixedTargets.SUFFIX))
+    return {"parameters": sum(map(math.prod, shapes)), "file": file, "bytes": size}
 
 
 def _remote_header(repo_id: str, file: str) -> tuple[SafetensorsFileMetadata, int]:

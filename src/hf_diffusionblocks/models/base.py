@@ -72,17 +72,20 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         self._no_split_modules = self.backbone._no_split_modules
 
         width, blocks = config.hidden_size, config.num_blocks
-        self.per_block = config.shared == "per_block"
+        # What the forward pass asks at every layer: attributes of a config are slow.
+        self.num_blocks, self.joint = blocks, config.denoiser == "joint"
+        self.carried, self.per_block = config.context == "carried", config.shared == "per_block"
+        self._block_layers = [config.block_layers(block) for block in range(blocks)]
         if self.per_block:
             # Block 0 reads in by the backbone's own embeddings, and so do all blocks whose context is carried on.
             paths = self.architecture.embedding_paths
-            if config.context == "carried":
-                paths = self.architecture.noisy_embedding_paths if config.denoiser == "joint" else ()
+            if self.carried:
+                paths = self.architecture.noisy_embedding_paths if self.joint else ()
             self.block_embeddings = nn.ModuleList(Parts(self.backbone, paths) for _ in range(blocks - 1))
             self.block_readouts = nn.ModuleList(
                 Parts(self.backbone, self.architecture.readout_paths) for _ in range(blocks - 1)
             )
-        if config.denoiser == "joint":
+        if self.joint:
             self.sigma_embeddings = nn.ModuleList(SigmaEmbedding(width) for _ in range(blocks if self.per_block else 1))
             self.modulations = nn.ModuleList(AdaLNModulation(width) for _ in range(config.num_hidden_layers))
         if config.readout_layers:
@@ -129,7 +132,7 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         for prefix in (layers, "modulations."):
             if name.startswith(prefix):
                 layer = int(name[len(prefix) :].split(".")[0])
-                return next(k for k in range(self.config.num_blocks) if layer in self.block_layers(k))
+                return next(k for k in range(self.num_blocks) if layer in self.block_layers(k))
         if name.startswith("readout_heads."):
             return int(name.split(".")[1])
         return self._owner_of_shared_part(name) if self.per_block else None
@@ -138,7 +141,7 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         if name.startswith(tuple(f"backbone.{path}" for path in self.architecture.embedding_paths)):
             return 0
         if name.startswith(tuple(f"backbone.{path}" for path in self.architecture.readout_paths)):
-            return self.config.num_blocks - 1
+            return self.num_blocks - 1
         part, _, rest = name.partition(".")
         first = {"block_embeddings": 1, "block_readouts": 0, "sigma_embeddings": 0, "noisy_labels": 0}.get(part)
         return None if first is None else first + int(rest.split(".")[0])
@@ -156,8 +159,8 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
 
     def embed(self, block_index: int, inputs: Mapping[str, Any]) -> torch.Tensor:
         """The input, embedded as this block sees it: the hidden states that enter its first layer, or the model's."""
-        own = self.config.context == "independent"
-        return self.architecture.embed(self.embedding_parts(block_index) if own else self.backbone, **inputs)
+        parts = self.backbone if self.carried else self.embedding_parts(block_index)
+        return self.architecture.embed(parts, **inputs)
 
     def embedding_parts(self, block_index: int) -> nn.Module:
         """Where a block's own embeddings are."""
@@ -172,7 +175,7 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
     ) -> torch.Tensor:
         """`[N, S, D]` through the layers of one block; `attention` as in [`Backbone.run_layer`], here and below."""
         layers = self.backbone.get_submodule(self.architecture.layers_path)
-        for index, modulation in zip(self.block_layers(block_index), modulations):
+        for index, modulation in zip(self._block_layers[block_index], modulations):
             hidden = self.run_layer(layers[index], hidden, modulation, **attention)
         return hidden
 
@@ -191,7 +194,7 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
 
     def modulations_at(self, block_index: int, sigma: torch.Tensor) -> list[Modulation | None]:
         """What sigma `[N]` (or `[1]`, for the whole batch) does to each layer of a block: nothing if factorized."""
-        if self.config.denoiser == "factorized":
+        if not self.joint:
             return [None] * len(self.block_layers(block_index))
         embed_sigma = self.sigma_embeddings[block_index if self.per_block else 0]
         embedded = embed_sigma(precondition(sigma, self.sigma_data).noise)
@@ -207,7 +210,7 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
 
     def block_input(self, block_index: int, inputs: Mapping[str, Any], **attention) -> torch.Tensor:
         """Training: the hidden states that enter a block. Carried ones come without gradient and dropout."""
-        if self.config.context == "independent" or block_index == 0:
+        if not self.carried or block_index == 0:
             return self.embed(block_index, inputs)
         with torch.no_grad(), without_dropout(self.backbone):
             hidden = self.embed(0, inputs)
@@ -218,20 +221,20 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
     def clean_outputs(self, inputs: Mapping[str, Any], **attention) -> list[torch.Tensor]:
         """Inference: what leaves each block when the clean input runs through all of them, first block first."""
         outputs: list[torch.Tensor] = []
-        for block_index in range(self.config.num_blocks):
-            carried = outputs and self.config.context == "carried"
+        for block_index in range(self.num_blocks):
+            carried = outputs and self.carried
             hidden = outputs[-1] if carried else self.embed(block_index, inputs)
             outputs.append(self.carry(block_index, hidden, **attention))
         return outputs
 
     def readout_parts(self, block_index: int) -> nn.Module:
         """Where a block's final norm and head are."""
-        last = block_index == self.config.num_blocks - 1
+        last = block_index == self.num_blocks - 1
         return self.block_readouts[block_index] if self.per_block and not last else self.backbone
 
     def run_local_head(self, block_index: int, hidden: torch.Tensor, **attention) -> torch.Tensor:
         """A block's output through the layers of its local head, if it has one."""
-        if self.config.readout_layers and block_index < self.config.num_blocks - 1:
+        if self.config.readout_layers and block_index < self.num_blocks - 1:
             for layer in self.readout_heads[block_index]:
                 hidden = self.run_layer(layer, hidden, None, **attention)
         return hidden
@@ -287,7 +290,7 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
                 # Current parameter names, not HF's older ones: block files and Trainer resume go by them.
                 kwargs |= {"max_shard_size": "1000TB", "save_original_format": False}
                 super().save_pretrained(staging, state_dict=state_dict, **kwargs)
-                checkpoint.split_by_block(staging, self.block_of_parameter, self.config.num_blocks)
+                checkpoint.split_by_block(staging, self.block_of_parameter, self.num_blocks)
                 cards.write(self, staging, keep_from=Path(save_directory))
         if push_to_hub:
             self.push_to_hub(hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs)

@@ -125,8 +125,11 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
             factorized and independent, the mean of the blocks' log-priors; joint, the end of the walk from keyed noise.
 
         Raises:
-            ValueError: labels are missing for a block, or a block for training.
+            ValueError: labels are missing for a block, or a block for training; or `inputs_embeds` are given to blocks
+                that have embeddings of their own.
         """
+        if inputs_embeds is not None and self.per_block and not self.carried:
+            raise ValueError("inputs_embeds must be None with shared='per_block': each block embeds tokens by itself")
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         if block_index is not None:
             if labels is None:
@@ -157,13 +160,13 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         """A block's rows for tokens 1 to S-1, `[N * (S-1)]` of them, and these tokens."""
         targets = labels[:, 1:]
         if sigma is None:
-            shape = targets.shape if self.config.denoiser == "factorized" else targets.shape[:1]
+            shape = targets.shape[:1] if self.joint else targets.shape
             sigma = self.draw_sigma(block_index, shape, generator)
         sigma = sigma.to(self.device, torch.float32)
         sigma = (sigma if sigma.dim() == 2 else sigma[:, None]).expand(targets.shape)
-        hidden_of = self._factorized_hidden if self.config.denoiser == "factorized" else self._joint_hidden
+        hidden_of = self._joint_hidden if self.joint else self._factorized_hidden
         z = None
-        if self.config.denoiser == "joint" or bool((sigma < self.config.sigma_max).any()):
+        if self.joint or bool((sigma < self.config.sigma_max).any()):
             z = self._noised(targets, sigma, noise, generator)
         hidden = hidden_of(block_index, inputs, attention_mask, position_ids, z, sigma)
         rows = Rows(hidden.flatten(0, 1), None if z is None else z.flatten(0, 1), sigma.flatten())
@@ -290,12 +293,12 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         kept = logits_to_keep
         if isinstance(kept, int):
             kept = torch.arange(inputs["position_ids"].shape[1], device=self.device)[-kept:]  # 0 keeps all
-        if self.config.denoiser == "joint":
+        if self.joint:
             text_walk = text_walk or TextWalk(self)
             logits = text_walk.logits(inputs, self._shape(inputs), attention_mask, kept, past_key_values)
         else:
             outputs = self.clean_outputs(inputs, **self._attention(inputs, attention_mask, past_key_values))
-            outputs = outputs[-1:] if self.config.context == "carried" else outputs
+            outputs = outputs[-1:] if self.carried else outputs
             rows = torch.stack([hidden[:, kept] for hidden in outputs], 2)
             if labels is not None and return_logits is False:
                 loss = self._prior_loss(rows[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), num_items)
@@ -308,8 +311,8 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
 
     def _prior(self, rows: torch.Tensor) -> torch.Tensor:
         """Label-free logits `[..., V]` from what left the blocks that have a say, `[..., 1 or B, D]`."""
-        if self.config.context == "carried":
-            return self.read_out(self.config.num_blocks - 1, rows[..., 0, :])
+        if self.carried:
+            return self.read_out(self.num_blocks - 1, rows[..., 0, :])
         priors = [self.read_out(k, hidden).float().log_softmax(-1) for k, hidden in enumerate(rows.unbind(-2))]
         return torch.stack(priors).mean(0)
 
@@ -318,7 +321,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         return self._mean(
             lambda rows, targets: F.cross_entropy(self._prior(rows).float(), targets, reduction="sum"),
             [rows[labelled], targets[labelled]],
-            [self.readout_parts(k) for k in range(self.config.num_blocks)],
+            [self.readout_parts(k) for k in range(self.num_blocks)],
             num_items,
         )
 
@@ -334,7 +337,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         others do for `prior_fraction` of their draws.
         """
         inputs = self._positioned({"input_ids": input_ids, "inputs_embeds": None}, position_ids)
-        if self.config.denoiser == "joint":
+        if self.joint:
             return TextWalk(self).prior_logits(inputs, self._shape(inputs), attention_mask)
         attention = self._attention(inputs, attention_mask)
         outputs = self.clean_outputs(inputs, **attention)
@@ -352,23 +355,23 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         Raises:
             ValueError: a joint model is asked for another search; names the argument.
         """
-        if self.config.denoiser == "joint" and kwargs.get("assistant_model") is not None:
+        if self.joint and kwargs.get("assistant_model") is not None:
             raise _no_such_search(f"assistant_model={type(kwargs['assistant_model']).__name__}")
         return super().generate(*args, **kwargs)
 
     def _prepare_generation_config(self, *args, **kwargs):
         config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
-        if self.config.denoiser == "joint" and config.get_generation_mode() not in JOINT_SEARCHES:
+        if self.joint and config.get_generation_mode() not in JOINT_SEARCHES:
             asked = {name: getattr(config, name, None) for name in OTHER_SEARCHES}
             if asked["num_beams"] == 1:
                 asked["num_beams"] = None
             raise _no_such_search(", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None))
-        if self.config.denoiser == "joint" and config.do_sample and config.top_k == 1:
+        if self.joint and config.do_sample and config.top_k == 1:
             config.do_sample = False  # nothing is left to draw but noise: this is greedy search
         return config, model_kwargs
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **model_kwargs):
-        if self.config.denoiser == "joint":
+        if self.joint:
             # Sampling controls act inside the walk, where they still can: its last logits are next to a point mass.
             model_kwargs["text_walk"] = TextWalk(self, logits_processor, generation_config.do_sample)
             logits_processor = LogitsProcessorList()

@@ -86,7 +86,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
 
     def network(self, block_index: int, hidden: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """F: logits `[N, V]` of one block's layers, given the hidden states that enter it, z `[N, D]`, sigma `[N]`."""
-        if self.config.denoiser == "joint":
+        if self.joint:
             c_in = precondition(sigma, self.sigma_data).input
             noisy_label = self.noisy_labels[block_index if self.per_block else 0]
             hidden = torch.cat([hidden, noisy_label(z, c_in)], dim=1)
@@ -171,7 +171,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         others do for `prior_fraction` of their draws.
         """
         inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
-        if self.config.denoiser == "joint":
+        if self.joint:
             start = self._noise_source(len(pixel_values), None).normal(self.config.hidden_size)
             sigma = torch.full((len(pixel_values),), self.config.sigma_max, device=self.device)
             entering = self.block_inputs(inputs)
@@ -184,14 +184,14 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
 
     def block_inputs(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
         """Inference: the hidden states that enter each block, first block first."""
-        if self.config.context == "carried":
+        if self.carried:
             return [self.embed(0, inputs), *self.clean_outputs(inputs)[:-1]]
         return [self.embed(k, inputs) for k in range(self.config.num_blocks)]
 
     def _label_free_logits(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
-        if self.config.denoiser == "joint":
+        if self.joint:
             return self._walk(pixel_values, interpolate_pos_encoding)[0]
-        if self.config.context == "carried":
+        if self.carried:
             inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
             return self.read_out(self.config.num_blocks - 1, self.clean_outputs(inputs)[-1])
         return self.prior_logits(pixel_values, interpolate_pos_encoding).log_softmax(-1).mean(1)

@@ -18,6 +18,8 @@ class TargetEmbedding(nn.Embedding):
 class FixedTargets(nn.Module):
     """A table of target vectors that is never trained, so that blocks trained apart aim at the same points."""
 
+    SUFFIX = "_embeddings.table"  #: how its name ends in a state dict: it is saved, and no parameter
+
     def __init__(self, num_targets: int, width: int):
         super().__init__()
         self.register_buffer("table", torch.randn(num_targets, width))

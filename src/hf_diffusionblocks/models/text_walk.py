@@ -34,6 +34,7 @@ class TextWalk:
     ):
         self.model, self.config, self.logits_processor, self.sample = model, model.config, logits_processor, sample
         self.generated: torch.Tensor | None = None  # all tokens so far, for the controls
+        self.edm = self.config.readout == "edm"
         self.bridge = _drawn_bridge if sample else BRIDGES[model.bridge]
         self.targets = model.target_vectors()
         self.sigmas = model.noise_schedule.inference_sigmas(self.config.num_inference_steps or self.config.num_blocks)
@@ -107,18 +108,18 @@ class _Run:
         self._clean: torch.Tensor | None = None  # what left the last of these, if context is carried
 
     def _entering(self, block: int) -> torch.Tensor:
-        carried = block > 0 and self.model.config.context == "carried"
+        carried = block > 0 and self.model.carried
         return self._clean if carried else self.model.embed(block, self.inputs)
 
     def advance_to(self, block: int) -> None:
         """Run the clean tokens through all blocks before this one."""
         while self._done < block:
-            last = self._done == self.model.config.num_blocks - 1
+            last = self._done == self.model.num_blocks - 1
             self._clean = self.streams.run_clean(
                 self._done,
                 self._entering(self._done),
                 self.plan.clean_modulations[self._done],
-                output=self.model.config.context == "carried" and not last,
+                output=self.model.carried and not last,
             )
             self._done += 1
 
@@ -149,7 +150,7 @@ class _Run:
     def read(self, block: int, hidden: torch.Tensor, z: torch.Tensor, step: int) -> torch.Tensor:
         """Logits `[N * Q, V]` from what left a block, controls applied."""
         plan, hidden = self.plan, hidden.flatten(0, 1)
-        if plan.config.readout == "edm":
+        if plan.edm:
             return plan.controlled(self.model.edm_logits(block, hidden, z, plan.preconditioning[step]))
         logits = plan.controlled(self.model.denoise(block, Rows(hidden, None, None)))
         if step > 0:  # at sigma_max z says nothing
