@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from datasets import load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn import functional as F
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_diffusionblocks.backbones import backbone_for
-from hf_diffusionblocks.losses import chunked_sum
+from hf_diffusionblocks.losses import chunked_sum, cross_entropy
 
 END = "<|endoftext|>"
 
@@ -78,7 +77,7 @@ def plain_loss(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
 
     def loss_of_rows(hidden, targets):
-        return F.cross_entropy(architecture.head(model, hidden).float(), targets, reduction="sum")
+        return cross_entropy(architecture.head(model, hidden).float(), targets).sum()
 
     rows, head = [hidden, input_ids[:, 1:].flatten()], list(model.lm_head.parameters())
     return chunked_sum(loss_of_rows, rows, head, model.config.vocab_size) / len(hidden)

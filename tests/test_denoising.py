@@ -13,7 +13,6 @@ from hf_diffusionblocks.denoising import (
     edm_loss_weight,
     euler_step,
     hard_bridge,
-    log_likelihood,
     posterior_logits,
     precondition,
     soft_bridge,
@@ -56,12 +55,17 @@ def test_posterior_readout_is_bayes_rule(level):
 
 
 def test_likelihood_is_float32_under_autocast():
-    targets, z = unit_targets(), unit_targets()
-    reference = log_likelihood(z, torch.full((4,), 0.002), targets)
+    targets, z, level = unit_targets(), unit_targets(), torch.full((4,), 0.002)
+    reference = posterior_logits(PRIOR.log().expand(4, 4), z, level, targets)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = log_likelihood(z, torch.full((4,), 0.002), targets)
+        cast = posterior_logits(PRIOR.log().expand(4, 4), z, level, targets)
     assert cast.dtype == torch.float32
     assert torch.equal(cast, reference)
+
+
+def test_posterior_at_infinite_noise_is_the_prior():
+    prior = PRIOR.log().expand(4, 4)
+    assert torch.equal(posterior_logits(prior, unit_targets(), torch.full((4,), torch.inf), unit_targets()), prior)
 
 
 def test_bridges():

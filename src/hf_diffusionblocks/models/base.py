@@ -193,15 +193,15 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         return run(layer, hidden, modulation)
 
     def modulations_at(self, block_index: int, sigma: torch.Tensor) -> list[Modulation | None]:
-        """What sigma `[N]` (or `[1]`, for the whole batch) does to each layer of a block: nothing if factorized."""
-        if not self.joint:
-            return [None] * len(self.block_layers(block_index))
+        """What sigma `[N]` (or `[1]`, for the whole batch) does to each layer of a block of a joint model."""
         embed_sigma = self.sigma_embeddings[block_index if self.per_block else 0]
         embedded = embed_sigma(precondition(sigma, self.sigma_data).noise)
-        return [self.modulations[index](embedded) for index in self.block_layers(block_index)]
+        return [self.modulations[index](embedded) for index in self._block_layers[block_index]]
 
     def clean_modulations(self, block_index: int) -> list[Modulation | None]:
         """The clean stream is conditioned on sigma_min, whatever the noise level of the target."""
+        if not self.joint:
+            return [None] * len(self._block_layers[block_index])
         return self.modulations_at(block_index, torch.full((1,), self.config.sigma_min, device=self.device))
 
     def carry(self, block_index: int, hidden: torch.Tensor, **attention) -> torch.Tensor:

@@ -10,8 +10,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration import DiffusionBlocksConfig
-from ..denoising import Preconditioning, edm_loss_weight, log_likelihood, precondition
-from ..losses import chunked_sum
+from ..denoising import Preconditioning, edm_loss_weight, posterior_logits, precondition
+from ..losses import chunked_sum, cross_entropy
 from .base import DiffusionBlocksPreTrainedModel
 from .streams import CleanKeys, Rows, Streams
 from .targets import FixedTargets
@@ -235,12 +235,11 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         hidden, z, sigma = rows
         if self.config.readout == "edm":
             return self.edm_logits(block_index, hidden, z, precondition(sigma[:, None], self.sigma_data))
-        logits = self.read_out(block_index, hidden).float()
-        seen = None if z is None else sigma < self.config.sigma_max
-        if seen is None or not seen.any():
-            return logits
-        likelihood = log_likelihood(z, sigma, self.target_vectors() if targets is None else targets)
-        return logits + (likelihood if seen.all() else likelihood * seen[:, None])
+        prior = self.read_out(block_index, hidden).float()
+        if z is None or bool((sigma >= self.config.sigma_max).all()):
+            return prior
+        visible = torch.where(sigma < self.config.sigma_max, sigma, torch.inf)
+        return posterior_logits(prior, z, visible, self.target_vectors() if targets is None else targets)
 
     def edm_logits(self, block_index: int, hidden: torch.Tensor, z: torch.Tensor, c: Preconditioning) -> torch.Tensor:
         """The head on `(c_skip z + c_out F) / sigma_data`, `[R, V]`: at sigma_max, where c_out is sigma_data and c_skip
@@ -258,10 +257,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
 
         def loss_of_rows(hidden, targets, sigma, z=None):
             logits = self.denoise(block_index, Rows(hidden, z, sigma), vectors)
-            loss = F.cross_entropy(logits, targets, reduction="none")
-            # A token that z gives away has a loss that rounds to 0 and gradients of 1e-40, which CPUs multiply a
-            # hundred times slower than zeros.
-            loss = torch.where(loss > 0, loss, 0.0)
+            loss = cross_entropy(logits, targets)
             if self.config.loss_weighting == "edm":
                 loss = loss * edm_loss_weight(sigma, self.sigma_data)
             return loss.sum()
@@ -319,7 +315,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
     def _prior_loss(self, rows: torch.Tensor, targets: torch.Tensor, num_items) -> torch.Tensor:
         labelled = targets != IGNORED
         return self._mean(
-            lambda rows, targets: F.cross_entropy(self._prior(rows).float(), targets, reduction="sum"),
+            lambda rows, targets: cross_entropy(self._prior(rows).float(), targets).sum(),
             [rows[labelled], targets[labelled]],
             [self.readout_parts(k) for k in range(self.num_blocks)],
             num_items,

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache, LogitsProcessorList
 
-from ..denoising import BRIDGES, log_likelihood, precondition
+from ..denoising import BRIDGES, posterior_logits, precondition
 from ..sampling import NoiseSource, PositionNoise, walk
 from .streams import Rows, Streams, join
 
@@ -105,11 +105,15 @@ class _Run:
         else:
             self.noise = PositionNoise(positions, plan.config.inference_seed)
         self._done = 0  # blocks that the clean tokens have run through
+        self._embedded: torch.Tensor | None = None
         self._clean: torch.Tensor | None = None  # what left the last of these, if context is carried
 
     def _entering(self, block: int) -> torch.Tensor:
-        carried = block > 0 and self.model.carried
-        return self._clean if carried else self.model.embed(block, self.inputs)
+        if block > 0 and self.model.carried:
+            return self._clean
+        if self._embedded is None or self.model.per_block:
+            self._embedded = self.model.embed(block, self.inputs)
+        return self._embedded
 
     def advance_to(self, block: int) -> None:
         """Run the clean tokens through all blocks before this one."""
@@ -154,7 +158,7 @@ class _Run:
             return plan.controlled(self.model.edm_logits(block, hidden, z, plan.preconditioning[step]))
         logits = plan.controlled(self.model.denoise(block, Rows(hidden, None, None)))
         if step > 0:  # at sigma_max z says nothing
-            logits = logits + log_likelihood(z, plan.levels[step].expand(len(z)), plan.targets)
+            logits = posterior_logits(logits, z, plan.levels[step].expand(len(z)), plan.targets)
         return logits
 
 
