@@ -61,7 +61,7 @@ def finish_interrupted_save(folder: Path) -> bool:
 
 
 def split_by_block(folder: Path, block_of_parameter: Callable[[str], int | None], num_blocks: int) -> None:
-    """Replace the one weights file that HF wrote to `folder` by a file for what is shared and one for each block."""
+    """Replace the one weights file that HF wrote to `folder` by a file for what is shared and one for each block in it."""
     whole = folder / SAFE_WEIGHTS_NAME
     if not whole.is_file():
         return  # a model with PEFT adapters saves those alone
@@ -71,13 +71,19 @@ def split_by_block(folder: Path, block_of_parameter: Callable[[str], int | None]
     with safe_open(whole, framework="pt") as weights:
         for block, file in files.items():
             tensors = {key: weights.get_tensor(key) for key in weights.keys() if block_of_parameter(key) == block}
+            if not tensors:
+                continue  # a block that is not loaded, or nothing that is shared
             save_file(tensors, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
             total_size += sum(tensor.nbytes for tensor in tensors.values())
     index = {
         "metadata": {
             "total_size": total_size,
-            "blocks": {"shared" if block is None else str(block): file for block, file in files.items()},
+            "blocks": {
+                "shared" if block is None else str(block): file
+                for block, file in files.items()
+                if file in weight_map.values()
+            },
         },
         "weight_map": dict(sorted(weight_map.items())),
     }
@@ -151,11 +157,19 @@ def load_block_state_dict(
         OSError: the file is missing; names it.
         ValueError: there is no such block, or the checkpoint is not split by block.
     """
-    index = json.loads(Path(cached_file(pretrained_model_name_or_path, SAFE_WEIGHTS_INDEX_NAME, **hub_kwargs)).read_text())
-    files = index["metadata"].get("blocks")
+    files = saved_parts(pretrained_model_name_or_path, **hub_kwargs)
     if files is None:
         raise ValueError(f"{pretrained_model_name_or_path} is not a DiffusionBlocks checkpoint: its index names no blocks")
     key = "shared" if block_index is None else str(block_index)
     if key not in files:
         raise ValueError(f"block_index={block_index} must be one of {', '.join(sorted(files))} (None for shared)")
     return load_file(cached_file(pretrained_model_name_or_path, files[key], **hub_kwargs))
+
+
+def saved_parts(pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs) -> dict[str, str] | None:
+    """"shared" and the numbers of the blocks that a folder or hub id holds, each with its file; None where no index
+    says so."""
+    index = cached_file(
+        pretrained_model_name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs
+    )
+    return None if index is None else json.loads(Path(index).read_text())["metadata"].get("blocks")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from .backbones import backbone_for
 from .configuration import USER_FIELDS, DiffusionBlocksConfig
 from .models import MODELS, DiffusionBlocksPreTrainedModel
+from .models.partial import NotLoaded, build, checked_blocks
 
 
 def convert(
     source: PreTrainedModel | PreTrainedConfig | str | PathLike,
     num_blocks: int = 4,
     task: str | None = None,
+    resident_blocks: Sequence[int] | None = None,
     **config_fields,
 ) -> DiffusionBlocksPreTrainedModel:
     """Cut a model into blocks that can be trained one by one.
@@ -26,6 +29,8 @@ def convert(
             folder (loaded from safetensors, weights kept).
         num_blocks: B.
         task: what the model is for, as in `pipeline(task)`; None takes it from the source.
+        resident_blocks: the blocks to load, for a job that trains these; the others never take memory. None: all.
+            Fresh weights of a block depend on PyTorch's seed and the block, not on what else is loaded.
         config_fields: any other field of [`DiffusionBlocksConfig`].
 
     Returns:
@@ -37,9 +42,9 @@ def convert(
         TypeError: the source is none of the above.
     """
     if isinstance(source, (str, PathLike)):
-        return _convert_pretrained(source, num_blocks, task, config_fields)
+        return _convert_pretrained(source, num_blocks, task, resident_blocks, config_fields)
     if isinstance(source, PreTrainedConfig):
-        return _model_class(source, task)(_config(source, num_blocks, config_fields))
+        return build(_model_class(source, task), _config(source, num_blocks, config_fields), resident_blocks)
     if not isinstance(source, PreTrainedModel):
         raise TypeError(
             f"source={type(source).__name__} must be a PreTrainedModel, a PreTrainedConfig, or a hub id or folder"
@@ -48,25 +53,52 @@ def convert(
     plain_class = backbone_for(source.config).plain_class
     if type(source) is not plain_class:
         raise ValueError(f"source={type(source).__name__} must be {plain_class.__name__} for task {model_class.task!r}")
+    return _convert_model(source, model_class, num_blocks, resident_blocks, config_fields)
+
+
+def _convert_model(source, model_class, num_blocks, resident_blocks, config_fields) -> DiffusionBlocksPreTrainedModel:
     config = _config(source.config, num_blocks, config_fields)
     name = source.config.name_or_path
     config.base_model = name if name and not Path(name).exists() else None  # a local path means nothing to others
-    model = model_class._from_config(
-        config, dtype=source.dtype, attn_implementation=source.config._attn_implementation
-    )
-    model.backbone.load_state_dict(source.state_dict())
-    model.copy_backbone_parts()
+    model = build(
+        model_class, config, resident_blocks, dtype=source.dtype,
+        attn_implementation=source.config._attn_implementation,
+    )  # fmt: skip
+    model.copy_weights(source)
     if source.can_generate():
         model.generation_config = copy.deepcopy(source.generation_config)
     return model.to(source.device).train(source.training)
 
 
-def _convert_pretrained(source, num_blocks, task, config_fields) -> DiffusionBlocksPreTrainedModel:
-    config = AutoConfig.from_pretrained(source)
-    _model_class(config, task)
-    _config(config, num_blocks, config_fields)  # complain before any weights are loaded
-    plain = backbone_for(config).plain_class.from_pretrained(source, use_safetensors=True)
-    return convert(plain, num_blocks, task, **config_fields)
+def _convert_pretrained(source, num_blocks, task, resident_blocks, config_fields) -> DiffusionBlocksPreTrainedModel:
+    plain_config = AutoConfig.from_pretrained(source)
+    model_class = _model_class(plain_config, task)
+    config = _config(plain_config, num_blocks, config_fields)  # complain before any weights are loaded
+    plain_class = backbone_for(plain_config).plain_class
+    if resident_blocks is not None:
+        resident_blocks = checked_blocks(resident_blocks, config, "resident_blocks")
+        absent = set(range(num_blocks)) - set(resident_blocks)
+        plain_class = _without_layers(plain_class, [index for block in absent for index in config.block_layers(block)])
+    plain = plain_class.from_pretrained(source, use_safetensors=True)
+    return _convert_model(plain, model_class, num_blocks, resident_blocks, config_fields)
+
+
+def _without_layers(plain_class: type[PreTrainedModel], layers: Sequence[int]) -> type[PreTrainedModel]:
+    """The stock class, whose `from_pretrained` skips some layers: it never reads what the model has no place for."""
+
+    class Part(plain_class):
+        def __init__(self, config: PreTrainedConfig):
+            super().__init__(config)
+            path = backbone_for(config).layers_path
+            for layer in layers:
+                self.set_submodule(f"{path}.{layer}", NotLoaded())
+
+    Part.__name__ = plain_class.__name__
+    numbers = "|".join(map(str, layers))
+    Part._keys_to_ignore_on_load_unexpected = [
+        *(plain_class._keys_to_ignore_on_load_unexpected or ()), rf"(^|\.)(layers?|h)\.({numbers})\."
+    ]  # fmt: skip
+    return Part
 
 
 def _model_class(config: PreTrainedConfig, task: str | None) -> type[DiffusionBlocksPreTrainedModel]:

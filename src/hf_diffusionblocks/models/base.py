@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
@@ -20,6 +20,7 @@ from ..conditioning import AdaLNModulation, Modulation, SigmaEmbedding
 from ..configuration import DiffusionBlocksConfig
 from ..denoising import precondition
 from ..noise import NoiseSchedule
+from . import partial as partial_model
 from .targets import FixedTargets, TargetEmbedding
 
 
@@ -75,6 +76,7 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         # What the forward pass asks at every layer: attributes of a config are slow.
         self.num_blocks, self.joint = blocks, config.denoiser == "joint"
         self.carried, self.per_block = config.context == "carried", config.shared == "per_block"
+        self.resident_blocks = list(range(blocks))  #: blocks that are loaded: all, unless asked for some
         self._block_layers = [config.block_layers(block) for block in range(blocks)]
         if self.per_block:
             # Block 0 reads in by the backbone's own embeddings, and so do all blocks whose context is carried on.
@@ -113,12 +115,14 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
             self.backbone._init_weights(module)  # local heads and blocks' own parts start as the family's do
 
     @torch.no_grad()
-    def copy_backbone_parts(self) -> None:
-        """Give every block's own parts the backbone's weights, as a conversion does."""
+    def copy_weights(self, plain: PreTrainedModel) -> None:
+        """Take over the weights of a stock model: the backbone's, and those of every block's own parts."""
+        weights = plain.state_dict()
+        self.backbone.load_state_dict({name: weights[name] for name in self.backbone.state_dict()})
         if self.per_block:
             for parts in (*self.block_embeddings, *self.block_readouts):
                 for name, parameter in parts.named_parameters():
-                    parameter.copy_(self.backbone.get_parameter(name))
+                    parameter.copy_(weights[name])
 
     # ---- which parameter belongs to which block
 
@@ -173,7 +177,13 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         modulations: list[Modulation | None],
         **attention,
     ) -> torch.Tensor:
-        """`[N, S, D]` through the layers of one block; `attention` as in [`Backbone.run_layer`], here and below."""
+        """`[N, S, D]` through the layers of one block; `attention` as in [`Backbone.run_layer`], here and below.
+
+        Raises:
+            ValueError: the block is not loaded.
+        """
+        if block_index not in self.resident_blocks:
+            raise ValueError(f"block {block_index} is not loaded: resident_blocks={self.resident_blocks}")
         layers = self.backbone.get_submodule(self.architecture.layers_path)
         for index, modulation in zip(self._block_layers[block_index], modulations):
             hidden = self.run_layer(layers[index], hidden, modulation, **attention)
@@ -192,17 +202,18 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
             return layer._gradient_checkpointing_func(run, layer, hidden, modulation)
         return run(layer, hidden, modulation)
 
-    def modulations_at(self, block_index: int, sigma: torch.Tensor) -> list[Modulation | None]:
-        """What sigma `[N]` (or `[1]`, for the whole batch) does to each layer of a block of a joint model."""
+    def modulations_at(self, block_index: int, sigma: torch.Tensor | None) -> list[Modulation | None]:
+        """What sigma `[N]` (or `[1]`, for the whole batch) does to each layer of a block: nothing if factorized."""
+        if not self.joint:
+            return [None] * len(self._block_layers[block_index])
         embed_sigma = self.sigma_embeddings[block_index if self.per_block else 0]
         embedded = embed_sigma(precondition(sigma, self.sigma_data).noise)
         return [self.modulations[index](embedded) for index in self._block_layers[block_index]]
 
     def clean_modulations(self, block_index: int) -> list[Modulation | None]:
         """The clean stream is conditioned on sigma_min, whatever the noise level of the target."""
-        if not self.joint:
-            return [None] * len(self._block_layers[block_index])
-        return self.modulations_at(block_index, torch.full((1,), self.config.sigma_min, device=self.device))
+        sigma = torch.full((1,), self.config.sigma_min, device=self.device) if self.joint else None
+        return self.modulations_at(block_index, sigma)
 
     def carry(self, block_index: int, hidden: torch.Tensor, **attention) -> torch.Tensor:
         """Clean hidden states through one block, as context for the next."""
@@ -296,18 +307,30 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
             self.push_to_hub(hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, resident_blocks: Sequence[int] | None = None, **kwargs
+    ):
         """As in Transformers; a local folder is checked first, so that a damaged shard is named.
+
+        Args:
+            resident_blocks: the blocks to load, for a job that trains these; no other block's file is read or
+                downloaded, and `kwargs` can be those of the Hub, `config`, `dtype` and `attn_implementation`.
 
         Raises:
             OSError: a shard is missing or truncated; names it.
+            ValueError: not all blocks are there, and `resident_blocks` names none or others.
         """
         if pretrained_model_name_or_path is not None and Path(pretrained_model_name_or_path).is_dir():
             if checkpoint.finish_interrupted_save(Path(pretrained_model_name_or_path)):
                 kwargs.pop("config", None)  # was read before the save was finished
             checkpoint.check_shards(Path(pretrained_model_name_or_path))
+        if resident_blocks is not None:
+            return partial_model.load(cls, pretrained_model_name_or_path, resident_blocks, **kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        checkpoint.align(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if pretrained_model_name_or_path is not None:
+            partial_model.check_whole(model, pretrained_model_name_or_path, **partial_model.hub_kwargs(kwargs))
+        checkpoint.align(model)
         return loaded
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
-from transformers import DynamicCache, GenerationMixin, LogitsProcessorList
+from transformers import DynamicCache, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -70,10 +70,10 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     @torch.no_grad()
-    def copy_backbone_parts(self) -> None:
-        super().copy_backbone_parts()
+    def copy_weights(self, plain: PreTrainedModel) -> None:
+        super().copy_weights(plain)
         if self.per_block:
-            self.target_embeddings.table.copy_(self.get_input_embeddings().weight)
+            self.target_embeddings.table.copy_(plain.get_input_embeddings().weight)
 
     def target_vectors(self) -> torch.Tensor:
         """The targets e_v of all tokens, `[V, D]` float32 of norm 1, without gradient: the input embeddings as they

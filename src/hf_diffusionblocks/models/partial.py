@@ -1,0 +1,159 @@
+"""Models that hold some of their blocks only: built on the meta device, and given memory for what stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+
+from .. import checkpoint
+from ..configuration import DiffusionBlocksConfig
+
+if TYPE_CHECKING:
+    from .base import DiffusionBlocksPreTrainedModel
+
+
+class NotLoaded(nn.Module):
+    """Stands where a block that is not loaded has its modules."""
+
+    def forward(self, *args, **kwargs):
+        raise ValueError("this block is not loaded: see model.resident_blocks")
+
+
+def build(
+    model_class: type[DiffusionBlocksPreTrainedModel],
+    config: DiffusionBlocksConfig,
+    resident_blocks: Sequence[int] | None = None,
+    **kwargs,
+) -> DiffusionBlocksPreTrainedModel:
+    """A model with fresh weights, of which only `resident_blocks` (None: all) ever take memory.
+
+    A block's weights follow from PyTorch's global seed and its own index: they are the same whichever others are built.
+
+    Args:
+        kwargs: `dtype` and `attn_implementation`.
+
+    Raises:
+        ValueError: there are no such blocks.
+    """
+    seed = int(torch.randint(2**62, (), device="cpu"))
+    model = build_empty(model_class, config, resident_blocks, **kwargs)
+    if model.device.type == "meta":
+        return model
+    owner_of = {name: model.block_of_parameter(name) for name, _ in _tensors(model)}
+    with torch.random.fork_rng(devices=[]):
+        for owner in (None, *model.resident_blocks):
+            torch.manual_seed(int(np.random.SeedSequence([seed, 0 if owner is None else owner + 1]).generate_state(1)[0]))
+            _initialize(model, {name for name, of in owner_of.items() if of == owner})
+    return model
+
+
+def build_empty(
+    model_class: type[DiffusionBlocksPreTrainedModel],
+    config: DiffusionBlocksConfig,
+    resident_blocks: Sequence[int] | None,
+    **kwargs,
+) -> DiffusionBlocksPreTrainedModel:
+    """The same, with memory for weights, but none in it yet. (Buffers that are not saved have their values.)"""
+    with torch.device("meta"):
+        model = model_class._from_config(config, **kwargs)
+    if resident_blocks is not None:
+        model.resident_blocks = checked_blocks(resident_blocks, config, "resident_blocks")
+        _remove(model, [block for block in range(config.num_blocks) if block not in model.resident_blocks])
+    device = torch.get_default_device()
+    if device.type != "meta":
+        model.to_empty(device="cpu").tie_weights()
+        _initialize(model, set())
+        model.to(device)
+    return model
+
+
+def load(
+    model_class: type[DiffusionBlocksPreTrainedModel], source: str | PathLike, resident_blocks: Sequence[int], **kwargs
+) -> DiffusionBlocksPreTrainedModel:
+    """What `from_pretrained(source, resident_blocks=...)` does; reads the files of these blocks and of what is shared."""
+    hub = hub_kwargs(kwargs)
+    config = kwargs.pop("config", None) or DiffusionBlocksConfig.from_pretrained(source, **hub)
+    model_kwargs = {key: kwargs.pop(key) for key in ("dtype", "attn_implementation") if kwargs.get(key) is not None}
+    given = [key for key, value in kwargs.items() if value and key != "adapter_kwargs" and not key.startswith("_")]
+    refused = [key for key in given if key not in hub]
+    if refused:
+        raise ValueError(f"{', '.join(refused)} cannot be combined with resident_blocks={list(resident_blocks)}")
+    model = build_empty(model_class, config, resident_blocks, **model_kwargs)
+    weights = {}
+    for block in (None, *model.resident_blocks):
+        weights |= checkpoint.load_block_state_dict(source, block, **hub)
+    missing = model.state_dict().keys() - weights.keys() - model.all_tied_weights_keys.keys()
+    if missing:
+        raise ValueError(f"{source} lacks {', '.join(sorted(missing)[:3])}, {len(missing)} weights in all")
+    model.load_state_dict(weights, strict=False)
+    if model.can_generate() and cached_file(source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False):
+        model.generation_config = GenerationConfig.from_pretrained(source, **hub)
+    return model.eval()
+
+
+def hub_kwargs(kwargs: dict) -> dict:
+    """Those of `from_pretrained` that say where on the Hub, and how, to find a file."""
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+
+def check_whole(model: DiffusionBlocksPreTrainedModel, source: str | PathLike, **hub_kwargs) -> None:
+    """Raise ValueError if this checkpoint, which all of the model was loaded from, holds some of the blocks only."""
+    parts = checkpoint.saved_parts(source, **hub_kwargs)
+    missing = [block for block in range(model.num_blocks) if parts is not None and str(block) not in parts]
+    if missing:
+        raise ValueError(
+            f"{source} lacks the blocks {missing} of {model.num_blocks}: load what it has with resident_blocks=..., or "
+            "join it with the jobs that trained them by merge_blocks"
+        )
+
+
+def checked_blocks(blocks: Iterable[int], config: DiffusionBlocksConfig, field: str) -> list[int]:
+    """Blocks in ascending order.
+
+    Raises:
+        ValueError: these are none, one occurs twice, or the model has no such block; names the field.
+    """
+    blocks = list(blocks)
+    whole = all(isinstance(block, int) and 0 <= block < config.num_blocks for block in blocks)
+    if not blocks or not whole or len(set(blocks)) < len(blocks):
+        raise ValueError(
+            f"{field}={blocks} must be different blocks of 0..{config.num_blocks - 1}, at least one"
+        )
+    return sorted(blocks)
+
+
+def _remove(model: DiffusionBlocksPreTrainedModel, blocks: Sequence[int]) -> None:
+    """Replace every module all of whose parameters belong to these blocks."""
+
+    def replace_within(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            path = f"{prefix}{name}."
+            owners = {model.block_of_parameter(path + parameter) for parameter, _ in child.named_parameters()}
+            if owners and owners <= set(blocks) and not isinstance(child, nn.ModuleList):
+                setattr(module, name, NotLoaded())
+            elif owners & set(blocks):
+                replace_within(child, path)
+
+    replace_within(model, "")
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _initialize(model: DiffusionBlocksPreTrainedModel, names: set[str]) -> None:
+    """Run Transformers' initialisation, of these parameters and saved buffers alone, and of buffers that are not saved."""
+    saved = model.state_dict().keys()
+    for name, tensor in _tensors(model):
+        tensor._is_hf_initialized = name in saved and name not in names
+    for module in model.modules():
+        module._is_hf_initialized = False
+    model.initialize_weights()
