@@ -72,7 +72,7 @@ def train_and_record(model, folder, **arguments) -> StepRecorder:
 @pytest.mark.parametrize("num_blocks, total_steps", [(1, 5), (3, 12), (4, 10), (4, 5)])
 @pytest.mark.parametrize("order", ["random", "sequential"])
 def test_schedule_counts_the_updates_of_each_block(order, num_blocks, total_steps):
-    schedule = BlockSchedule(order, num_blocks, total_steps, seed=0)
+    schedule = BlockSchedule(order, range(num_blocks), total_steps, seed=0)
     counts = Counter()
     for step in range(total_steps):
         assert [schedule.updates_before(step, k) for k in range(num_blocks)] == [counts[k] for k in range(num_blocks)]
@@ -83,14 +83,14 @@ def test_schedule_counts_the_updates_of_each_block(order, num_blocks, total_step
 
 
 def test_random_schedule_is_uniform_and_keyed_by_the_seed():
-    drawn = Counter(BlockSchedule("random", 4, 4, seed).block_at(1) for seed in range(4000))
+    drawn = Counter(BlockSchedule("random", range(4), 4, seed).block_at(1) for seed in range(4000))
     assert all(abs(drawn[k] - 1000) < 4 * math.sqrt(1000) for k in range(4))
-    runs = [[BlockSchedule("random", 4, 40, seed).block_at(step) for step in range(40)] for seed in (0, 0, 1)]
+    runs = [[BlockSchedule("random", range(4), 40, seed).block_at(step) for step in range(40)] for seed in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
 
 
 def test_sequential_schedule_finishes_a_block_before_the_next():
-    schedule = BlockSchedule("sequential", 3, 6, seed=0)
+    schedule = BlockSchedule("sequential", range(3), 6, seed=0)
     assert [schedule.block_at(step) for step in range(6)] == [0, 0, 1, 1, 2, 2]
 
 

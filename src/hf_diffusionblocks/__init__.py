@@ -12,6 +12,7 @@ from .conversion import convert
 from .fitting import fit_noise_schedule
 from .likelihood import LikelihoodBound, bits_per_byte, nll_bound
 from .measures import generation_measures
+from .merging import merge_blocks
 from .models import (
     DiffusionBlocksForCausalLM,
     DiffusionBlocksForImageClassification,
@@ -40,5 +41,6 @@ __all__ = [
     "fit_noise_schedule",
     "generation_measures",
     "load_block_state_dict",
+    "merge_blocks",
     "nll_bound",
 ]

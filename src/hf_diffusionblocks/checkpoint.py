@@ -67,28 +67,28 @@ def split_by_block(folder: Path, block_of_parameter: Callable[[str], int | None]
         return  # a model with PEFT adapters saves those alone
     total = num_blocks + 1
     files = {block: f"model-{number:05}-of-{total:05}.safetensors" for number, block in _numbered(num_blocks)}
-    weight_map, total_size = {}, 0
+    written = {}
     with safe_open(whole, framework="pt") as weights:
         for block, file in files.items():
             tensors = {key: weights.get_tensor(key) for key in weights.keys() if block_of_parameter(key) == block}
-            if not tensors:
-                continue  # a block that is not loaded, or nothing that is shared
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, file)
-            total_size += sum(tensor.nbytes for tensor in tensors.values())
-    index = {
-        "metadata": {
-            "total_size": total_size,
-            "blocks": {
-                "shared" if block is None else str(block): file
-                for block, file in files.items()
-                if file in weight_map.values()
-            },
-        },
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+            if tensors:  # not of a block that is not loaded
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+                written["shared" if block is None else str(block)] = file
+    write_index(folder, written)
     whole.unlink()
+
+
+def write_index(folder: Path, files: dict[str, str]) -> None:
+    """Index the files in `folder` of "shared" and of the blocks, by their headers."""
+    weight_map, total_size = {}, 0
+    for file in files.values():
+        with safe_open(folder / file, framework="pt") as weights:
+            weight_map |= dict.fromkeys(weights.keys(), file)
+        with (folder / file).open("rb") as stream:
+            header_size = int.from_bytes(stream.read(8), "little")
+        total_size += (folder / file).stat().st_size - 8 - header_size
+    index = {"metadata": {"total_size": total_size, "blocks": files}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _numbered(num_blocks: int) -> Iterator[tuple[int, int | None]]:

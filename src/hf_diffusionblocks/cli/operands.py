@@ -12,7 +12,7 @@ from .arguments import OPTIONS_USAGE, parse
 class _Operand(argparse.Action):
     """Keeps its value itself: `parse` returns the dataclasses alone."""
 
-    value: str
+    value: str | list[str]
 
     def __call__(self, parser, namespace, values, option_string=None):
         self.value = values
@@ -24,11 +24,14 @@ def parse_verb(
     """An instance of each dataclass, then the operands.
 
     Args:
-        operands: name -> help.
+        operands: name -> help. A name that ends in "..." takes one or more, and gives a list.
         the rest: as in [`parse`].
     """
     parent = argparse.ArgumentParser(add_help=False)
-    actions = [parent.add_argument(name, action=_Operand, help=text) for name, text in operands.items()]
+    actions = [
+        parent.add_argument(name, action=_Operand, help=text, nargs="+" if name.endswith("...") else None)
+        for name, text in operands.items()
+    ]
     args = _explicit_flags(dataclass_types, args)
     usage = f"%(prog)s {' '.join(operands)} {OPTIONS_USAGE}"
     parsed = parse(

@@ -28,7 +28,20 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
     )
     updates_per_block: int | None = field(
         default=None,
-        metadata={"help": "Optimizer steps for each block; the run takes num_blocks times as many. Replaces max_steps."},
+        metadata={
+            "help": "Optimizer steps for each block; the run takes as many for each block it trains. Replaces max_steps."
+        },
+    )
+    train_blocks: list[int] | None = field(
+        default=None,
+        metadata={"help": "The blocks this job trains; all other blocks stay as they are. Default: all."},
+    )
+    train_shared: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to train what all blocks share (embeddings, final norm, head, sigma and target "
+            "embeddings). A job that trains some of the blocks leaves it as it is, or has shared='per_block'."
+        },
     )
 
     def __post_init__(self):

@@ -17,6 +17,7 @@ from ..memory import SavedActivations, gradient_bytes, optimizer_state_bytes
 from ..models import DiffusionBlocksForCausalLM, DiffusionBlocksPreTrainedModel
 from .arguments import DiffusionBlocksTrainingArguments
 from .block_schedule import BlockSchedule
+from .jobs import blocks_to_train, only_training
 
 logger = logging.get_logger(__name__)
 
@@ -35,8 +36,8 @@ class DiffusionBlocksTrainer(Trainer):
 
     Raises:
         TypeError: model or args are of another class.
-        ValueError: one process sees several devices, the noise is not fitted yet, or `lr_scheduler_type` is not a
-            function of the step.
+        ValueError: one process sees several devices, the noise is not fitted yet, `lr_scheduler_type` is not a
+            function of the step, or `train_blocks` asks for what one job cannot do alone.
     """
 
     args: DiffusionBlocksTrainingArguments
@@ -56,13 +57,14 @@ class DiffusionBlocksTrainer(Trainer):
                 "noise_distribution='information' has no noise_table yet: call fit_noise_schedule(model, dataloader)"
             )
         self.num_blocks = model.config.num_blocks
+        self.train_blocks = blocks_to_train(model, args)
         if args.updates_per_block is not None:
             args = copy.copy(args)  # the caller's stay as they are, for another model
-            args.max_steps = args.updates_per_block * self.num_blocks
+            args.max_steps = args.updates_per_block * len(self.train_blocks)
         super().__init__(model=model, args=args, **kwargs)
         self._learning_rate_curve(num_updates=1)  # complain before training
         self.block_schedule: BlockSchedule | None = None  # known once training knows its number of steps
-        self.active_block = 0
+        self.active_block = self.train_blocks[0]
         self._micro_batch = 0
         self._block_losses = torch.zeros(self.num_blocks, 2, device=args.device)  # sum and count since the last log
         self._memory: dict[str, dict[int, int]] = {"activations": {}, "gradients": {}}
@@ -88,9 +90,24 @@ class DiffusionBlocksTrainer(Trainer):
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
+        if len(self.model.resident_blocks) < self.num_blocks:
+            return self._block_prediction_step(inputs)
         if prediction_loss_only and isinstance(self.model, DiffusionBlocksForCausalLM):
             inputs = {**inputs, "return_logits": False}
         return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+
+    @torch.no_grad()
+    def _block_prediction_step(self, inputs: dict) -> tuple[torch.Tensor, None, None]:
+        """Where blocks are missing there are no label-free logits of the model: the mean cross-entropy of the trained
+        blocks at sigma_max, where z says nothing of the label."""
+        inputs = self._prepare_inputs(inputs)
+        sigma = torch.full((len(inputs["labels"]),), self.model.config.sigma_max)
+        losses = []
+        for block in self.train_blocks:
+            generator = torch.Generator().manual_seed(self.model.config.inference_seed)
+            with self.compute_loss_context_manager():
+                losses.append(self.model(**inputs, block_index=block, sigma=sigma, generator=generator).loss)
+        return torch.stack(losses).mean().detach(), None, None
 
     def _noise_generator(self) -> torch.Generator:
         key = [self.args.seed, self.state.global_step, self._micro_batch, self.args.process_index]
@@ -124,7 +141,7 @@ class DiffusionBlocksTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """`lr_scheduler_type` over the updates of one block; each group advances with the updates of its block."""
-        schedule = BlockSchedule(self.args.block_schedule, self.num_blocks, num_training_steps, self.args.seed)
+        schedule = BlockSchedule(self.args.block_schedule, self.train_blocks, num_training_steps, self.args.seed)
         self.block_schedule = schedule
         if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
@@ -172,14 +189,15 @@ class DiffusionBlocksTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def train(self, *args, **kwargs):
-        for k in range(self.num_blocks):
+        for k in self.train_blocks:
             low, high = self.model.noise_schedule.interval(k, self.model.noise_schedule.overlap)
             layers = self.model.block_layers(k)
             logger.info(
                 f"block {k}: layers {layers[0]}-{layers[-1]}, trains at sigma ({low:.4g}, {high:.4g}], "
                 f"{sum(p.numel() for p in self.model.block_parameters(k)):,} parameters"
             )
-        return super().train(*args, **kwargs)
+        with only_training(self.model, self.train_blocks, self.args.train_shared):
+            return super().train(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         if self.state.global_step:
@@ -192,10 +210,10 @@ class DiffusionBlocksTrainer(Trainer):
         results = evaluations[-1] if evaluations else {}
         parameters = list(self.model.parameters())
         memory = {
-            "parameters, all": sum(p.nbytes for p in parameters),
+            "parameters, all loaded": sum(p.nbytes for p in parameters),
             "gradients, one block and shared": max(self._memory["gradients"].values(), default=None),
             "activations saved for backward, one block": max(self._memory["activations"].values(), default=None),
-            "optimizer state, all blocks": optimizer_state_bytes(self.optimizer) if self.optimizer else None,
+            "optimizer state, all trained blocks": optimizer_state_bytes(self.optimizer) if self.optimizer else None,
         }
         return {
             **(self.model.config.training_report or {}),

@@ -1,0 +1,34 @@
+"""`diffusionblocks merge`: the saved models of jobs that trained different blocks become one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers.utils import CONFIG_NAME
+
+from ..merging import merge_blocks
+from .inspect import block_table, describe
+from .operands import parse_verb
+
+
+@dataclass
+class MergeArguments:
+    overwrite: bool = field(default=False, metadata={"help": "Replace the model that OUT_DIR holds."})
+
+
+def run(args: list[str]) -> None:
+    options, out_dir, jobs = parse_verb(
+        "merge",
+        [MergeArguments],
+        {"OUT_DIR": "folder for the whole model", "JOB...": "folders of the jobs' saved models"},
+        args,
+        description="Check that jobs fit (same config and shared parameters, every block once), join them, and print "
+        "the blocks.",
+    )
+    if Path(out_dir).resolve() in [Path(job).resolve() for job in jobs]:
+        raise ValueError(f"OUT_DIR={out_dir} must not be one of the jobs")
+    if (Path(out_dir) / CONFIG_NAME).exists() and not options.overwrite:
+        raise ValueError(f"OUT_DIR={out_dir} holds a model already: --overwrite replaces it")
+    merge_blocks(jobs, out_dir)
+    print(block_table(describe(out_dir)))

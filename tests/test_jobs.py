@@ -1,0 +1,273 @@
+"""Jobs that hold and train some of the blocks, and joining them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, ViTConfig
+from transformers.utils import logging
+
+import hf_diffusionblocks as db
+from hf_diffusionblocks.backbones import backbone_for
+from hf_diffusionblocks.cli import main
+
+CONFIGS = {
+    "gpt2": GPT2Config(
+        n_layer=4, n_embd=32, n_head=2, vocab_size=64, n_positions=16, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0
+    ),
+    "llama": LlamaConfig(
+        num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=64,
+        max_position_embeddings=16,
+    ),
+    "vit": ViTConfig(
+        num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, image_size=8, patch_size=4,
+        num_channels=1, num_labels=5,
+    ),
+}  # fmt: skip
+FORMULATIONS = {
+    "joint": {},
+    "joint-own": {"shared": "per_block"},
+    "carried": {"denoiser": "factorized", "context": "carried"},
+    "carried-own": {"denoiser": "factorized", "context": "carried", "shared": "per_block"},
+}
+INDEPENDENT = {"denoiser": "factorized", "shared": "per_block"}
+CARRIED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0, "shared": "per_block"}
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request):
+    return CONFIGS[request.param]
+
+
+@pytest.fixture(params=FORMULATIONS)
+def fields(request) -> dict:
+    return FORMULATIONS[request.param]
+
+
+@pytest.fixture
+def texts() -> Dataset:
+    tokens = torch.randint(64, (16, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    return Dataset.from_dict({"input_ids": tokens, "labels": tokens})
+
+
+def made(source, fields: dict, resident_blocks=None):
+    torch.manual_seed(0)
+    return db.convert(source, 2, resident_blocks=resident_blocks, **fields)
+
+
+def trained(model, folder, texts, **arguments):
+    """The trainer of a job, run."""
+    args = db.DiffusionBlocksTrainingArguments(
+        str(folder), updates_per_block=3, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True, report_to=[],
+        disable_tqdm=True, save_strategy="no", **arguments,
+    )  # fmt: skip
+    trainer = db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=texts, eval_dataset=texts)
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+def same_weights(part: dict, whole: dict) -> bool:
+    return all(torch.equal(tensor, whole[name]) for name, tensor in part.items())
+
+
+# ---- what is loaded
+
+
+@pytest.mark.parametrize("origin", ["fresh", "pretrained", "folder"])
+def test_a_part_is_that_part_of_the_whole_model(config, fields, origin, tmp_path):
+    source = config
+    if origin != "fresh":
+        source = backbone_for(config).plain_class(config)
+    if origin == "folder":
+        source.save_pretrained(tmp_path)
+        source = tmp_path
+    whole, part = made(source, fields), made(source, fields, resident_blocks=[1])
+    expected = {name for name in whole.state_dict() if whole.block_of_parameter(name) in (None, 1)}
+    assert part.state_dict().keys() == expected
+    assert same_weights(part.state_dict(), whole.state_dict())
+
+
+def test_nothing_of_a_part_is_on_the_meta_device(config, fields):
+    part = made(config, fields, resident_blocks=[0])
+    assert not any(tensor.is_meta for tensor in (*part.parameters(), *part.buffers()))
+
+
+def test_a_saved_model_is_loaded_in_part(config, fields, tmp_path):
+    whole = made(config, fields)
+    whole.save_pretrained(tmp_path)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()  # block 0's file is not even opened
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00002-of-00003", "model-00003-of-00003"))
+    part = type(whole).from_pretrained(tmp_path, resident_blocks=[1])
+    assert part.resident_blocks == [1]
+    assert same_weights(part.state_dict(), whole.state_dict())
+    assert not part.training
+
+
+def test_a_part_is_saved_and_loaded(config, fields, tmp_path):
+    part = made(config, fields, resident_blocks=[1])
+    part.save_pretrained(tmp_path)
+    again = type(part).from_pretrained(tmp_path, resident_blocks=[1])
+    assert again.state_dict().keys() == part.state_dict().keys()
+    assert same_weights(again.state_dict(), part.state_dict())
+
+
+def test_a_part_is_not_loaded_as_the_whole(tmp_path):
+    made(CONFIGS["gpt2"], CARRIED, resident_blocks=[1]).save_pretrained(tmp_path)
+    logging.set_verbosity_error()  # Transformers would list the missing weights, too
+    with pytest.raises(ValueError, match=r"lacks the blocks \[0\] of 2"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("blocks", [[], [2], [-1], [0, 0], ["0"]], ids=str)
+def test_blocks_that_are_none_are_refused(blocks):
+    with pytest.raises(ValueError, match=r"resident_blocks=.* must be different blocks of 0\.\.1"):
+        made(CONFIGS["gpt2"], {}, resident_blocks=blocks)
+
+
+def test_a_block_that_is_not_loaded_does_not_run(texts):
+    part = made(CONFIGS["gpt2"], INDEPENDENT, resident_blocks=[1]).eval()
+    with pytest.raises(ValueError, match="block is not loaded"):
+        part(torch.tensor(texts["input_ids"]))
+
+
+# ---- training
+
+
+@pytest.mark.parametrize("fields", [INDEPENDENT, {"shared": "per_block"}, CARRIED], ids=["factorized", "joint", "carried"])
+def test_only_the_blocks_of_the_job_move(fields, texts, tmp_path):
+    model = made(CONFIGS["gpt2"], fields)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained(model, tmp_path, texts, train_blocks=[1])
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved and {model.block_of_parameter(name) for name in moved} == {1}
+    assert all(parameter.requires_grad for parameter in model.parameters())  # as before the job
+
+
+@pytest.mark.parametrize("fields", [INDEPENDENT, {"shared": "per_block"}], ids=["factorized", "joint"])
+def test_a_job_trains_its_block_as_the_whole_model_would(fields, texts, tmp_path):
+    whole, part = made(CONFIGS["gpt2"], fields), made(CONFIGS["gpt2"], fields, resident_blocks=[1])
+    trained(whole, tmp_path / "whole", texts, train_blocks=[1])
+    trained(part, tmp_path / "part", texts)
+    assert same_weights(part.state_dict(), whole.state_dict())
+
+
+def test_frozen_shared_parameters_stay(texts, tmp_path):
+    model = made(CONFIGS["gpt2"], FORMULATIONS["carried"])
+    shared = [parameter.clone() for parameter in model.shared_parameters()]
+    trainer = trained(model, tmp_path, texts, train_blocks=[0], train_shared=False)
+    assert all(map(torch.equal, shared, model.shared_parameters()))
+    assert {group["block"] for group in trainer.optimizer.param_groups} == {0}
+
+
+def test_a_job_evaluates_the_label_free_loss_of_its_block(texts, tmp_path):
+    part = made(CONFIGS["gpt2"], INDEPENDENT, resident_blocks=[1])
+    trainer = trained(part, tmp_path, texts)
+    loss = trainer.evaluate()["eval_loss"]
+    tokens = torch.tensor(texts["input_ids"])
+    part.eval()
+    embedded = part.embed(1, {"input_ids": tokens, "position_ids": torch.arange(12)[None]})
+    hidden = part.run_block(1, embedded, [None, None], attention_mask=None)
+    expected = torch.nn.functional.cross_entropy(part.read_out(1, hidden)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fields, resident, arguments, message",
+    [
+        (INDEPENDENT, [0], {"train_blocks": [1]}, r"train_blocks=\[1\] must be loaded"),
+        (INDEPENDENT, None, {"train_blocks": [2]}, r"train_blocks=\[2\] must be different blocks of 0\.\.1"),
+        (CARRIED, [1], {}, r"needs the earlier blocks \[0\]"),
+        ({}, None, {"train_blocks": [1]}, "train_shared=True with train_blocks"),
+        ({}, [1], {}, "train_shared=True with train_blocks"),
+    ],
+)  # fmt: skip
+def test_jobs_that_cannot_be_are_refused(fields, resident, arguments, message, texts, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        trained(made(CONFIGS["gpt2"], fields, resident), tmp_path, texts, **arguments)
+
+
+# ---- joining
+
+
+@pytest.fixture
+def jobs(texts, tmp_path) -> list:
+    """Two jobs, each with a block of its own."""
+    folders = [tmp_path / "job0", tmp_path / "job1"]
+    for block, folder in enumerate(folders):
+        trained(made(CONFIGS["gpt2"], INDEPENDENT, [block]), folder, texts)
+    return folders
+
+
+def test_jobs_merge_to_what_one_run_after_the_other_makes(jobs, texts, tmp_path):
+    db.merge_blocks(jobs, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    whole = made(CONFIGS["gpt2"], INDEPENDENT)
+    for block in (0, 1):
+        trained(whole, tmp_path / "whole", texts, train_blocks=[block])
+    assert merged.state_dict().keys() == whole.state_dict().keys()
+    assert same_weights(merged.state_dict(), whole.state_dict())
+    assert merged.config.training_report["updates_per_block"] == [3, 3]
+
+
+def test_carried_jobs_merge_in_order(texts, tmp_path):
+    trained(made(CONFIGS["llama"], CARRIED, [0]), tmp_path / "job0", texts)
+    second = made(CONFIGS["llama"], CARRIED)
+    second.load_state_dict(db.load_block_state_dict(tmp_path / "job0", 0), strict=False)
+    trained(second, tmp_path / "job1", texts, train_blocks=[1])
+    db.merge_blocks([tmp_path / "job1", tmp_path / "job0"], tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert same_weights(merged.state_dict(), second.state_dict())
+
+
+def test_a_block_trained_around_another_predecessor_is_refused(texts, tmp_path):
+    trained(made(CONFIGS["llama"], CARRIED, [0]), tmp_path / "job0", texts)
+    trained(made(CONFIGS["llama"], CARRIED), tmp_path / "job1", texts, train_blocks=[1])  # around a fresh block 0
+    with pytest.raises(ValueError, match=r"block 0, around which .*job1 trained block 1, differs"):
+        db.merge_blocks([tmp_path / "job0", tmp_path / "job1"], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def change_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_jobs_that_do_not_fit_are_refused(jobs, tmp_path):
+    first, second = jobs
+    output = tmp_path / "merged"
+    with pytest.raises(ValueError, match="at least one folder"):
+        db.merge_blocks([], output)
+    with pytest.raises(ValueError, match="block 1 is in none of"):
+        db.merge_blocks([first], output)
+    with pytest.raises(NotADirectoryError, match="nowhere is not a folder"):
+        db.merge_blocks([first, tmp_path / "nowhere"], output)
+    shutil.copytree(second, tmp_path / "twice")
+    with pytest.raises(ValueError, match="block 1 was trained by both"):
+        db.merge_blocks([first, second, tmp_path / "twice"], output)
+    change_config(second, sigma_max=70.0)
+    with pytest.raises(ValueError, match=r"sigma_max=80.0 in .*job0, 70.0 in .*job1"):
+        db.merge_blocks([first, second], output)
+    assert not output.exists()
+
+
+def test_jobs_with_other_targets_are_refused(jobs, texts, tmp_path):
+    torch.manual_seed(1)  # other fresh weights
+    other = db.convert(CONFIGS["gpt2"], 2, resident_blocks=[1], **INDEPENDENT)
+    trained(other, tmp_path / "other", texts)
+    with pytest.raises(ValueError, match=r"what all blocks share .* differs .*target_embeddings.table"):
+        db.merge_blocks([jobs[0], tmp_path / "other"], tmp_path / "merged")
+
+
+def test_merge_on_the_command_line(jobs, tmp_path, capsys):
+    main(["merge", str(tmp_path / "merged"), *map(str, jobs)])
+    assert "block" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").resident_blocks == [0, 1]
+    with pytest.raises(SystemExit):
+        main(["merge", str(tmp_path / "merged"), *map(str, jobs)])
+    assert "holds a model already: --overwrite replaces it" in capsys.readouterr().err
