@@ -22,7 +22,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_diffusionblocks as db
+from hf_diffusionblocks.backbones import backbone_for
 from hf_diffusionblocks.cli.arguments import BlocksArguments, parse
+from hf_diffusionblocks.conversion import plain_part
+from hf_diffusionblocks.models.partial import checked_blocks
 
 #: What the libraries below raise on bad input; anything else is a bug and keeps its traceback.
 BAD_INPUT = (ValueError, TypeError, OSError, SafetensorError, StrictDataclassError)
@@ -177,6 +180,17 @@ def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"  # a KeyError alone says little
 
 
+def check_blocks(
+    args: ModelArguments, blocks_args: BlocksArguments, training_args: db.DiffusionBlocksTrainingArguments
+) -> None:
+    """Whether `train_blocks`, if given, are blocks."""
+    chosen = training_args.train_blocks
+    if chosen is not None and args.end_to_end:
+        raise ValueError(f"train_blocks={chosen} must not be set with end_to_end: it has no blocks")
+    if chosen is not None:
+        checked_blocks(chosen, blocks_args.num_blocks, "train_blocks")
+
+
 # ---- data
 
 
@@ -226,14 +240,29 @@ def _sample(data: Dataset, size: int | None, seed: int) -> Dataset:
 # ---- model and training
 
 
-def load_model(auto_class, args: ModelArguments, config: PreTrainedConfig, fields: dict | None) -> PreTrainedModel:
-    """The plain model, or the DiffusionBlocks model if `fields` for `convert` are given."""
+def load_model(
+    args: ModelArguments,
+    config: PreTrainedConfig,
+    task: str,
+    fields: dict | None,
+    training_args: db.DiffusionBlocksTrainingArguments,
+) -> PreTrainedModel:
+    """The plain model, or the DiffusionBlocks model if `fields` for `convert` are given: what this job trains of it."""
+    resident = None
+    plain_class = backbone_for(config).plain_class
+    if fields is not None and training_args.train_blocks is not None:
+        blocks = db.DiffusionBlocksConfig(source_config=config, **fields)
+        resident = training_args.train_blocks
+        if blocks.context == "carried":  # the earlier ones run forward
+            resident = list(range(max(resident) + 1))
+        plain_class = plain_part(blocks, resident)
     if args.model_name_or_path:
-        plain = auto_class.from_pretrained(
+        source = plain_class.from_pretrained(
             args.model_name_or_path, config=config, use_safetensors=True, ignore_mismatched_sizes=True
         )
-        return plain if fields is None else db.convert(plain, **fields)
-    return auto_class.from_config(config) if fields is None else db.convert(config, **fields)
+    else:
+        source = plain_class._from_config(config) if fields is None else config
+    return source if fields is None else db.convert(source, task=task, resident_blocks=resident, **fields)
 
 
 class PlainTrainer(Trainer):

@@ -25,7 +25,7 @@ from datasets import DatasetDict, Features, List, Value, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Trainer,
+    PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Trainer,
 )  # fmt: skip
 
 import hf_diffusionblocks as db
@@ -292,6 +292,9 @@ def prepare(
 ) -> tuple[Trainer, str | None]:  # fmt: skip
     """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
     check_arguments(model_args, data_args)
+    common.check_blocks(model_args, blocks_args, training_args)
+    if data_args.eval_nll_bound and training_args.train_blocks is not None:
+        raise ValueError(f"eval_nll_bound={data_args.eval_nll_bound} needs all blocks: train_blocks must not be set")
     resume_from = common.checkpoint_to_resume(training_args)
     config = common.plain_config(model_args)
     check_length(config, data_args.sequence_length)
@@ -311,7 +314,7 @@ def prepare(
     with training_args.main_process_first(local=False, desc="tokenizing the data"):
         data = pack(data, tokenizer, data_args)
 
-    model = common.load_model(AutoModelForCausalLM, model_args, config, fields)
+    model = common.load_model(model_args, config, "text-generation", fields, training_args)
     trainer_class = PlainTextTrainer if model_args.end_to_end else BlocksTextTrainer
     num_bytes = sum(data["validation"]["num_bytes"]) if "validation" in data else 0
     trainer = common.make_trainer(

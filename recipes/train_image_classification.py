@@ -17,7 +17,7 @@ import datasets
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from transformers import (
-    AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, EvalPrediction, PreTrainedConfig, Trainer,
+    AutoImageProcessor, BaseImageProcessor, EvalPrediction, PreTrainedConfig, Trainer,
     ViTImageProcessorPil,
 )  # fmt: skip
 
@@ -143,6 +143,7 @@ def prepare(
 ) -> tuple[Trainer, str | None]:  # fmt: skip
     """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
     common.check_arguments(model_args, data_args)
+    common.check_blocks(model_args, blocks_args, training_args)
     resume_from = common.checkpoint_to_resume(training_args)
     config = common.plain_config(model_args)
     channels = getattr(config, "num_channels", 3)
@@ -160,7 +161,7 @@ def prepare(
     data = data.with_transform(make_transform(processor, channels, labels, data_args))
     training_args.remove_unused_columns = False  # the transform needs the columns that the model does not know
 
-    model = common.load_model(AutoModelForImageClassification, model_args, config, fields)
+    model = common.load_model(model_args, config, "image-classification", fields, training_args)
     trainer_class = common.PlainTrainer if model_args.end_to_end else db.DiffusionBlocksTrainer
     trainer = common.make_trainer(
         trainer_class, model, data_args, training_args, data, processing_class=processor, compute_metrics=accuracy

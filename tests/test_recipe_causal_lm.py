@@ -135,6 +135,24 @@ def test_end_to_end_takes_as_many_updates_as_a_block(tmp_path, data, family):
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
 
 
+@pytest.mark.parametrize("origin", ["fresh", "pretrained"])
+def test_one_block_a_job_then_merged(tmp_path, data, origin):
+    """The recipe's own way to it: every job loads and trains a block, the tokenizer is found again."""
+    model = MODEL
+    if origin == "pretrained":
+        train_causal_lm.main([*MODEL, *TRAINING, *data, "--end_to_end", "--output_dir", str(tmp_path / "plain")])
+        model = ["--num_blocks", "2", "--sequence_length", str(LENGTH), "--model_name_or_path", str(tmp_path / "plain")]
+    apart = ["--context", "independent", "--shared", "per_block"]
+    jobs = [str(tmp_path / f"job{block}") for block in (0, 1)]
+    for block, job in enumerate(jobs):
+        run = [*model, *TRAINING, *data, *apart, "--train_blocks", str(block), "--output_dir", job]
+        metrics = train_causal_lm.main(run)
+        assert set(db.checkpoint.saved_parts(job)) == {"shared", str(block)}
+    db.merge_blocks(jobs, tmp_path / "whole")
+    assert load(tmp_path / "whole").config.training_report["updates_per_block"] == [4, 4]
+    assert cross_entropy(tmp_path / "whole", paragraphs(120, 150)) == pytest.approx(metrics["eval_loss"], rel=0.05)
+
+
 @pytest.mark.parametrize("extra", [[], ["--end_to_end"]], ids=["blocks", "end_to_end"])
 def test_pretrained_weights_and_tokenizer_are_kept(tmp_path, data, extra):
     train_causal_lm.main([*MODEL, *TRAINING, *data, "--end_to_end", "--output_dir", str(tmp_path / "plain")])
@@ -335,6 +353,9 @@ BAD_INPUTS = {
     "few tokens": ([*MODEL, *TRAIN, "--vocab_size", "256"], "vocab_size=256 must be at least 257"),
     "two vocabularies": ([*LLAMA, "vocab_size=99", *TRAIN], "config_overrides must not set vocab_size"),
     "no tokenizer": ([*MODEL, *TRAIN, "--tokenizer_name", "{folder}"], "{folder} has no tokenizer"),
+    "blocks of the plain": ([*MODEL, *TRAIN, "--end_to_end", "--train_blocks", "0"], "must not be set with end_to_end"),
+    "bound of a block": ([*MODEL, *TRAIN, "--eval_nll_bound", "1", "--train_blocks", "0"], "needs all blocks"),
+    "no such block": ([*MODEL, *TRAIN, "--train_blocks", "2"], "train_blocks=[2] must be different blocks of 0..1"),
     "bound of the plain": ([*MODEL, *TRAIN, "--end_to_end", "--eval_nll_bound", "1"], "must be 0 with end_to_end"),
     "bound of nothing": (
         [*MODEL, *TRAIN, "--validation_split", "0", "--eval_nll_bound", "1"], "eval_nll_bound=1 needs validation data"

@@ -51,7 +51,7 @@ def convert(
         )
     model_class = _model_class(source.config, task)
     plain_class = backbone_for(source.config).plain_class
-    if type(source) is not plain_class:
+    if getattr(source, "part_of", type(source)) is not plain_class:
         raise ValueError(f"source={type(source).__name__} must be {plain_class.__name__} for task {model_class.task!r}")
     return _convert_model(source, model_class, num_blocks, resident_blocks, config_fields)
 
@@ -74,30 +74,33 @@ def _convert_pretrained(source, num_blocks, task, resident_blocks, config_fields
     plain_config = AutoConfig.from_pretrained(source)
     model_class = _model_class(plain_config, task)
     config = _config(plain_config, num_blocks, config_fields)  # complain before any weights are loaded
-    plain_class = backbone_for(plain_config).plain_class
-    if resident_blocks is not None:
-        resident_blocks = checked_blocks(resident_blocks, config, "resident_blocks")
-        absent = set(range(num_blocks)) - set(resident_blocks)
-        plain_class = _without_layers(plain_class, [index for block in absent for index in config.block_layers(block)])
+    plain_class = plain_part(config, resident_blocks)
     plain = plain_class.from_pretrained(source, use_safetensors=True)
     return _convert_model(plain, model_class, num_blocks, resident_blocks, config_fields)
 
 
-def _without_layers(plain_class: type[PreTrainedModel], layers: Sequence[int]) -> type[PreTrainedModel]:
-    """The stock class, whose `from_pretrained` skips some layers: it never reads what the model has no place for."""
+def plain_part(config: DiffusionBlocksConfig, resident_blocks: Sequence[int] | None) -> type[PreTrainedModel]:
+    """The stock class for `from_pretrained`: without the layers of other blocks, which it then never reads."""
+    plain_class = backbone_for(config.source_config).plain_class
+    if resident_blocks is None:
+        return plain_class
+    resident = checked_blocks(resident_blocks, config.num_blocks, "resident_blocks")
+    layers = [k for block in range(config.num_blocks) if block not in resident for k in config.block_layers(block)]
+    path = backbone_for(config.source_config).layers_path
 
     class Part(plain_class):
+        part_of = plain_class
+        # In whatever way an older checkpoint names its layers
+        _keys_to_ignore_on_load_unexpected = [
+            *(plain_class._keys_to_ignore_on_load_unexpected or ()),
+            rf"(^|\.)(layers?|h)\.({'|'.join(map(str, layers))})\.",
+        ]
+
         def __init__(self, config: PreTrainedConfig):
             super().__init__(config)
-            path = backbone_for(config).layers_path
             for layer in layers:
                 self.set_submodule(f"{path}.{layer}", NotLoaded())
 
-    Part.__name__ = plain_class.__name__
-    numbers = "|".join(map(str, layers))
-    Part._keys_to_ignore_on_load_unexpected = [
-        *(plain_class._keys_to_ignore_on_load_unexpected or ()), rf"(^|\.)(layers?|h)\.({numbers})\."
-    ]  # fmt: skip
     return Part
 
 

@@ -64,7 +64,7 @@ def build_empty(
     with torch.device("meta"):
         model = model_class._from_config(config, **kwargs)
     if resident_blocks is not None:
-        model.resident_blocks = checked_blocks(resident_blocks, config, "resident_blocks")
+        model.resident_blocks = checked_blocks(resident_blocks, config.num_blocks, "resident_blocks")
         _remove(model, [block for block in range(config.num_blocks) if block not in model.resident_blocks])
     device = torch.get_default_device()
     if device.type != "meta":
@@ -115,17 +115,17 @@ def check_whole(model: DiffusionBlocksPreTrainedModel, source: str | PathLike, *
         )
 
 
-def checked_blocks(blocks: Iterable[int], config: DiffusionBlocksConfig, field: str) -> list[int]:
+def checked_blocks(blocks: Iterable[int], num_blocks: int, field: str) -> list[int]:
     """Blocks in ascending order.
 
     Raises:
         ValueError: these are none, one occurs twice, or the model has no such block; names the field.
     """
     blocks = list(blocks)
-    whole = all(isinstance(block, int) and 0 <= block < config.num_blocks for block in blocks)
+    whole = all(isinstance(block, int) and 0 <= block < num_blocks for block in blocks)
     if not blocks or not whole or len(set(blocks)) < len(blocks):
         raise ValueError(
-            f"{field}={blocks} must be different blocks of 0..{config.num_blocks - 1}, at least one"
+            f"{field}={blocks} must be different blocks of 0..{num_blocks - 1}, at least one"
         )
     return sorted(blocks)
 

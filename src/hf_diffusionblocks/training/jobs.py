@@ -17,11 +17,11 @@ def blocks_to_train(model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocks
         ValueError: a block is not loaded; carried context needs an earlier block that is not; or parameters that all
             blocks share would be trained by this job and by others.
     """
-    config, resident = model.config, model.resident_blocks
+    resident = model.resident_blocks
     if args.train_blocks is None:
         blocks = resident
     else:
-        blocks = checked_blocks(args.train_blocks, config, "train_blocks")
+        blocks = checked_blocks(args.train_blocks, model.num_blocks, "train_blocks")
     absent = sorted(set(blocks) - set(resident))
     if absent:
         raise ValueError(f"train_blocks={blocks} must be loaded, and {absent} are not: resident_blocks={resident}")
