@@ -3,11 +3,12 @@
     python benchmarks/step_cost_text.py
 
 "Time" is CPU time of B block-steps (one update of every block: forward, backward and AdamW) over that of one
-end-to-end step, each step at its fastest of interleaved repetitions; the end-to-end model reads out in the same chunks. "Floor" is
-the same ratio by counted multiplications (a backward pass counts as two forward ones): what no implementation can go
-below, since the head runs B times, a joint block runs clean and noisy tokens, and carried context runs the earlier
-blocks. Bytes are those of one block's step over the end-to-end step's: what autograd stores for the backward pass, and
-gradients; the largest of the blocks.
+end-to-end step, each step at its fastest of interleaved repetitions; the end-to-end model reads out in the same chunks.
+"Floor" is the same ratio by counted multiplications (a backward pass counts as two forward ones): the head runs B times,
+a joint block runs clean and noisy tokens, and carried context runs the earlier blocks. It leaves out what the posterior
+readout adds where z is seen: a product of z with all targets, a third of the head's work in training. Bytes are those of
+one block's step over the end-to-end step's: what autograd stores for the backward pass, and gradients; the largest of
+the blocks.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ from hf_diffusionblocks.recipes import common
 from hf_diffusionblocks.recipes.common import option
 
 PROG = "train_causal_lm.py"
-#: The recipe's defaults where they are not the class's (the paper's).
+#: The recipe's defaults where they are not the class's (the paper's): the best that `convert` offers in
+#: benchmarks/quality_text.py.
 BEST_MEASURED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
 #: Ending of a file -> what `load_dataset` needs to read it. The documents of a text file are its paragraphs.
 READERS = {

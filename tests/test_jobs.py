@@ -177,6 +177,21 @@ def test_a_job_evaluates_the_label_free_loss_of_its_block(texts, tmp_path):
     assert loss == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_an_interrupted_job_resumes_bit_equal(texts, tmp_path):
+    whole = made(CONFIGS["gpt2"], INDEPENDENT, [1])
+    trained(whole, tmp_path / "whole", texts)
+    args = db.DiffusionBlocksTrainingArguments(
+        str(tmp_path / "cut"), updates_per_block=3, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True,
+        report_to=[], disable_tqdm=True, save_steps=2,
+    )  # fmt: skip
+    db.DiffusionBlocksTrainer(model=made(CONFIGS["gpt2"], INDEPENDENT, [1]), args=args, train_dataset=texts).train()
+    torch.manual_seed(5)  # other fresh weights: all come from the checkpoint
+    resumed = db.convert(CONFIGS["gpt2"], 2, resident_blocks=[1], **INDEPENDENT)
+    trainer = db.DiffusionBlocksTrainer(model=resumed, args=args, train_dataset=texts)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+    assert same_weights(resumed.state_dict(), whole.state_dict())
+
+
 @pytest.mark.parametrize(
     "fields, resident, arguments, message",
     [
@@ -190,6 +205,71 @@ def test_a_job_evaluates_the_label_free_loss_of_its_block(texts, tmp_path):
 def test_jobs_that_cannot_be_are_refused(fields, resident, arguments, message, texts, tmp_path):
     with pytest.raises(ValueError, match=message):
         trained(made(CONFIGS["gpt2"], fields, resident), tmp_path, texts, **arguments)
+
+
+# ---- carried context from a cache
+
+
+@pytest.fixture
+def images() -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    return Dataset.from_dict(
+        {"pixel_values": torch.randn(16, 1, 8, 8, generator=generator).tolist(), "labels": [k % 5 for k in range(16)]}
+    )
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("fields", [CARRIED, {**CARRIED, "denoiser": "joint", "prior_fraction": 0.0}], ids=["factorized", "joint"])
+def test_a_job_on_cached_inputs_is_the_job_around_its_predecessors(family, fields, texts, images, tmp_path):
+    data = images if family == "vit" else texts
+    whole, part = made(CONFIGS[family], fields), made(CONFIGS[family], fields, [1])
+    cached = db.cache_block_inputs(whole, data, 1, tmp_path / "cache", batch_size=4)
+    trained(whole, tmp_path / "whole", data, train_blocks=[1])
+    args = db.DiffusionBlocksTrainingArguments(
+        str(tmp_path / "part"), updates_per_block=3, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True,
+        report_to=[], disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = db.DiffusionBlocksTrainer(model=part, args=args, train_dataset=cached, eval_dataset=cached)
+    trainer.train()
+    assert same_weights(part.state_dict(), whole.state_dict())
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_cached_inputs_chain_from_block_to_block(texts, tmp_path):
+    """Only the block between two caches is loaded."""
+    torch.manual_seed(0)
+    whole = db.convert(CONFIGS["gpt2"], 4, **CARRIED)
+    whole.save_pretrained(tmp_path / "whole")
+    data = texts
+    for block in (1, 2, 3):
+        between = type(whole).from_pretrained(tmp_path / "whole", resident_blocks=[block - 1])
+        data = db.cache_block_inputs(between, data, block, tmp_path / str(block))
+    assert data.column_names == ["input_ids", "labels", "input_of_block_3"]
+    at_once = db.cache_block_inputs(whole, texts, 3, tmp_path / "at once")
+    chained, direct = (torch.tensor(rows["input_of_block_3"]) for rows in (data[:], at_once[:]))
+    assert torch.allclose(chained, direct, atol=1e-6)
+    assert chained.shape == (16, 12, 32)
+
+
+@pytest.mark.parametrize(
+    "fields, resident, block, message",
+    [
+        (INDEPENDENT, None, 1, "context='independent' must be 'carried'"),
+        (CARRIED, None, 0, r"block_index=0 must lie in 1\.\.1"),
+        (CARRIED, [1], 1, r"needs the blocks \[0\]"),
+    ],
+)
+def test_inputs_that_cannot_be_cached_are_refused(fields, resident, block, message, texts, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        db.cache_block_inputs(made(CONFIGS["gpt2"], fields, resident), texts, block, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_of_different_length_are_refused(tmp_path):
+    ragged = Dataset.from_dict({"input_ids": [[1, 2, 3], [1, 2]]})
+    with pytest.raises(ValueError, match="column 'input_ids': rows must have one shape"):
+        db.cache_block_inputs(made(CONFIGS["gpt2"], CARRIED), ragged, 1, tmp_path)
+    assert not (tmp_path / "data.arrow").exists()
 
 
 # ---- joining

@@ -9,6 +9,7 @@ from ._version import __version__
 from .checkpoint import load_block_state_dict
 from .configuration import DiffusionBlocksConfig
 from .conversion import convert
+from .features import cache_block_inputs
 from .fitting import fit_noise_schedule
 from .likelihood import LikelihoodBound, bits_per_byte, nll_bound
 from .measures import generation_measures
@@ -37,6 +38,7 @@ __all__ = [
     "LikelihoodBound",
     "NoiseSchedule",
     "bits_per_byte",
+    "cache_block_inputs",
     "convert",
     "fit_noise_schedule",
     "generation_measures",

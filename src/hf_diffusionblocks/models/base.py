@@ -220,14 +220,30 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         return self.run_block(block_index, hidden, self.clean_modulations(block_index), **attention)
 
     def block_input(self, block_index: int, inputs: Mapping[str, Any], **attention) -> torch.Tensor:
-        """Training: the hidden states that enter a block. Carried ones come without gradient and dropout."""
+        """Training: the hidden states that enter a block. Carried ones come without gradient and dropout; or, as
+        `inputs["block_input"]`, from a cache of them."""
+        inputs = dict(inputs)
+        cached = inputs.pop("block_input", None)
+        if cached is not None:
+            return cached.to(self.device, self.dtype)
         if not self.carried or block_index == 0:
             return self.embed(block_index, inputs)
-        with torch.no_grad(), without_dropout(self.backbone):
-            hidden = self.embed(0, inputs)
-            for earlier in range(block_index):
+        return self.carried_input(block_index, 0, None, inputs, **attention)
+
+    @torch.no_grad()
+    def carried_input(
+        self, block_index: int, start: int, hidden: torch.Tensor | None, inputs: Mapping[str, Any], **attention
+    ) -> torch.Tensor:
+        """What enters a block, from what enters the earlier block `start` (None: from what embeds the input)."""
+        with without_dropout(self.backbone):
+            hidden = self.embed(0, inputs) if hidden is None else hidden
+            for earlier in range(start, block_index):
                 hidden = self.carry(earlier, hidden, **attention)
         return hidden
+
+    def clean_inputs(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
+        """Of a batch: what embeds the clean input, and what the attention modules take to run it."""
+        raise NotImplementedError
 
     def clean_outputs(self, inputs: Mapping[str, Any], **attention) -> list[torch.Tensor]:
         """Inference: what leaves each block when the clean input runs through all of them, first block first."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, LogitsProcessorList, PreTrainedModel
@@ -102,6 +104,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         num_items_in_batch: torch.Tensor | int | None = None,
         return_logits: bool | None = None,
         text_walk: TextWalk | None = None,
+        block_input: torch.Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """Train one block (`block_index` given), or predict next tokens.
 
@@ -118,6 +121,8 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
             num_items_in_batch: tokens that the summed loss is divided by; None is those of this batch.
             return_logits: whether to hold and return all logits; None returns them unless a block is trained.
             text_walk: what [`generate`] keeps from token to token.
+            block_input: the hidden states `[N, S, D]` that enter the block, where the earlier blocks are not run but
+                their output was cached.
 
         Returns:
             `loss` (with labels) and `logits`: of a block, `[N, S-1, V]`, for tokens 1 to S-1. Without `block_index`
@@ -132,6 +137,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
             raise ValueError("inputs_embeds must be None with shared='per_block': each block embeds tokens by itself")
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         if block_index is not None:
+            inputs["block_input"] = block_input
             if labels is None:
                 raise ValueError(f"labels=None with block_index={block_index}: a block is trained on the noised label")
             rows, targets = self.noised_rows(
@@ -202,6 +208,10 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         c_in = precondition(sigma, self.sigma_data).input[..., None]
         noisy = self.embed_noisy(block_index, (c_in * z).to(clean.dtype), streams.noisy_position_ids)
         return streams.run_noisy(block_index, noisy, self.modulations_at(block_index, sigma[:, 0]))
+
+    def clean_inputs(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
+        inputs = self._positioned({"input_ids": batch["input_ids"], "inputs_embeds": None}, batch.get("position_ids"))
+        return inputs, self._attention(inputs, batch.get("attention_mask"))
 
     def _positioned(self, inputs: dict, position_ids, past_key_values=None) -> dict:
         """What embeds the clean tokens: with their positions."""

@@ -112,6 +112,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         noise: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         interpolate_pos_encoding: bool = False,
+        block_input: torch.Tensor | None = None,
     ) -> ImageClassifierOutput:
         """Train one block (`block_index` given), or classify.
 
@@ -124,6 +125,8 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
             noise: standard normal `[N, D]`; drawn when None.
             generator: of the draws.
             interpolate_pos_encoding: as in the plain model.
+            block_input: the hidden states `[N, S, D]` that enter the block, where the earlier blocks are not run but
+                their output was cached.
 
         Returns:
             `loss` (with labels) and `logits`. Without `block_index` the logits are label-free: factorized and
@@ -147,12 +150,15 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
 
         sigma, z = self._noised_labels(block_index, labels, sigma, noise, generator)
         inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
-        hidden = self.block_input(block_index, inputs)
+        hidden = self.block_input(block_index, {**inputs, "block_input": block_input})
         logits = self.denoise(block_index, hidden, z, sigma)
         loss = F.cross_entropy(logits.float(), labels, reduction="none")
         if self.config.loss_weighting == "edm":
             loss = loss * edm_loss_weight(sigma, self.sigma_data)
         return ImageClassifierOutput(loss=loss.mean(), logits=logits)
+
+    def clean_inputs(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
+        return {"pixel_values": batch["pixel_values"]}, {}
 
     def _noised_labels(self, block_index, labels, sigma, noise, generator) -> tuple[torch.Tensor, torch.Tensor]:
         """`sigma [N]` and `z = y + sigma eps [N, D]`, drawing what is not given."""

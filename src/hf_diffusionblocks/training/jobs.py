@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+import torch
+
+from ..features import column_of
 from ..models import DiffusionBlocksPreTrainedModel
 from ..models.partial import checked_blocks
 from .arguments import DiffusionBlocksTrainingArguments
 
 
-def blocks_to_train(model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments) -> list[int]:
+def blocks_to_train(
+    model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments, columns: Sequence[str]
+) -> list[int]:
     """The blocks of this job, ascending.
+
+    Args:
+        columns: of the training data, which may hold what enters a block.
 
     Raises:
         ValueError: a block is not loaded; carried context needs an earlier block that is not; or parameters that all
@@ -26,10 +35,11 @@ def blocks_to_train(model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocks
     if absent:
         raise ValueError(f"train_blocks={blocks} must be loaded, and {absent} are not: resident_blocks={resident}")
     earlier = sorted(set(range(max(blocks))) - set(resident)) if model.carried else []
-    if earlier:
+    if earlier and cached_column(blocks, columns) is None:
         raise ValueError(
             f"train_blocks={blocks} with context='carried' needs the earlier blocks {earlier}, which run forward: "
-            f"load them too, as they are at the end of their training (resident_blocks={resident})"
+            f"load them too, as they are at the end of their training (resident_blocks={resident}), or train one block "
+            "on what cache_block_inputs made"
         )
     if len(blocks) < model.num_blocks and args.train_shared and not model.per_block:
         raise ValueError(
@@ -37,6 +47,24 @@ def blocks_to_train(model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocks
             "what all blocks share. Set train_shared=False, or give each block its own with shared='per_block'"
         )
     return blocks
+
+
+def cached_column(blocks: Sequence[int], columns: Sequence[str]) -> str | None:
+    """The column of the data that holds what enters the block of a one-block job, if there is one."""
+    column = column_of(blocks[0])
+    return column if len(blocks) == 1 and column in columns else None
+
+
+class WithBlockInput:
+    """A collator that also stacks what enters the block."""
+
+    def __init__(self, collator: Callable[[list[dict]], dict], column: str):
+        self.collator, self.column = collator, column
+
+    def __call__(self, rows: list[dict]) -> dict:
+        hidden = torch.stack([torch.as_tensor(np.asarray(row[self.column], np.float32)) for row in rows])
+        others = [{name: value for name, value in row.items() if name != self.column} for row in rows]
+        return {**self.collator(others), "block_input": hidden}
 
 
 @contextmanager

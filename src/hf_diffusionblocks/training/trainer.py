@@ -17,7 +17,7 @@ from ..memory import SavedActivations, gradient_bytes, optimizer_state_bytes
 from ..models import DiffusionBlocksForCausalLM, DiffusionBlocksPreTrainedModel
 from .arguments import DiffusionBlocksTrainingArguments
 from .block_schedule import BlockSchedule
-from .jobs import blocks_to_train, only_training
+from .jobs import WithBlockInput, blocks_to_train, cached_column, only_training
 
 logger = logging.get_logger(__name__)
 
@@ -57,11 +57,15 @@ class DiffusionBlocksTrainer(Trainer):
                 "noise_distribution='information' has no noise_table yet: call fit_noise_schedule(model, dataloader)"
             )
         self.num_blocks = model.config.num_blocks
-        self.train_blocks = blocks_to_train(model, args)
+        columns = getattr(kwargs.get("train_dataset"), "column_names", None) or ()
+        self.train_blocks = blocks_to_train(model, args, columns)
+        self._cached_column = cached_column(self.train_blocks, columns)
         if args.updates_per_block is not None:
             args = copy.copy(args)  # the caller's stay as they are, for another model
             args.max_steps = args.updates_per_block * len(self.train_blocks)
         super().__init__(model=model, args=args, **kwargs)
+        if self._cached_column:
+            self.data_collator = WithBlockInput(self.data_collator, self._cached_column)
         self._learning_rate_curve(num_updates=1)  # complain before training
         self.block_schedule: BlockSchedule | None = None  # known once training knows its number of steps
         self.active_block = self.train_blocks[0]
@@ -89,9 +93,15 @@ class DiffusionBlocksTrainer(Trainer):
         self._memory["activations"][self.active_block] = saved.bytes
         return loss
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self._cached_column and self._cached_column not in self._signature_columns:
+            self._signature_columns.append(self._cached_column)
+
     def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
         if len(self.model.resident_blocks) < self.num_blocks:
             return self._block_prediction_step(inputs)
+        inputs = {name: value for name, value in inputs.items() if name != "block_input"}  # the whole model runs
         if prediction_loss_only and isinstance(self.model, DiffusionBlocksForCausalLM):
             inputs = {**inputs, "return_logits": False}
         return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)

@@ -1,0 +1,111 @@
+"""Carried context without the earlier blocks: what enters a block, computed once for a data set and kept on disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from os import PathLike
+from pathlib import Path
+
+import torch
+from datasets import Array2D, Dataset, Features
+from transformers.utils import logging
+
+from .models import DiffusionBlocksPreTrainedModel
+
+logger = logging.get_logger(__name__)
+
+FILE = "data.arrow"
+#: Columns that the clean input of a model is made of.
+INPUTS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
+
+
+def column_of(block_index: int) -> str:
+    """Name of the column that holds what enters a block."""
+    return f"input_of_block_{block_index}"
+
+
+def cache_block_inputs(
+    model: DiffusionBlocksPreTrainedModel,
+    dataset: Dataset,
+    block_index: int,
+    output_dir: str | PathLike,
+    batch_size: int = 8,
+) -> Dataset:
+    """Compute the hidden states that enter a block, for every row of a data set, and keep them on disk.
+
+    A job that trains the block on the result needs no earlier block. The earlier blocks have to be at the end of their
+    training: nothing can tell later that they were not.
+
+    Args:
+        model: with carried context, and the earlier blocks loaded: all of them, or, if `dataset` is itself such a
+            result for an earlier block, that one and those after it.
+        dataset: rows of one shape: `input_ids` of one length (with `attention_mask`, `position_ids`), or
+            `pixel_values`, and `labels`. What is random about them (augmentation) would be frozen.
+        block_index: from 1.
+        output_dir: folder for the Arrow file. The size it will have is logged before.
+        batch_size: rows that run at a time.
+
+    Returns:
+        The data set with the column `input_of_block_<block_index>` (`[S, D]` float32 a row) in place of an earlier
+        block's, memory-mapped. Read it again by `Dataset.from_file(output_dir / "data.arrow")`.
+
+    Raises:
+        ValueError: the context is independent, the block has no predecessor, one that is needed is not loaded, rows
+            differ in shape, or the folder holds such a file.
+        OSError: the disk has too little room.
+    """
+    start = _start(model, dataset, block_index)
+    folder = Path(output_dir)
+    if (folder / FILE).exists():
+        raise ValueError(f"output_dir={folder} holds {FILE} already")
+    rows, training = dataset.with_format("torch"), model.training
+    model.eval()
+    shape = tuple(_inputs_of(rows[:1], model, block_index, start)[column_of(block_index)].shape[1:])
+    _check_room(folder, block_index, len(dataset) * shape[0] * shape[1] * 4)
+    features = Features({**dataset.features, column_of(block_index): Array2D(shape, "float32")})
+    features.pop(column_of(start), None)
+    rows.map(
+        _inputs_of, fn_kwargs={"model": model, "block_index": block_index, "start": start}, batched=True,
+        batch_size=batch_size, remove_columns=[column_of(start)] if start else [], features=features,
+        cache_file_name=str(folder / f".{FILE}"), load_from_cache_file=False, new_fingerprint=uuid.uuid4().hex,
+        desc=f"input of block {block_index}",
+    )  # fmt: skip
+    model.train(training)
+    os.replace(folder / f".{FILE}", folder / FILE)
+    return Dataset.from_file(str(folder / FILE))
+
+
+def _inputs_of(rows: dict, model: DiffusionBlocksPreTrainedModel, block_index: int, start: int) -> dict:
+    batch = {}
+    for name in (*INPUTS, column_of(start)):
+        if name in rows:
+            if not isinstance(rows[name], torch.Tensor):
+                raise ValueError(f"column {name!r}: rows must have one shape, to be packed or cut before")
+            batch[name] = rows[name].to(model.device)
+    inputs, attention = model.clean_inputs(batch)
+    hidden = model.carried_input(block_index, start, batch.get(column_of(start)), inputs, **attention)
+    return {column_of(block_index): hidden.float().cpu().numpy()}
+
+
+def _check_room(folder: Path, block_index: int, size: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    logger.warning(f"what enters block {block_index} takes {size / 2**20:,.1f} MiB in {folder}")
+    if size > free:
+        raise OSError(f"output_dir={folder} has {free / 2**20:,.1f} MiB free, and needs {size / 2**20:,.1f}")
+
+
+def _start(model: DiffusionBlocksPreTrainedModel, dataset: Dataset, block_index: int) -> int:
+    """The block whose input the data set holds already; 0 where it is to be embedded."""
+    if not model.carried:
+        raise ValueError(f"context={model.config.context!r} must be 'carried': nothing is passed on between blocks")
+    if not 1 <= block_index < model.num_blocks:
+        raise ValueError(f"block_index={block_index} must lie in 1..{model.num_blocks - 1}")
+    held = [k for k in range(1, block_index) if column_of(k) in dataset.column_names]
+    start = max(held, default=0)
+    absent = sorted(set(range(start, block_index)) - set(model.resident_blocks))
+    if absent:
+        raise ValueError(f"block_index={block_index} needs the blocks {absent}: resident_blocks={model.resident_blocks}")
+    return start
