@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--num_blocks", type=int, default=4)
     parser.add_argument("--vocab_size", type=int, default=512)
     parser.add_argument("--new_tokens", type=int, default=128)
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=15)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
