@@ -48,7 +48,7 @@ def test_card_reports_training_and_survives_a_reload(plain_model, tmp_path):
     assert "optimizer steps: 4" in card and "updates of each block: [2, 2]" in card
     assert f"| eval_loss | {result['eval_loss']:.4f} |" in card
     memory = model.config.training_report["memory"]
-    assert memory["parameters, all"] == sum(p.nbytes for p in model.parameters())
+    assert memory["parameters, all loaded"] == sum(p.nbytes for p in model.parameters())
     one_block = max(sum(p.nbytes for p in model.block_parameters(k)) for k in range(2))
     shared = sum(p.nbytes for p in model.shared_parameters())
     # The label embeddings of an edm readout act only through z: every shared parameter has a gradient.
