@@ -182,7 +182,7 @@ def _bound(runs: list[dict]) -> str:
     """Of many seeds their spread, of one the estimate's own standard error."""
     if len(runs) > 1 or "bound" not in runs[0]:
         return _cell(runs, "bound")
-    return f"{runs[0]['bound']:.2f} ± {runs[0]['bound_error']:.2f}"
+    return f"{runs[0]['bound']:.4g} ± {runs[0]['bound_error']:.2g}"
 
 
 def _cell(runs: list[dict], name: str) -> str:

@@ -436,8 +436,8 @@ def test_inspect_names_the_truncated_shard(blocks_folder, fail):
 
 def test_inspect_names_what_is_wrong_with_config_or_index(blocks_folder, fail):
     index, config = blocks_folder / INDEX, blocks_folder / "config.json"
-    edit_json(config, num_blocks=3)
-    assert f"{index} maps 0, 1, shared, but the config says num_blocks=3" in fail("inspect", blocks_folder)[1]
+    edit_json(config, num_blocks=1)
+    assert f"{index} maps 0, 1, shared, but the config says num_blocks=1" in fail("inspect", blocks_folder)[1]
     edit_json(config, num_blocks=2, denoiser="both")
     assert "denoiser='both' must be one of" in fail("inspect", blocks_folder)[1]
     edit_json(config, denoiser="joint")

@@ -275,6 +275,14 @@ def test_rows_of_different_length_are_refused(tmp_path):
 # ---- joining
 
 
+def test_inspect_shows_what_a_job_holds(tmp_path, capsys):
+    made(CONFIGS["gpt2"], INDEPENDENT, [1]).save_pretrained(tmp_path)
+    main(["inspect", "--json", str(tmp_path)])
+    described = json.loads(capsys.readouterr().out)
+    assert [block["block"] for block in described["blocks"]] == [1]
+    assert "| not loaded |" in (tmp_path / "README.md").read_text()
+
+
 @pytest.fixture
 def jobs(texts, tmp_path) -> list:
     """Two jobs, each with a block of its own."""

@@ -92,8 +92,10 @@ def render(model: DiffusionBlocksPreTrainedModel, name: str) -> str:
 def _block_row(model: DiffusionBlocksPreTrainedModel, block_index: int) -> str:
     layers = model.block_layers(block_index)
     low, high = model.noise_schedule.interval(block_index)
-    count = sum(p.numel() for p in model.block_parameters(block_index))
-    return f"| {block_index} | {layers[0]}-{layers[-1]} | ({low:.4g}, {high:.4g}] | {count:,} |"
+    count = "not loaded"
+    if block_index in model.resident_blocks:
+        count = f"{sum(p.numel() for p in model.block_parameters(block_index)):,}"
+    return f"| {block_index} | {layers[0]}-{layers[-1]} | ({low:.4g}, {high:.4g}] | {count} |"
 
 
 def _formulation_value(model: DiffusionBlocksPreTrainedModel, field: str):

@@ -103,6 +103,7 @@ def describe(source: str) -> dict:
                 **contents[str(k)],
             }
             for k in range(config.num_blocks)
+            if str(k) in contents  # the model of a job holds some blocks only
         ],
         "shared": contents["shared"],
         "formulation": {
@@ -121,7 +122,7 @@ def _files_by_block(source: str, config: DiffusionBlocksConfig) -> dict[str, str
         files = json.loads(path.read_text())["metadata"]["blocks"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged, or does not map blocks to files: {error!r}") from None
-    if set(files) != {"shared", *map(str, range(config.num_blocks))}:
+    if not {"shared"} < set(files) <= {"shared", *map(str, range(config.num_blocks))}:
         raise ValueError(f"{path} maps {', '.join(sorted(files))}, but the config says num_blocks={config.num_blocks}")
     return files
 
