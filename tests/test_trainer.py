@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import FORMULATIONS, NUM_LABELS, randomized
-from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments, ViTForImageClassification
 
 import hf_diffusionblocks as db
@@ -271,40 +266,3 @@ def test_a_plain_model_or_plain_arguments_are_refused(plain_model, tmp_path):
         db.DiffusionBlocksTrainer(model=plain_model, args=args)
     with pytest.raises(TypeError, match="args=TrainingArguments must be DiffusionBlocksTrainingArguments"):
         db.DiffusionBlocksTrainer(model=db.convert(plain_model, 2), args=TrainingArguments(output_dir=str(tmp_path)))
-
-
-# ---- several processes
-
-DISTRIBUTED = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-from test_trainer import Images, make_trainer
-import hf_diffusionblocks as db
-model = db.DiffusionBlocksForImageClassification.from_pretrained({source!r})
-trainer = make_trainer(model, {output!r}, max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=2)
-trainer.train()
-state = {{"noise seed": torch.tensor(trainer._noise_generator().initial_seed() % 2**62), **model.state_dict()}}
-torch.save(state, {output!r} + f"/rank{{trainer.args.process_index}}.pt")
-"""
-
-
-def test_two_processes_train_the_same_block_and_agree(plain_model, tmp_path):
-    """Real processes under `accelerate launch` (gloo): both ranks end with the same weights."""
-    db.convert(plain_model, num_blocks=2).save_pretrained(tmp_path / "source")
-    script = tmp_path / "script.py"
-    script.write_text(
-        DISTRIBUTED.format(
-            tests=str(Path(__file__).parent), source=str(tmp_path / "source"), output=str(tmp_path)
-        )
-    )
-    # --multi_gpu is accelerate's torchrun launcher; --cpu would want MPI. The arguments' use_cpu makes it gloo.
-    launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    subprocess.run(
-        [sys.executable, "-m", *launch.split(), "--dynamo_backend", "no", "--main_process_port", "0", str(script)],
-        check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    assert ranks[0].pop("noise seed") != ranks[1].pop("noise seed")  # each rank noises its own rows
-    assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
-    before = load_file(tmp_path / "source" / "model-00002-of-00003.safetensors")
-    assert not any(torch.equal(before[key], ranks[0][key]) for key in before)

@@ -13,6 +13,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ..configuration import DiffusionBlocksConfig
 from ..denoising import Preconditioning, edm_loss_weight, posterior_logits, precondition
+from ..draws import Generators, draw
 from ..losses import chunked_sum, cross_entropy
 from .base import DiffusionBlocksPreTrainedModel
 from .streams import CleanKeys, Rows, Streams
@@ -100,7 +101,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         block_index: int | None = None,
         sigma: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         return_logits: bool | None = None,
         text_walk: TextWalk | None = None,
@@ -117,7 +118,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
             sigma: noise levels to train at, `[N]`, or (factorized) `[N, S-1]`: of tokens 1 to S-1; drawn for the block
                 when None, one a token, or one a sequence for a joint denoiser, whose layers are modulated by it.
             noise: standard normal `[N, S-1, D]`; drawn when None.
-            generator: of the draws.
+            generator: of the draws; or one a sequence, N of them.
             num_items_in_batch: tokens that the summed loss is divided by; None is those of this batch.
             return_logits: whether to hold and return all logits; None returns them unless a block is trained.
             text_walk: what [`generate`] keeps from token to token.
@@ -182,7 +183,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         """`z = y + sigma eps`, `[N, S-1, D]`."""
         if noise is None:
             shape = (*targets.shape, self.config.hidden_size)
-            noise = torch.randn(shape, generator=generator, device=generator.device if generator else None)
+            noise = draw(torch.randn, shape, generator)
         # A token without loss has no target: any will do.
         clean = F.embedding(targets.clamp(min=0), self.target_vectors())
         return clean + sigma[..., None] * noise.to(self.device, torch.float32)

@@ -7,11 +7,14 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset
+from transformers import Trainer
 
 from ..features import column_of
 from ..models import DiffusionBlocksPreTrainedModel
 from ..models.partial import checked_blocks
 from .arguments import DiffusionBlocksTrainingArguments
+from .parallel import Layout
 
 
 def blocks_to_train(
@@ -53,6 +56,48 @@ def cached_column(blocks: Sequence[int], columns: Sequence[str]) -> str | None:
     """The column of the data that holds what enters the block of a one-block job, if there is one."""
     column = column_of(blocks[0])
     return column if len(blocks) == 1 and column in columns else None
+
+
+def check_processes(trainer: Trainer, layout: Layout) -> None:
+    """Refuse what cannot work in several processes.
+
+    Raises:
+        ValueError: names what cannot be combined, and why.
+    """
+    args, model = trainer.args, trainer.model
+    if trainer.is_deepspeed_enabled:
+        raise ValueError("DeepSpeed is not supported: use FSDP2, for a job that trains one block")
+    if trainer.is_fsdp_enabled:
+        _check_sharding(trainer)
+    if layout.num_lanes > 1 and args.fp16 and args.train_shared and not model.per_block:
+        raise ValueError(
+            "fp16=True cannot be combined with block_parallel=True and common trained parameters: each block would scale "
+            "its loss, and their gradients with it, by itself. bf16=True needs no scale"
+        )
+    if layout.num_lanes > 1 and isinstance(trainer.train_dataset, IterableDataset):
+        raise ValueError(
+            f"train_dataset={type(trainer.train_dataset).__name__} must have a length with block_parallel=True: "
+            "Accelerate would deal its rows out to all processes, not to those of one block"
+        )
+
+
+def _check_sharding(trainer: Trainer) -> None:
+    args, model = trainer.args, trainer.model
+    if trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ValueError("FSDP1 is not supported: set fsdp_version to 2")
+    if len(trainer.train_blocks) > 1 or args.block_parallel:
+        raise ValueError(
+            f"FSDP with train_blocks={trainer.train_blocks} and block_parallel={args.block_parallel}: it shards a job that "
+            "trains one block, too large for one device. Load and train one block: resident_blocks=[k]"
+        )
+    if model.joint:
+        raise ValueError(
+            "FSDP with denoiser='joint': its streams call parts of the attention module, which FSDP gathers as a whole"
+        )
+    if args.offload_inactive_blocks != "none":
+        raise ValueError(
+            f"FSDP with offload_inactive_blocks={args.offload_inactive_blocks!r}: sharded parameters stay where they are"
+        )
 
 
 class WithBlockInput:

@@ -1,0 +1,183 @@
+"""Several processes under `accelerate launch` (gloo): data parallelism, and blocks in parallel."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from process_scenarios import BATCH, CARRIED, GPT2, RESUMED, SCENARIOS, STEPS, made, rows, trainer_of
+
+import hf_diffusionblocks as db
+from hf_diffusionblocks.training import BlockSchedule
+from hf_diffusionblocks.training.parallel import Layout
+
+SCRIPT = Path(__file__).parent / "process_scenarios.py"
+#: --multi_gpu is accelerate's torchrun launcher; --cpu would want MPI. The arguments' use_cpu makes it gloo.
+LAUNCH = "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
+
+BLOCKS = [name for name, (*_, arguments) in SCENARIOS.items() if arguments.get("block_parallel")]
+DATA = [name for name in SCENARIOS if name not in BLOCKS]
+
+
+def launched(processes: int, *arguments: str, options: str = "") -> None:
+    command = [sys.executable, "-m", *LAUNCH.split(), *options.split(), "--num_processes", str(processes)]
+    subprocess.run(
+        [*command, "--main_process_port", "0", *arguments], check=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def outcomes(tmp_path_factory) -> Path:
+    """Folder with what all scenarios left: one launch for each number of processes, shared by pytest's workers."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "scenarios"
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            folder.mkdir()
+            for processes in (2, 4):
+                names = [name for name, (count, *_) in SCENARIOS.items() if count == processes]
+                launched(processes, str(SCRIPT), str(folder), *names)
+    return folder
+
+
+@cache
+def outcome(folder: Path, name: str) -> list[dict]:
+    return [torch.load(folder / f"{name}.{rank}.pt", weights_only=True) for rank in range(SCENARIOS[name][0])]
+
+
+def assert_close(actual: dict, expected: dict, tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for key in expected:
+        torch.testing.assert_close(actual[key], expected[key], rtol=tolerance, atol=tolerance, msg=lambda m: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_all_ranks_end_with_the_same_weights(outcomes, name):
+    first, *others = outcome(outcomes, name)
+    for other in others:
+        assert all(torch.equal(first["state"][key], other["state"][key]) for key in first["state"])
+        assert other["loss"] == first["loss"]
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_parallel_is_one_process_with_all_rows(outcomes, name, tmp_path):
+    """Noise included: it goes with the row. Only the order in which numbers are summed differs."""
+    processes, source, fields, arguments = SCENARIOS[name]
+    model = made(source, fields)
+    trainer_of(model, source, tmp_path, arguments, batch=processes * BATCH).train()
+    assert_close(outcome(outcomes, name)[0]["state"], model.state_dict(), tolerance=1e-5)
+
+
+def test_accumulated_micro_batches_are_one_batch(tmp_path):
+    """The same noise, too."""
+    _, source, fields, arguments = SCENARIOS["data parallel, text"]
+    whole, parts = made(source, fields), made(source, fields)
+    trainer_of(whole, source, tmp_path, arguments, batch=2 * BATCH).train()
+    trainer_of(parts, source, tmp_path, {**arguments, "gradient_accumulation_steps": 2}, batch=BATCH).train()
+    assert_close(parts.state_dict(), whole.state_dict(), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKS if "shared" in name and "trained" not in name])
+def test_block_parallel_is_one_job_a_block(outcomes, name, tmp_path):
+    """Bit for bit: the processes have nothing to tell one another."""
+    _, source, fields, arguments = SCENARIOS[name]
+    state = outcome(outcomes, name)[0]["state"]
+    for block in range(2):
+        job = made(source, fields, resident_blocks=[block])
+        trainer_of(job, source, tmp_path / str(block), {**arguments, "block_parallel": False}).train()
+        assert all(torch.equal(tensor, state[key]) for key, tensor in job.state_dict().items())
+
+
+def test_block_parallel_with_several_processes_a_block(outcomes, tmp_path):
+    _, source, fields, arguments = SCENARIOS["blocks of four"]
+    state = outcome(outcomes, "blocks of four")[0]["state"]
+    for block in range(2):
+        job = made(source, fields, resident_blocks=[block])
+        trainer_of(job, source, tmp_path / str(block), {**arguments, "block_parallel": False}, batch=2 * BATCH).train()
+        assert_close({key: state[key] for key in job.state_dict()}, job.state_dict(), tolerance=1e-5)
+
+
+def test_a_process_with_two_blocks_trains_them_in_turn(outcomes, tmp_path):
+    name = "two blocks a process"
+    _, source, fields, arguments = SCENARIOS[name]
+    state = outcome(outcomes, name)[0]["state"]
+    for lane in ([0, 1], [2, 3]):
+        job = made(source, fields, resident_blocks=lane)
+        trainer_of(job, source, tmp_path / str(lane), {**arguments, "block_parallel": False}).train()
+        assert all(torch.equal(tensor, state[key]) for key, tensor in job.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["blocks, trained shared", "blocks, carried", "blocks, carried, offloaded"])
+def test_block_parallel_steps_all_blocks_at_once(outcomes, name, tmp_path):
+    """Slow reference: each step's gradients of both blocks from the same weights; the shared ones' mean over blocks."""
+    _, source, fields, arguments = SCENARIOS[name]
+    model = made(source, fields)
+    batches = list(trainer_of(model, source, tmp_path, {}).get_train_dataloader())[:STEPS]
+    owner = {id(p): k for k in range(2) for p in model.block_parameters(k)}
+    trainer = trainer_of(model, source, tmp_path, {})
+    model.train()
+    for step, batch in enumerate(batches):
+        trainer.state.global_step, trainer._micro_batch = step, 0
+        for block in range(2):
+            loss = model(**batch, block_index=block, generator=trainer._noise_generators(BATCH)).loss
+            loss.backward()
+        gradients = {p: p.grad if id(p) in owner else p.grad / 2 for p in model.parameters() if p.grad is not None}
+        norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+        scale = min(1.0, arguments["max_grad_norm"] / (norm.item() + 1e-6)) * arguments["learning_rate"] * (1 - step / STEPS)
+        with torch.no_grad():
+            for parameter, gradient in gradients.items():
+                parameter -= scale * gradient
+                parameter.grad = None
+    assert_close(outcome(outcomes, name)[0]["state"], model.state_dict(), tolerance=1e-5)
+
+
+def test_nothing_is_communicated_where_nothing_is_shared(outcomes):
+    """But the weights of the trained blocks, once, at the end; with trained shared parameters, at every step."""
+    weights = len(made(GPT2, {"shared": "per_block", "denoiser": "factorized"}).state_dict()) - 1  # the fixed targets
+    start = weights + 1
+    assert [rank["calls"] for rank in outcome(outcomes, "blocks, own shared")] == [start + weights] * 2
+    assert outcome(outcomes, "blocks, trained shared")[0]["calls"] > start + weights
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_is_the_uninterrupted_one(outcomes, name):
+    for rank, expected in enumerate(outcome(outcomes, name)):
+        resumed = torch.load(outcomes / f"{name}.resumed.{rank}.pt", weights_only=True)
+        assert all(torch.equal(resumed[key], expected["state"][key]) for key in resumed)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_saved_model_has_all_blocks(outcomes, name):
+    saved = db.DiffusionBlocksForCausalLM.from_pretrained if SCENARIOS[name][1] is GPT2 else (
+        db.DiffusionBlocksForImageClassification.from_pretrained
+    )
+    model, expected = saved(outcomes / name), outcome(outcomes, name)[0]["state"]
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
+    steps = SCENARIOS[name][3].get("max_steps", STEPS)
+    assert sum(model.config.training_report["updates_per_block"]) == 2 * steps
+
+
+@pytest.mark.parametrize(
+    "blocks, world, lanes, replicas",
+    [([0, 1], 1, [[0, 1]], 1), ([0, 1], 2, [[0], [1]], 1), ([0, 1, 2, 3], 2, [[0, 1], [2, 3]], 1), ([1, 3], 4, [[1], [3]], 2)],
+)
+def test_blocks_are_dealt_out(blocks, world, lanes, replicas):
+    layouts = [Layout(blocks, world, rank, block_parallel=True) for rank in range(world)]
+    assert [layout.blocks for layout in layouts] == [lane for lane in lanes for _ in range(replicas)]
+    assert [layout.replica for layout in layouts] == [*range(replicas)] * len(lanes)
+    assert all(layouts[layouts[0].owner(block)].blocks.count(block) for block in blocks)
+
+
+@pytest.mark.parametrize("num_blocks, world", [(2, 3), (3, 2), (4, 6)])
+def test_blocks_that_cannot_be_dealt_out_are_refused(num_blocks, world):
+    with pytest.raises(ValueError, match=f"block_parallel=True with {world} processes and blocks"):
+        Layout(range(num_blocks), world, 0, block_parallel=True)
