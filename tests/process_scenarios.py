@@ -1,6 +1,7 @@
 """What test_processes.py runs, in one process and under `accelerate launch` in several.
 
     accelerate launch ... process_scenarios.py OUTPUT NAME...
+    accelerate launch ... process_scenarios.py OUTPUT --saving NAME
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from transformers import GPT2Config, ViTConfig
+from transformers.trainer_utils import get_last_checkpoint
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.training import parallel
@@ -121,6 +123,19 @@ def run(name: str, output: Path) -> None:
         torch.save(again.model.state_dict(), output / f"{name}.resumed.{rank}.pt")
 
 
+def run_saving(name: str, output: Path) -> None:
+    """Save at every step, starting from the last checkpoint there is."""
+    _, source, fields, arguments = SCENARIOS[name]
+    folder = output / f"{name}-killed"
+    trainer = trainer_of(made(source, fields), source, folder, {**arguments, "save_strategy": "steps", "save_steps": 1})
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    torch.save(trainer.model.state_dict(), output / f"{name}.killed.{os.environ['RANK']}.pt")
+
+
 if __name__ == "__main__":
-    for scenario in sys.argv[2:]:
-        run(scenario, Path(sys.argv[1]))
+    output, *names = sys.argv[1:]
+    if names[0] == "--saving":
+        run_saving(names[1], Path(output))
+    else:
+        for scenario in names:
+            run(scenario, Path(output))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
@@ -25,12 +27,16 @@ BLOCKS = [name for name, (*_, arguments) in SCENARIOS.items() if arguments.get("
 DATA = [name for name in SCENARIOS if name not in BLOCKS]
 
 
-def launched(processes: int, *arguments: str, options: str = "") -> None:
+def launch(processes: int, *arguments: str, options: str = "") -> subprocess.Popen:
     command = [sys.executable, "-m", *LAUNCH.split(), *options.split(), "--num_processes", str(processes)]
-    subprocess.run(
-        [*command, "--main_process_port", "0", *arguments], check=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    return subprocess.Popen(
+        [*command, "--main_process_port", "0", *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )  # fmt: skip
+
+
+def launched(*arguments, **kwargs) -> None:
+    assert launch(*arguments, **kwargs).wait(timeout=300) == 0
 
 
 @pytest.fixture(scope="session")
@@ -152,6 +158,24 @@ def test_nothing_is_communicated_where_nothing_is_shared(outcomes):
 def test_a_resumed_run_is_the_uninterrupted_one(outcomes, name):
     for rank, expected in enumerate(outcome(outcomes, name)):
         resumed = torch.load(outcomes / f"{name}.resumed.{rank}.pt", weights_only=True)
+        assert all(torch.equal(resumed[key], expected["state"][key]) for key in resumed)
+
+
+def test_killed_while_saving_and_resumed_is_the_uninterrupted_run(outcomes, tmp_path):
+    name = "blocks, carried, offloaded"
+    run = launch(2, str(SCRIPT), str(tmp_path), "--saving", name)
+    folder = tmp_path / f"{name}-killed"
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoint-1").is_dir() or not (folder / "_saving").is_dir():  # in its second save, or third
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    for path in folder.glob("checkpoint-*"):
+        assert {"optimizer.pt", "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= {p.name for p in path.iterdir()}
+    launched(2, str(SCRIPT), str(tmp_path), "--saving", name)
+    for rank, expected in enumerate(outcome(outcomes, name)):
+        resumed = torch.load(tmp_path / f"{name}.killed.{rank}.pt", weights_only=True)
         assert all(torch.equal(resumed[key], expected["state"][key]) for key in resumed)
 
 

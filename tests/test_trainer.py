@@ -65,16 +65,36 @@ def train_and_record(model, folder, **arguments) -> StepRecorder:
 
 
 @pytest.mark.parametrize("num_blocks, total_steps", [(1, 5), (3, 12), (4, 10), (4, 5)])
-@pytest.mark.parametrize("order", ["random", "sequential"])
-def test_schedule_counts_the_updates_of_each_block(order, num_blocks, total_steps):
-    schedule = BlockSchedule(order, range(num_blocks), total_steps, seed=0)
+@pytest.mark.parametrize("order, interval", [("random", 1), ("random", 3), ("sequential", 1)])
+def test_schedule_counts_the_updates_of_each_block(order, interval, num_blocks, total_steps):
+    schedule = BlockSchedule(order, range(num_blocks), total_steps, 0, interval)
     counts = Counter()
     for step in range(total_steps):
         assert [schedule.updates_before(step, k) for k in range(num_blocks)] == [counts[k] for k in range(num_blocks)]
         counts[schedule.block_at(step)] += 1
     updates = [counts[k] for k in range(num_blocks)]
     assert max(updates) == schedule.updates_per_block
-    assert max(updates) - min(updates) == (total_steps % num_blocks > 0)
+    if total_steps % (num_blocks * interval) == 0:
+        assert len(set(updates)) == 1
+    assert max(updates) - min(updates) <= interval
+
+
+@pytest.mark.parametrize("order, interval", [("random", 1), ("random", 3), ("sequential", 1)])
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_schedule_knows_the_next_block(order, interval, num_blocks):
+    schedule = BlockSchedule(order, range(num_blocks), 18, 0, interval)
+    turns = [schedule.block_at(step) for step in range(18)]
+    for step, block in enumerate(turns):
+        end = next((later for later in range(step, 18) if turns[later] != block), None)
+        expected = None if end is None or end > schedule._end_of_turn(step) else turns[end]
+        assert schedule.next_block(step) == expected
+
+
+def test_a_block_keeps_its_turn():
+    schedule = BlockSchedule("random", range(3), 18, 0, switch_interval=3)
+    turns = [schedule.block_at(step) for step in range(18)]
+    assert all(len(set(turns[start : start + 3])) == 1 for start in range(0, 18, 3))
+    assert sorted(turns[:9:3]) == sorted(turns[9::3]) == [0, 1, 2]
 
 
 def test_random_schedule_is_uniform_and_keyed_by_the_seed():
@@ -244,6 +264,8 @@ def test_best_model_is_loaded_at_the_end(plain_model, tmp_path):
     "arguments, message",
     [
         ({"block_schedule": "round-robin"}, r"block_schedule='round-robin' must be one of 'random', 'sequential'"),
+        ({"offload_inactive_blocks": "disk"}, r"offload_inactive_blocks='disk' must be one of 'none', 'cpu'"),
+        ({"block_switch_interval": 0}, r"block_switch_interval=0 must be at least 1"),
         ({"updates_per_block": 0}, r"updates_per_block=0 must be at least 1"),
         ({"updates_per_block": 3, "max_steps": 6}, r"updates_per_block=3 and max_steps=6 both"),
     ],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 #: Where a checkpoint is written before it has its name, below the output folder. (Pushes to the Hub leave out "_*".)
 ASIDE = "_saving"
@@ -53,11 +53,21 @@ class AtomicCheckpoints(Trainer):
             if final.exists():  # of an earlier run
                 os.rename(final, staged / "replaced")
             os.rename(staged / final.name, final)
+            for surplus in self._surplus_checkpoints(run_dir):
+                os.rename(surplus, staged / surplus.name)
             shutil.rmtree(staged)
-            rotate_checkpoints(str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(final))
+
+    def _surplus_checkpoints(self, run_dir: Path) -> list[Path]:
+        """The oldest beyond `save_total_limit`; never the newest or the best."""
+        limit = self.args.save_total_limit
+        if limit is None or limit <= 0:
+            return []
+        found = sort_checkpoints(str(run_dir), use_mtime=True)
+        spare = [path for path in found[:-1] if path != self.state.best_model_checkpoint]
+        return [Path(path) for path in spare[: max(len(found) - limit, 0)]]
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Later: once the folder has its name."""
