@@ -2,6 +2,7 @@
 
     accelerate launch ... process_scenarios.py OUTPUT NAME...
     accelerate launch ... process_scenarios.py OUTPUT --saving NAME
+    accelerate launch --use_fsdp ... process_scenarios.py OUTPUT --sharded FAMILY...
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType, PartialState
 from datasets import Dataset
-from transformers import GPT2Config, ViTConfig
+from transformers import GPT2Config, LlamaConfig, ViTConfig
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_diffusionblocks as db
@@ -28,6 +30,10 @@ GPT2 = GPT2Config(
 VIT = ViTConfig(
     num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, image_size=8, patch_size=4,
     num_channels=1, num_labels=5,
+)  # fmt: skip
+LLAMA = LlamaConfig(
+    num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=64,
+    max_position_embeddings=16,
 )  # fmt: skip
 INDEPENDENT = {"denoiser": "factorized", "shared": "per_block"}
 CARRIED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 0.5}
@@ -71,12 +77,16 @@ def made(source, fields: dict, resident_blocks=None):
     return db.convert(source, resident_blocks=resident_blocks, **{"num_blocks": 2, **fields})
 
 
-def trainer_of(model, source, folder: Path, arguments: dict, batch: int = BATCH) -> db.DiffusionBlocksTrainer:
+def arguments_of(folder: Path, arguments: dict, batch: int = BATCH) -> db.DiffusionBlocksTrainingArguments:
     arguments = {"max_steps": STEPS, "learning_rate": 1e-2, "save_strategy": "no", **arguments}
-    args = db.DiffusionBlocksTrainingArguments(
+    return db.DiffusionBlocksTrainingArguments(
         str(folder), per_device_train_batch_size=batch, use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=1,
         dataloader_pin_memory=False, **arguments,
     )  # fmt: skip
+
+
+def trainer_of(model, source, folder: Path, arguments: dict, batch: int = BATCH) -> db.DiffusionBlocksTrainer:
+    args = arguments_of(folder, arguments, batch)
     return db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=rows(source), eval_dataset=rows(source))
 
 
@@ -132,10 +142,43 @@ def run_saving(name: str, output: Path) -> None:
     torch.save(trainer.model.state_dict(), output / f"{name}.killed.{os.environ['RANK']}.pt")
 
 
+#: Family -> source, fields of `convert`, the block
+SHARDED = {
+    "gpt2-own-0": (GPT2, INDEPENDENT, 0),
+    "gpt2-own-1": (GPT2, INDEPENDENT, 1),
+    "llama": (LLAMA, {"denoiser": "factorized"}, 1),
+}
+SHARDED_JOB = {"train_shared": False, "optim": "adamw_torch", "adam_epsilon": 1e-3, "save_strategy": "steps", "save_steps": 2}
+
+
+def run_sharded(family: str, output: Path) -> None:
+    """A job that trains one block, sharded; then resumed from half-way."""
+    source, fields, block = SHARDED[family]
+
+    def trainer() -> db.DiffusionBlocksTrainer:
+        arguments = arguments_of(output / family, {**SHARDED_JOB})
+        # Accelerate has FSDP on accelerators only.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        return db.DiffusionBlocksTrainer(made(source, fields, [block]), arguments, train_dataset=rows(source))
+
+    first = trainer()
+    first.train()
+    held = sum(p.to_local().nbytes for p in first.model.parameters())
+    whole = sum(p.numel() * p.element_size() for p in first.model.parameters())
+    first.save_model(str(output / family / "final"))
+    again = trainer()
+    again.train(resume_from_checkpoint=str(output / family / "checkpoint-2"))
+    again.save_model(str(output / family / "resumed"))
+    torch.save({"held": held, "whole": whole}, output / f"{family}.{os.environ['RANK']}.pt")
+
+
 if __name__ == "__main__":
     output, *names = sys.argv[1:]
     if names[0] == "--saving":
         run_saving(names[1], Path(output))
+    elif names[0] == "--sharded":
+        for family in names[1:]:
+            run_sharded(family, Path(output))
     else:
         for scenario in names:
             run(scenario, Path(output))

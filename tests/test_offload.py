@@ -6,16 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from process_scenarios import GPT2, VIT, made, trainer_of
-from transformers import LlamaConfig, TrainerCallback
+from process_scenarios import GPT2, LLAMA, VIT, made, trainer_of
+from transformers import TrainerCallback
 
 import hf_diffusionblocks as db
 
 B, STEPS = 4, 10
-LLAMA = LlamaConfig(
-    num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=64,
-    max_position_embeddings=16,
-)  # fmt: skip
 CARRIED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 0.5}
 CASES = {
     "gpt2-carried": (GPT2, CARRIED),

@@ -9,30 +9,32 @@ import sys
 import time
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from filelock import FileLock
-from process_scenarios import BATCH, CARRIED, GPT2, RESUMED, SCENARIOS, STEPS, made, rows, trainer_of
+from process_scenarios import (
+    BATCH, GPT2, INDEPENDENT, RESUMED, SCENARIOS, SHARDED, SHARDED_JOB, STEPS, VIT, made, trainer_of,
+)  # fmt: skip
+from safetensors.torch import load_file
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.training import BlockSchedule
+from hf_diffusionblocks.training.jobs import check_processes
 from hf_diffusionblocks.training.parallel import Layout
 
 SCRIPT = Path(__file__).parent / "process_scenarios.py"
 #: --multi_gpu is accelerate's torchrun launcher; --cpu would want MPI. The arguments' use_cpu makes it gloo.
-LAUNCH = "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
+MULTIPLE = "--multi_gpu"
+LAUNCH = "accelerate.commands.launch --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
 
 BLOCKS = [name for name, (*_, arguments) in SCENARIOS.items() if arguments.get("block_parallel")]
 DATA = [name for name in SCENARIOS if name not in BLOCKS]
 
 
-def launch(processes: int, *arguments: str, options: str = "") -> subprocess.Popen:
-    command = [sys.executable, "-m", *LAUNCH.split(), *options.split(), "--num_processes", str(processes)]
-    return subprocess.Popen(
-        [*command, "--main_process_port", "0", *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )  # fmt: skip
+def launch(processes: int, *arguments: str, options: str = MULTIPLE) -> subprocess.Popen:
+    command = [sys.executable, "-m", *LAUNCH.split(), *options.split(), "--num_processes", str(processes), *arguments]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
 
 
 def launched(*arguments, **kwargs) -> None:
@@ -190,6 +192,49 @@ def test_the_saved_model_has_all_blocks(outcomes, name):
     assert sum(model.config.training_report["updates_per_block"]) == 2 * steps
 
 
+# ---- one block, sharded
+
+FSDP = (
+    "--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --fsdp_state_dict_type FULL_STATE_DICT "
+    "--fsdp_cpu_ram_efficient_loading false"
+)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    launched(2, str(SCRIPT), str(folder), "--sharded", *SHARDED, options=FSDP)
+    return folder
+
+
+@pytest.mark.parametrize("family", SHARDED)
+def test_a_sharded_job_trains_as_one_process_does(sharded, family, tmp_path):
+    source, fields, block = SHARDED[family]
+    model = made(source, fields, [block])
+    trainer_of(model, source, tmp_path, {**SHARDED_JOB, "save_strategy": "no"}, batch=2 * BATCH).train()
+    saved = type(model).from_pretrained(sharded / family / "final", resident_blocks=[block])
+    assert_close(saved.state_dict(), model.state_dict(), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("family", SHARDED)
+def test_each_process_holds_its_share(sharded, family):
+    for rank in range(2):
+        sizes = torch.load(sharded / f"{family}.{rank}.pt")
+        assert sizes["held"] == pytest.approx(sizes["whole"] / 2, rel=0.05)
+
+
+@pytest.mark.parametrize("family", SHARDED)
+def test_a_resumed_sharded_job_is_the_uninterrupted_one(sharded, family):
+    final, resumed = (
+        {name: tensor for path in sorted((sharded / family / kind).glob("*.safetensors")) for name, tensor in load_file(path).items()}
+        for kind in ("final", "resumed")
+    )
+    assert final.keys() == resumed.keys() and all(torch.equal(final[name], resumed[name]) for name in final)
+
+
+# ---- who trains what
+
+
 @pytest.mark.parametrize(
     "blocks, world, lanes, replicas",
     [([0, 1], 1, [[0, 1]], 1), ([0, 1], 2, [[0], [1]], 1), ([0, 1, 2, 3], 2, [[0, 1], [2, 3]], 1), ([1, 3], 4, [[1], [3]], 2)],
@@ -205,3 +250,58 @@ def test_blocks_are_dealt_out(blocks, world, lanes, replicas):
 def test_blocks_that_cannot_be_dealt_out_are_refused(num_blocks, world):
     with pytest.raises(ValueError, match=f"block_parallel=True with {world} processes and blocks"):
         Layout(range(num_blocks), world, 0, block_parallel=True)
+
+
+# ---- what is refused
+
+
+class Sharding(dict):
+    """Stands in for Accelerate's plugin, which there is on accelerators only."""
+
+    __getattr__ = dict.__getitem__
+
+
+OWN_BLOCK = {"fields": INDEPENDENT, "arguments": {}, "blocks": [1]}
+
+
+@pytest.mark.parametrize(
+    "case, message",
+    [
+        ({"fields": {}, "arguments": {}, "fsdp": {}}, r"FSDP with train_blocks=\[0, 1\]"),
+        ({**OWN_BLOCK, "fsdp": {"fsdp_version": 1}}, "fsdp_version=1 must be 2"),
+        ({**OWN_BLOCK, "fsdp": {"cpu_ram_efficient_loading": True}}, "fsdp_cpu_ram_efficient_loading=True must be False"),
+        ({**OWN_BLOCK, "fields": {"shared": "per_block"}, "fsdp": {}}, "FSDP with denoiser='joint'"),
+        (
+            {"fields": {}, "arguments": {"train_shared": False}, "blocks": [1], "fsdp": {}},
+            "FSDP with embeddings tied to the head",
+        ),
+        ({**OWN_BLOCK, "source": VIT, "fsdp": {}}, "FSDP with model_type='vit'"),
+        (
+            {**OWN_BLOCK, "arguments": {"offload_inactive_blocks": "cpu"}, "fsdp": {}},
+            "FSDP with offload_inactive_blocks='cpu'",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_sharded_is_refused(case, message, tmp_path, monkeypatch):
+    source = case.get("source", GPT2)
+    trainer = trainer_of(made(source, case["fields"], case.get("blocks")), source, tmp_path, case["arguments"])
+    plugin = Sharding({"fsdp_version": 2, "cpu_ram_efficient_loading": False, **case["fsdp"]})
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    with pytest.raises(ValueError, match=message):
+        check_processes(trainer, trainer.layout)
+
+
+def test_half_precision_with_a_loss_scale_for_each_block_is_refused(tmp_path):
+    trainer = trainer_of(made(GPT2, {}), GPT2, tmp_path, {"block_parallel": True})
+    trainer.args.fp16 = True
+    with pytest.raises(ValueError, match="fp16=True cannot be combined with block_parallel=True"):
+        check_processes(trainer, Layout([0, 1], 2, 0, block_parallel=True))
+
+
+def test_data_without_a_length_is_refused_for_blocks_in_parallel(tmp_path):
+    trainer = trainer_of(made(GPT2, {}), GPT2, tmp_path, {"block_parallel": True})
+    trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
+    with pytest.raises(ValueError, match="train_dataset=IterableDataset must have a length"):
+        check_processes(trainer, Layout([0, 1], 2, 0, block_parallel=True))

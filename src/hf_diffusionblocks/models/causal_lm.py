@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerationMode
@@ -79,11 +80,13 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
             self.target_embeddings.table.copy_(plain.get_input_embeddings().weight)
 
     def target_vectors(self) -> torch.Tensor:
-        """The targets e_v of all tokens, `[V, D]` float32 of norm 1, without gradient: the input embeddings as they
-        are now, or the fixed table of `shared="per_block"`."""
+        """All targets e_v, `[V, D]` float32 of norm 1, without gradient: input embeddings, or per-block's fixed table."""
         if self.per_block:
             return self.target_embeddings.vectors()
-        return F.normalize(self.get_input_embeddings().weight.detach().float(), dim=-1)
+        weight = self.get_input_embeddings().weight.detach()
+        if isinstance(weight, DTensor):  # FSDP gathers it for the embedding's own call only
+            weight = weight.full_tensor()
+        return F.normalize(weight.float(), dim=-1)
 
     # ---- training and evaluation
 

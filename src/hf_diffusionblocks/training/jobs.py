@@ -82,13 +82,22 @@ def check_processes(trainer: Trainer, layout: Layout) -> None:
 
 
 def _check_sharding(trainer: Trainer) -> None:
-    args, model = trainer.args, trainer.model
-    if trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
-        raise ValueError("FSDP1 is not supported: set fsdp_version to 2")
+    args, model, plugin = trainer.args, trainer.model, trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"fsdp_version={plugin.fsdp_version} must be 2")
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError("fsdp_cpu_ram_efficient_loading=True must be False: it cannot load saved buffers (fixed targets)")
     if len(trainer.train_blocks) > 1 or args.block_parallel:
         raise ValueError(
             f"FSDP with train_blocks={trainer.train_blocks} and block_parallel={args.block_parallel}: it shards a job that "
             "trains one block, too large for one device. Load and train one block: resident_blocks=[k]"
+        )
+    if not model.can_generate():
+        raise ValueError(f"FSDP with model_type={model.config.source_config.model_type!r}: Accelerate shards text models only")
+    if model.config.source_config.tie_word_embeddings and not model.per_block:
+        raise ValueError(
+            "FSDP with embeddings tied to the head: Accelerate shards them apart. Give each block its own with "
+            "shared='per_block'"
         )
     if model.joint:
         raise ValueError(
@@ -98,6 +107,9 @@ def _check_sharding(trainer: Trainer) -> None:
         raise ValueError(
             f"FSDP with offload_inactive_blocks={args.offload_inactive_blocks!r}: sharded parameters stay where they are"
         )
+    # A layer is run through its parts, so these are what FSDP gathers as they are called.
+    layer = model.layer(model.block_layers(trainer.train_blocks[0])[0])
+    plugin.transformer_cls_names_to_wrap = [type(part).__name__ for part in layer.children() if any(part.children())]
 
 
 class WithBlockInput:

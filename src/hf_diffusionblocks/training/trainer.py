@@ -106,7 +106,7 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
         num_rows = len(next(value for value in inputs.values() if torch.is_tensor(value)))
         inputs = {**inputs, "block_index": self.active_block, "generator": self._noise_generators(num_rows)}
         self._micro_batch += 1
-        if self.active_block in self._memory["activations"]:
+        if self.active_block in self._memory["activations"] or self.is_fsdp_enabled:
             return super().compute_loss(model, inputs, *args, **kwargs)
         with SavedActivations(self.model.parameters()) as saved:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
