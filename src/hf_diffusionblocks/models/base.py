@@ -74,6 +74,7 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
             )
         # `from_pretrained(..., num_labels=...)` and the like reach the outer config only.
         config.source_config.id2label, config.source_config.label2id = config.id2label, config.label2id
+        self._run_layer = self.architecture.run_layer
         self.backbone = self.architecture.plain_class(config.source_config)
         self._no_split_modules = self.backbone._no_split_modules
 
@@ -212,10 +213,18 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention
     ) -> torch.Tensor:
         """One layer, checkpointed where gradient checkpointing is on."""
-        run = partial(self.architecture.run_layer, **attention)
+        run = partial(self._run_layer, **attention)
         if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
             return layer._gradient_checkpointing_func(run, layer, hidden, modulation)
         return run(layer, hidden, modulation)
+
+    def compile_layers(self, **kwargs) -> None:
+        """Have layers compiled as they first run: one graph for all layers of all blocks, since they are alike.
+
+        Args:
+            kwargs: of [`torch.compile`].
+        """
+        self._run_layer = torch.compile(self.architecture.run_layer, **kwargs)
 
     def modulations_at(self, block_index: int, sigma: torch.Tensor | None) -> list[Modulation | None]:
         """What sigma `[N]` (or `[1]`, for the whole batch) does to each layer of a block: nothing if factorized."""

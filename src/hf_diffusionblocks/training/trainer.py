@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import get_scheduler
 from transformers.utils import logging
@@ -71,6 +72,8 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
             args.max_steps = args.updates_per_block * len(self.layout.blocks)
         super().__init__(model=model, args=args, **kwargs)
         check_processes(self, self.layout)
+        if args.torch_compile:
+            model.compile_layers(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         if model.residence is not None:  # `evaluate` would move the whole model to the device, to prepare it
             self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         if self._cached_column:
@@ -84,6 +87,10 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
         self._micro_batch = 0
         self._block_losses = torch.zeros(self.num_blocks, 2, device=args.device)  # sum and count since the last log
         self._memory: dict[str, dict[int, int]] = {"activations": {}, "gradients": {}}
+
+    def _build_accelerator_args(self, **kwargs) -> dict:
+        # Compiled as a whole, the model would be a graph for each block, broken at every draw.
+        return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="NO")}
 
     # ---- which block
 
