@@ -244,6 +244,29 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         """Clean hidden states through one block, as context for the next."""
         return self.run_block(block_index, hidden, self.clean_modulations(block_index), **attention)
 
+    def loss_block_of(self, block_index: int, loss_block: int | None) -> int:
+        """The block that is read out for the loss of another.
+
+        Raises:
+            ValueError: no blocks lie between, or hidden states are not carried on to it.
+        """
+        if loss_block is None or loss_block == block_index:
+            return block_index
+        if self.joint or not self.carried or not block_index <= loss_block < self.num_blocks:
+            raise ValueError(
+                f"loss_block={loss_block} with block_index={block_index} must be this or a later block of "
+                f"{self.num_blocks}, and needs denoiser='factorized' and context='carried' (this model: "
+                f"{self.config.denoiser!r}, {self.config.context!r})"
+            )
+        return loss_block
+
+    def carry_on(self, hidden: torch.Tensor, block_index: int, loss_block: int, **attention) -> torch.Tensor:
+        """Training: what left a block, through those after it up to `loss_block`, with gradient and without dropout."""
+        with without_dropout(self.backbone):
+            for later in range(block_index + 1, loss_block + 1):
+                hidden = self.carry(later, hidden, **attention)
+        return hidden
+
     def block_input(self, block_index: int, inputs: Mapping[str, Any], **attention) -> torch.Tensor:
         """Training: the hidden states that enter a block. Carried ones come without gradient and dropout; or, as
         `inputs["block_input"]`, from a cache of them."""

@@ -103,6 +103,10 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
             self._exchange_blocks()
         if self.layout.num_lanes > 1:
             self._stale |= {schedule.block_at(step) for schedule in self._schedules}
+        if self.args.objective == "final":  # later blocks pass gradients on, and have none
+            for block in self.train_blocks:
+                for parameter in self._parameters[block]:
+                    parameter.requires_grad_(block == self.active_block)
         if self.model.residence is not None:
             self.model.residence.activate(self.active_block, self.block_schedule.next_block(step))
         return super().get_batch_samples(*args, **kwargs)
@@ -112,6 +116,8 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
             return super().compute_loss(model, inputs, *args, **kwargs)
         num_rows = len(next(value for value in inputs.values() if torch.is_tensor(value)))
         inputs = {**inputs, "block_index": self.active_block, "generator": self._noise_generators(num_rows)}
+        if self.args.objective == "final":
+            inputs["loss_block"] = self.num_blocks - 1
         self._micro_batch += 1
         if self.active_block in self._memory["activations"] or self.is_fsdp_enabled:
             return super().compute_loss(model, inputs, *args, **kwargs)
