@@ -390,5 +390,8 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         checkpoint.finish_interrupted_save(Path(resume_from_checkpoint))
+        if getattr(self.model, "peft_config", None):
+            lora.load_block_adapters(self.model, resume_from_checkpoint)
+            return
         checkpoint.check_shards(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
