@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from os import PathLike
 from pathlib import Path
 
+import numpy as np
+import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
 
 from .models import DiffusionBlocksPreTrainedModel
 
@@ -39,14 +43,19 @@ def add_block_adapters(model: DiffusionBlocksPreTrainedModel, config: LoraConfig
         raise ValueError(f"the model has adapters already: {', '.join(model.peft_config)}")
     if config.layers_to_transform is not None:
         raise ValueError(f"layers_to_transform={config.layers_to_transform} must be None: each block has its own layers")
+    seed = int(torch.randint(2**62, ()))
+    layer = model.layer(model.block_layers(model.resident_blocks[0])[0])
     for block in model.resident_blocks:
         own = copy.deepcopy(config)
+        own.fan_in_fan_out = any(isinstance(module, Conv1D) for module in layer.modules())
         own.target_modules = config.target_modules or list(model.architecture.lora_targets)
         own.layers_to_transform = list(model.block_layers(block))
         own.layers_pattern = model.architecture.layers_path.rpartition(".")[2]
         whole = list(config.modules_to_save or []) if block == model.num_blocks - 1 else []
         own.modules_to_save = [*whole, *(_own_readout(model, block) if model.per_block else [])] or None
-        _add(model, own, block)
+        with torch.random.fork_rng(devices=[]):  # as all fresh weights of a block: whichever others are loaded
+            torch.manual_seed(int(np.random.SeedSequence([seed, block]).generate_state(1)[0]))
+            _add(model, own, block)
     _activate(model)
     return model
 
@@ -65,7 +74,9 @@ def _own_readout(model: DiffusionBlocksPreTrainedModel, block: int) -> list[str]
 def _add(model: DiffusionBlocksPreTrainedModel, config: LoraConfig, block: int) -> None:
     # What `model.add_adapter` does, but for making this one the active adapter of all blocks.
     config.base_model_name_or_path = model.config.base_model
-    inject_adapter_in_model(config, model, adapter_of(block))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # one a block is the idea
+        inject_adapter_in_model(config, model, adapter_of(block))
     model._hf_peft_config_loaded = True
 
 

@@ -334,7 +334,8 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         """A copy of the stock HF model inside, with the trained weights: it gives the same logits.
 
         Raises:
-            ValueError: the formulation is not the stock model's function (anything but factorized and carried).
+            ValueError: the formulation is not the stock model's function (anything but factorized and carried), blocks
+                are missing, or adapters are not merged.
         """
         formulation = (self.config.denoiser, self.config.context)
         if formulation != ("factorized", "carried"):
@@ -342,6 +343,10 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
                 f"to_plain() needs denoiser='factorized' and context='carried', this model has "
                 f"denoiser={formulation[0]!r} and context={formulation[1]!r}: no stock model computes its logits"
             )
+        if len(self.resident_blocks) < self.num_blocks:
+            raise ValueError(f"to_plain() needs all {self.num_blocks} blocks: resident_blocks={self.resident_blocks}")
+        if getattr(self, "peft_config", None):
+            raise ValueError(f"to_plain() of a model with adapters ({', '.join(self.peft_config)}): merge_and_unload first")
         plain = self.architecture.plain_class._from_config(self.config.source_config, dtype=self.dtype)
         plain.load_state_dict(self.backbone.state_dict())
         return plain.to(self.device).train(self.training)
@@ -366,8 +371,13 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
             with checkpoint.atomic_save(Path(save_directory)) as staging:
                 # Current parameter names, not HF's older ones: block files and Trainer resume go by them.
                 kwargs |= {"max_shard_size": "1000TB", "save_original_format": False}
-                super().save_pretrained(staging, state_dict=state_dict, **kwargs)
-                checkpoint.split_by_block(staging, self.block_of_parameter, self.num_blocks)
+                if getattr(self, "peft_config", None):  # the adapters alone; peft is imported where it is used
+                    from .. import lora
+
+                    lora.save_block_adapters(self, staging)
+                else:
+                    super().save_pretrained(staging, state_dict=state_dict, **kwargs)
+                    checkpoint.split_by_block(staging, self.block_of_parameter, self.num_blocks)
                 cards.write(self, staging, keep_from=Path(save_directory))
         if push_to_hub:
             self.push_to_hub(hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs)

@@ -391,6 +391,8 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         checkpoint.finish_interrupted_save(Path(resume_from_checkpoint))
         if getattr(self.model, "peft_config", None):
+            from .. import lora
+
             lora.load_block_adapters(self.model, resume_from_checkpoint)
             return
         checkpoint.check_shards(Path(resume_from_checkpoint))
