@@ -1,6 +1,7 @@
 """What the training recipes share: arguments and their checks, reading data, making models, training, the main program.
 
-A recipe (`train_<task>.py`, `finetune_<task>.py`) is run as a script or imported, so it imports this file by its installed name.
+A recipe (`train_<task>.py`, `finetune_<task>.py`) is run as a script or imported, so it imports this file by its
+installed name.
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args) -> Datas
         kept = made.filter(lambda row: any(label != IGNORED for label in row["labels"]))
         if len(kept) < len(made):
             logger.warning(
-                f"{len(made) - len(kept)} of {len(made)} rows of the {split} data are left out: their completion is empty, "
-                f"or begins beyond sequence_length={args.sequence_length}"
+                f"{len(made) - len(kept)} of {len(made)} rows of the {split} data are left out: their completion is "
+                f"empty, or begins beyond sequence_length={args.sequence_length}"
             )
         if not len(kept):
             raise ValueError(f"the {split} data has no completion within sequence_length={args.sequence_length}")
@@ -82,7 +82,8 @@ def _parts(row: dict, tokenizer: PreTrainedTokenizerBase, args) -> list[Part]:
 
 def _chat(messages: Sequence[dict], tokenizer: PreTrainedTokenizerBase, source: str) -> list[Part]:
     """The template's text; what follows each prompt for the assistant, to the end of its message, has a loss."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+    whole = isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+    if not whole:
         raise ValueError(f"{source} must hold lists of messages with 'role' and 'content', a row holds {messages!r}")
     parts, done = [], ""
     for index, message in enumerate(messages):
@@ -92,8 +93,8 @@ def _chat(messages: Sequence[dict], tokenizer: PreTrainedTokenizerBase, source: 
         answered = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
         if not prompt.startswith(done) or not answered.startswith(prompt):
             raise ValueError(
-                f"{source}: its chat template writes a chat's beginning differently once the chat goes on, so that it does "
-                "not tell what the assistant writes"
+                f"{source}: the chat template writes a chat's beginning differently once the chat goes on, so that it "
+                "does not tell what the assistant writes"
             )
         parts += [(prompt[len(done) :], False), (answered[len(prompt) :], True)]
         done = answered

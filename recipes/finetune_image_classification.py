@@ -1,12 +1,12 @@
 """Fine-tune a pretrained ViT on labels of your own, block by block, whole or by LoRA.
 
     accelerate launch recipes/finetune_image_classification.py --model_name_or_path google/vit-base-patch16-224 \\
-        --peft lora --train_dir images/train --validation_dir images/test --updates_per_block 500 --learning_rate 1e-3 \\
-        --output_dir outputs/tuned --export_plain outputs/plain
+        --peft lora --train_dir images/train --validation_dir images/test --updates_per_block 500 \\
+        --learning_rate 1e-3 --output_dir outputs/tuned --export_plain outputs/plain
 
-Reads a hub data set, parquet files or folders of images. The classifier is new unless the labels are the model's own, and
-is trained whole, also beside adapters. `--help` lists every option; a YAML file sets any of them, and the command line
-overrides it.
+Reads a hub data set, parquet files or folders of images. The classifier is new unless the labels are the model's own,
+and is trained whole, also beside adapters. `--help` lists every option; a YAML file sets any of them, and the command
+line overrides it.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ class FinetuningArguments:
         None, "Parts of a layer that are adapted, for example q_proj v_proj. Default: the attention's usual ones."
     )
     export_plain: str | None = option(
-        None, "Folder for the trained model as a stock Transformers model, adapters merged, with its tokenizer or image "
-        "processor: to be used without this package.",
+        None, "Folder for the trained model as a stock Transformers model, adapters merged, with its tokenizer or "
+        "image processor: to be used without this package.",
     )
 
 
@@ -74,12 +74,12 @@ def _check_export(
 ) -> None:
     if (blocks_args.denoiser, blocks_args.context) != ("factorized", "carried"):
         raise ValueError(
-            f"export_plain={folder!r} needs denoiser='factorized' and context='carried', not {blocks_args.denoiser!r} and "
-            f"{blocks_args.context!r}: no stock model computes their logits"
+            f"export_plain={folder!r} needs denoiser='factorized' and context='carried', not "
+            f"{blocks_args.denoiser!r} and {blocks_args.context!r}: no stock model computes their logits"
         )
     if training_args.train_blocks is not None and training_args.objective != "final":
         raise ValueError(
-            f"export_plain={folder!r} needs all blocks, and train_blocks={training_args.train_blocks} loads those it needs"
+            f"export_plain={folder!r} needs all blocks, and train_blocks={training_args.train_blocks} loads a part of them"
         )
     if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
         raise ValueError(f"export_plain={folder!r} must be a new or empty folder")

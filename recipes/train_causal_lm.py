@@ -181,8 +181,8 @@ def pack(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: DataArgume
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """A batch of sequences. End tokens are labels (HF's collator would take them for padding); first tokens are none: nothing
-    predicts them, but the Trainer would count them in the mean for GPT-2."""
+    """A batch of sequences. End tokens are labels (HF's collator would take them for padding); first tokens are none:
+    nothing predicts them, but the Trainer would count them in the mean for GPT-2."""
     input_ids = torch.tensor([row["input_ids"] for row in rows])
     labels = input_ids.clone()
     labels[:, 0] = -100
@@ -193,8 +193,8 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 class EvaluationText:
     """What turns an evaluation's loss into perplexity and bits a byte.
 
-    `num_tokens` are predicted, of `num_rows` rows. `num_bytes` is the length of what they spell (None: not counted): all
-    but the first token of each sequence, end tokens included, which cost nats and spell nothing.
+    `num_tokens` are predicted, of `num_rows` rows: all but the first of each sequence, end tokens included, which cost
+    nats and spell nothing. `num_bytes` is the length of what they spell (None: not counted).
     """
 
     num_rows: int

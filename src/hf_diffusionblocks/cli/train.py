@@ -48,8 +48,9 @@ def find_recipes() -> dict[str, str]:
     found = sorted(files("hf_diffusionblocks.recipes").iterdir(), key=lambda path: path.name)
     return {
         path.name.removeprefix("train_").removesuffix(".py").replace("_", "-"): str(path)
+        for kind in ("train_", "finetune_")
         for path in found
-        if path.name.startswith(("train_", "finetune_")) and path.name.endswith(".py")
+        if path.name.startswith(kind) and path.name.endswith(".py")
     }
 
 
