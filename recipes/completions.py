@@ -82,8 +82,7 @@ def _parts(row: dict, tokenizer: PreTrainedTokenizerBase, args) -> list[Part]:
 
 def _chat(messages: Sequence[dict], tokenizer: PreTrainedTokenizerBase, source: str) -> list[Part]:
     """The template's text; what follows each prompt for the assistant, to the end of its message, has a loss."""
-    whole = isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
-    if not whole:
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= {*m} for m in messages):
         raise ValueError(f"{source} must hold lists of messages with 'role' and 'content', a row holds {messages!r}")
     parts, done = [], ""
     for index, message in enumerate(messages):

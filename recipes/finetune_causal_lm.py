@@ -6,8 +6,8 @@
 
 The data are text (`--text_column`), prompts with completions (`--prompt_column`, `--completion_column`) or chats
 (`--messages_column`), of a hub data set or of parquet, JSON or text files. Of prompts and chats, only what the
-assistant writes has a loss; both go through the tokenizer's chat template, if it has one. `--help` lists every option; a
-YAML file sets any of them, and the command line overrides it.
+assistant writes has a loss; both go through the tokenizer's chat template, if it has one. `--help` lists every option;
+a YAML file sets any of them, and the command line overrides it.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def _check_export(
         )
     if training_args.train_blocks is not None and training_args.objective != "final":
         raise ValueError(
-            f"export_plain={folder!r} needs all blocks, and train_blocks={training_args.train_blocks} loads a part of them"
+            f"export_plain={folder!r} needs all blocks: with train_blocks={training_args.train_blocks} some are not loaded"
         )
     if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
         raise ValueError(f"export_plain={folder!r} must be a new or empty folder")

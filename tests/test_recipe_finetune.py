@@ -328,7 +328,7 @@ BAD_INPUTS = {
     "export of a joint model": (["--export_plain", "{new}", "--denoiser", "joint"], "needs denoiser='factorized'"),
     "export over something": (["--export_plain", "{plain}"], "must be a new or empty folder"),
     "export of a part": (
-        ["--export_plain", "{new}", "--train_blocks", "0", "--objective", "local"], "needs all blocks, and train_blocks=[0]"
+        ["--export_plain", "{new}", "--train_blocks", "0", "--objective", "local"], "needs all blocks: with train_blocks=[0]"
     ),
     "prompts alone": (["--prompt_column", "prompt"], "prompt_column='prompt' and completion_column=None must be set together"),
     "both": ([*PROMPTS, *CHATS], "messages_column='messages' and prompt_column='prompt': set one of them"),
