@@ -96,8 +96,11 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
 
     def get_batch_samples(self, *args, **kwargs):
         # The Trainer calls this once for each optimizer step, before its micro-batches.
-        step = self.state.global_step
+        step, before = self.state.global_step, self.active_block
         self.active_block = self.block_schedule.block_at(step)
+        if self.args.block_schedule == "sequential" and self.active_block != before:
+            for parameter in self._parameters.get(before, ()):  # this block's turn will not come again
+                self.optimizer.state.pop(parameter, None)
         self._micro_batch = 0
         if self.model.carried:
             self._exchange_blocks()
