@@ -3,9 +3,9 @@
     python benchmarks/finetune.py --data ../shared/data/gutenberg --output outputs/finetune
 
 A GPT-2 (8 layers, width 128) is trained end to end on 20 authors of Project Gutenberg (3000 updates of 8 x 128 tokens) and then
-fine-tuned on works of 10 others (256,000 tokens; each parameter gets 250 updates, so a method that trains B=4 blocks in turn
-takes 1000 steps, and no parameter meets a row twice when it trains them one after another). Held-out: other works of these
-authors, nats a token of the *whole* model. Every method at the best of its learning rates. Memory: parameters and buffers,
+fine-tuned on works of Jonathan Swift, who is not among them (256,000 tokens; each parameter gets 250 updates, so a method that
+trains B=4 blocks in turn takes 1000 steps, and no parameter meets a row twice when they are trained one after another).
+Held-out: another work of his, nats a token of the *whole* model. Every method at the best of its learning rates. Memory: parameters and buffers,
 gradients, optimizer state and saved activations of the largest step, counted. Runs are cached in the output folder.
 """
 
