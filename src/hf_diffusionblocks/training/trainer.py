@@ -96,8 +96,11 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
 
     def get_batch_samples(self, *args, **kwargs):
         # The Trainer calls this once for each optimizer step, before its micro-batches.
-        step = self.state.global_step
+        step, before = self.state.global_step, self.active_block
         self.active_block = self.block_schedule.block_at(step)
+        if self.args.block_schedule == "sequential" and self.active_block != before:
+            for parameter in self._parameters.get(before, ()):  # this block's turn will not come again
+                self.optimizer.state.pop(parameter, None)
         self._micro_batch = 0
         if self.model.carried:
             self._exchange_blocks()
@@ -114,8 +117,8 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
     def compute_loss(self, model, inputs, *args, **kwargs):
         if not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        num_rows = len(next(value for value in inputs.values() if torch.is_tensor(value)))
-        inputs = {**inputs, "block_index": self.active_block, "generator": self._noise_generators(num_rows)}
+        generators = self._noise_generators(len(inputs["labels"]))
+        inputs = {**inputs, "block_index": self.active_block, "generator": generators}
         if self.args.objective == "final":
             inputs["loss_block"] = self.num_blocks - 1
         self._micro_batch += 1
@@ -200,7 +203,9 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
 
     def _sync_replicated_trainable_parameters(self, model) -> None:
         if self._averages_gradients:  # as DDP does: all start from rank 0's weights
-            broadcast((*self.model.parameters(), *self.model.buffers()), source=0)
+            broadcast((*self.model.shared_parameters(), *self.model.buffers()), source=0)
+            for block in self.model.resident_blocks:
+                self._broadcast_block(block, self.model.block_parameters(block), source=0)
 
     def _move_model_to_device(self, model, device: torch.device) -> None:
         if self.args.offload_inactive_blocks == "cpu":
@@ -215,14 +220,15 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
 
     def _exchange_blocks(self) -> None:
         """Give every rank the blocks that other lanes have trained."""
-        residence = self.model.residence
         for block in sorted(self._stale):
-            if residence is not None:
-                residence.use(block)
-            broadcast(self._parameters[block], self.layout.owner(block))
-            if residence is not None:
-                residence.write_back(block)
+            self._broadcast_block(block, self._parameters[block], self.layout.owner(block))
         self._stale.clear()
+
+    def _broadcast_block(self, block: int, parameters: list[torch.nn.Parameter], source: int) -> None:
+        self.model.use_block(block)
+        broadcast(parameters, source)
+        if self.model.residence is not None:
+            self.model.residence.write_back(block)
 
     def evaluate(self, *args, **kwargs):
         self._exchange_blocks()
