@@ -105,6 +105,19 @@ def test_adapters_are_saved_and_loaded(case, tmp_path):
     trainer.save_model(tmp_path / "saved")  # over the old one
 
 
+def test_the_card_says_how_to_load_adapters(tmp_path, monkeypatch):
+    source, fields = CASES["gpt2-head"]
+    monkeypatch.chdir(tmp_path)
+    made(source, fields).to_plain().save_pretrained("FOLDER_OF_THE_PRETRAINED_MODEL")
+    trainer = trained(CASES["gpt2-head"], tmp_path / "run", objective="final")
+    trainer.save_model("saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "- objective: final" in card and "block-local" not in card
+    names: dict = {}
+    exec(card.split("```python")[1].split("```")[0], names)
+    assert torch.equal(logits(names["model"], source), logits(trainer.model, source))
+
+
 def test_one_block_s_adapter_is_loaded_alone(tmp_path):
     trainer = trained(CASES["gpt2-own"], tmp_path / "run")
     trainer.save_model(tmp_path / "saved")

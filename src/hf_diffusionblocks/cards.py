@@ -8,6 +8,8 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
+from .configuration import USER_FIELDS
+
 if TYPE_CHECKING:
     from .models import DiffusionBlocksPreTrainedModel
 
@@ -19,6 +21,18 @@ AUTO_CLASSES = {
     "image-classification": "AutoModelForImageClassification",
     "text-generation": "AutoModelForCausalLM",
 }
+USE = """\
+import hf_diffusionblocks  # pip install hf-diffusionblocks; registers the Auto classes
+from transformers import {auto_class}, pipeline
+
+model = {auto_class}.from_pretrained("{name}")
+{lines}"""
+USE_ADAPTERS = """\
+import hf_diffusionblocks as db  # pip install hf-diffusionblocks
+from hf_diffusionblocks import lora
+
+model = db.convert("{base_model}", {fields})
+lora.load_block_adapters(model, "{name}")  # an adapter a block; peft reads them into the plain model, too"""
 USE_LINES = {
     "text-generation": (
         'write = pipeline("text-generation", model="{name}")\n'
@@ -35,7 +49,7 @@ FORMULATION_FIELDS = (
 )  # fmt: skip
 EVALUATION_SENTENCES = {
     ("factorized", "carried"): "`model(...).logits` are the last block's, with all layers as context: no diffusion "
-    "runs at inference. This is block-local training with a noise-tempered loss.",
+    "runs at inference.",
     ("factorized", "independent"): "`model(...).logits` are the mean of the blocks' log-probabilities, each with the "
     "input as its only context.",
     ("joint", "independent"): "`model(...).logits` are the end of a walk from noise that is the same for every input.",
@@ -66,6 +80,9 @@ def render(model: DiffusionBlocksPreTrainedModel, name: str) -> str:
     """The card's text; `name` is the title and the name it is loaded by."""
     config = model.config
     report = config.training_report or {}
+    evaluation_sentence = EVALUATION_SENTENCES[config.denoiser, config.context]
+    if (config.denoiser, config.context) == ("factorized", "carried") and report.get("objective") != "final":
+        evaluation_sentence += " This is block-local training with a noise-tempered loss."
     template = Template(files("hf_diffusionblocks.model_cards").joinpath("template.md").read_text())
     plain = f"{type(model.backbone).__name__}, {config.num_hidden_layers} layers"
     source = f"a {plain}"
@@ -73,10 +90,8 @@ def render(model: DiffusionBlocksPreTrainedModel, name: str) -> str:
         source = f"[{config.base_model}](https://huggingface.co/{config.base_model}) ({plain})"
     return template.substitute(
         title=name,
-        load_name=name,
         task=model.task,
-        auto_class=AUTO_CLASSES[model.task],
-        use_lines=USE_LINES[model.task].format(name=name),
+        use_code=_use_code(model, name),
         base_model_yaml=f"base_model: {config.base_model}\n" if config.base_model else "",
         datasets_yaml=f"datasets:\n- {report['dataset']}\n" if report.get("dataset") else "",
         source=source,
@@ -84,9 +99,19 @@ def render(model: DiffusionBlocksPreTrainedModel, name: str) -> str:
         block_rows="\n".join(_block_row(model, k) for k in range(config.num_blocks)),
         shared_parameters=f"{sum(p.numel() for p in model.shared_parameters()):,}",
         formulation_rows="\n".join(f"| {field} | {_formulation_value(model, field)} |" for field in FORMULATION_FIELDS),
-        evaluation_sentence=EVALUATION_SENTENCES[config.denoiser, config.context],
+        evaluation_sentence=evaluation_sentence,
         training_section=_training_section(report),
     )
+
+
+def _use_code(model: DiffusionBlocksPreTrainedModel, name: str) -> str:
+    if not getattr(model, "peft_config", None):
+        lines = USE_LINES[model.task].format(name=name)
+        return USE.format(auto_class=AUTO_CLASSES[model.task], name=name, lines=lines)
+    values = {field: getattr(model.config, field) for field in USER_FIELDS}
+    given = [f"{field}={value!r}" for field, value in values.items() if value != USER_FIELDS[field].default]
+    base_model = model.config.base_model or "FOLDER_OF_THE_PRETRAINED_MODEL"
+    return USE_ADAPTERS.format(base_model=base_model, fields=", ".join(given), name=name)
 
 
 def _block_row(model: DiffusionBlocksPreTrainedModel, block_index: int) -> str:
@@ -126,6 +151,7 @@ _REPORT_LABELS = {
     "steps": "optimizer steps",
     "updates_per_block": "updates of each block",
     "block_schedule": "block schedule",
+    "objective": "objective",
     "batch_size": "batch size",
     "learning_rate": "learning rate",
     "seed": "seed",

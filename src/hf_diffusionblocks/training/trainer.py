@@ -366,6 +366,7 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
                 for k in range(self.num_blocks)
             ],
             "block_schedule": self.args.block_schedule,
+            "objective": self.args.objective,
             "batch_size": self.get_total_train_batch_size(self.args),
             "learning_rate": self.args.learning_rate,
             "seed": self.args.seed,
