@@ -92,6 +92,17 @@ def test_a_part_is_that_part_of_the_whole_model(config, fields, origin, tmp_path
     assert same_weights(part.state_dict(), whole.state_dict())
 
 
+@pytest.mark.parametrize("origin", ["pretrained", "folder"])
+@pytest.mark.parametrize("resident", [None, [0]], ids=["whole", "part"])
+def test_local_heads_start_as_the_last_layers(config, origin, resident, tmp_path):
+    plain = backbone_for(config).plain_class(config)
+    plain.save_pretrained(tmp_path)
+    fields = {"denoiser": "factorized", "context": "carried", "readout_layers": 2}
+    model = made(tmp_path if origin == "folder" else plain, fields, resident)
+    layers = plain.get_submodule(backbone_for(config).layers_path)[-2:]
+    assert same_weights(layers.state_dict(), model.readout_heads[0].state_dict())
+
+
 def test_nothing_of_a_part_is_on_the_meta_device(config, fields):
     part = made(config, fields, resident_blocks=[0])
     assert not any(tensor.is_meta for tensor in (*part.parameters(), *part.buffers()))

@@ -122,13 +122,19 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def copy_weights(self, plain: PreTrainedModel) -> None:
-        """Take over the weights of a stock model: the backbone's, and those of every block's own parts."""
+        """Take over the weights of a stock model: the backbone's, and those of every block's own parts. Local heads start as
+        its last layers."""
         weights = plain.state_dict()
         self.backbone.load_state_dict({name: weights[name] for name in self.backbone.state_dict()})
         if self.per_block:
             for parts in (*self.block_embeddings, *self.block_readouts):
                 for name, parameter in parts.named_parameters():
                     parameter.copy_(weights[name])
+        if self.config.readout_layers:
+            last_layers = plain.get_submodule(self.architecture.layers_path)[-self.config.readout_layers :]
+            for head in self.readout_heads:
+                if isinstance(head, nn.ModuleList):  # else its block is not loaded
+                    head.load_state_dict(last_layers.state_dict())
 
     # ---- which parameter belongs to which block
 
