@@ -1,6 +1,7 @@
 """What the training recipes share: arguments and their checks, reading data, making models, training, the main program.
 
-A recipe (`train_<task>.py`) is run as a script or imported, so it imports this file by its installed name.
+A recipe (`train_<task>.py`, `finetune_<task>.py`) is run as a script or imported, so it imports this file by its
+installed name.
 """
 
 from __future__ import annotations
@@ -246,11 +247,16 @@ def load_model(
     task: str,
     fields: dict | None,
     training_args: db.DiffusionBlocksTrainingArguments,
+    new_head: str | None = None,
 ) -> PreTrainedModel:
-    """The plain model, or the DiffusionBlocks model if `fields` for `convert` are given: what this job trains of it."""
+    """The plain model, or the DiffusionBlocks model if `fields` for `convert` are given: what this job trains of it.
+
+    `new_head` is the path of a pretrained linear head that starts anew, although its shape fits.
+    """
     resident = None
     plain_class = backbone_for(config).plain_class
-    if fields is not None and training_args.train_blocks is not None:
+    # (With the final objective all blocks run.)
+    if fields is not None and training_args.train_blocks is not None and training_args.objective != "final":
         blocks = db.DiffusionBlocksConfig(source_config=config, **fields)
         resident = training_args.train_blocks
         if blocks.context == "carried":  # the earlier ones run forward
@@ -260,6 +266,9 @@ def load_model(
         source = plain_class.from_pretrained(
             args.model_name_or_path, config=config, use_safetensors=True, ignore_mismatched_sizes=True
         )
+        if new_head is not None:
+            torch.nn.init.normal_(source.get_submodule(new_head).weight, std=config.initializer_range)
+            torch.nn.init.zeros_(source.get_submodule(new_head).bias)
     else:
         source = plain_class._from_config(config) if fields is None else config
     return source if fields is None else db.convert(source, task=task, resident_blocks=resident, **fields)
@@ -326,11 +335,12 @@ def train(trainer: Trainer, resume_from: str | None) -> dict[str, float]:
 
 def run(
     prepare: Callable[..., tuple[Trainer, str | None]],
-    types: tuple[type[ModelArguments], type[DataArguments]],
+    types: Sequence[type],
     args: Sequence[str] | None,
     defaults: dict,
     prog: str,
     description: str,
+    finish: Callable[..., None] | None = None,
 ) -> dict[str, float]:
     """A recipe's main program; bad input exits with one line on standard error.
 
@@ -341,6 +351,7 @@ def run(
         args: the command line; None is `sys.argv[1:]`.
         defaults: of options, in place of the classes' own.
         prog, description: as in argparse.
+        finish: given the Trainer and what `prepare` is given, once all is trained and saved.
     """
     types = (*types, BlocksArguments, db.DiffusionBlocksTrainingArguments)
     arguments = parse(types, args, defaults=defaults, prog=prog, description=description)
@@ -352,4 +363,7 @@ def run(
         trainer, resume_from = prepare(*arguments)
     except BAD_INPUT as error:
         sys.exit(f"{prog}: error: {' '.join(str(error).split())}")
-    return train(trainer, resume_from)
+    metrics = train(trainer, resume_from)
+    if finish is not None:
+        finish(trainer, *arguments)
+    return metrics

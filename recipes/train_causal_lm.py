@@ -15,17 +15,18 @@ diffusion's own likelihood bound.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import DatasetDict, Features, List, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import (
-    PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Trainer,
+    PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Trainer,
 )  # fmt: skip
 
 import hf_diffusionblocks as db
@@ -106,7 +107,7 @@ def check_length(config: PreTrainedConfig, length: int) -> None:
 def load_data(args: DataArguments, seed: int) -> DatasetDict:
     """Splits "train" and, if there is anything to evaluate on, "validation", with the column of text."""
     # Neighbouring documents often belong together (paragraphs of one book), so they stay in order.
-    data = common.load_data(args, ["text_column"], lambda: _read_files(args), seed, ordered=True)
+    data = common.load_data(args, ["text_column"], lambda: read_files(args), seed, ordered=True)
     for split in data:
         kind = data[split].features[args.text_column]
         if getattr(kind, "dtype", None) not in ("string", "large_string"):
@@ -114,7 +115,8 @@ def load_data(args: DataArguments, seed: int) -> DatasetDict:
     return data.select_columns(args.text_column)
 
 
-def _read_files(args: DataArguments) -> DatasetDict:
+def read_files(args: DataArguments) -> DatasetDict:
+    """The data sets of the files that are named, all their columns."""
     data = DatasetDict()
     for split, file in (("train", args.train_file), ("validation", args.validation_file)):
         if file:
@@ -179,12 +181,54 @@ def pack(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: DataArgume
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """A batch. End tokens are labels (HF's collator would take them for padding); first tokens are none: nothing
-    predicts them, but the Trainer would count them in the mean for GPT-2."""
+    """A batch of sequences. End tokens are labels (HF's collator would take them for padding); first tokens are none:
+    nothing predicts them, but the Trainer would count them in the mean for GPT-2."""
     input_ids = torch.tensor([row["input_ids"] for row in rows])
     labels = input_ids.clone()
     labels[:, 0] = -100
     return {"input_ids": input_ids, "labels": labels}
+
+
+@dataclass
+class EvaluationText:
+    """What turns an evaluation's loss into perplexity and bits a byte.
+
+    `num_tokens` are predicted, of `num_rows` rows: all but the first of each sequence, end tokens included, which cost
+    nats and spell nothing. `num_bytes` is the length of what they spell (None: not counted).
+    """
+
+    num_rows: int
+    num_tokens: int
+    num_bytes: int | None
+    bound_sequences: int = 0
+
+    def measures(self, loss: float) -> dict[str, float]:
+        measures = {"eval_perplexity": math.exp(loss) if loss < 700 else math.inf}  # beyond, floats end
+        if self.num_bytes is not None:
+            measures["eval_bits_per_byte"] = db.bits_per_byte(loss, self.num_tokens, self.num_bytes)
+        return measures
+
+    def share(self, labels: torch.Tensor) -> float:
+        """What a batch's mean loss has to be multiplied by, for the Trainer's mean over rows to be one over tokens."""
+        return int((labels != -100).sum()) / len(labels) / (self.num_tokens / self.num_rows)
+
+
+def evaluation_text(data: Dataset, args: DataArguments) -> EvaluationText:
+    """Of packed sequences."""
+    num_tokens = len(data) * (args.sequence_length - 1)
+    return EvaluationText(len(data), num_tokens, sum(data["num_bytes"]), args.eval_nll_bound)
+
+
+class Format(NamedTuple):
+    """How data becomes batches."""
+
+    load: Callable[[DataArguments, int], DatasetDict]  #: arguments and seed -> columns of text
+    encode: Callable[[DatasetDict, PreTrainedTokenizerBase, DataArguments], DatasetDict]  #: -> `input_ids`, `labels`
+    collate: Callable[[list[dict]], dict[str, torch.Tensor]]
+    evaluation_text: Callable[[Dataset, DataArguments], EvaluationText]  #: of the encoded validation data
+
+
+PACKED = Format(load_data, pack, collate, evaluation_text)
 
 
 # ---- tokenizer
@@ -241,29 +285,14 @@ def fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase,
 # ---- training
 
 
-@dataclass
-class EvaluationText:
-    """What turns an evaluation's loss into perplexity and bits a byte.
-
-    `num_bytes` is the length of what the predicted tokens spell: all but the first of each sequence, end tokens
-    included, which cost nats and spell nothing.
-    """
-
-    num_tokens: int
-    num_bytes: int
-    bound_sequences: int
-
-    def measures(self, loss: float) -> dict[str, float]:
-        return {
-            "eval_perplexity": math.exp(loss) if loss < 700 else math.inf,  # beyond, floats end
-            "eval_bits_per_byte": db.bits_per_byte(loss, self.num_tokens, self.num_bytes),
-        }
-
-
 class TextTrainer(Trainer):
     """Adds to every evaluation what its loss amounts to; to the last one the likelihood bound, which takes long."""
 
     evaluation_text: EvaluationText
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        return loss * self.evaluation_text.share(inputs["labels"]), logits, labels
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "eval_loss" in logs:
@@ -289,9 +318,13 @@ class BlocksTextTrainer(TextTrainer, db.DiffusionBlocksTrainer):
 
 def prepare(
     model_args: ModelArguments, data_args: DataArguments, blocks_args: BlocksArguments,
-    training_args: db.DiffusionBlocksTrainingArguments,
+    training_args: db.DiffusionBlocksTrainingArguments, data_format: Format = PACKED,
+    adapt: Callable[[PreTrainedModel], PreTrainedModel] | None = None,
 ) -> tuple[Trainer, str | None]:  # fmt: skip
-    """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
+    """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here.
+
+    `adapt` gets the model before the Trainer does.
+    """
     check_arguments(model_args, data_args)
     common.check_blocks(model_args, blocks_args, training_args)
     if data_args.eval_nll_bound and training_args.train_blocks is not None:
@@ -305,7 +338,7 @@ def prepare(
     tokenizer = named_tokenizer(model_args, resume_from)
 
     with training_args.main_process_first(local=False, desc="reading the data"):
-        data = load_data(data_args, training_args.seed)
+        data = data_format.load(data_args, training_args.seed)
     if data_args.eval_nll_bound and "validation" not in data:
         raise ValueError(f"eval_nll_bound={data_args.eval_nll_bound} needs validation data")
     if tokenizer is None:
@@ -313,18 +346,18 @@ def prepare(
         tokenizer = trained_tokenizer(texts, model_args, training_args.process_index == 0)
     fit_vocabulary(config, tokenizer, model_args)
     with training_args.main_process_first(local=False, desc="tokenizing the data"):
-        data = pack(data, tokenizer, data_args)
+        data = data_format.encode(data, tokenizer, data_args)
 
     model = common.load_model(model_args, config, "text-generation", fields, training_args)
+    model = model if adapt is None else adapt(model)
     trainer_class = PlainTextTrainer if model_args.end_to_end else BlocksTextTrainer
-    num_bytes = sum(data["validation"]["num_bytes"]) if "validation" in data else 0
+    columns = [name for name in ("input_ids", "labels") if name in data["train"].column_names]
     trainer = common.make_trainer(
-        trainer_class, model, data_args, training_args, data.select_columns("input_ids"), collate,
+        trainer_class, model, data_args, training_args, data.select_columns(columns), data_format.collate,
         processing_class=tokenizer,
     )  # fmt: skip
     if "validation" in data:
-        num_tokens = len(data["validation"]) * (data_args.sequence_length - 1)
-        trainer.evaluation_text = EvaluationText(num_tokens, num_bytes, data_args.eval_nll_bound)
+        trainer.evaluation_text = data_format.evaluation_text(data["validation"], data_args)
     return trainer, resume_from
 
 

@@ -17,7 +17,7 @@ import datasets
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from transformers import (
-    AutoImageProcessor, BaseImageProcessor, EvalPrediction, PreTrainedConfig, Trainer,
+    AutoImageProcessor, BaseImageProcessor, EvalPrediction, PreTrainedConfig, PreTrainedModel, Trainer,
     ViTImageProcessorPil,
 )  # fmt: skip
 
@@ -140,8 +140,12 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 def prepare(
     model_args: ModelArguments, data_args: DataArguments, blocks_args: BlocksArguments,
     training_args: db.DiffusionBlocksTrainingArguments,
+    adapt: Callable[[PreTrainedModel], PreTrainedModel] | None = None,
 ) -> tuple[Trainer, str | None]:  # fmt: skip
-    """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
+    """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here.
+
+    `adapt` gets the model before the Trainer does.
+    """
     common.check_arguments(model_args, data_args)
     common.check_blocks(model_args, blocks_args, training_args)
     resume_from = common.checkpoint_to_resume(training_args)
@@ -156,12 +160,18 @@ def prepare(
 
     data = load_data(data_args, training_args.seed)
     labels = find_labels(data, data_args.label_column)
+    own_labels = list(config.id2label.values()) if model_args.model_name_or_path else []
+    is_new = set(labels.values()) != set(own_labels)
+    if not is_new:  # in the order of the model's classifier
+        labels = dict(sorted(labels.items(), key=lambda label: own_labels.index(label[1])))
     config.id2label = dict(enumerate(labels.values()))
     config.label2id = {name: index for index, name in config.id2label.items()}
     data = data.with_transform(make_transform(processor, channels, labels, data_args))
     training_args.remove_unused_columns = False  # the transform needs the columns that the model does not know
 
-    model = common.load_model(model_args, config, "image-classification", fields, training_args)
+    new_head = "classifier" if is_new else None
+    model = common.load_model(model_args, config, "image-classification", fields, training_args, new_head)
+    model = model if adapt is None else adapt(model)
     trainer_class = common.PlainTrainer if model_args.end_to_end else db.DiffusionBlocksTrainer
     trainer = common.make_trainer(
         trainer_class, model, data_args, training_args, data, processing_class=processor, compute_metrics=accuracy

@@ -135,19 +135,7 @@ def test_own_parts_of_a_converted_model_start_as_the_model_s(plain, ids):
         assert torch.allclose(block_logits(own, ids, k), block_logits(common, ids, k), atol=1e-5)
 
 
-# ---- lossless conversion
-
-
-def test_factorized_carried_is_the_plain_model_bit_for_bit(plain, ids):
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-    for shared in ("common", "per_block"):
-        model = db.convert(plain, num_blocks=2, denoiser="factorized", context="carried", shared=shared)
-        with torch.no_grad():
-            assert torch.equal(model(ids).logits, plain(ids).logits)
-            padded = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-            assert torch.equal(model(ids, **padded).logits, plain(ids, **padded).logits)
-        assert torch.equal(model.to_plain()(ids).logits, plain(ids).logits)
+# ---- conversion (test_lossless.py has more)
 
 
 def test_a_joint_model_at_sigma_max_starts_as_the_plain_model_without_its_depth(plain, ids):

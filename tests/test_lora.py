@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from process_scenarios import GPT2, LLAMA, VIT, made, rows, trainer_of
+from safetensors.torch import load_file, save_file
 
 from hf_diffusionblocks import lora
 
@@ -15,6 +16,7 @@ CARRIED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0
 OWN = {"denoiser": "factorized", "shared": "per_block"}
 CASES = {
     "gpt2": (GPT2, CARRIED), "llama": (LLAMA, CARRIED), "vit": (VIT, CARRIED), "gpt2-own": (GPT2, OWN), "vit-own": (VIT, OWN),
+    "gpt2-head": (GPT2, {**CARRIED, "readout_layers": 1}), "vit-head": (VIT, {**CARRIED, "readout_layers": 1}),
 }  # fmt: skip
 CONFIG = LoraConfig(r=4, lora_alpha=8)
 
@@ -56,6 +58,8 @@ def test_every_adapter_is_its_block_s(case):
     assert list(model.peft_config) == ["block_0", "block_1"]
     for name in trained_names:
         assert f".block_{model.block_of_parameter(name)}" in name
+    heads = {name for name in trained_names if name.startswith("readout_heads.0.")}
+    assert bool(heads) is bool(model.config.readout_layers)  # they are fresh: to be trained whole
 
 
 def test_a_step_moves_the_active_adapter_alone(case, tmp_path):
@@ -126,6 +130,38 @@ def test_a_job_trains_its_block_s_adapter(tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in part.model.state_dict().items())
 
 
+def test_a_job_around_the_earlier_blocks_trains_its_adapter(tmp_path):
+    """Nothing that blocks share asks for a gradient: it cannot be moved by two jobs."""
+    model = adapted(CASES["llama"])
+    before = copy.deepcopy(model.state_dict())
+    trained(CASES["llama"], tmp_path, model=model, train_blocks=[1])
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and all(".block_1." in name for name in changed)
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 1.0}
+    trainer = trained(CASES["gpt2"], tmp_path, load_best_model_at_end=True, **saving)
+    best = lora.load_block_adapters(made(*CASES["gpt2"]), trainer.state.best_model_checkpoint)
+    assert same(best.state_dict(), trainer.model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "vit"])
+def test_peft_alone_reads_the_adapters_into_the_plain_model(name, tmp_path):
+    whole = ["classifier"] if name == "vit" else None
+    model = adapted(CASES[name], config=LoraConfig(r=4, lora_alpha=8, modules_to_save=whole))
+    plain = made(*CASES[name]).to_plain()
+    trained(CASES[name], tmp_path, model=model, learning_rate=0.1).save_model(tmp_path / "saved")
+    expected, names = logits(model, CASES[name][0]), ["block_0", "block_1"]
+    assert not torch.allclose(logits(plain, CASES[name][0]), expected, atol=1e-3)
+    both = PeftModel.from_pretrained(plain, tmp_path / "saved" / "block_0", adapter_name="block_0")
+    both.load_adapter(tmp_path / "saved" / "block_1", adapter_name="block_1")
+    both.base_model.set_adapter(names)
+    torch.testing.assert_close(logits(both, CASES[name][0]), expected, rtol=1e-4, atol=1e-5)
+    merged = both.merge_and_unload(adapter_names=names)
+    torch.testing.assert_close(logits(merged, CASES[name][0]), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_merged_adapters_give_the_same_logits(case, tmp_path):
     model = trained(case, tmp_path, learning_rate=0.1).model
     expected = logits(model, case[0])
@@ -168,12 +204,36 @@ def test_a_new_head_is_trained_whole(tmp_path):
             r"layers_to_transform=\[0\] must be None",
         ),
         (lambda: lora.merge_and_unload(made(GPT2, CARRIED)), "the model has no adapters"),
+        (lambda: lora.add_block_adapters(made(GPT2, {}), CONFIG), "denoiser='joint' has no adapters"),
+        (
+            lambda: lora.add_block_adapters(made(GPT2, CARRIED), LoraConfig(target_modules=["q_proj", "c_fc"])),
+            "target_modules: q_proj must be of a layer's attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj",
+        ),
+        (
+            lambda: lora.add_block_adapters(made(GPT2, CARRIED), LoraConfig(modules_to_save=["classifier"])),
+            "modules_to_save: the model has no 'classifier'",
+        ),
+        (
+            lambda: lora.add_block_adapters(made(GPT2, CARRIED), LoraConfig(modules_to_save=["lm_head"])),
+            "modules_to_save: 'lm_head' is tied to another weight",
+        ),
     ],
-    ids=["twice", "layers", "none"],
+    ids=["twice", "layers", "none", "joint", "no such target", "no such module", "tied"],
 )
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_an_adapter_that_does_not_fit_is_named(tmp_path):
+    adapted(CASES["gpt2"]).save_pretrained(tmp_path)
+    file = tmp_path / "block_1" / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(iter(weights))
+    for wrong in ({**weights, name: torch.zeros(3, 3)}, {k: v for k, v in weights.items() if k != name}):
+        save_file(wrong, file)
+        with pytest.raises(ValueError, match="block_1/adapter_model.safetensors does not fit the model"):
+            lora.load_block_adapters(made(GPT2, CARRIED), tmp_path)
 
 
 def test_a_missing_adapter_is_named(tmp_path):

@@ -318,7 +318,7 @@ def test_the_end_token_is_trained_though_it_pads(tmp_path, data, family):
 
 
 def test_infinite_perplexity_is_no_error():
-    text = train_causal_lm.EvaluationText(num_tokens=10, num_bytes=20, bound_sequences=0)
+    text = train_causal_lm.EvaluationText(num_rows=2, num_tokens=10, num_bytes=20)
     assert text.measures(1e4)["eval_perplexity"] == math.inf
     assert text.measures(2 * math.log(2))["eval_bits_per_byte"] == pytest.approx(1.0)
 

@@ -1,9 +1,13 @@
-"""LoRA block by block, through peft: each block's layers have an adapter of their own, trained and saved with the block."""
+"""LoRA block by block, through peft: each block's layers have an adapter of their own, trained and saved with the block.
+
+Files are peft's, under the plain model's names: peft alone reads the adapters into the plain model, too.
+"""
 
 from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -13,9 +17,15 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .models import DiffusionBlocksPreTrainedModel
+
+#: Where the plain model is in ours; saved names go without.
+BACKBONE = "backbone."
+#: Before every name in a file of peft's.
+PEFT_PREFIX = "base_model.model."
 
 
 def adapter_of(block_index: int) -> str:
@@ -26,25 +36,33 @@ def adapter_of(block_index: int) -> str:
 def add_block_adapters(model: DiffusionBlocksPreTrainedModel, config: LoraConfig) -> DiffusionBlocksPreTrainedModel:
     """Give every loaded block a LoRA adapter, and train these alone.
 
-    With `shared="per_block"` a block's own final norm and head are trained whole beside its adapter. `modules_to_save` of
-    the config are too, and go with the last block: a new classifier, for example.
+    A block's local head (`readout_layers`) and, with `shared="per_block"`, its own final norm and head are trained whole
+    beside its adapter. `modules_to_save` of the config are too, and go with the last block: a new classifier, for
+    example.
 
     Args:
-        model: changed in place.
+        model: factorized; changed in place.
         config: of all adapters; which layers is said here. Without `target_modules`, the attention's.
 
     Returns:
         the model.
 
     Raises:
-        ValueError: the model has adapters, or the config says which layers.
+        ValueError: the model has adapters or is joint, or the config says which layers, or names what is not there or
+            tied.
     """
     if has_adapters(model):
         raise ValueError(f"the model has adapters already: {', '.join(model.peft_config)}")
     if config.layers_to_transform is not None:
         raise ValueError(f"layers_to_transform={config.layers_to_transform} must be None: each block has its own layers")
-    seed = int(torch.randint(2**62, ()))
+    if model.joint:  # and GPT-2's clean stream reads its attention's weights past an adapter
+        raise ValueError(
+            "denoiser='joint' has no adapters: its modulation is not the pretrained model's, and would have to be trained "
+            "whole. Convert with denoiser='factorized'"
+        )
     layer = model.layer(model.block_layers(model.resident_blocks[0])[0])
+    _check(model, layer, config)
+    seed = int(torch.randint(2**62, ()))
     for block in model.resident_blocks:
         own = copy.deepcopy(config)
         own.fan_in_fan_out = any(isinstance(module, Conv1D) for module in layer.modules())
@@ -52,7 +70,7 @@ def add_block_adapters(model: DiffusionBlocksPreTrainedModel, config: LoraConfig
         own.layers_to_transform = list(model.block_layers(block))
         own.layers_pattern = model.architecture.layers_path.rpartition(".")[2]
         whole = list(config.modules_to_save or []) if block == model.num_blocks - 1 else []
-        own.modules_to_save = [*whole, *(_own_readout(model, block) if model.per_block else [])] or None
+        own.modules_to_save = [*whole, *_own_readout(model, block)] or None
         with torch.random.fork_rng(devices=[]):  # as all fresh weights of a block: whichever others are loaded
             torch.manual_seed(int(np.random.SeedSequence([seed, block]).generate_state(1)[0]))
             _add(model, own, block)
@@ -65,10 +83,34 @@ def has_adapters(model: DiffusionBlocksPreTrainedModel) -> bool:
     return bool(getattr(model, "peft_config", None))
 
 
+def _check(model: DiffusionBlocksPreTrainedModel, layer: nn.Module, config: LoraConfig) -> None:
+    linear = [name for name, part in layer.named_modules() if isinstance(part, (nn.Linear, Conv1D))]
+    if config.target_modules and not isinstance(config.target_modules, str):  # else a pattern
+        unknown = [name for name in sorted(config.target_modules) if not _ends_in(name, linear)]
+        if unknown:
+            raise ValueError(f"target_modules: {', '.join(unknown)} must be of a layer's {', '.join(linear)}")
+    modules = [name for name, _ in model.named_modules()]
+    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    for name in config.modules_to_save or ():
+        paths = _ends_in(name, modules)
+        if not paths:
+            raise ValueError(f"modules_to_save: the model has no {name!r}")
+        if any(f"{path}.{key}" in tied for path in paths for key, _ in model.get_submodule(path).named_parameters()):
+            raise ValueError(f"modules_to_save: {name!r} is tied to another weight, which would not follow")
+
+
+def _ends_in(name: str, paths: Sequence[str]) -> list[str]:
+    return [path for path in paths if path == name or path.endswith(f".{name}")]
+
+
 def _own_readout(model: DiffusionBlocksPreTrainedModel, block: int) -> list[str]:
     last = block == model.num_blocks - 1
-    prefix = "backbone" if last else f"block_readouts.{block}"
-    return [f"{prefix}.{path}" for path in model.architecture.readout_paths]
+    # (peft wraps layers, not the list of them.)
+    own = [] if last else [f"readout_heads.{block}.{layer}" for layer in range(model.config.readout_layers)]
+    if model.per_block:
+        prefix = "backbone" if last else f"block_readouts.{block}"
+        own += [f"{prefix}.{path}" for path in model.architecture.readout_paths]
+    return own
 
 
 def _add(model: DiffusionBlocksPreTrainedModel, config: LoraConfig, block: int) -> None:
@@ -93,8 +135,12 @@ def save_block_adapters(model: DiffusionBlocksPreTrainedModel, folder: str | Pat
     for name, config in model.peft_config.items():
         target = Path(folder) / name
         target.mkdir(parents=True, exist_ok=True)
-        state = {key: tensor.contiguous() for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items()}
+        # (Left to itself, peft would ask the Hub whether the vocabulary has changed.)
+        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        state = {PEFT_PREFIX + key.removeprefix(BACKBONE): tensor.contiguous() for key, tensor in state.items()}
         save_file(state, target / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config = copy.copy(config)
+        config.modules_to_save = [path.removeprefix(BACKBONE) for path in config.modules_to_save or ()] or None
         config.save_pretrained(target)
 
 
@@ -105,6 +151,7 @@ def load_block_adapters(
 
     Raises:
         OSError: a block's adapter is missing; names it.
+        ValueError: one does not fit the model; names the file.
     """
     paths = {block: Path(folder) / adapter_of(block) for block in model.resident_blocks}
     for path in paths.values():
@@ -112,10 +159,27 @@ def load_block_adapters(
             raise OSError(f"{path / SAFETENSORS_WEIGHTS_NAME} is missing")
     for block, path in paths.items():
         if not has_adapters(model) or adapter_of(block) not in model.peft_config:
-            _add(model, LoraConfig.from_pretrained(path), block)
-        set_peft_model_state_dict(model, load_file(path / SAFETENSORS_WEIGHTS_NAME), adapter_of(block))
+            config = LoraConfig.from_pretrained(path)
+            config.modules_to_save = [_in_model(saved) for saved in config.modules_to_save or ()] or None
+            _add(model, config, block)
+        _load(model, path / SAFETENSORS_WEIGHTS_NAME, block)
     _activate(model)
     return model
+
+
+def _in_model(saved: str) -> str:
+    return saved if saved.startswith(("readout_heads.", "block_readouts.")) else BACKBONE + saved
+
+
+def _load(model: DiffusionBlocksPreTrainedModel, file: Path, block: int) -> None:
+    state = {_in_model(key.removeprefix(PEFT_PREFIX)): tensor for key, tensor in load_file(file).items()}
+    try:
+        result = set_peft_model_state_dict(model, state, adapter_of(block))
+    except RuntimeError as error:  # of another shape
+        raise ValueError(f"{file} does not fit the model: {error}") from None
+    odd = [*result.unexpected_keys, *(key for key in result.missing_keys if f".{adapter_of(block)}." in key)]
+    if odd:
+        raise ValueError(f"{file} does not fit the model: {odd[0]}")
 
 
 def merge_and_unload(model: DiffusionBlocksPreTrainedModel) -> DiffusionBlocksPreTrainedModel:

@@ -44,12 +44,13 @@ def run(args: list[str]) -> None:
 
 
 def find_recipes() -> dict[str, str]:
-    """Task -> its recipe, `train_<task>.py`."""
+    """Task -> its recipe: `train_<task>.py`, and for the task "finetune-<task>" `finetune_<task>.py`."""
     found = sorted(files("hf_diffusionblocks.recipes").iterdir(), key=lambda path: path.name)
     return {
         path.name.removeprefix("train_").removesuffix(".py").replace("_", "-"): str(path)
+        for kind in ("train_", "finetune_")
         for path in found
-        if path.name.startswith("train_") and path.name.endswith(".py")
+        if path.name.startswith(kind) and path.name.endswith(".py")
     }
 
 

@@ -44,7 +44,8 @@ def blocks_to_train(
             f"load them too, as they are at the end of their training (resident_blocks={resident}), or train one block "
             "on what cache_block_inputs made"
         )
-    if len(blocks) < model.num_blocks and args.train_shared and not model.per_block:
+    moves_shared = args.train_shared and any(parameter.requires_grad for parameter in model.shared_parameters())
+    if len(blocks) < model.num_blocks and moves_shared and not model.per_block:
         raise ValueError(
             f"train_shared=True with train_blocks={blocks} of {model.num_blocks} blocks: separate jobs would each move "
             "what all blocks share. Set train_shared=False, or give each block its own with shared='per_block'"

@@ -336,7 +336,10 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
     def _load_best_model(self) -> None:
         if self.model.residence is not None:
             self.model.residence.activate(None)
-        super()._load_best_model()
+        if getattr(self.model, "peft_config", None):
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         if self.state.global_step:

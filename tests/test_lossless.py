@@ -1,0 +1,156 @@
+"""A pretrained model, converted, is that model: logits in float32 bit for bit, and back again without this package.
+
+(Images are checked in test_conversion.py, whole generations in test_generation.py.)
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import randomized
+from test_causal_lm import CONFIGS
+from transformers import AutoModelForCausalLM, DynamicCache, ViTConfig, ViTForImageClassification
+
+import hf_diffusionblocks as db
+
+RECOMMENDED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
+FIELDS = {
+    "two blocks": {**RECOMMENDED, "num_blocks": 2},
+    "four blocks": {**RECOMMENDED, "num_blocks": 4},
+    "uneven": {**RECOMMENDED, "num_blocks": 2, "layers_per_block": [3, 1]},
+    "local heads": {**RECOMMENDED, "num_blocks": 4, "readout_layers": 1},
+    "parts of its own": {**RECOMMENDED, "num_blocks": 2, "shared": "per_block"},
+}
+ATTENTION = ["sdpa", "eager"]
+
+
+@pytest.fixture(params=FIELDS.values(), ids=FIELDS.keys())
+def fields(request) -> dict:
+    return request.param
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+def text_config(request):
+    return request.param()
+
+
+@pytest.fixture(params=ATTENTION)
+def plain(text_config, request):
+    torch.manual_seed(0)
+    return randomized(AutoModelForCausalLM.from_config(text_config, attn_implementation=request.param)).eval()
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(1, 48, (5, 10), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def padding() -> torch.Tensor:
+    """Rows padded on the left by 0 to 4 tokens."""
+    return (torch.arange(10) >= torch.arange(5)[:, None]).long()
+
+
+def step_by_step(model, ids: torch.Tensor, prompt: int, **masks) -> torch.Tensor:
+    """Logits of a prompt, and then of one token after another, with a cache."""
+    cache, logits = DynamicCache(config=model.config), []
+    for start, end in [(0, prompt), *((k, k + 1) for k in range(prompt, ids.shape[1]))]:
+        now = {"position_ids": masks["position_ids"][:, start:end]} if "position_ids" in masks else {}
+        if "attention_mask" in masks:
+            now["attention_mask"] = masks["attention_mask"][:, :end]
+        logits.append(model(ids[:, start:end], past_key_values=cache, use_cache=True, **now).logits)
+    return torch.cat(logits, 1)
+
+
+def positions(padding: torch.Tensor) -> torch.Tensor:
+    """As `generate` counts them: from the first token that is none of padding."""
+    return (padding.cumsum(-1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def test_a_batch_and_a_row(plain, fields, ids):
+    model = db.convert(plain, **fields)
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert torch.equal(model(ids[:1]).logits, plain(ids[:1]).logits)
+
+
+@torch.no_grad()
+def test_a_padded_batch(plain, fields, ids, padding):
+    model = db.convert(plain, **fields)
+    masks = {"attention_mask": padding, "position_ids": positions(padding)}
+    expected = plain(ids, **masks).logits
+    assert torch.equal(model(ids, **masks).logits, expected)
+    assert not torch.equal(expected, plain(ids).logits)  # the padding is seen to
+
+
+@torch.no_grad()
+def test_token_by_token_with_a_cache(plain, fields, ids):
+    model = db.convert(plain, **fields)
+    assert torch.equal(step_by_step(model, ids, prompt=4), step_by_step(plain, ids, prompt=4))
+
+
+@torch.no_grad()
+def test_a_padded_batch_token_by_token(plain, fields, ids, padding):
+    model = db.convert(plain, **fields)
+    masks = {"attention_mask": padding, "position_ids": positions(padding)}
+    assert torch.equal(step_by_step(model, ids, 5, **masks), step_by_step(plain, ids, 5, **masks))
+
+
+@torch.no_grad()
+def test_loss_and_perplexity(plain, fields, ids):
+    model = db.convert(plain, **fields)
+    assert torch.equal(model(ids, labels=ids).loss, plain(ids, labels=ids).loss)
+
+
+# ---- and back
+
+READER = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+torch.set_num_threads(1)
+for job in json.load(open(sys.argv[1])):
+    auto = AutoModelForImageClassification if job["vit"] else AutoModelForCausalLM
+    model, loading = auto.from_pretrained(job["folder"], output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert type(model).__name__ == job["class"], type(model)
+    with torch.no_grad():
+        torch.save(model(torch.load(job["input"])).logits, job["output"])
+assert not any(name.split(".")[0] == "hf_diffusionblocks" for name in sys.modules)
+"""
+
+
+@torch.no_grad()
+def test_stock_transformers_reads_the_trained_model_in_a_process_without_this_package(ids, tmp_path):
+    """Every family and kind of cut, all in one process; the weights are not those of the source."""
+    vit = ViTConfig(
+        num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, image_size=8, patch_size=4,
+        num_channels=1, num_labels=5,
+    )  # fmt: skip
+    images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    sources = {name: (AutoModelForCausalLM.from_config(make()), ids) for name, make in CONFIGS.items()}
+    sources["vit"] = (ViTForImageClassification(vit), images)
+    jobs, expected = [], []
+    for name, (plain, batch) in sources.items():
+        for number, fields in enumerate(FIELDS.values()):
+            model = randomized(db.convert(plain, **fields)).eval()
+            folder = tmp_path / f"{name}-{number}"
+            model.to_plain().save_pretrained(folder)
+            torch.save(batch, folder / "input.pt")
+            expected.append(model(batch).logits)
+            assert not torch.equal(expected[-1], plain.eval()(batch).logits)
+            jobs.append({
+                "folder": str(folder), "input": str(folder / "input.pt"), "output": str(folder / "output.pt"),
+                "class": type(plain).__name__, "vit": name == "vit",
+            })  # fmt: skip
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", READER, str(tmp_path / "jobs.json")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for job, logits in zip(jobs, expected):
+        assert torch.equal(torch.load(job["output"]), logits), job["folder"]
