@@ -93,6 +93,9 @@ class _ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: torch.Tensor):
-        # Scaled in place, to hold no second copy of a head's gradient; autograd refuses a second pass by itself.
-        gradients = [gradient.mul_(upstream) for gradient in (*ctx.saved_tensors, *ctx.of_parameters)]
+        # Scaled in place and let go, to hold no second copy of a head's gradient: what nothing else refers to, autograd
+        # takes as `.grad` itself. It refuses a second pass by its own.
+        of_parameters, ctx.of_parameters = ctx.of_parameters, None
+        gradients = [gradient.mul_(upstream) for gradient in (*ctx.saved_tensors, *of_parameters)]
+        del of_parameters
         return None, None, None, gradients[0], *[None] * ctx.num_other_rows, *gradients[1:]
