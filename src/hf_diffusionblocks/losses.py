@@ -84,8 +84,9 @@ class _ChunkedSum(torch.autograd.Function):
             own, *gradients = torch.autograd.grad(loss, [hidden, *parameters])
             total += loss.detach()
             of_hidden.append(own)
-            for accumulated, gradient in zip(of_parameters, gradients):
-                accumulated += gradient
+            for accumulated in of_parameters:
+                accumulated += gradients.pop(0)  # a head's is as large as the head: gone before the next chunk's is made
+            del loss
         ctx.save_for_backward(torch.cat(of_hidden) if of_hidden else torch.zeros_like(rows[0]))
         ctx.of_parameters = of_parameters  # these become the parameters' gradients: no activations
         ctx.num_other_rows = num_tensors - 1

@@ -134,8 +134,7 @@ class StepMemory(TorchDispatchMode):
         ledger = memory.ledger()  # before gradients are dropped
 
     Storages are counted once, by the bytes that were asked for, on whatever device: fake tensors have bytes, too. The
-    optimizer's step is taken to hold no more than parameters, gradients and state, which is so for fused ones. What gradient
-    checkpointing computes again counts as `rest`.
+    optimizer's step is taken to hold no more than parameters, gradients and state, which is so for fused ones.
 
     Args:
         model: a DiffusionBlocks model, or the plain one.
@@ -211,6 +210,8 @@ class StepMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.detach.default and torch._C._current_graph_task_id() >= 0 and torch.is_grad_enabled():
+            self._saved(result)  # as gradient checkpointing keeps what it computes again
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, torch.Tensor):
                 self._note(tensor)
