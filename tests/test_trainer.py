@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import FORMULATIONS, NUM_LABELS, randomized
-from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments, ViTForImageClassification
 
 import hf_diffusionblocks as db
@@ -70,16 +65,36 @@ def train_and_record(model, folder, **arguments) -> StepRecorder:
 
 
 @pytest.mark.parametrize("num_blocks, total_steps", [(1, 5), (3, 12), (4, 10), (4, 5)])
-@pytest.mark.parametrize("order", ["random", "sequential"])
-def test_schedule_counts_the_updates_of_each_block(order, num_blocks, total_steps):
-    schedule = BlockSchedule(order, range(num_blocks), total_steps, seed=0)
+@pytest.mark.parametrize("order, interval", [("random", 1), ("random", 3), ("sequential", 1)])
+def test_schedule_counts_the_updates_of_each_block(order, interval, num_blocks, total_steps):
+    schedule = BlockSchedule(order, range(num_blocks), total_steps, 0, interval)
     counts = Counter()
     for step in range(total_steps):
         assert [schedule.updates_before(step, k) for k in range(num_blocks)] == [counts[k] for k in range(num_blocks)]
         counts[schedule.block_at(step)] += 1
     updates = [counts[k] for k in range(num_blocks)]
     assert max(updates) == schedule.updates_per_block
-    assert max(updates) - min(updates) == (total_steps % num_blocks > 0)
+    if total_steps % (num_blocks * interval) == 0:
+        assert len(set(updates)) == 1
+    assert max(updates) - min(updates) <= interval
+
+
+@pytest.mark.parametrize("order, interval", [("random", 1), ("random", 3), ("sequential", 1)])
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_schedule_knows_the_next_block(order, interval, num_blocks):
+    schedule = BlockSchedule(order, range(num_blocks), 18, 0, interval)
+    turns = [schedule.block_at(step) for step in range(18)]
+    for step, block in enumerate(turns):
+        end = next((later for later in range(step, 18) if turns[later] != block), None)
+        expected = None if end is None or end > schedule._end_of_turn(step) else turns[end]
+        assert schedule.next_block(step) == expected
+
+
+def test_a_block_keeps_its_turn():
+    schedule = BlockSchedule("random", range(3), 18, 0, switch_interval=3)
+    turns = [schedule.block_at(step) for step in range(18)]
+    assert all(len(set(turns[start : start + 3])) == 1 for start in range(0, 18, 3))
+    assert sorted(turns[:9:3]) == sorted(turns[9::3]) == [0, 1, 2]
 
 
 def test_random_schedule_is_uniform_and_keyed_by_the_seed():
@@ -249,6 +264,8 @@ def test_best_model_is_loaded_at_the_end(plain_model, tmp_path):
     "arguments, message",
     [
         ({"block_schedule": "round-robin"}, r"block_schedule='round-robin' must be one of 'random', 'sequential'"),
+        ({"offload_inactive_blocks": "disk"}, r"offload_inactive_blocks='disk' must be one of 'none', 'cpu'"),
+        ({"block_switch_interval": 0}, r"block_switch_interval=0 must be at least 1"),
         ({"updates_per_block": 0}, r"updates_per_block=0 must be at least 1"),
         ({"updates_per_block": 3, "max_steps": 6}, r"updates_per_block=3 and max_steps=6 both"),
     ],
@@ -271,40 +288,3 @@ def test_a_plain_model_or_plain_arguments_are_refused(plain_model, tmp_path):
         db.DiffusionBlocksTrainer(model=plain_model, args=args)
     with pytest.raises(TypeError, match="args=TrainingArguments must be DiffusionBlocksTrainingArguments"):
         db.DiffusionBlocksTrainer(model=db.convert(plain_model, 2), args=TrainingArguments(output_dir=str(tmp_path)))
-
-
-# ---- several processes
-
-DISTRIBUTED = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-from test_trainer import Images, make_trainer
-import hf_diffusionblocks as db
-model = db.DiffusionBlocksForImageClassification.from_pretrained({source!r})
-trainer = make_trainer(model, {output!r}, max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=2)
-trainer.train()
-state = {{"noise seed": torch.tensor(trainer._noise_generator().initial_seed() % 2**62), **model.state_dict()}}
-torch.save(state, {output!r} + f"/rank{{trainer.args.process_index}}.pt")
-"""
-
-
-def test_two_processes_train_the_same_block_and_agree(plain_model, tmp_path):
-    """Real processes under `accelerate launch` (gloo): both ranks end with the same weights."""
-    db.convert(plain_model, num_blocks=2).save_pretrained(tmp_path / "source")
-    script = tmp_path / "script.py"
-    script.write_text(
-        DISTRIBUTED.format(
-            tests=str(Path(__file__).parent), source=str(tmp_path / "source"), output=str(tmp_path)
-        )
-    )
-    # --multi_gpu is accelerate's torchrun launcher; --cpu would want MPI. The arguments' use_cpu makes it gloo.
-    launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    subprocess.run(
-        [sys.executable, "-m", *launch.split(), "--dynamo_backend", "no", "--main_process_port", "0", str(script)],
-        check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    assert ranks[0].pop("noise seed") != ranks[1].pop("noise seed")  # each rank noises its own rows
-    assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
-    before = load_file(tmp_path / "source" / "model-00002-of-00003.safetensors")
-    assert not any(torch.equal(before[key], ranks[0][key]) for key in before)

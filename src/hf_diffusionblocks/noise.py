@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .draws import Generators, draw
+
 
 class NoiseSchedule:
     """A distribution over sigma in `[sigma_min, sigma_max]`, cut into B blocks of equal probability.
@@ -105,17 +107,14 @@ class NoiseSchedule:
         widening = math.exp(overlap * math.log(high / low))
         return max(low / widening, self.sigma_min), min(high * widening, self.sigma_max)
 
-    def sample(
-        self, block_index: int, shape: tuple[int, ...], generator: torch.Generator | None = None
-    ) -> torch.Tensor:
+    def sample(self, block_index: int, shape: tuple[int, ...], generator: Generators = None) -> torch.Tensor:
         """Draw training noise levels for a block: the truncated log-normal, restricted to its widened interval.
 
-        Returns float64 of `shape`, on the generator's device (CPU without one).
+        Returns float64 of `shape`, on the generators' device (CPU without one).
         """
         low, high = self.interval(block_index, self.overlap)
-        device = generator.device if generator is not None else None
         # 1 - [0, 1) is (0, 1]: the interval's open lower end is never drawn.
-        uniform = 1 - torch.rand(shape, generator=generator, dtype=torch.float64, device=device)
+        uniform = 1 - draw(torch.rand, shape, generator, dtype=torch.float64)
         cdf_low, cdf_high = self.cdf(torch.tensor([low, high], dtype=torch.float64)).tolist()
         sigma = self.quantile(cdf_low + uniform * (cdf_high - cdf_low))
         return sigma.clamp(math.nextafter(low, math.inf), high)

@@ -19,8 +19,10 @@ from ..backbones import Parts, backbone_for
 from ..conditioning import AdaLNModulation, Modulation, SigmaEmbedding
 from ..configuration import DiffusionBlocksConfig
 from ..denoising import precondition
+from ..draws import Generators, draw
 from ..noise import NoiseSchedule
 from . import partial as partial_model
+from .residence import BlockResidence
 from .targets import FixedTargets, TargetEmbedding
 
 
@@ -59,6 +61,9 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
     task: ClassVar[str]  #: as in `pipeline(task)`
     default_overlap: ClassVar[float]  #: gamma where the config leaves it open
     default_bridge: ClassVar[str]  #: bridge where the config leaves it open
+
+    #: While training offloads inactive blocks: what brings a block's parameters to the device
+    residence: BlockResidence | None = None
 
     def __init__(self, config: DiffusionBlocksConfig):
         super().__init__(config)
@@ -175,13 +180,22 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
 
     # ---- running blocks
 
+    @property
+    def device(self) -> torch.device:
+        return super().device if self.residence is None else self.residence.device
+
+    def use_block(self, block_index: int) -> None:
+        """To be called before a block's parameters are: they may be in host memory."""
+        if self.residence is not None:
+            self.residence.use(block_index)
+
     def embed(self, block_index: int, inputs: Mapping[str, Any]) -> torch.Tensor:
         """The input, embedded as this block sees it: the hidden states that enter its first layer, or the model's."""
-        parts = self.backbone if self.carried else self.embedding_parts(block_index)
-        return self.architecture.embed(parts, **inputs)
+        return self.architecture.embed(self.embedding_parts(0 if self.carried else block_index), **inputs)
 
     def embedding_parts(self, block_index: int) -> nn.Module:
         """Where a block's own embeddings are."""
+        self.use_block(block_index)
         return self.block_embeddings[block_index - 1] if self.per_block and block_index > 0 else self.backbone
 
     def run_block(
@@ -198,6 +212,7 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         """
         if block_index not in self.resident_blocks:
             raise ValueError(f"block {block_index} is not loaded: resident_blocks={self.resident_blocks}")
+        self.use_block(block_index)
         layers = self.backbone.get_submodule(self.architecture.layers_path)
         for index, modulation in zip(self._block_layers[block_index], modulations):
             hidden = self.run_layer(layers[index], hidden, modulation, **attention)
@@ -220,6 +235,7 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         """What sigma `[N]` (or `[1]`, for the whole batch) does to each layer of a block: nothing if factorized."""
         if not self.joint:
             return [None] * len(self._block_layers[block_index])
+        self.use_block(block_index)
         embed_sigma = self.sigma_embeddings[block_index if self.per_block else 0]
         embedded = embed_sigma(precondition(sigma, self.sigma_data).noise)
         return [self.modulations[index](embedded) for index in self._block_layers[block_index]]
@@ -270,12 +286,14 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
 
     def readout_parts(self, block_index: int) -> nn.Module:
         """Where a block's final norm and head are."""
+        self.use_block(block_index)
         last = block_index == self.num_blocks - 1
         return self.block_readouts[block_index] if self.per_block and not last else self.backbone
 
     def run_local_head(self, block_index: int, hidden: torch.Tensor, **attention) -> torch.Tensor:
         """A block's output through the layers of its local head, if it has one."""
         if self.config.readout_layers and block_index < self.num_blocks - 1:
+            self.use_block(block_index)
             for layer in self.readout_heads[block_index]:
                 hidden = self.run_layer(layer, hidden, None, **attention)
         return hidden
@@ -284,11 +302,11 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         """What has left a block and its local head, to logits: final norm and head."""
         return self.architecture.read_out(self.readout_parts(block_index), hidden)
 
-    def draw_sigma(self, block_index: int, shape: tuple[int, ...], generator: torch.Generator | None) -> torch.Tensor:
+    def draw_sigma(self, block_index: int, shape: tuple[int, ...], generator: Generators) -> torch.Tensor:
         """Training noise levels of a block, float32: its own, and sigma_max for `prior_fraction` of them."""
         sigma = self.noise_schedule.sample(block_index, shape, generator)
         if self.config.prior_fraction:
-            chosen = torch.rand(shape, generator=generator, device=sigma.device) < self.config.prior_fraction
+            chosen = draw(torch.rand, shape, generator) < self.config.prior_fraction
             sigma = torch.where(chosen, self.config.sigma_max, sigma)
         return sigma.to(self.device, torch.float32)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerationMode
@@ -13,6 +14,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ..configuration import DiffusionBlocksConfig
 from ..denoising import Preconditioning, edm_loss_weight, posterior_logits, precondition
+from ..draws import Generators, draw
 from ..losses import chunked_sum, cross_entropy
 from .base import DiffusionBlocksPreTrainedModel
 from .streams import CleanKeys, Rows, Streams
@@ -78,11 +80,13 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
             self.target_embeddings.table.copy_(plain.get_input_embeddings().weight)
 
     def target_vectors(self) -> torch.Tensor:
-        """The targets e_v of all tokens, `[V, D]` float32 of norm 1, without gradient: the input embeddings as they
-        are now, or the fixed table of `shared="per_block"`."""
+        """All targets e_v, `[V, D]` float32 of norm 1, without gradient: input embeddings, or per-block's fixed table."""
         if self.per_block:
             return self.target_embeddings.vectors()
-        return F.normalize(self.get_input_embeddings().weight.detach().float(), dim=-1)
+        weight = self.get_input_embeddings().weight.detach()
+        if isinstance(weight, DTensor):  # FSDP gathers it for the embedding's own call only
+            weight = weight.full_tensor()
+        return F.normalize(weight.float(), dim=-1)
 
     # ---- training and evaluation
 
@@ -100,7 +104,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         block_index: int | None = None,
         sigma: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         return_logits: bool | None = None,
         text_walk: TextWalk | None = None,
@@ -117,7 +121,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
             sigma: noise levels to train at, `[N]`, or (factorized) `[N, S-1]`: of tokens 1 to S-1; drawn for the block
                 when None, one a token, or one a sequence for a joint denoiser, whose layers are modulated by it.
             noise: standard normal `[N, S-1, D]`; drawn when None.
-            generator: of the draws.
+            generator: of the draws; or one a sequence, N of them.
             num_items_in_batch: tokens that the summed loss is divided by; None is those of this batch.
             return_logits: whether to hold and return all logits; None returns them unless a block is trained.
             text_walk: what [`generate`] keeps from token to token.
@@ -182,7 +186,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         """`z = y + sigma eps`, `[N, S-1, D]`."""
         if noise is None:
             shape = (*targets.shape, self.config.hidden_size)
-            noise = torch.randn(shape, generator=generator, device=generator.device if generator else None)
+            noise = draw(torch.randn, shape, generator)
         # A token without loss has no target: any will do.
         clean = F.embedding(targets.clamp(min=0), self.target_vectors())
         return clean + sigma[..., None] * noise.to(self.device, torch.float32)

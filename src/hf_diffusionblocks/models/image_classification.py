@@ -16,6 +16,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ..configuration import DiffusionBlocksConfig
 from ..denoising import BRIDGES, edm_loss_weight, posterior_logits, precondition
+from ..draws import Generators, draw
 from ..sampling import NoiseSource, walk
 from .base import DiffusionBlocksPreTrainedModel, without_dropout
 from .targets import FixedTargets, TargetEmbedding
@@ -87,6 +88,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
     def network(self, block_index: int, hidden: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """F: logits `[N, V]` of one block's layers, given the hidden states that enter it, z `[N, D]`, sigma `[N]`."""
         if self.joint:
+            self.use_block(block_index)
             c_in = precondition(sigma, self.sigma_data).input
             noisy_label = self.noisy_labels[block_index if self.per_block else 0]
             hidden = torch.cat([hidden, noisy_label(z, c_in)], dim=1)
@@ -110,7 +112,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         block_index: int | None = None,
         sigma: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         interpolate_pos_encoding: bool = False,
         block_input: torch.Tensor | None = None,
     ) -> ImageClassifierOutput:
@@ -123,7 +125,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
                 their cross-entropy is a training loss, not a likelihood. Needs `labels`.
             sigma: noise levels `[N]` to train at; drawn for the block when None.
             noise: standard normal `[N, D]`; drawn when None.
-            generator: of the draws.
+            generator: of the draws; or one an image, N of them.
             interpolate_pos_encoding: as in the plain model.
             block_input: the hidden states `[N, S, D]` that enter the block, where the earlier blocks are not run but
                 their output was cached.
@@ -166,7 +168,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
             sigma = self.draw_sigma(block_index, (len(labels),), generator)
         if noise is None:
             shape = (len(labels), self.config.hidden_size)
-            noise = torch.randn(shape, generator=generator, device=generator.device if generator else None)
+            noise = draw(torch.randn, shape, generator)
         sigma, noise = (t.to(self.device, torch.float32) for t in (sigma, noise))
         return sigma, F.embedding(labels, self.label_embeddings.vectors()) + sigma[:, None] * noise
 

@@ -166,6 +166,7 @@ class Streams:
     def run_clean(self, block_index: int, hidden: torch.Tensor, modulations, output: bool) -> torch.Tensor | None:
         """Clean tokens `[N, S, D]` through a block. Without `output`, the last layer computes keys and values only."""
         model, attention = self.model, {"attention_mask": self._clean_mask, **self._clean_positions}
+        model.use_block(block_index)
         *first, last = model.block_layers(block_index)
         for index, modulation in zip(first, modulations):
             hidden = model.run_layer(model.layer(index), hidden, modulation, past_key_values=self.cache, **attention)

@@ -8,6 +8,8 @@ from transformers import TrainingArguments
 
 from .block_schedule import ORDERS
 
+OFFLOADS = ("none", "cpu")
+
 
 @dataclass
 class DiffusionBlocksTrainingArguments(TrainingArguments):
@@ -44,10 +46,35 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
         },
     )
 
+    offload_inactive_blocks: str = field(
+        default="none",
+        metadata={
+            "help": "Where blocks wait while others train: 'none' keeps all on the device; 'cpu' keeps parameters and "
+            "optimizer state of inactive blocks in host memory, and copies the next block while one trains.",
+            "choices": list(OFFLOADS),
+        },
+    )
+    block_switch_interval: int = field(
+        default=1, metadata={"help": "Optimizer steps that a block keeps its turn (block_schedule='random')."}
+    )
+    block_parallel: bool = field(
+        default=False,
+        metadata={
+            "help": "With several processes: train different blocks at a time, each in its own processes. Default: all "
+            "processes train the same block, on different rows."
+        },
+    )
+
     def __post_init__(self):
         super().__post_init__()
         if self.block_schedule not in ORDERS:
             raise ValueError(f"block_schedule={self.block_schedule!r} must be one of {', '.join(map(repr, ORDERS))}")
+        if self.offload_inactive_blocks not in OFFLOADS:
+            raise ValueError(
+                f"offload_inactive_blocks={self.offload_inactive_blocks!r} must be one of {', '.join(map(repr, OFFLOADS))}"
+            )
+        if self.block_switch_interval < 1:
+            raise ValueError(f"block_switch_interval={self.block_switch_interval} must be at least 1")
         if self.updates_per_block is not None:
             if self.updates_per_block < 1:
                 raise ValueError(f"updates_per_block={self.updates_per_block} must be at least 1")
@@ -56,6 +83,3 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
                     f"updates_per_block={self.updates_per_block} and max_steps={self.max_steps} both say how long to "
                     "train: set one"
                 )
-        if self.ddp_find_unused_parameters is None:
-            # Inactive blocks get no gradient; the Trainer would turn this off under gradient checkpointing.
-            self.ddp_find_unused_parameters = True

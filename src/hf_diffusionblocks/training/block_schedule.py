@@ -14,18 +14,20 @@ class BlockSchedule:
     """Block of every step of a run.
 
     Args:
-        order: "random": every round of steps is a fresh random order of the blocks, so each step's block is uniformly
-            random and all blocks get equally many updates. "sequential": all updates of the first block, then of the
-            next. Where the number of blocks does not divide the steps, some get one update more.
+        order: "random": the blocks take turns of `switch_interval` steps, every round of turns in a fresh random order, so
+            each step's block is uniformly random and all blocks get equally many updates. "sequential": all updates of the
+            first block, then of the next. Where the run ends within a round, some blocks get fewer updates than others.
         blocks: those that are trained, ascending.
         total_steps: optimizer steps of the whole run.
         seed: of the random order.
+        switch_interval: steps of a turn.
     """
 
-    def __init__(self, order: str, blocks: Sequence[int], total_steps: int, seed: int):
+    def __init__(self, order: str, blocks: Sequence[int], total_steps: int, seed: int, switch_interval: int = 1):
         self.order, self.blocks, self.total_steps, self.seed = order, list(blocks), total_steps, seed
+        self.switch_interval = switch_interval
         #: updates of the block that gets most of them
-        self.updates_per_block = math.ceil(total_steps / len(blocks))
+        self.updates_per_block = max(self.updates_before(total_steps, block) for block in self.blocks)
 
     def _round(self, index: int) -> list[int]:
         return np.random.default_rng([self.seed, index]).permutation(self.blocks).tolist()
@@ -34,7 +36,21 @@ class BlockSchedule:
         """The block that optimizer step `step` (from 0) trains."""
         if self.order == "sequential":
             return self.blocks[step * len(self.blocks) // self.total_steps]
-        return self._round(step // len(self.blocks))[step % len(self.blocks)]
+        index, place = divmod(step // self.switch_interval, len(self.blocks))
+        return self._round(index)[place]
+
+    def next_block(self, step: int) -> int | None:
+        """The block after the one that `step` trains; None if no other follows."""
+        current = self.block_at(step)
+        blocks = (self.block_at(later) for later in range(step + 1, min(self.total_steps, self._end_of_turn(step) + 1)))
+        return next((block for block in blocks if block != current), None)
+
+    def _end_of_turn(self, step: int) -> int:
+        """The first step of the turn after."""
+        if self.order == "sequential":
+            place = step * len(self.blocks) // self.total_steps
+            return math.ceil((place + 1) * self.total_steps / len(self.blocks))
+        return (step // self.switch_interval + 1) * self.switch_interval
 
     def updates_before(self, step: int, block_index: int) -> int:
         """How many of the steps before `step` trained this block."""
@@ -44,5 +60,6 @@ class BlockSchedule:
             place = self.blocks.index(block_index)
             first, end = (math.ceil(k * self.total_steps / len(self.blocks)) for k in (place, place + 1))
             return min(max(step, first), end) - first
-        rounds, within = divmod(step, len(self.blocks))
-        return rounds + (block_index in self._round(rounds)[:within])
+        rounds, within = divmod(step, len(self.blocks) * self.switch_interval)
+        turn = self._round(rounds).index(block_index) * self.switch_interval
+        return rounds * self.switch_interval + min(max(within - turn, 0), self.switch_interval)

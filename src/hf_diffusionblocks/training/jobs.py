@@ -7,11 +7,14 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset
+from transformers import Trainer
 
 from ..features import column_of
 from ..models import DiffusionBlocksPreTrainedModel
 from ..models.partial import checked_blocks
 from .arguments import DiffusionBlocksTrainingArguments
+from .parallel import Layout
 
 
 def blocks_to_train(
@@ -53,6 +56,60 @@ def cached_column(blocks: Sequence[int], columns: Sequence[str]) -> str | None:
     """The column of the data that holds what enters the block of a one-block job, if there is one."""
     column = column_of(blocks[0])
     return column if len(blocks) == 1 and column in columns else None
+
+
+def check_processes(trainer: Trainer, layout: Layout) -> None:
+    """Refuse what cannot work in several processes.
+
+    Raises:
+        ValueError: names what cannot be combined, and why.
+    """
+    args, model = trainer.args, trainer.model
+    if trainer.is_deepspeed_enabled:
+        raise ValueError("DeepSpeed is not supported: use FSDP2, for a job that trains one block")
+    if trainer.is_fsdp_enabled:
+        _check_sharding(trainer)
+    if layout.num_lanes > 1 and args.fp16 and args.train_shared and not model.per_block:
+        raise ValueError(
+            "fp16=True cannot be combined with block_parallel=True and common trained parameters: each block would scale "
+            "its loss, and their gradients with it, by itself. bf16=True needs no scale"
+        )
+    if layout.num_lanes > 1 and isinstance(trainer.train_dataset, IterableDataset):
+        raise ValueError(
+            f"train_dataset={type(trainer.train_dataset).__name__} must have a length with block_parallel=True: "
+            "Accelerate would deal its rows out to all processes, not to those of one block"
+        )
+
+
+def _check_sharding(trainer: Trainer) -> None:
+    args, model, plugin = trainer.args, trainer.model, trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"fsdp_version={plugin.fsdp_version} must be 2")
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError("fsdp_cpu_ram_efficient_loading=True must be False: it cannot load saved buffers (fixed targets)")
+    if len(trainer.train_blocks) > 1 or args.block_parallel:
+        raise ValueError(
+            f"FSDP with train_blocks={trainer.train_blocks} and block_parallel={args.block_parallel}: it shards a job that "
+            "trains one block, too large for one device. Load and train one block: resident_blocks=[k]"
+        )
+    if not model.can_generate():
+        raise ValueError(f"FSDP with model_type={model.config.source_config.model_type!r}: Accelerate shards text models only")
+    if model.config.source_config.tie_word_embeddings and not model.per_block:
+        raise ValueError(
+            "FSDP with embeddings tied to the head: Accelerate shards them apart. Give each block its own with "
+            "shared='per_block'"
+        )
+    if model.joint:
+        raise ValueError(
+            "FSDP with denoiser='joint': its streams call parts of the attention module, which FSDP gathers as a whole"
+        )
+    if args.offload_inactive_blocks != "none":
+        raise ValueError(
+            f"FSDP with offload_inactive_blocks={args.offload_inactive_blocks!r}: sharded parameters stay where they are"
+        )
+    # A layer is run through its parts, so these are what FSDP gathers as they are called.
+    layer = model.layer(model.block_layers(trainer.train_blocks[0])[0])
+    plugin.transformer_cls_names_to_wrap = [type(part).__name__ for part in layer.children() if any(part.children())]
 
 
 class WithBlockInput:

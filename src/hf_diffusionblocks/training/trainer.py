@@ -8,26 +8,30 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer
 from transformers.optimization import get_scheduler
 from transformers.utils import logging
 
 from .. import cards, checkpoint
+from ..draws import keyed_generators
 from ..memory import SavedActivations, gradient_bytes, optimizer_state_bytes
 from ..models import DiffusionBlocksForCausalLM, DiffusionBlocksPreTrainedModel
+from ..models.residence import BlockResidence
 from .arguments import DiffusionBlocksTrainingArguments
+from .atomic import AtomicCheckpoints
 from .block_schedule import BlockSchedule
-from .jobs import WithBlockInput, blocks_to_train, cached_column, only_training
+from .jobs import WithBlockInput, blocks_to_train, cached_column, check_processes, only_training
+from .parallel import Layout, all_states, broadcast
 
 logger = logging.get_logger(__name__)
 
 
-class DiffusionBlocksTrainer(Trainer):
+class DiffusionBlocksTrainer(AtomicCheckpoints):
     """Trains a DiffusionBlocks model; used as [`~transformers.Trainer`] is.
 
-    Each optimizer step trains one block, the same for all its micro-batches and on all ranks. Only that block's
-    parameters and the shared ones have gradients and move. Noise is keyed by seed, step, micro-batch and rank: a
-    resumed run repeats the uninterrupted one.
+    Each optimizer step trains one block, the same for all its micro-batches and, without `block_parallel`, on all ranks.
+    Only that block's parameters and the shared ones have gradients and move. Noise is keyed by seed, step and the row's
+    number in the step's batch: a resumed run repeats the uninterrupted one, and neither several processes nor gradient
+    accumulation change what a row meets.
 
     Args:
         model: from [`convert`] or `from_pretrained`.
@@ -37,7 +41,8 @@ class DiffusionBlocksTrainer(Trainer):
     Raises:
         TypeError: model or args are of another class.
         ValueError: one process sees several devices, the noise is not fitted yet, `lr_scheduler_type` is not a
-            function of the step, or `train_blocks` asks for what one job cannot do alone.
+            function of the step, `train_blocks` asks for what one job cannot do alone, or processes, offload and
+            formulation do not go together.
     """
 
     args: DiffusionBlocksTrainingArguments
@@ -60,15 +65,22 @@ class DiffusionBlocksTrainer(Trainer):
         columns = getattr(kwargs.get("train_dataset"), "column_names", None) or ()
         self.train_blocks = blocks_to_train(model, args, columns)
         self._cached_column = cached_column(self.train_blocks, columns)
+        self.layout = Layout(self.train_blocks, args.world_size, args.process_index, args.block_parallel)
         if args.updates_per_block is not None:
             args = copy.copy(args)  # the caller's stay as they are, for another model
-            args.max_steps = args.updates_per_block * len(self.train_blocks)
+            args.max_steps = args.updates_per_block * len(self.layout.blocks)
         super().__init__(model=model, args=args, **kwargs)
+        check_processes(self, self.layout)
+        if model.residence is not None:  # `evaluate` would move the whole model to the device, to prepare it
+            self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         if self._cached_column:
             self.data_collator = WithBlockInput(self.data_collator, self._cached_column)
         self._learning_rate_curve(num_updates=1)  # complain before training
         self.block_schedule: BlockSchedule | None = None  # known once training knows its number of steps
-        self.active_block = self.train_blocks[0]
+        self.active_block = self.layout.blocks[0]
+        self._parameters: dict[int | None, list[torch.nn.Parameter]] = {}  # of each block, and of none; once training
+        self._schedules: list[BlockSchedule] = []  # of all lanes
+        self._stale: set[int] = set()  # blocks that other lanes may have moved since this one saw them
         self._micro_batch = 0
         self._block_losses = torch.zeros(self.num_blocks, 2, device=args.device)  # sum and count since the last log
         self._memory: dict[str, dict[int, int]] = {"activations": {}, "gradients": {}}
@@ -77,16 +89,24 @@ class DiffusionBlocksTrainer(Trainer):
 
     def get_batch_samples(self, *args, **kwargs):
         # The Trainer calls this once for each optimizer step, before its micro-batches.
-        self.active_block = self.block_schedule.block_at(self.state.global_step)
+        step = self.state.global_step
+        self.active_block = self.block_schedule.block_at(step)
         self._micro_batch = 0
+        if self.model.carried:
+            self._exchange_blocks()
+        if self.layout.num_lanes > 1:
+            self._stale |= {schedule.block_at(step) for schedule in self._schedules}
+        if self.model.residence is not None:
+            self.model.residence.activate(self.active_block, self.block_schedule.next_block(step))
         return super().get_batch_samples(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        inputs = {**inputs, "block_index": self.active_block, "generator": self._noise_generator()}
+        num_rows = len(next(value for value in inputs.values() if torch.is_tensor(value)))
+        inputs = {**inputs, "block_index": self.active_block, "generator": self._noise_generators(num_rows)}
         self._micro_batch += 1
-        if self.active_block in self._memory["activations"]:
+        if self.active_block in self._memory["activations"] or self.is_fsdp_enabled:
             return super().compute_loss(model, inputs, *args, **kwargs)
         with SavedActivations(self.model.parameters()) as saved:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
@@ -119,19 +139,85 @@ class DiffusionBlocksTrainer(Trainer):
                 losses.append(self.model(**inputs, block_index=block, sigma=sigma, generator=generator).loss)
         return torch.stack(losses).mean().detach(), None, None
 
-    def _noise_generator(self) -> torch.Generator:
-        key = [self.args.seed, self.state.global_step, self._micro_batch, self.args.process_index]
-        seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-        return torch.Generator().manual_seed(int(seed))
+    def _noise_generators(self, num_rows: int) -> list[torch.Generator]:
+        micro_batch = self._micro_batch * self.layout.num_replicas + self.layout.replica
+        first = micro_batch * self.args.train_batch_size
+        return keyed_generators([self.args.seed, self.state.global_step], range(first, first + num_rows))
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients and self._averages_gradients:
+            self.layout.average_gradients(*self._trained_now())
         if self.active_block not in self._memory["gradients"]:
             self._memory["gradients"][self.active_block] = gradient_bytes(self.model.parameters())
         # `loss` is already divided by the number of micro-batches.
         self._block_losses[self.active_block, 0] += loss
         self._block_losses[self.active_block, 1] += 1 / self.current_gradient_accumulation_steps
         return loss
+
+    # ---- several processes
+
+    @property
+    def _averages_gradients(self) -> bool:
+        return self.args.world_size > 1 and not self.is_fsdp_enabled
+
+    def _trained_now(self) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+        """Parameters of the active block, and those of all blocks."""
+        return self._parameters[self.active_block], self._parameters[None]
+
+    def get_train_dataloader(self):
+        dataloader = super().get_train_dataloader()
+        if self.layout.num_lanes > 1:  # the ranks of a lane share out the rows, not those of all lanes
+            shard = dataloader.batch_sampler
+            shard.num_processes, shard.process_index = self.layout.num_replicas, self.layout.replica
+        return dataloader
+
+    def get_total_train_batch_size(self, args) -> int:
+        return super().get_total_train_batch_size(args) // self.layout.num_lanes
+
+    def _prepare_for_training(self, *args, **kwargs):
+        # A model that "owns placement and gradient reduction" is not wrapped in DDP, nor moved to the device.
+        if not self.is_fsdp_enabled and self.model.residence is None:
+            self._move_model_to_device(self.model, self.args.device)
+        self.is_distributed_loading_by_transformers = not self.is_fsdp_enabled
+        try:
+            return super()._prepare_for_training(*args, **kwargs)
+        finally:
+            self.is_distributed_loading_by_transformers = False
+
+    def _sync_replicated_trainable_parameters(self, model) -> None:
+        if self._averages_gradients:  # as DDP does: all start from rank 0's weights
+            broadcast((*self.model.parameters(), *self.model.buffers()), source=0)
+
+    def _move_model_to_device(self, model, device: torch.device) -> None:
+        if self.args.offload_inactive_blocks == "cpu":
+            model.residence = BlockResidence(model, device)
+        else:
+            super()._move_model_to_device(model, device)
+
+    def _clip_grad_norm(self, model):
+        if self.layout.num_lanes > 1 and self._parameters[None]:
+            return self.layout.clip_gradients(*self._trained_now(), self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
+
+    def _exchange_blocks(self) -> None:
+        """Give every rank the blocks that other lanes have trained."""
+        residence = self.model.residence
+        for block in sorted(self._stale):
+            if residence is not None:
+                residence.use(block)
+            broadcast(self._parameters[block], self.layout.owner(block))
+            if residence is not None:
+                residence.write_back(block)
+        self._stale.clear()
+
+    def evaluate(self, *args, **kwargs):
+        self._exchange_blocks()
+        return super().evaluate(*args, **kwargs)
+
+    def save_model(self, *args, **kwargs) -> None:
+        self._exchange_blocks()
+        super().save_model(*args, **kwargs)
 
     # ---- optimizer and schedule
 
@@ -147,12 +233,19 @@ class DiffusionBlocksTrainer(Trainer):
                     params = [p for p in group["params"] if owner.get(id(p)) == block]
                     groups.append({**group, "params": params, "block": block})
             optimizer.param_groups = [group for group in groups if group["params"]]
+        if self.model.residence is not None:
+            self.model.residence.optimizer = optimizer
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """`lr_scheduler_type` over the updates of one block; each group advances with the updates of its block."""
-        schedule = BlockSchedule(self.args.block_schedule, self.train_blocks, num_training_steps, self.args.seed)
-        self.block_schedule = schedule
+        self._schedules = [
+            BlockSchedule(
+                self.args.block_schedule, blocks, num_training_steps, self.args.seed, self.args.block_switch_interval
+            )
+            for blocks in self.layout.lanes
+        ]
+        self.block_schedule = schedule = self._schedules[self.layout.lane]
         if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
             curve = self._learning_rate_curve(schedule.updates_per_block)
@@ -160,7 +253,9 @@ class DiffusionBlocksTrainer(Trainer):
             def curve_of_block(block):
                 if block is None:  # shared parameters move at every step: the curve spans the whole run
                     return lambda step: curve(step * schedule.updates_per_block // num_training_steps)
-                return lambda step: curve(schedule.updates_before(step, block))
+                # Also of other lanes' blocks: what rank 0 saves holds for all ranks.
+                own = next((each for each in self._schedules if block in each.blocks), schedule)
+                return lambda step: curve(own.updates_before(step, block))
 
             self.lr_scheduler = LambdaLR(
                 optimizer, [curve_of_block(group.get("block")) for group in optimizer.param_groups]
@@ -207,7 +302,22 @@ class DiffusionBlocksTrainer(Trainer):
                 f"{sum(p.numel() for p in self.model.block_parameters(k)):,} parameters"
             )
         with only_training(self.model, self.train_blocks, self.args.train_shared):
-            return super().train(*args, **kwargs)
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            owner = {id(p): block for block in self.train_blocks for p in self.model.block_parameters(block)}
+            self._parameters = {
+                block: [parameter for parameter in trained if owner.get(id(parameter)) == block]
+                for block in (None, *self.train_blocks)
+            }
+            result = super().train(*args, **kwargs)
+        self._exchange_blocks()
+        if self.model.residence is not None:
+            self.model.residence.activate(None)
+        return result
+
+    def _load_best_model(self) -> None:
+        if self.model.residence is not None:
+            self.model.residence.activate(None)
+        super()._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         if self.state.global_step:
@@ -230,12 +340,11 @@ class DiffusionBlocksTrainer(Trainer):
             "train_examples": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
             "steps": self.state.global_step,
             "updates_per_block": [
-                self.block_schedule.updates_before(self.state.global_step, k) for k in range(self.num_blocks)
-            ]
-            if self.block_schedule
-            else None,
+                sum(schedule.updates_before(self.state.global_step, k) for schedule in self._schedules)
+                for k in range(self.num_blocks)
+            ],
             "block_schedule": self.args.block_schedule,
-            "batch_size": self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            "batch_size": self.get_total_train_batch_size(self.args),
             "learning_rate": self.args.learning_rate,
             "seed": self.args.seed,
             "results": {
@@ -251,6 +360,20 @@ class DiffusionBlocksTrainer(Trainer):
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
             cards.write(self.model, folder, keep_from=folder)
+
+    # ---- checkpoints
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.layout.num_lanes == 1:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        with all_states(self.optimizer, self._parameters, self.layout):  # one file, as if one process had trained all
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for block in set(self.train_blocks) - set(self.layout.blocks):
+            for parameter in self._parameters[block]:
+                self.optimizer.state.pop(parameter, None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         checkpoint.finish_interrupted_save(Path(resume_from_checkpoint))

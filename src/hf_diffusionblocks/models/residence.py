@@ -1,0 +1,138 @@
+"""Inactive blocks in host memory: what is on the device while blocks take turns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from .base import DiffusionBlocksPreTrainedModel
+
+
+class BlockResidence:
+    """Keeps blocks in host memory, and copies to the device what is needed there, and no more.
+
+    That is the active block with its optimizer state; the next one, copied ahead while the active one trains; and of
+    other blocks that run forward (earlier ones of carried context, all of them in evaluation) one at a time, its
+    parameters alone. What no block owns stays on the device.
+
+    The copy is a copy even where "the device" is the CPU, which is what makes this testable without another.
+
+    Args:
+        model: whose blocks; its parameters move at once.
+        device: where blocks run.
+    """
+
+    def __init__(self, model: DiffusionBlocksPreTrainedModel, device: torch.device):
+        self.device = device
+        self.optimizer: torch.optim.Optimizer | None = None  #: whose state moves with a block
+        self._parameters = {block: model.block_parameters(block) for block in model.resident_blocks}
+        self._stream = torch.Stream(device) if device.type != "cpu" else None
+        self._active: int | None = None
+        self._next: int | None = None
+        self._on_device: set[int] = set()
+        self._with_state: set[int] = set()
+        # The host's own tensors of what is on the device.
+        self._host: dict[nn.Parameter, torch.Tensor] = {}
+        self._host_states: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
+        for parameter in model.shared_parameters():
+            parameter.data = parameter.data.to(device)
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(device)
+        for parameter in self._block_parameters():
+            parameter.data = self._pinned(parameter.data.cpu())
+
+    def activate(self, block: int | None, following: int | None = None) -> None:
+        """Make a block the one that trains (None: none does), and start to copy the one that follows."""
+        self._wait()
+        for other in self._on_device - {block}:
+            self._evict(other)
+        self._active, self._next = block, following
+        for wanted, ahead in ((block, False), (following, True)):
+            if wanted is not None:
+                self._load(wanted, ahead, state=True)
+
+    def use(self, block: int) -> None:
+        """Have a block's parameters on the device, for a forward pass."""
+        if block in self._on_device:
+            if block == self._next:
+                self._wait()
+            return
+        for other in self._on_device - {self._active, self._next}:
+            self._evict(other)
+        self._load(block, ahead=False, state=False)
+
+    def write_back(self, block: int) -> None:
+        """Copy a block's parameters, which another than training has changed, to the host."""
+        for parameter in self._parameters[block]:
+            self._host[parameter].copy_(parameter.data)
+
+    def bytes_on_device(self) -> dict[str, int]:
+        """What blocks have there now: "parameters" and "optimizer"."""
+        states = (self._states(parameter) for block in self._with_state for parameter in self._parameters[block])
+        return {
+            "parameters": sum(p.nbytes for block in self._on_device for p in self._parameters[block]),
+            "optimizer": sum(value.nbytes for state in states for value in state.values()),
+        }
+
+    # ---- moving
+
+    def _load(self, block: int, ahead: bool, state: bool) -> None:
+        with self._stream if ahead and self._stream is not None else nullcontext():
+            for parameter in self._parameters[block]:
+                if block not in self._on_device:
+                    self._host[parameter] = parameter.data
+                    parameter.data = self._copy(parameter.data)
+                if state and block not in self._with_state:
+                    self._host_states[parameter] = self._states(parameter)
+                    for name, value in self._states(parameter).items():
+                        self.optimizer.state[parameter][name] = self._copy(value)
+        self._on_device.add(block)
+        if state:
+            self._with_state.add(block)
+
+    def _evict(self, block: int) -> None:
+        changed = block == self._active
+        for parameter in self._parameters[block]:
+            host = self._host.pop(parameter)
+            parameter.data = host.copy_(parameter.data) if changed else host
+            if block not in self._with_state:
+                continue
+            host_states = self._host_states.pop(parameter)
+            for name, value in self._states(parameter).items():
+                if name not in host_states:  # the block's first update has made it
+                    host_states[name] = self._pinned(torch.empty_like(value, device="cpu"))
+                host = host_states[name]
+                self.optimizer.state[parameter][name] = host.copy_(value) if changed else host
+        self._on_device.remove(block)
+        self._with_state.discard(block)
+
+    def _states(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        """What the optimizer keeps of a parameter and wants beside it. (Counts of steps stay on the host, mostly.)"""
+        state = {} if self.optimizer is None else self.optimizer.state.get(parameter, {})
+        counts_too = self.optimizer is not None and any(
+            group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups
+        )
+        return {name: value for name, value in state.items() if torch.is_tensor(value) and (value.dim() or counts_too)}
+
+    def _copy(self, host: torch.Tensor) -> torch.Tensor:
+        return host.to(self.device, non_blocking=True, copy=True)
+
+    def _pinned(self, host: torch.Tensor) -> torch.Tensor:
+        return host.pin_memory() if self.device.type == "cuda" else host
+
+    def _wait(self) -> None:
+        """Until what was copied ahead is there."""
+        if self._stream is not None:
+            current = torch.accelerator.current_stream(self.device)
+            current.wait_stream(self._stream)
+            for parameter in self._parameters[self._next] if self._next is not None else ():
+                for tensor in (parameter.data, *self._states(parameter).values()):
+                    tensor.record_stream(current)
+
+    def _block_parameters(self) -> Iterable[nn.Parameter]:
+        return (parameter for parameters in self._parameters.values() for parameter in parameters)

@@ -1,0 +1,184 @@
+"""What test_processes.py runs, in one process and under `accelerate launch` in several.
+
+    accelerate launch ... process_scenarios.py OUTPUT NAME...
+    accelerate launch ... process_scenarios.py OUTPUT --saving NAME
+    accelerate launch --use_fsdp ... process_scenarios.py OUTPUT --sharded FAMILY...
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import DistributedType, PartialState
+from datasets import Dataset
+from transformers import GPT2Config, LlamaConfig, ViTConfig
+from transformers.trainer_utils import get_last_checkpoint
+
+import hf_diffusionblocks as db
+from hf_diffusionblocks.training import parallel
+
+torch.set_num_threads(1)
+
+GPT2 = GPT2Config(
+    n_layer=4, n_embd=32, n_head=2, vocab_size=64, n_positions=16, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0,
+    embd_pdrop=0.0, attn_pdrop=0.0,
+)  # fmt: skip
+VIT = ViTConfig(
+    num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, image_size=8, patch_size=4,
+    num_channels=1, num_labels=5,
+)  # fmt: skip
+LLAMA = LlamaConfig(
+    num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=64,
+    max_position_embeddings=16,
+)  # fmt: skip
+INDEPENDENT = {"denoiser": "factorized", "shared": "per_block"}
+CARRIED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 0.5}
+PLAIN_SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.5}  # AdamW makes signs of what is nearly nothing
+
+#: Name -> number of processes, source, fields of `convert`, training arguments
+SCENARIOS: dict[str, tuple[int, object, dict, dict]] = {
+    "data parallel, text": (2, GPT2, CARRIED, PLAIN_SGD),
+    "data parallel, joint text": (2, GPT2, {"context": "carried"}, PLAIN_SGD),
+    "data parallel, images": (2, VIT, {}, PLAIN_SGD),
+    "data parallel, accumulated": (2, GPT2, CARRIED, {**PLAIN_SGD, "gradient_accumulation_steps": 2}),
+    "data parallel of four": (4, GPT2, CARRIED, PLAIN_SGD),
+    "blocks, own shared": (2, GPT2, INDEPENDENT, {"block_parallel": True}),
+    "blocks, own shared, images": (2, VIT, {"shared": "per_block"}, {"block_parallel": True}),
+    "blocks, frozen shared": (2, GPT2, {"denoiser": "factorized"}, {"block_parallel": True, "train_shared": False}),
+    "blocks of four": (4, GPT2, INDEPENDENT, {**PLAIN_SGD, "block_parallel": True}),
+    "blocks, trained shared": (2, GPT2, {"denoiser": "factorized"}, {**PLAIN_SGD, "block_parallel": True}),
+    "blocks, carried": (2, GPT2, CARRIED, {**PLAIN_SGD, "block_parallel": True}),
+    "blocks, carried, offloaded": (
+        2, GPT2, CARRIED, {**PLAIN_SGD, "block_parallel": True, "offload_inactive_blocks": "cpu"}
+    ),
+    "two blocks a process": (2, GPT2, {**INDEPENDENT, "num_blocks": 4}, {"block_parallel": True, "max_steps": 8}),
+}  # fmt: skip
+#: Those that are also stopped after 2 steps and resumed
+RESUMED = ("data parallel, text", "blocks, own shared", "blocks, carried, offloaded")
+STEPS, BATCH = 4, 2
+
+
+def rows(source) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    if source is VIT:
+        images = torch.randn(64, 1, 8, 8, generator=generator)
+        return Dataset.from_dict({"pixel_values": images.tolist(), "labels": [k % 5 for k in range(64)]}).with_format("torch")
+    tokens = torch.randint(64, (64, 12), generator=generator)
+    labels = tokens.masked_fill(torch.rand(64, 12, generator=generator) < 0.2, -100)
+    return Dataset.from_dict({"input_ids": tokens.tolist(), "labels": labels.tolist()}).with_format("torch")
+
+
+def made(source, fields: dict, resident_blocks=None):
+    torch.manual_seed(0)
+    return db.convert(source, resident_blocks=resident_blocks, **{"num_blocks": 2, **fields})
+
+
+def arguments_of(folder: Path, arguments: dict, batch: int = BATCH) -> db.DiffusionBlocksTrainingArguments:
+    arguments = {"max_steps": STEPS, "learning_rate": 1e-2, "save_strategy": "no", **arguments}
+    return db.DiffusionBlocksTrainingArguments(
+        str(folder), per_device_train_batch_size=batch, use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=1,
+        dataloader_pin_memory=False, **arguments,
+    )  # fmt: skip
+
+
+def trainer_of(model, source, folder: Path, arguments: dict, batch: int = BATCH) -> db.DiffusionBlocksTrainer:
+    args = arguments_of(folder, arguments, batch)
+    return db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=rows(source), eval_dataset=rows(source))
+
+
+class CountedCalls:
+    """Counts what the processes tell one another about blocks."""
+
+    def __init__(self):
+        self.count = 0
+        for name in ("all_reduce", "broadcast"):
+            setattr(self, name, self._counting(getattr(dist, name)))
+
+    def _counting(self, call):
+        def counted(*args, **kwargs):
+            self.count += 1
+            return call(*args, **kwargs)
+
+        return counted
+
+    def __getattr__(self, name):
+        return getattr(dist, name)
+
+
+def run(name: str, output: Path) -> None:
+    _, source, fields, arguments = SCENARIOS[name]
+    rank = int(os.environ["RANK"])
+    model = made(source, fields)
+    if rank > 0:
+        with torch.no_grad():
+            next(model.parameters()).add_(1.0)  # all are to start from rank 0's
+    trainer = trainer_of(model, source, output / name, arguments)
+    parallel.dist = CountedCalls()
+    trainer.train()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.save(
+        {"state": state, "calls": parallel.dist.count, "loss": trainer.evaluate()["eval_loss"], "log": trainer.state.log_history},
+        output / f"{name}.{rank}.pt",
+    )  # fmt: skip
+    trainer.save_model()
+    if name in RESUMED:
+        saving = {**arguments, "save_strategy": "steps", "save_steps": 2}
+        trainer_of(made(source, fields), source, output / f"{name}-saved", saving).train()
+        again = trainer_of(made(source, fields), source, output / f"{name}-saved", saving)
+        again.train(resume_from_checkpoint=str(output / f"{name}-saved" / "checkpoint-2"))
+        torch.save(again.model.state_dict(), output / f"{name}.resumed.{rank}.pt")
+
+
+def run_saving(name: str, output: Path) -> None:
+    """Save at every step, starting from the last checkpoint there is."""
+    _, source, fields, arguments = SCENARIOS[name]
+    folder = output / f"{name}-killed"
+    trainer = trainer_of(made(source, fields), source, folder, {**arguments, "save_strategy": "steps", "save_steps": 1})
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    torch.save(trainer.model.state_dict(), output / f"{name}.killed.{os.environ['RANK']}.pt")
+
+
+#: Family -> source, fields of `convert`, the block
+SHARDED = {
+    "gpt2-own-0": (GPT2, INDEPENDENT, 0),
+    "gpt2-own-1": (GPT2, INDEPENDENT, 1),
+    "llama": (LLAMA, {"denoiser": "factorized"}, 1),
+}
+SHARDED_JOB = {"train_shared": False, "optim": "adamw_torch", "adam_epsilon": 1e-3, "save_strategy": "steps", "save_steps": 2}
+
+
+def run_sharded(family: str, output: Path) -> None:
+    """A job that trains one block, sharded; then resumed from half-way."""
+    source, fields, block = SHARDED[family]
+
+    def trainer() -> db.DiffusionBlocksTrainer:
+        arguments = arguments_of(output / family, {**SHARDED_JOB})
+        # Accelerate has FSDP on accelerators only.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        return db.DiffusionBlocksTrainer(made(source, fields, [block]), arguments, train_dataset=rows(source))
+
+    first = trainer()
+    first.train()
+    held = sum(p.to_local().nbytes for p in first.model.parameters())
+    whole = sum(p.numel() * p.element_size() for p in first.model.parameters())
+    first.save_model(str(output / family / "final"))
+    again = trainer()
+    again.train(resume_from_checkpoint=str(output / family / "checkpoint-2"))
+    again.save_model(str(output / family / "resumed"))
+    torch.save({"held": held, "whole": whole}, output / f"{family}.{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    output, *names = sys.argv[1:]
+    if names[0] == "--saving":
+        run_saving(names[1], Path(output))
+    elif names[0] == "--sharded":
+        for family in names[1:]:
+            run_sharded(family, Path(output))
+    else:
+        for scenario in names:
+            run(scenario, Path(output))

@@ -1,0 +1,156 @@
+"""Inactive blocks in host memory: the same training, in fewer bytes. "The device" is the CPU: copies are copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from process_scenarios import GPT2, LLAMA, VIT, made, trainer_of
+from transformers import TrainerCallback
+
+import hf_diffusionblocks as db
+
+B, STEPS = 4, 10
+CARRIED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 0.5}
+CASES = {
+    "gpt2-carried": (GPT2, CARRIED),
+    "gpt2-carried-own": (GPT2, {**CARRIED, "shared": "per_block"}),
+    "gpt2-carried-head": (GPT2, {**CARRIED, "readout_layers": 1}),
+    "llama-independent-own": (LLAMA, {"denoiser": "factorized", "shared": "per_block"}),
+    "gpt2-joint-own": (GPT2, {"shared": "per_block"}),
+    "gpt2-joint-carried": (GPT2, {"context": "carried", "readout": "posterior"}),
+    "vit-joint-own": (VIT, {"shared": "per_block"}),
+    "vit-carried": (VIT, CARRIED),
+}
+
+
+class Watch(TrainerCallback):
+    """Notes what blocks have on the device as each step's gradients are there."""
+
+    def __init__(self, look: Callable):
+        self.look, self.seen = look, []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.seen.append(self.look())
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+def trained(case, folder, **arguments) -> db.DiffusionBlocksTrainer:
+    source, fields = case
+    arguments = {"max_steps": STEPS, "weight_decay": 0.1, **arguments}
+    trainer = trainer_of(made(source, {"num_blocks": B, **fields}), source, folder, arguments)
+    trainer.train()
+    return trainer
+
+
+def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    states = one.state_dict(), other.state_dict()
+    return all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+
+
+@pytest.mark.parametrize("order", [{"block_switch_interval": 2}, {"block_schedule": "sequential"}], ids=str)
+def test_training_is_the_same_bit_for_bit(case, tmp_path, order):
+    expected = trained(case, tmp_path / "kept", **order)
+    actual = trained(case, tmp_path / "moved", offload_inactive_blocks="cpu", **order)
+    assert same(expected.model, actual.model)
+    assert actual.evaluate()["eval_loss"] == expected.evaluate()["eval_loss"]
+
+
+@pytest.mark.parametrize("case", ["gpt2-carried", "vit-joint-own"], indirect=False)
+def test_evaluation_between_steps_changes_nothing(case, tmp_path):
+    expected = trained(CASES[case], tmp_path / "kept")
+    actual = trained(
+        CASES[case], tmp_path / "moved", offload_inactive_blocks="cpu", eval_strategy="steps", eval_steps=3
+    )
+    assert same(expected.model, actual.model)
+
+
+def test_what_is_on_the_device(case, tmp_path):
+    """At most the active block, the next one, and (carried context) one that runs forward; state of the first two."""
+    source, fields = case
+    model = made(source, {"num_blocks": B, **fields})
+    trainer = trainer_of(model, source, tmp_path, {"max_steps": 3 * B, "offload_inactive_blocks": "cpu"})
+    residence = model.residence
+    assert residence.bytes_on_device() == {"parameters": 0, "optimizer": 0}
+    sizes = [sum(p.nbytes for p in model.block_parameters(block)) for block in range(B)]
+    watch = Watch(
+        lambda: (trainer.active_block, trainer.block_schedule.next_block(trainer.state.global_step), residence.bytes_on_device())
+    )
+    trainer.add_callback(watch)
+    trainer.train()
+    carries = fields.get("context") == "carried"
+    for step, (active, following, held) in enumerate(watch.seen):
+        needed = sizes[active] + (0 if following is None else sizes[following])
+        others = [sizes[block] for block in range(active) if carries and block != following]
+        assert held["parameters"] in {needed, *(needed + size for size in others)}
+        assert held["optimizer"] <= 2 * needed + 1000  # and a count of steps each
+        if step >= 2 * B:  # every block has been updated
+            assert held["optimizer"] >= 2 * needed
+    assert residence.bytes_on_device() == {"parameters": 0, "optimizer": 0}
+
+
+def test_the_other_way_round_all_blocks_would_be_there(tmp_path):
+    """The control: bytes are counted where they are."""
+    model = made(GPT2, {"num_blocks": B, **CARRIED})
+    trainer = trainer_of(model, GPT2, tmp_path, {"offload_inactive_blocks": "cpu"})
+    for block in range(B):
+        model.residence.use(block)
+        held = model.residence.bytes_on_device()["parameters"]
+        assert held == sum(p.nbytes for p in model.block_parameters(block))
+    assert trainer.model is model
+
+
+def test_resumed_is_the_uninterrupted_run(case, tmp_path):
+    arguments = {"offload_inactive_blocks": "cpu", "save_strategy": "steps", "save_steps": 5}
+    expected = trained(case, tmp_path, **arguments)
+    source, fields = case
+    resumed = trainer_of(
+        made(source, {"num_blocks": B, **fields}), source, tmp_path, {**arguments, "max_steps": STEPS, "weight_decay": 0.1}
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert same(expected.model, resumed.model)
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path):
+    arguments = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3, "max_steps": 9}
+    trainer = trained(
+        CASES["gpt2-carried"], tmp_path, offload_inactive_blocks="cpu", load_best_model_at_end=True, **arguments
+    )
+    best = min(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(best, abs=1e-6)
+
+
+def test_an_offloaded_model_is_saved_whole(tmp_path):
+    trainer = trained(CASES["gpt2-carried"], tmp_path, offload_inactive_blocks="cpu")
+    trainer.save_model()
+    assert same(db.DiffusionBlocksForCausalLM.from_pretrained(tmp_path), trainer.model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"gradient_checkpointing": True}, {"bf16": True}, {"gradient_accumulation_steps": 2}, {"max_grad_norm": 0.1}],
+    ids=str,
+)
+def test_it_combines(options, tmp_path):
+    expected = trained(CASES["gpt2-carried"], tmp_path / "kept", **options)
+    actual = trained(CASES["gpt2-carried"], tmp_path / "moved", offload_inactive_blocks="cpu", **options)
+    assert same(expected.model, actual.model)
+
+
+def test_a_job_around_predecessors_offloads_them(tmp_path):
+    fields = {"num_blocks": B, **CARRIED}
+    whole, moved = made(GPT2, fields), made(GPT2, fields)
+    job = {"train_blocks": [3], "train_shared": False}
+    trainer_of(whole, GPT2, tmp_path, job).train()
+    trainer = trainer_of(moved, GPT2, tmp_path, {**job, "offload_inactive_blocks": "cpu"})
+    watch = Watch(lambda: moved.residence.bytes_on_device()["parameters"])
+    trainer.add_callback(watch)
+    trainer.train()
+    assert same(whole, moved)
+    size = sum(p.nbytes for p in moved.block_parameters(0))
+    assert set(watch.seen) == {2 * size}  # blocks are of one size: the trained one, and the last that ran
