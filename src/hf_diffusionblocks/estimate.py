@@ -149,7 +149,7 @@ def _followed(way: Way, workload: Workload) -> Ledger:
 def _smallest(way: Way, workload: Workload, budget: int) -> int | None:
     """The smallest B with which a way fits a budget. More blocks never hold more: the largest has no more layers."""
     layers = workload.config.num_hidden_layers
-    # Only where the largest block loses a layer does anything change.
+    # Of the numbers with the same largest block, the smallest.
     numbers = sorted({-(-layers // size) for size in range(1, layers + 1)}) if way.fields else [1]
     if way.fields:
         way = replace(way, fields={**way.fields, "layers_per_block": None})

@@ -14,6 +14,7 @@ from .memory import state_tensors
 
 #: What the bytes of a training step are, in the order in which tables list them.
 PARTS = ("shared", "blocks", "adaln", "gradients", "optimizer", "activations", "logits", "rest")
+AWAY = "away"  # in host memory: none of them
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class StepMemory(TorchDispatchMode):
         for event in self._events:
             number = event if event >= 0 else ~event
             kind, size = self._kinds[number], self._sizes[number]
-            if kind == "optimizer":  # counted at the end, in full
+            if kind in ("optimizer", AWAY):  # the optimizer's state is counted at the end, in full
                 continue
             change = size if event >= 0 else -size
             live[kind] += change
@@ -154,9 +155,9 @@ class StepMemory(TorchDispatchMode):
 
     def _label(self) -> None:
         """Note what the storages of the model and the optimizer are, now."""
+        away = self._away()[0]
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
-            if tensor not in self._away()[0]:
-                self._note(tensor, part_of_parameter(name, self._layers))
+            self._note(tensor, AWAY if tensor in away else part_of_parameter(name, self._layers))
             if tensor.grad is not None:
                 self._note(tensor.grad, "gradients")
         for tensor in state_tensors(self.optimizer, self._away()[1]):

@@ -93,6 +93,10 @@ class Way:
     cached: bool = False
     offload: bool = False
 
+    @property
+    def carried(self) -> bool:
+        return self.fields is not None and self.fields.get("context") == "carried"
+
 
 class Step(NamedTuple):
     """A step of training, up to its loss."""
@@ -183,23 +187,32 @@ def _steps_in_turn(way: Way, workload: Workload, blocks: list[int], fake_mode) -
         if way.offload:
             following = (block + 1) % workload.num_blocks
             model.residence.activate(block, following if following != block else None)
-        yield Step(model, optimizer, lambda block=block: model(**batch, block_index=block).loss)
+        entering = {}
+        if fake_mode is not None and way.carried and block:
+            entering = _entering(workload, fake_mode)
+            model.use_block(block - 1)
+        yield Step(model, optimizer, lambda: model(**batch, **entering, block_index=block).loss)
 
 
 def _job_step(way: Way, workload: Workload, block: int, fake_mode) -> Iterator[Step]:
-    earlier = way.fields.get("context") == "carried" and not way.cached
-    resident = list(range(block + 1)) if earlier else [block]
+    resident = list(range(block + 1)) if way.carried and not way.cached else [block]
     model = _built(
         lambda: convert(workload.config, workload.num_blocks, resident_blocks=resident, **way.fields),
         workload.dtype,
         fake_mode,
     )
     batch = workload.batch()
-    if way.cached and block:
-        with fake_mode or nullcontext():
-            batch["block_input"] = workload.hidden()
+    if way.carried and block and (way.cached or fake_mode is not None):
+        batch |= _entering(workload, fake_mode)
     with only_training(model, [block], way.train_shared):
         yield Step(model, _optimizer(model), lambda: model(**batch, block_index=block).loss)
+
+
+def _entering(workload: Workload, fake_mode: FakeTensorMode | None) -> dict[str, torch.Tensor]:
+    """What enters a block, from a cache. Also where earlier blocks would run, if nothing is to be computed: forward and
+    without gradient, they hold less than what follows."""
+    with fake_mode or nullcontext():
+        return {"block_input": workload.hidden()}
 
 
 def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
