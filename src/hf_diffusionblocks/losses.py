@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 #: A chunk has at most this many logits (32 MiB of float32), and never more than a quarter of the rows.
 CHUNK_LOGITS = 2**23
@@ -79,6 +80,9 @@ class _ChunkedSum(torch.autograd.Function):
         of_hidden, of_parameters = [], [torch.zeros_like(parameter) for parameter in parameters]
         for hidden, *others in _chunks(rows, num_logits):
             hidden = hidden.detach().requires_grad_()
+            if isinstance(hidden, FakeTensor) and len(of_hidden) > 1 and hidden.shape == of_hidden[-1].shape:
+                of_hidden.append(torch.empty_like(hidden))  # `estimate_memory`: it holds what the chunk before held
+                continue
             with torch.enable_grad():
                 loss = loss_of_rows(hidden, *others)
             own, *gradients = torch.autograd.grad(loss, [hidden, *parameters])
