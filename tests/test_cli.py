@@ -116,7 +116,7 @@ def test_version(capsys):
 def test_no_such_verb(args, named, fail):
     status, line = fail(*args)
     assert status == 2
-    assert line == f"diffusionblocks: error: {named}; verbs are convert, train, merge, inspect, card"
+    assert line == f"diffusionblocks: error: {named}; verbs are convert, train, merge, estimate, inspect, card"
 
 
 def test_a_bug_keeps_its_traceback(plain_folder, tmp_path, monkeypatch):

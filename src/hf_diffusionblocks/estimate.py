@@ -51,7 +51,7 @@ class MemoryEstimate:
         last = None
         if self.fitting is not None:
             heading = f"fits {_bytes(self.budget)}"
-            last = (heading, {name: _fits(name, blocks, self.ledgers) for name, blocks in self.fitting.items()})
+            last = (heading, {name: _fits(blocks) for name, blocks in self.fitting.items()})
         return f"{title}\n\n{ledger_table(self.ledgers, last)}"
 
 
@@ -99,7 +99,11 @@ def estimate_memory(
     limit = None if budget is None else parse_bytes(budget)
     ways = ways_to_train(formulations)
     ledgers = {way.name: _followed(way, workload) for way in ways}
-    fitting = None if limit is None else {way.name: _smallest(way, workload, limit) for way in ways}
+    fitting = None
+    if limit is not None:
+        fitting = {way.name: smallest_number_of_blocks(way, workload, limit) for way in ways if way.fields}
+        plain = {way.name: ledgers[way.name].total <= limit for way in ways if not way.fields}
+        fitting = {name: 1 if fits else None for name, fits in plain.items()} | fitting
     return MemoryEstimate(workload, ledgers, limit, fitting)
 
 
@@ -146,13 +150,14 @@ def _followed(way: Way, workload: Workload) -> Ledger:
     return ledger_of(way, workload, FakeTensorMode(allow_non_fake_inputs=True))
 
 
-def _smallest(way: Way, workload: Workload, budget: int) -> int | None:
-    """The smallest B with which a way fits a budget. More blocks never hold more: the largest has no more layers."""
+def smallest_number_of_blocks(way: Way, workload: Workload, budget: int) -> int | None:
+    """The smallest B, of those that cut evenly or nearly so, with which a way fits a budget; None: no B does.
+
+    More blocks never hold more, since the largest has no more layers.
+    """
     layers = workload.config.num_hidden_layers
-    # Of the numbers with the same largest block, the smallest.
-    numbers = sorted({-(-layers // size) for size in range(1, layers + 1)}) if way.fields else [1]
-    if way.fields:
-        way = replace(way, fields={**way.fields, "layers_per_block": None})
+    numbers = sorted({-(-layers // size) for size in range(1, layers + 1)})  # the smallest for each size of the largest
+    way = replace(way, fields={**way.fields, "layers_per_block": None})
     low, high = 0, len(numbers)
     while low < high:
         middle = (low + high) // 2
@@ -163,7 +168,7 @@ def _smallest(way: Way, workload: Workload, budget: int) -> int | None:
     return numbers[low] if low < len(numbers) else None
 
 
-def _fits(name: str, num_blocks: int | None, ledgers: Mapping[str, Ledger]) -> str:
+def _fits(num_blocks: int | None) -> str:
     if num_blocks is None:
         return "no"
     return "yes" if num_blocks == 1 else f"B >= {num_blocks}"
