@@ -95,6 +95,7 @@ def test_help_lists_every_verb_with_a_line(args, capsys):
         ("train", ["TASK", "--accelerate_config", "--config FILE.yaml", "tasks: causal-lm, image-classification"]),
         ("inspect", ["PATH_OR_ID", "--config FILE.yaml", "--json"]),
         ("merge", ["OUT_DIR", "JOB...", "--overwrite"]),
+        ("estimate", ["--model", "--batch_size", "--sequence_length", "--dtype", "autocast", "--budget", "--num_blocks"]),
         ("card", ["FOLDER", "--config FILE.yaml", "--stdout", "--force"]),
     ],
 )

@@ -48,11 +48,10 @@ class MemoryEstimate:
             f"{config.model_type}, {config.num_hidden_layers} layers, B={workload.num_blocks}, {size}, "
             f"{str(workload.dtype).removeprefix('torch.')}, AdamW"
         )
-        last = None
+        columns = {}
         if self.fitting is not None:
-            heading = f"fits {_bytes(self.budget)}"
-            last = (heading, {name: _fits(blocks) for name, blocks in self.fitting.items()})
-        return f"{title}\n\n{ledger_table(self.ledgers, last)}"
+            columns[f"fits {_bytes(self.budget)}"] = {name: _fits(blocks) for name, blocks in self.fitting.items()}
+        return f"{title}\n\n{ledger_table(self.ledgers, columns)}"
 
 
 def estimate_memory(
@@ -179,22 +178,22 @@ def _bytes(size: int) -> str:
     return f"{size // UNITS[unit]} {unit or 'bytes'}"
 
 
-def ledger_table(ledgers: Mapping[str, Ledger], last: tuple[str, Mapping[str, str]] | None = None) -> str:
-    """Markdown: each way's parts at their largest, their sum and the measured peak, and both over the first way's.
+def ledger_table(ledgers: Mapping[str, Ledger], columns: Mapping[str, Mapping[str, str]]) -> str:
+    """Markdown: each way's parts at their largest, their sum and the measured peak, and both over the first way's (end to end).
 
     Args:
-        last: heading and cells of one more column.
+        columns: more of them: heading -> way -> cell.
     """
     base = next(iter(ledgers.values()))
     unit = "GiB" if base.total >= 10 * 2**30 else "MiB"
     parts = [field.name for field in fields(Parts) if field.name != "rest"]
-    header = [unit, *parts, "sum", "over first", "peak", "over first", *([last[0]] if last else [])]
+    header = [unit, *parts, "sum", "over end to end", "peak", "over end to end", *columns]
     rows = [header]
     for name, ledger in ledgers.items():
         sizes = [asdict(ledger.parts)[part] for part in parts]
         summed, peak = ledger.parts.total, ledger.total
         cells = [*map(_in(unit), sizes), _in(unit)(summed), f"{summed / base.parts.total:.2f}x"]
-        cells += [_in(unit)(peak), f"{peak / base.total:.2f}x", *([last[1][name]] if last else [])]
+        cells += [_in(unit)(peak), f"{peak / base.total:.2f}x", *(column[name] for column in columns.values())]
         rows.append([name, *cells])
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -179,10 +179,13 @@ def _plain_step(way: Way, workload: Workload, fake_mode) -> Step:
 def _steps_in_turn(way: Way, workload: Workload, blocks: list[int], fake_mode) -> Iterator[Step]:
     model = _built(lambda: convert(workload.config, workload.num_blocks, **way.fields), workload.dtype, fake_mode)
     optimizer, batch = _optimizer(model), workload.batch()
-    _make_state(optimizer)
     if way.offload:
         model.residence = BlockResidence(model, model.device)
         model.residence.optimizer = optimizer
+    for block in range(workload.num_blocks):  # as if each had been trained
+        if way.offload:
+            model.residence.activate(block)
+        _make_state(optimizer, (*model.block_parameters(block), *model.shared_parameters()))
     for block in blocks:
         if way.offload:
             following = (block + 1) % workload.num_blocks
@@ -219,11 +222,9 @@ def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
 
 
-def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """As if every block had been trained."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+def _make_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
 
