@@ -49,6 +49,9 @@ SCENARIOS: dict[str, tuple[int, object, dict, dict]] = {
     "blocks, own shared": (2, GPT2, INDEPENDENT, {"block_parallel": True}),
     "blocks, own shared, images": (2, VIT, {"shared": "per_block"}, {"block_parallel": True}),
     "blocks, frozen shared": (2, GPT2, {"denoiser": "factorized"}, {"block_parallel": True, "train_shared": False}),
+    "blocks, own shared, bf16 and checkpoints": (
+        2, GPT2, INDEPENDENT, {"block_parallel": True, "bf16": True, "activation_checkpointing": True}
+    ),
     "blocks of four": (4, GPT2, INDEPENDENT, {**PLAIN_SGD, "block_parallel": True}),
     "blocks, trained shared": (2, GPT2, {"denoiser": "factorized"}, {**PLAIN_SGD, "block_parallel": True}),
     "blocks, carried": (2, GPT2, CARRIED, {**PLAIN_SGD, "block_parallel": True}),

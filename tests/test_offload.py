@@ -133,7 +133,11 @@ def test_an_offloaded_model_is_saved_whole(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"gradient_checkpointing": True}, {"bf16": True}, {"gradient_accumulation_steps": 2}, {"max_grad_norm": 0.1}],
+    [
+        {"activation_checkpointing": True}, {"bf16": True}, {"gradient_accumulation_steps": 2}, {"max_grad_norm": 0.1},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        {"activation_checkpointing": True, "bf16": True, "torch_compile": True, "torch_compile_backend": "aot_eager"},
+    ],  # fmt: skip
     ids=str,
 )
 def test_it_combines(options, tmp_path):

@@ -17,6 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
 from transformers import (
@@ -28,6 +29,7 @@ from hf_diffusionblocks.cli import train as train_verb
 from hf_diffusionblocks.recipes import common, train_causal_lm
 
 RECIPE = Path(train_causal_lm.__file__)
+ACCELERATE_CONFIG = RECIPE.parent / "accelerate_configs" / "multi_gpu.yaml"
 LENGTH = 24
 OVERRIDES = {
     "gpt2": "n_layer=2, n_embd=32, n_head=2, n_positions=24",
@@ -208,16 +210,18 @@ def test_a_share_of_the_documents_is_evaluated_on(tmp_path, folder):
     assert metrics["eval_loss"] == pytest.approx(cross_entropy(tmp_path, paragraphs(90, 120)), abs=1e-5)
 
 
-def test_accelerate_launch_with_a_yaml_file(tmp_path, data):
+@pytest.mark.parametrize("block_parallel", [False, True], ids=["rows", "blocks"])
+def test_accelerate_launch_with_yaml_files(tmp_path, data, block_parallel):
     config = tmp_path / "tiny.yaml"
     config.write_text(
         f"config_name: gpt2\nconfig_overrides: >-\n  {OVERRIDES['gpt2']}\nnum_blocks: 2\nvocab_size: 300\n"
         f"sequence_length: {LENGTH}\nupdates_per_block: 9\nper_device_train_batch_size: 4\nlearning_rate: 1.0e-3\n"
     )
-    # Two processes: one tokenizer, one noise schedule. --multi_gpu is torchrun, use_cpu makes it gloo.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    # Two processes: one tokenizer, one noise schedule. The arguments' use_cpu makes it gloo.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE_CONFIG)]
+    launch += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
     options = ["--config", str(config), *data, "--updates_per_block", "3", "--noise_distribution", "information"]
-    options += ["--use_cpu"]
+    options += ["--use_cpu", "--block_parallel", str(block_parallel)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [*launch, str(RECIPE), *options, "--output_dir", str(tmp_path / "out")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -225,10 +229,15 @@ def test_accelerate_launch_with_a_yaml_file(tmp_path, data):
     saved = load(tmp_path / "out")
     assert saved.config.denoiser == "factorized"  # the recipe's default
     assert saved.config.training_report["updates_per_block"] == [3, 3]  # the command line wins
-    assert saved.config.training_report["batch_size"] == 8
+    assert saved.config.training_report["batch_size"] == (4 if block_parallel else 8)
     # Nearly: to fill the last batch of all processes, the Trainer evaluates some sequences twice.
     loss = json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"]
     assert loss == pytest.approx(cross_entropy(tmp_path / "out", paragraphs(120, 150)), abs=1e-3)
+
+
+@pytest.mark.parametrize("path", sorted(ACCELERATE_CONFIG.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_knows_every_field_of_its_files(path):
+    assert load_config_from_file(str(path)).num_processes in (1, 4)
 
 
 def test_the_command_finds_the_recipe():

@@ -47,8 +47,10 @@ def finish_interrupted_save(folder: Path) -> bool:
     complete = folder / COMPLETE
     if not complete.is_dir():
         return False
-    for path in sorted(complete.iterdir()):
-        os.replace(path, folder / path.name)
+    for path in sorted(path for path in complete.rglob("*") if path.is_file()):
+        target = folder / path.relative_to(complete)
+        target.parent.mkdir(exist_ok=True)
+        os.replace(path, target)
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
         # Weights of an older save with other file names: a stale model.safetensors would beat the index.
@@ -56,15 +58,13 @@ def finish_interrupted_save(folder: Path) -> bool:
         for path in folder.glob("model*.safetensors"):
             if path.name not in current:
                 path.unlink()
-    complete.rmdir()
+    shutil.rmtree(complete)
     return True
 
 
 def split_by_block(folder: Path, block_of_parameter: Callable[[str], int | None], num_blocks: int) -> None:
     """Replace the one weights file that HF wrote to `folder` by a file for what is shared and one for each block in it."""
     whole = folder / SAFE_WEIGHTS_NAME
-    if not whole.is_file():
-        return  # a model with PEFT adapters saves those alone
     total = num_blocks + 1
     files = {block: f"model-{number:05}-of-{total:05}.safetensors" for number, block in _numbered(num_blocks)}
     written = {}

@@ -28,6 +28,7 @@ class Backbone(ABC):
     embedding_paths: ClassVar[Sequence[str]]  #: paths of what `embed` uses
     noisy_embedding_paths: ClassVar[Sequence[str]] = ()  #: paths of those of them that noisy tokens need, too
     readout_paths: ClassVar[Sequence[str]]  #: paths of what `read_out` uses
+    lora_targets: ClassVar[Sequence[str]] = ("q_proj", "v_proj")  #: what LoRA adapts in a layer, if not told
 
     def check(self, config: PreTrainedConfig) -> None:
         """Raise ValueError if this config asks for something that cannot be cut into blocks."""

@@ -75,6 +75,7 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
             )
         # `from_pretrained(..., num_labels=...)` and the like reach the outer config only.
         config.source_config.id2label, config.source_config.label2id = config.id2label, config.label2id
+        self._run_layer = self.architecture.run_layer
         self.backbone = self.architecture.plain_class(config.source_config)
         self._no_split_modules = self.backbone._no_split_modules
 
@@ -226,10 +227,18 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention
     ) -> torch.Tensor:
         """One layer, checkpointed where gradient checkpointing is on."""
-        run = partial(self.architecture.run_layer, **attention)
+        run = partial(self._run_layer, **attention)
         if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
             return layer._gradient_checkpointing_func(run, layer, hidden, modulation)
         return run(layer, hidden, modulation)
+
+    def compile_layers(self, **kwargs) -> None:
+        """Have layers compiled as they first run: one graph for all layers of all blocks, since they are alike.
+
+        Args:
+            kwargs: of [`torch.compile`].
+        """
+        self._run_layer = torch.compile(self.architecture.run_layer, **kwargs)
 
     def modulations_at(self, block_index: int, sigma: torch.Tensor | None) -> list[Modulation | None]:
         """What sigma `[N]` (or `[1]`, for the whole batch) does to each layer of a block: nothing if factorized."""
@@ -248,6 +257,29 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
     def carry(self, block_index: int, hidden: torch.Tensor, **attention) -> torch.Tensor:
         """Clean hidden states through one block, as context for the next."""
         return self.run_block(block_index, hidden, self.clean_modulations(block_index), **attention)
+
+    def loss_block_of(self, block_index: int, loss_block: int | None) -> int:
+        """The block that is read out for the loss of another.
+
+        Raises:
+            ValueError: no blocks lie between, or hidden states are not carried on to it.
+        """
+        if loss_block is None or loss_block == block_index:
+            return block_index
+        if self.joint or not self.carried or not block_index <= loss_block < self.num_blocks:
+            raise ValueError(
+                f"loss_block={loss_block} with block_index={block_index} must be this or a later block of "
+                f"{self.num_blocks}, and needs denoiser='factorized' and context='carried' (this model: "
+                f"{self.config.denoiser!r}, {self.config.context!r})"
+            )
+        return loss_block
+
+    def carry_on(self, hidden: torch.Tensor, block_index: int, loss_block: int, **attention) -> torch.Tensor:
+        """Training: what left a block, through those after it up to `loss_block`, with gradient and without dropout."""
+        with without_dropout(self.backbone):
+            for later in range(block_index + 1, loss_block + 1):
+                hidden = self.carry(later, hidden, **attention)
+        return hidden
 
     def block_input(self, block_index: int, inputs: Mapping[str, Any], **attention) -> torch.Tensor:
         """Training: the hidden states that enter a block. Carried ones come without gradient and dropout; or, as
@@ -316,7 +348,8 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         """A copy of the stock HF model inside, with the trained weights: it gives the same logits.
 
         Raises:
-            ValueError: the formulation is not the stock model's function (anything but factorized and carried).
+            ValueError: the formulation is not the stock model's function (anything but factorized and carried), blocks
+                are missing, or adapters are not merged.
         """
         formulation = (self.config.denoiser, self.config.context)
         if formulation != ("factorized", "carried"):
@@ -324,6 +357,10 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
                 f"to_plain() needs denoiser='factorized' and context='carried', this model has "
                 f"denoiser={formulation[0]!r} and context={formulation[1]!r}: no stock model computes its logits"
             )
+        if len(self.resident_blocks) < self.num_blocks:
+            raise ValueError(f"to_plain() needs all {self.num_blocks} blocks: resident_blocks={self.resident_blocks}")
+        if getattr(self, "peft_config", None):
+            raise ValueError(f"to_plain() of a model with adapters ({', '.join(self.peft_config)}): merge_and_unload first")
         plain = self.architecture.plain_class._from_config(self.config.source_config, dtype=self.dtype)
         plain.load_state_dict(self.backbone.state_dict())
         return plain.to(self.device).train(self.training)
@@ -348,8 +385,13 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
             with checkpoint.atomic_save(Path(save_directory)) as staging:
                 # Current parameter names, not HF's older ones: block files and Trainer resume go by them.
                 kwargs |= {"max_shard_size": "1000TB", "save_original_format": False}
-                super().save_pretrained(staging, state_dict=state_dict, **kwargs)
-                checkpoint.split_by_block(staging, self.block_of_parameter, self.num_blocks)
+                if getattr(self, "peft_config", None):  # the adapters alone; peft is imported where it is used
+                    from .. import lora
+
+                    lora.save_block_adapters(self, staging)
+                else:
+                    super().save_pretrained(staging, state_dict=state_dict, **kwargs)
+                    checkpoint.split_by_block(staging, self.block_of_parameter, self.num_blocks)
                 cards.write(self, staging, keep_from=Path(save_directory))
         if push_to_hub:
             self.push_to_hub(hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs)

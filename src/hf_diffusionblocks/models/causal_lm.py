@@ -109,6 +109,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         return_logits: bool | None = None,
         text_walk: TextWalk | None = None,
         block_input: torch.Tensor | None = None,
+        loss_block: int | None = None,
     ) -> CausalLMOutputWithPast:
         """Train one block (`block_index` given), or predict next tokens.
 
@@ -127,6 +128,8 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
             text_walk: what [`generate`] keeps from token to token.
             block_input: the hidden states `[N, S, D]` that enter the block, where the earlier blocks are not run but
                 their output was cached.
+            loss_block: the block that is read out, after those between have run, too (factorized, carried); None is
+                `block_index` itself. Parameters between get gradients unless they ask for none.
 
         Returns:
             `loss` (with labels) and `logits`: of a block, `[N, S-1, V]`, for tokens 1 to S-1. Without `block_index`
@@ -144,13 +147,14 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
             inputs["block_input"] = block_input
             if labels is None:
                 raise ValueError(f"labels=None with block_index={block_index}: a block is trained on the noised label")
+            loss_block = self.loss_block_of(block_index, loss_block)
             rows, targets = self.noised_rows(
-                block_index, inputs, attention_mask, position_ids, labels, sigma, noise, generator
+                block_index, inputs, attention_mask, position_ids, labels, sigma, noise, generator, loss_block
             )
             logits = None
             if return_logits:
-                logits = self.denoise(block_index, rows).unflatten(0, (len(labels), -1))
-            loss = self._block_loss(block_index, rows, targets, num_items_in_batch)
+                logits = self.denoise(loss_block, rows).unflatten(0, (len(labels), -1))
+            loss = self._block_loss(loss_block, rows, targets, num_items_in_batch)
             return CausalLMOutputWithPast(loss=loss, logits=logits)
         if self.training and labels is not None:
             raise ValueError(
@@ -165,7 +169,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
     # ---- one block
 
     def noised_rows(
-        self, block_index, inputs, attention_mask, position_ids, labels, sigma, noise, generator
+        self, block_index, inputs, attention_mask, position_ids, labels, sigma, noise, generator, loss_block=None
     ) -> tuple[Rows, torch.Tensor]:
         """A block's rows for tokens 1 to S-1, `[N * (S-1)]` of them, and these tokens."""
         targets = labels[:, 1:]
@@ -174,11 +178,13 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
             sigma = self.draw_sigma(block_index, shape, generator)
         sigma = sigma.to(self.device, torch.float32)
         sigma = (sigma if sigma.dim() == 2 else sigma[:, None]).expand(targets.shape)
-        hidden_of = self._joint_hidden if self.joint else self._factorized_hidden
         z = None
         if self.joint or bool((sigma < self.config.sigma_max).any()):
             z = self._noised(targets, sigma, noise, generator)
-        hidden = hidden_of(block_index, inputs, attention_mask, position_ids, z, sigma)
+        if self.joint:
+            hidden = self._joint_hidden(block_index, inputs, attention_mask, position_ids, z, sigma)
+        else:
+            hidden = self._factorized_hidden(block_index, inputs, attention_mask, position_ids, loss_block)
         rows = Rows(hidden.flatten(0, 1), None if z is None else z.flatten(0, 1), sigma.flatten())
         return rows, targets.flatten()
 
@@ -191,11 +197,13 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         clean = F.embedding(targets.clamp(min=0), self.target_vectors())
         return clean + sigma[..., None] * noise.to(self.device, torch.float32)
 
-    def _factorized_hidden(self, block_index, inputs, attention_mask, position_ids, z, sigma) -> torch.Tensor:
+    def _factorized_hidden(self, block_index, inputs, attention_mask, position_ids, loss_block) -> torch.Tensor:
         inputs = self._positioned(inputs, position_ids)
         attention = self._attention(inputs, attention_mask)
         hidden = self.block_input(block_index, inputs, **attention)
         hidden = self.run_block(block_index, hidden, self.clean_modulations(block_index), **attention)
+        if loss_block not in (None, block_index):
+            hidden, block_index = self.carry_on(hidden, block_index, loss_block, **attention), loss_block
         return self.run_local_head(block_index, hidden, **attention)[:, :-1]
 
     def _joint_hidden(self, block_index, inputs, attention_mask, position_ids, z, sigma) -> torch.Tensor:

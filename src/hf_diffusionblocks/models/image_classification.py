@@ -85,7 +85,9 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
 
     # ---- one block
 
-    def network(self, block_index: int, hidden: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def network(
+        self, block_index: int, hidden: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor, loss_block: int | None = None
+    ) -> torch.Tensor:
         """F: logits `[N, V]` of one block's layers, given the hidden states that enter it, z `[N, D]`, sigma `[N]`."""
         if self.joint:
             self.use_block(block_index)
@@ -93,11 +95,15 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
             noisy_label = self.noisy_labels[block_index if self.per_block else 0]
             hidden = torch.cat([hidden, noisy_label(z, c_in)], dim=1)
         hidden = self.run_block(block_index, hidden, self.modulations_at(block_index, sigma))
+        if loss_block not in (None, block_index):
+            hidden, block_index = self.carry_on(hidden, block_index, loss_block), loss_block
         return self.read_out(block_index, self.run_local_head(block_index, hidden))
 
-    def denoise(self, block_index: int, hidden: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def denoise(
+        self, block_index: int, hidden: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor, loss_block: int | None = None
+    ) -> torch.Tensor:
         """Logits `[N, V]` of p(label | x, z) by one block: the network's, or their posterior given z."""
-        logits = self.network(block_index, hidden, z, sigma)
+        logits = self.network(block_index, hidden, z, sigma, loss_block)
         if self.config.readout == "posterior":
             logits = posterior_logits(logits, z, sigma, self.label_embeddings.vectors())
         return logits
@@ -115,6 +121,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         generator: Generators = None,
         interpolate_pos_encoding: bool = False,
         block_input: torch.Tensor | None = None,
+        loss_block: int | None = None,
     ) -> ImageClassifierOutput:
         """Train one block (`block_index` given), or classify.
 
@@ -129,6 +136,8 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
             interpolate_pos_encoding: as in the plain model.
             block_input: the hidden states `[N, S, D]` that enter the block, where the earlier blocks are not run but
                 their output was cached.
+            loss_block: the block that is read out, after those between have run, too (factorized, carried); None is
+                `block_index` itself. Parameters between get gradients unless they ask for none.
 
         Returns:
             `loss` (with labels) and `logits`. Without `block_index` the logits are label-free: factorized and
@@ -150,10 +159,11 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         if labels is None:
             raise ValueError(f"labels=None with block_index={block_index}: a block is trained on the noised label")
 
+        loss_block = self.loss_block_of(block_index, loss_block)
         sigma, z = self._noised_labels(block_index, labels, sigma, noise, generator)
         inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
         hidden = self.block_input(block_index, {**inputs, "block_input": block_input})
-        logits = self.denoise(block_index, hidden, z, sigma)
+        logits = self.denoise(block_index, hidden, z, sigma, loss_block)
         loss = F.cross_entropy(logits.float(), labels, reduction="none")
         if self.config.loss_weighting == "edm":
             loss = loss * edm_loss_weight(sigma, self.sigma_data)

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from .block_schedule import ORDERS
 
+OBJECTIVES = ("local", "final")
 OFFLOADS = ("none", "cpu")
 
 
@@ -45,7 +46,14 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
             "embeddings). A job that trains some of the blocks leaves it as it is, or has shared='per_block'."
         },
     )
-
+    objective: str = field(
+        default="local",
+        metadata={
+            "help": "What a block is trained on: 'local', its own readout; 'final', the last block's, through the later "
+            "blocks, which stay as they are (for fine-tuning; factorized and carried; needs their activations).",
+            "choices": list(OBJECTIVES),
+        },
+    )
     offload_inactive_blocks: str = field(
         default="none",
         metadata={
@@ -73,6 +81,8 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"offload_inactive_blocks={self.offload_inactive_blocks!r} must be one of {', '.join(map(repr, OFFLOADS))}"
             )
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r} must be one of {', '.join(map(repr, OBJECTIVES))}")
         if self.block_switch_interval < 1:
             raise ValueError(f"block_switch_interval={self.block_switch_interval} must be at least 1")
         if self.updates_per_block is not None:

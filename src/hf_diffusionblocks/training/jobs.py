@@ -49,6 +49,16 @@ def blocks_to_train(
             f"train_shared=True with train_blocks={blocks} of {model.num_blocks} blocks: separate jobs would each move "
             "what all blocks share. Set train_shared=False, or give each block its own with shared='per_block'"
         )
+    if args.objective == "final":
+        model.loss_block_of(min(blocks), model.num_blocks - 1)
+        later = sorted(set(range(min(blocks), model.num_blocks)) - set(resident))
+        if later:
+            raise ValueError(f"objective='final' with train_blocks={blocks} needs the later blocks {later}: load them, too")
+        if args.offload_inactive_blocks != "none":
+            raise ValueError(
+                f"objective='final' with offload_inactive_blocks={args.offload_inactive_blocks!r}: the backward pass needs "
+                "the later blocks on the device"
+            )
     return blocks
 
 
@@ -134,11 +144,11 @@ def only_training(
         owner = model.block_of_parameter(name)
         return train_shared if owner is None else owner in blocks
 
-    frozen = [p for name, p in model.named_parameters() if p.requires_grad and not is_trained(name)]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    asked = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in asked.items():
+        parameter.requires_grad_(is_trained(name))
     try:
         yield
     finally:
-        for parameter in frozen:
+        for parameter in asked.values():
             parameter.requires_grad_(True)

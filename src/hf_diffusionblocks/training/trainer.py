@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import get_scheduler
 from transformers.utils import logging
@@ -71,6 +72,8 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
             args.max_steps = args.updates_per_block * len(self.layout.blocks)
         super().__init__(model=model, args=args, **kwargs)
         check_processes(self, self.layout)
+        if args.torch_compile:
+            model.compile_layers(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         if model.residence is not None:  # `evaluate` would move the whole model to the device, to prepare it
             self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         if self._cached_column:
@@ -85,17 +88,28 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
         self._block_losses = torch.zeros(self.num_blocks, 2, device=args.device)  # sum and count since the last log
         self._memory: dict[str, dict[int, int]] = {"activations": {}, "gradients": {}}
 
+    def _build_accelerator_args(self, **kwargs) -> dict:
+        # Compiled as a whole, the model would be a graph for each block, broken at every draw.
+        return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="NO")}
+
     # ---- which block
 
     def get_batch_samples(self, *args, **kwargs):
         # The Trainer calls this once for each optimizer step, before its micro-batches.
-        step = self.state.global_step
+        step, before = self.state.global_step, self.active_block
         self.active_block = self.block_schedule.block_at(step)
+        if self.args.block_schedule == "sequential" and self.active_block != before:
+            for parameter in self._parameters.get(before, ()):  # this block's turn will not come again
+                self.optimizer.state.pop(parameter, None)
         self._micro_batch = 0
         if self.model.carried:
             self._exchange_blocks()
         if self.layout.num_lanes > 1:
             self._stale |= {schedule.block_at(step) for schedule in self._schedules}
+        if self.args.objective == "final":  # later blocks pass gradients on, and have none
+            for block in self.train_blocks:
+                for parameter in self._parameters[block]:
+                    parameter.requires_grad_(block == self.active_block)
         if self.model.residence is not None:
             self.model.residence.activate(self.active_block, self.block_schedule.next_block(step))
         return super().get_batch_samples(*args, **kwargs)
@@ -103,8 +117,10 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
     def compute_loss(self, model, inputs, *args, **kwargs):
         if not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        num_rows = len(next(value for value in inputs.values() if torch.is_tensor(value)))
-        inputs = {**inputs, "block_index": self.active_block, "generator": self._noise_generators(num_rows)}
+        generators = self._noise_generators(len(inputs["labels"]))
+        inputs = {**inputs, "block_index": self.active_block, "generator": generators}
+        if self.args.objective == "final":
+            inputs["loss_block"] = self.num_blocks - 1
         self._micro_batch += 1
         if self.active_block in self._memory["activations"] or self.is_fsdp_enabled:
             return super().compute_loss(model, inputs, *args, **kwargs)
@@ -187,7 +203,9 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
 
     def _sync_replicated_trainable_parameters(self, model) -> None:
         if self._averages_gradients:  # as DDP does: all start from rank 0's weights
-            broadcast((*self.model.parameters(), *self.model.buffers()), source=0)
+            broadcast((*self.model.shared_parameters(), *self.model.buffers()), source=0)
+            for block in self.model.resident_blocks:
+                self._broadcast_block(block, self.model.block_parameters(block), source=0)
 
     def _move_model_to_device(self, model, device: torch.device) -> None:
         if self.args.offload_inactive_blocks == "cpu":
@@ -202,14 +220,15 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
 
     def _exchange_blocks(self) -> None:
         """Give every rank the blocks that other lanes have trained."""
-        residence = self.model.residence
         for block in sorted(self._stale):
-            if residence is not None:
-                residence.use(block)
-            broadcast(self._parameters[block], self.layout.owner(block))
-            if residence is not None:
-                residence.write_back(block)
+            self._broadcast_block(block, self._parameters[block], self.layout.owner(block))
         self._stale.clear()
+
+    def _broadcast_block(self, block: int, parameters: list[torch.nn.Parameter], source: int) -> None:
+        self.model.use_block(block)
+        broadcast(parameters, source)
+        if self.model.residence is not None:
+            self.model.residence.write_back(block)
 
     def evaluate(self, *args, **kwargs):
         self._exchange_blocks()
@@ -377,5 +396,10 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         checkpoint.finish_interrupted_save(Path(resume_from_checkpoint))
+        if getattr(self.model, "peft_config", None):
+            from .. import lora
+
+            lora.load_block_adapters(self.model, resume_from_checkpoint)
+            return
         checkpoint.check_shards(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -1,0 +1,109 @@
+"""objective='final': a block is trained on the whole model's loss, through the later blocks, which stay."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from process_scenarios import GPT2, LLAMA, VIT, made, rows, trainer_of
+from torch.nn import functional as F
+
+RECOMMENDED = {"num_blocks": 4, "denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
+SOURCES = {"gpt2": GPT2, "llama": LLAMA, "vit": VIT}
+
+
+@pytest.fixture(params=SOURCES)
+def source(request):
+    return SOURCES[request.param]
+
+
+def batch_of(source) -> dict[str, torch.Tensor]:
+    return rows(source)[:4]
+
+
+def plain_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of the stock model inside, end to end."""
+    logits = model.backbone(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    labels = batch["labels"]
+    if labels.dim() == 1:
+        return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_gradients_are_those_of_end_to_end_training(source, block):
+    """Of the active block. (Tied embeddings and the head differ: the input side is without gradient.)"""
+    model, batch = made(source, RECOMMENDED).train(), batch_of(source)
+    expected = torch.autograd.grad(plain_loss(model, batch), model.block_parameters(block))
+    nothing_seen = torch.full((4,), 1e9)
+    loss = model(**batch, block_index=block, loss_block=3, sigma=nothing_seen).loss
+    torch.testing.assert_close(loss, plain_loss(model, batch))
+    for actual, wanted in zip(torch.autograd.grad(loss, model.block_parameters(block)), expected):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_only_the_active_block_and_shared_parameters_have_gradients(source, tmp_path):
+    model = made(source, RECOMMENDED)
+    trainer = trainer_of(model, source, tmp_path, {"max_steps": 8, "objective": "final", "weight_decay": 0.1})
+    before, moved = copy.deepcopy(model.state_dict()), []
+    step = trainer.training_step
+
+    def watched(*args, **kwargs):
+        loss = step(*args, **kwargs)
+        owners = {model.block_of_parameter(name) for name, p in model.named_parameters() if p.grad is not None}
+        moved.append(owners)
+        assert owners == {None, trainer.active_block}
+        return loss
+
+    trainer.training_step = watched
+    trainer.train()
+    assert {owner for owners in moved for owner in owners} == {None, 0, 1, 2, 3}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(not torch.equal(before[name], p) for name, p in model.named_parameters() if p.grad is not None)
+
+
+def test_it_lowers_the_loss_of_the_whole_model(source, tmp_path):
+    model = made(source, RECOMMENDED)
+    trainer = trainer_of(
+        model, source, tmp_path, {"max_steps": 40, "objective": "final", "learning_rate": 3e-3}, batch=16
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before - 0.05
+
+
+def test_dropout_is_that_of_the_active_block_alone():
+    source = copy.deepcopy(GPT2)
+    source.resid_pdrop = 0.5
+    model, batch = made(source, RECOMMENDED).train(), batch_of(GPT2)
+
+    def spread(**kwargs) -> float:
+        hidden = {model(**batch, **kwargs).loss.item() for _ in range(5)}
+        return max(hidden) - min(hidden)
+
+    assert spread(block_index=0, loss_block=3) > 0
+    with torch.no_grad():
+        for module in model.backbone.transformer.h[0].modules():
+            module.p = 0.0  # dropout of block 0 off: nothing random is left
+    assert spread(block_index=0, loss_block=3) == 0
+
+
+@pytest.mark.parametrize(
+    "fields, arguments, resident, message",
+    [
+        ({}, {}, None, r"loss_block=1 with block_index=0 .*needs denoiser='factorized'"),
+        ({"denoiser": "factorized"}, {}, None, "needs denoiser='factorized' and context='carried'"),
+        (
+            {"denoiser": "factorized", "context": "carried"}, {"train_blocks": [0], "train_shared": False}, [0],
+            r"objective='final' with train_blocks=\[0\] needs the later blocks \[1\]",
+        ),
+        (
+            {"denoiser": "factorized", "context": "carried"}, {"offload_inactive_blocks": "cpu"}, None,
+            "objective='final' with offload_inactive_blocks='cpu'",
+        ),
+    ],
+)  # fmt: skip
+def test_what_it_needs_is_said(fields, arguments, resident, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(made(GPT2, fields, resident), GPT2, tmp_path, {"objective": "final", **arguments})
