@@ -147,6 +147,30 @@ def test_a_block_that_is_not_loaded_does_not_run(texts):
         part(torch.tensor(texts["input_ids"]))
 
 
+OWN = {"independent": ({"shared": "per_block"}, [0, 1]), "carried": (CARRIED, [0])}
+
+
+@pytest.mark.parametrize("fields, tied", OWN.values(), ids=OWN)
+@pytest.mark.parametrize("resident", [None, [0], [1]], ids=str)
+def test_a_head_is_tied_to_the_embedding_of_its_own_block(fields, tied, resident, tmp_path):
+    """Where the plain model ties them; a carried block past the first has no embedding."""
+    model = made(CONFIGS["gpt2"], fields, resident)
+    model.save_pretrained(tmp_path)
+    for each in (model, type(model).from_pretrained(tmp_path, resident_blocks=model.resident_blocks)):
+        heads = {block: each.readout_parts(block).lm_head.weight for block in each.resident_blocks}
+        for block in set(tied) & set(heads):
+            assert heads[block] is each.embedding_parts(block).transformer.wte.weight
+        assert len({id(weight) for weight in heads.values()}) == len(heads)
+        assert len(each.all_tied_weights_keys) == len(set(tied) & set(heads))
+    for block in model.resident_blocks:  # a tied weight is in the file once
+        kept = db.load_block_state_dict(tmp_path, block)
+        assert sum(map(torch.numel, kept.values())) == sum(p.numel() for p in model.block_parameters(block))
+
+
+def test_what_the_plain_model_does_not_tie_is_not_tied():
+    assert not made(CONFIGS["llama"], {"shared": "per_block"}).all_tied_weights_keys
+
+
 # ---- training
 
 
