@@ -1,12 +1,14 @@
 """Fine-tuning a checkpoint: whole, with LoRA, with BAdam, and block by block, in one run.
 
-    python benchmarks/finetune.py --data ../shared/data/gutenberg --output outputs/finetune
+    python benchmarks/finetune.py --data ../shared/data --output outputs/finetune --task gpt2
 
-A GPT-2 (8 layers, width 128) is trained end to end on 20 authors of Project Gutenberg (3000 updates of 8 x 128 tokens) and then
-fine-tuned on works of Jonathan Swift, who is not among them (256,000 tokens; each parameter gets 250 updates, so a method that
-trains B=4 blocks in turn takes 1000 steps, and no parameter meets a row twice when they are trained one after another).
-Held-out: another work of his, nats a token of the *whole* model. Every method at the best of its learning rates. Memory: parameters and buffers,
-gradients, optimizer state and saved activations of the largest step, counted. Runs are cached in the output folder.
+Tasks: a GPT-2 or Llama (8 layers, width 128) trained end to end on 20 authors of Project Gutenberg (3000 updates of 8 x 128
+tokens), fine-tuned on works of Jonathan Swift, who is not among them (256,000 tokens), and read on another work of his; a ViT (6
+layers, width 64) trained on five classes of Fashion-MNIST, fine-tuned with a new head on 8,000 images of the other five. Each
+parameter gets 250 updates, so a method that trains B blocks in turn takes B times the steps, and no parameter meets a row twice
+when blocks are trained one after another. What is read is the *whole* model. Every method at the best of its learning rates.
+Memory: parameters and buffers, gradients, optimizer state and saved activations of the largest step, counted. Runs are cached in
+the output folder. BAdam needs its package (`pip install badam`).
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import time
 from pathlib import Path
 
 import torch
-from finetune_data import BATCH, LAYERS, UPDATES, ChunkedTrainer, Sequences, arguments, pretrained, tokens
-from peft import LoraConfig, get_peft_model
+from finetune_tasks import Clothes, Novels, Task
+from peft import get_peft_model
+from quality_images import collate
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
@@ -28,31 +31,29 @@ import hf_diffusionblocks as db
 from hf_diffusionblocks import lora
 from hf_diffusionblocks.memory import SavedActivations, gradient_bytes, optimizer_state_bytes
 
-B = 4
-FORMULATION = {"num_blocks": B, "denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
-LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]}
+FORMULATION = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
 FULL_RATES, LORA_RATES = (3e-4, 1e-3, 2e-3), (1e-3, 3e-3, 6e-3)
 
 #: Method -> its kind, its learning rates, and what else it is given
 METHODS: dict[str, tuple[str, tuple[float, ...], dict]] = {
     "full fine-tuning": ("plain", FULL_RATES, {}),
     "LoRA": ("lora", LORA_RATES, {}),
-    "BAdam": ("badam", FULL_RATES, {}),
-    "last block only": ("blocks", FULL_RATES, {"train_blocks": [B - 1]}),
-    "blocks, local loss": ("blocks", FULL_RATES, {}),
+    "BAdam": ("badam", FULL_RATES[1:], {}),
+    "last block only": ("last", FULL_RATES[1:], {}),
+    "blocks, local loss": ("blocks", FULL_RATES[1:], {}),
     "blocks, local loss, near the pretrained output": ("near", FULL_RATES[1:2], {"remove_unused_columns": False}),
     "blocks, local heads of the last layers": ("blocks", FULL_RATES[1:2], {"readout_layers": 1}),
-    "blocks, final loss": ("blocks", FULL_RATES, {"objective": "final"}),
+    "blocks, final loss": ("blocks", FULL_RATES[1:], {"objective": "final"}),
     "blocks, final loss, first to last": (
-        "blocks", FULL_RATES[1:], {"objective": "final", "block_schedule": "sequential"}
+        "blocks", FULL_RATES[1:2], {"objective": "final", "block_schedule": "sequential"}
     ),
     "blocks, final loss, checkpointing, first to last": (
         "blocks", FULL_RATES[1:2],
         {"objective": "final", "block_schedule": "sequential", "activation_checkpointing": True},
     ),
-    "blocks, final loss, LoRA": ("blocks", LORA_RATES, {"objective": "final", "adapters": True}),
+    "blocks, final loss, LoRA": ("blocks", LORA_RATES[1:], {"objective": "final", "adapters": True}),
     "blocks, final loss, LoRA, first to last": (
-        "blocks", LORA_RATES[1:], {"objective": "final", "adapters": True, "block_schedule": "sequential"}
+        "blocks", LORA_RATES[1:2], {"objective": "final", "adapters": True, "block_schedule": "sequential"}
     ),
     "blocks, local loss, LoRA": ("blocks", LORA_RATES[1:2], {"adapters": True}),
 }  # fmt: skip
@@ -65,7 +66,7 @@ class Bytes(TrainerCallback):
         self.model, self.total, self.activations, self.trainer = model, 0, 0, None
 
     def counts(self, step: int) -> bool:
-        return step < 2 * B or step % 50 == 1
+        return step < 8 or step % 50 == 1
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.gradients = gradient_bytes(self.model.parameters())
@@ -95,8 +96,8 @@ def measured(trainer, model: torch.nn.Module):
     return bytes_of
 
 
-class NearPretrained(db.DiffusionBlocksForCausalLM):
-    """Adds the distance of the active block's output from the pretrained block's on the same input."""
+class Near:
+    """Of a model class: adds the distance of the active block's output from the pretrained block's on the same input."""
 
     def run_block(self, block_index, hidden, modulations, **attention):
         output = super().run_block(block_index, hidden, modulations, **attention)
@@ -113,76 +114,61 @@ class NearPretrained(db.DiffusionBlocksForCausalLM):
         return result
 
 
-def make(kind: str, plain, streams, output: Path, rate: float, options: dict):
+def make(kind: str, task: Task, rate: float, options: dict):
     """A trainer of a method, and the model whose bytes count."""
-    data = Sequences(streams["train"])
-    if kind in ("plain", "lora", "badam"):
-        steps = UPDATES * (B if kind == "badam" else 1)
-        model = get_peft_model(plain, LoraConfig(**LORA, fan_in_fan_out=True)) if kind == "lora" else plain
-        args = TrainingArguments(**arguments(output, steps, rate))
-        optimizers = (badam(model, rate), None) if kind == "badam" else (None, None)
-        return PlainTrainer(model=model, args=args, train_dataset=data, optimizers=optimizers), model
-    options = dict(options)
-    fields = {"readout_layers": options.pop("readout_layers", 0)}
-    model = db.convert(plain, **FORMULATION, **fields)
-    if fields["readout_layers"]:
-        for head in model.readout_heads:
-            head[0].load_state_dict(model.layer(LAYERS - 1).state_dict())
+    plain, options, output = task.checkpoint(), dict(options), task.output / "run"
+    if kind in ("plain", "lora", "badam", "last"):
+        model = get_peft_model(plain, _lora(task)) if kind == "lora" else plain
+        if kind == "last":
+            trained = (*task.block_prefixes()[-1], *task.head)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name.startswith(trained))
+        steps = task.updates * (task.num_blocks if kind == "badam" else 1)
+        args = TrainingArguments(**task.arguments(output, steps, rate))
+        optimizers = (badam(model, task, rate), None) if kind == "badam" else (None, None)
+        return task.trainer(model, args, task.train_set, optimizers=optimizers), model
+    model = db.convert(plain, task.num_blocks, readout_layers=options.pop("readout_layers", 0), **FORMULATION)
     if kind == "near":
-        near = NearPretrained(model.config)
+        near = type("NearPretrained", (Near, type(model)), {})(model.config)
         near.load_state_dict(model.state_dict())
         near.pretrained = [copy.deepcopy(model).eval().requires_grad_(False)]
         model = near
     if options.pop("adapters", False):
-        lora.add_block_adapters(model, LoraConfig(**LORA))
-    steps = UPDATES * len(options.get("train_blocks", range(B)))
-    args = db.DiffusionBlocksTrainingArguments(**arguments(output, steps, rate, train_shared=False, **options))
-    return db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=data), model
+        lora.add_block_adapters(model, task.lora())
+    steps = task.updates * task.num_blocks
+    options["train_shared"] = bool(task.head)
+    args = db.DiffusionBlocksTrainingArguments(**task.arguments(output, steps, rate, **options))
+    collator = {"data_collator": collate} if isinstance(task, Clothes) else {}
+    return db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=task.train_set, **collator), model
 
 
-class PlainTrainer(ChunkedTrainer):
-    """Of a plain model, also inside peft's."""
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-        return super().compute_loss(plain, inputs, *args, **kwargs)
+def _lora(task: Task):
+    config = task.lora()
+    config.fan_in_fan_out = "c_attn" in task.lora_targets
+    return config
 
 
-def badam(model, rate: float):
+def badam(model, task: Task, rate: float):
     from badam import BlockOptimizer
 
     base = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.95))
-    share = LAYERS // B
-    prefixes = [[f"transformer.h.{layer}." for layer in range(k * share, (k + 1) * share)] for k in range(B)]
     return BlockOptimizer(
-        base, list(model.named_parameters()), block_prefix_list=prefixes, switch_block_every=50, switch_mode="random",
-        verbose=0,
+        base, list(model.named_parameters()), block_prefix_list=task.block_prefixes(), switch_block_every=50,
+        switch_mode="random", active_modules=list(task.head), verbose=0,
     )  # fmt: skip
 
 
-@torch.no_grad()
-def held_out(model, streams: dict[str, torch.Tensor]) -> float:
-    """Nats a token of the whole model."""
-    model.eval()
-    rows = Sequences(streams["held out"]).tokens
-    total = sum(
-        F.cross_entropy(model(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
-        for batch in rows.split(BATCH)
-    )
-    return total / rows[:, 1:].numel()
-
-
-def run(method: str, rate: float, family: str, streams, output: Path) -> dict[str, float]:
-    file = output / f"{family}, {method}, {rate:g}.json"
+def run(method: str, rate: float, task: Task, name: str) -> dict[str, float]:
+    file = task.output / f"{name}, {method}, {rate:g}.json"
     if not file.is_file():
         set_seed(0)
         kind, _, options = METHODS[method]
-        trainer, model = make(kind, pretrained(family, streams, output), streams, output / "run", rate, options)
+        trainer, model = make(kind, task, rate, options)
         bytes_of = measured(trainer, model)
         start = time.process_time()
         trainer.train()
         seconds = time.process_time() - start
-        result = {"loss": held_out(model, streams), "bytes": bytes_of.total, "seconds": seconds}
+        result = {"loss": task.held_out(model.eval()), "bytes": bytes_of.total, "seconds": seconds}
         file.write_text(json.dumps(result))
         print(f"{file.stem}: {result}", flush=True)
     return json.loads(file.read_text())
@@ -190,27 +176,30 @@ def run(method: str, rate: float, family: str, streams, output: Path) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint and the cached runs")
-    parser.add_argument("--family", choices=["gpt2", "llama"], default="gpt2")
+    parser.add_argument("--data", type=Path, required=True, help="folder with gutenberg/ and fashion_mnist/")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoints and the cached runs")
+    parser.add_argument("--task", choices=["gpt2", "llama", "vit"], default="gpt2")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     options.output.mkdir(parents=True, exist_ok=True)
-    streams = tokens(options.data, options.output)
-    start = held_out(pretrained(options.family, streams, options.output), streams)
+    if options.task == "vit":
+        task: Task = Clothes(options.data, options.output)
+    else:
+        task = Novels(options.task, options.data, options.output)
+    start = task.held_out(task.checkpoint().eval())
     print(f"pretrained: {start:.4f}", flush=True)
     results = {}
     for method in options.methods:
-        runs = {rate: run(method, rate, options.family, streams, options.output) for rate in METHODS[method][1]}
+        runs = {rate: run(method, rate, task, options.task) for rate in METHODS[method][1]}
         rate = min(runs, key=lambda rate: runs[rate]["loss"])
         results[method] = {**runs[rate], "rate": rate}
-    best = start - results.get("full fine-tuning", {"loss": start - 1})["loss"]
-    print("\n| | learning rate | held-out loss | share of the full gain | MiB | seconds |\n|---|---|---|---|---|---|")
+    gain = start - results.get("full fine-tuning", {"loss": start - 1})["loss"]
+    print(f"\n| | learning rate | {task.measure} | share of the full gain | MiB | seconds |\n|---|---|---|---|---|---|")
     print(f"| pretrained | | {start:.4f} | | | |")
     for method, result in results.items():
-        share = 100 * (start - result["loss"]) / best
+        share = 100 * (start - result["loss"]) / gain
         print(
             f"| {method} | {result['rate']:g} | {result['loss']:.4f} | {share:.0f} % | {result['bytes'] / 2**20:,.1f} | "
             f"{result['seconds']:.0f} |"

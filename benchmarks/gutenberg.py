@@ -1,4 +1,4 @@
-"""Tokenized Gutenberg text, and plain models that read out as ours do, for the text benchmarks."""
+"""Tokenized Gutenberg text, and tiny configs, for the text benchmarks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import numpy as np
 import torch
 from datasets import load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
-
-from hf_diffusionblocks.backbones import backbone_for
-from hf_diffusionblocks.losses import chunked_sum, cross_entropy
+from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 
 END = "<|endoftext|>"
 
@@ -69,15 +66,3 @@ def config_for(family: str, layers: int, width: int, vocab_size: int, length: in
         num_hidden_layers=layers, hidden_size=width, intermediate_size=width * 8 // 3, num_attention_heads=width // 32,
         vocab_size=vocab_size, max_position_embeddings=length, **ends,
     )  # fmt: skip
-
-
-def plain_loss(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of a plain model, read out in chunks as ours is: memory and time compare fairly."""
-    architecture = backbone_for(model.config)
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-
-    def loss_of_rows(hidden, targets):
-        return cross_entropy(architecture.head(model, hidden).float(), targets).sum()
-
-    rows, head = [hidden, input_ids[:, 1:].flatten()], list(model.lm_head.parameters())
-    return chunked_sum(loss_of_rows, rows, head, model.config.vocab_size) / len(hidden)

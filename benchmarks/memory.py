@@ -1,146 +1,158 @@
-"""What a training step holds in memory, counted in bytes: end to end beside the ways to train block by block.
+"""What a training step holds in memory, and how many there are in a second: end to end, and block by block in each mode.
 
-    python benchmarks/memory.py
+    python benchmarks/memory.py --output outputs/memory
 
-GPT-2 small at real size (fresh weights), AdamW, the readout in chunks everywhere. Counted on a real step: parameters and
-saved buffers, gradients, AdamW's state, and what autograd keeps for the backward pass, each storage once. "Logits" is
-one chunk of them and its gradient. Of the blocks, the largest step. Temporary tensors are not counted.
+GPT-2 small (4 x 512 tokens, dropout 0.1 as its config has it) and ViT-B/16 (images of 224 x 224, no dropout) at real size
+with fresh weights, B=4, AdamW, float32; on a GPU if there is one, else on CPU threads (`--threads`). Of each way to train,
+the ledger of a real step (`db.measure_memory`): every part at its largest, their sum, and the peak, the most that was
+there at one moment. Of the blocks, the one that holds most. LoRA is peft's, r=16, on all matrices of the attention.
+
+"By count" is what the sum should be: 4 bytes a parameter (and saved buffer) held, 12 a trained one (gradient and AdamW's
+two moments), what autograd keeps for the backward pass (counted on the same step, by storage) and one chunk of logits
+with its gradient. It asserts that the measured sum is within 5 % of it. The peak is lower where gradients come only as
+activations go, and higher by temporary tensors.
+
+Steps a second are block-steps, each on the same batch: the fastest of `--repetitions` (after the one that is measured),
+the mean of the first and the last block. The same tokens through all B blocks take B of them.
+
+Writes `memory.md` and `memory.svg` to the output folder; `--models` chooses.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import astuple, dataclass, fields
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
-from gutenberg import plain_loss
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, ViTConfig
 
 import hf_diffusionblocks as db
+from hf_diffusionblocks.estimate import ledger_table
 from hf_diffusionblocks.losses import rows_per_chunk
-from hf_diffusionblocks.memory import SavedActivations, gradient_bytes, optimizer_state_bytes
-from hf_diffusionblocks.training.jobs import only_training
+from hf_diffusionblocks.ways import Step, Way, Workload, steps, ways_to_train
 
-RECOMMENDED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
-
-
-@dataclass
-class Ledger:
-    """Bytes of a step."""
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        return sum(astuple(self))
+#: Of a ledger's parts, the colour in the chart.
+COLOURS = {
+    "shared": "#4d4d4d", "blocks": "#8c8c8c", "adaln": "#c9c9c9", "gradients": "#c44e52", "optimizer": "#dd8452",
+    "activations": "#4c72b0", "logits": "#8172b3",
+}  # fmt: skip
+MIB = 2**20
 
 
-def measure(model: torch.nn.Module, loss_of_step, tokens: torch.Tensor) -> Ledger:
-    """One step of what asks for gradients."""
-    model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, fused=True)
-    with SavedActivations(model.parameters()) as saved:
-        loss = loss_of_step()
-    loss.backward()
-    gradients = gradient_bytes(model.parameters())
-    optimizer.step()
-    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    rows, vocab_size = tokens[:, 1:].numel(), model.config.vocab_size
-    logits = 2 * rows_per_chunk(rows, vocab_size) * vocab_size * 4
-    return Ledger(sum(held.values()), gradients, optimizer_state_bytes(optimizer), saved.bytes, logits)
+def workload_of(model: str, num_blocks: int, images: int) -> Workload:
+    if model == "GPT-2 small":
+        return Workload(GPT2Config(), num_blocks, batch_size=4, sequence_length=512)
+    return Workload(ViTConfig(num_labels=1000), num_blocks, batch_size=images, sequence_length=None)
 
 
-def end_to_end(config: GPT2Config, tokens: torch.Tensor, checkpointing: bool = False) -> Ledger:
-    model = GPT2LMHeadModel(config)
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    return measure(model, lambda: plain_loss(model, tokens), tokens)
+def by_count(step: Step, ledger: db.Ledger, workload: Workload) -> int:
+    """The sum of parts, from the number of parameters; activations as they were counted."""
+    held = sum({id(t): t.numel() for t in (*step.model.parameters(), *step.model.buffers())}.values())
+    trained = sum(p.numel() for p in step.model.parameters() if p.grad is not None)
+    moving = sum(p.numel() for group in step.optimizer.param_groups for p in group["params"])
+    logits = workload.batch_size * 1000
+    if workload.sequence_length is not None:
+        vocab_size = workload.config.vocab_size
+        logits = rows_per_chunk(workload.batch_size * (workload.sequence_length - 1), vocab_size) * vocab_size
+    return 4 * (held + trained + 2 * moving + 2 * logits) + ledger.parts.activations
 
 
-def job(
-    config: GPT2Config, tokens: torch.Tensor, options: argparse.Namespace, block: int, train_shared: bool, cached: bool,
-    **formulation,
-) -> Ledger:  # fmt: skip
-    """A job that trains one block; carried context from its cached input, or around the earlier blocks."""
-    carried = formulation.get("context") == "carried"
-    resident = list(range(block + 1)) if carried and not cached else [block]
-    model = db.convert(config, options.num_blocks, resident_blocks=resident, **formulation)
-    entering = torch.randn(*tokens.shape, config.hidden_size) if carried and cached and block else None
-    with only_training(model, [block], train_shared):
-        return measure(
-            model, lambda: model(tokens, labels=tokens, block_index=block, block_input=entering).loss, tokens
-        )
+def seconds(step: Step, repetitions: int) -> float:
+    """Of a whole step, the fastest repetition."""
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        step.loss().backward()
+        step.optimizer.step()
+        step.optimizer.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
-def all_blocks(config: GPT2Config, tokens: torch.Tensor, num_blocks: int, **formulation) -> Ledger:
-    """One run that trains all blocks in turn: the state of all stays."""
-    model = db.convert(config, num_blocks, **formulation).train()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    ledgers = []
-    for block in range(num_blocks):
-        optimizer.zero_grad()
-        with SavedActivations(model.parameters()) as saved:
-            loss = model(tokens, labels=tokens, block_index=block).loss
-        loss.backward()
-        ledgers.append((gradient_bytes(model.parameters()), saved.bytes))
-        optimizer.step()
-    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    gradients, activations = (max(column) for column in zip(*ledgers))
-    logits = 2 * rows_per_chunk(tokens[:, 1:].numel(), config.vocab_size) * config.vocab_size * 4
-    return Ledger(sum(held.values()), gradients, optimizer_state_bytes(optimizer), activations, logits)
+def measured(way: Way, workload: Workload, repetitions: int) -> tuple[db.Ledger, int | None, float]:
+    """The largest step's ledger and its sum by count, and steps a second."""
+    found, times = [], []
+    for step in steps(way, workload):
+        with db.StepMemory(step.model, step.optimizer) as memory:
+            step.loss().backward()
+        step.optimizer.step()
+        ledger = memory.ledger()
+        # With blocks in host memory, what is here is not what the model has.
+        found.append((ledger, None if way.offload else by_count(step, ledger, workload)))
+        step.optimizer.zero_grad()
+        times.append(seconds(step, repetitions))
+    return *max(found, key=lambda pair: pair[0].total), len(times) / sum(times)
 
 
-def rows(config: GPT2Config, tokens: torch.Tensor, options: argparse.Namespace):
-    """Name and ledger of each way, one model at a time."""
-
-    def largest(**arguments) -> Ledger:
-        jobs = (job(config, tokens, options, block, **arguments) for block in range(options.num_blocks))
-        return max(jobs, key=lambda ledger: ledger.total)
-
-    own, common = {"shared": "per_block"}, {"shared": "common"}
-    yield "end to end", end_to_end(config, tokens)
-    yield "end to end, checkpointing", end_to_end(config, tokens, checkpointing=True)
-    yield "all blocks in one run, recommended", all_blocks(config, tokens, options.num_blocks, **RECOMMENDED)
-    yield "job, recommended, own embeddings and head, cached", largest(
-        train_shared=True, cached=True, **RECOMMENDED, **own
+def report(model: str, workload: Workload, repetitions: int) -> tuple[str, dict[str, db.Ledger]]:
+    """The table of a model, and its ledgers."""
+    ledgers, counted, speed = {}, {}, {}
+    for way in ways_to_train():
+        torch.manual_seed(0)
+        ledgers[way.name], count, rate = measured(way, workload, repetitions)
+        counted[way.name] = "" if count is None else f"{count / MIB:,.0f}"
+        speed[way.name] = f"{rate:.3f}"
+        total = ledgers[way.name].parts.total
+        if count is not None and abs(total / count - 1) > 0.05:
+            raise AssertionError(f"{way.name}: {total} bytes are measured, and {count} by count")
+        print(f"{model}, {way.name}: {total / MIB:,.0f} MiB, {rate:.3f} steps/s", flush=True)
+    columns = {"by count": counted}
+    if torch.cuda.is_available():
+        columns["max_memory_allocated"] = {name: f"{each.allocated / MIB:,.0f}" for name, each in ledgers.items()}
+    columns["steps/s"] = speed
+    size = f"{workload.batch_size} x {workload.sequence_length} tokens" if workload.sequence_length else (
+        f"{workload.batch_size} images"
     )
-    yield "job, recommended, shared parameters frozen, cached", largest(
-        train_shared=False, cached=True, **RECOMMENDED, **common
-    )
-    yield "job, recommended, shared parameters frozen, around the earlier blocks", largest(
-        train_shared=False, cached=False, **RECOMMENDED, **common
-    )
-    yield "job, joint (paper), own embeddings and head", largest(train_shared=True, cached=False, **own)
-    yield "job, joint (paper), shared parameters frozen", largest(train_shared=False, cached=False, **common)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    title = f"{model}, B={workload.num_blocks}, {size}, float32, AdamW, {where}"
+    return f"{title}\n\n{ledger_table(ledgers, columns)}\n", ledgers
+
+
+def draw(of_model: Mapping[str, Mapping[str, db.Ledger]], file: Path) -> None:
+    """Parts as stacked bars, and the peak as a mark."""
+    figure, panels = plt.subplots(len(of_model), 1, figsize=(10, 4.2 * len(of_model)), squeeze=False)
+    for panel, (model, ledgers) in zip(panels[:, 0], of_model.items()):
+        names, left = list(ledgers)[::-1], [0.0] * len(ledgers)
+        for part, colour in COLOURS.items():
+            widths = [asdict(ledgers[name].parts)[part] / 2**30 for name in names]
+            panel.barh(names, widths, left=left, color=colour, label=part)
+            left = [start + width for start, width in zip(left, widths)]
+        panel.plot([ledgers[name].total / 2**30 for name in names], names, "k|", markersize=12, label="peak")
+        panel.set_title(model, loc="left")
+        panel.set_xlabel("GiB of a training step")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].legend(frameon=False, ncols=2, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(file)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the table and the chart")
+    parser.add_argument("--models", nargs="*", default=["GPT-2 small", "ViT-B"], choices=["GPT-2 small", "ViT-B"])
     parser.add_argument("--num_blocks", type=int, default=4)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--images", type=int, default=16, help="of a step of ViT-B")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    torch.manual_seed(0)
-    config = GPT2Config(n_layer=options.layers, n_embd=options.width, n_head=options.width // 64)
-    tokens = torch.randint(config.vocab_size, (options.batch_size, options.length))
-    print(
-        f"GPT-2, {options.layers} layers, width {options.width}, {config.vocab_size} tokens, B={options.num_blocks}, "
-        f"{options.batch_size} x {options.length} tokens, float32; MiB\n"
-    )
-    print(f"| | {' | '.join(field.name for field in fields(Ledger))} | total | over end to end |")
-    print("|---" * (len(fields(Ledger)) + 3) + "|")
-    base = None
-    for name, ledger in rows(config, tokens, options):
-        base = base or ledger.total
-        cells = [f"{size / 2**20:,.0f}" for size in (*astuple(ledger), ledger.total)]
-        print(f"| {name} | {' | '.join(cells)} | {ledger.total / base:.2f}x |", flush=True)
+    torch.set_num_threads(options.threads)
+    if torch.cuda.is_available():
+        torch.set_default_device("cuda")
+    options.output.mkdir(parents=True, exist_ok=True)
+    tables, ledgers = [], {}
+    for model in options.models:
+        workload = workload_of(model, options.num_blocks, options.images)
+        table, ledgers[model] = report(model, workload, options.repetitions)
+        tables.append(table)
+        print(table, flush=True)
+    (options.output / "memory.md").write_text("\n".join(tables))
+    draw(ledgers, options.output / "memory.svg")
 
 
 if __name__ == "__main__":

@@ -21,12 +21,13 @@ import time
 from pathlib import Path
 
 import torch
-from gutenberg import config_for, plain_loss, prepare
+from gutenberg import config_for, prepare
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
+from hf_diffusionblocks.ways import plain_loss
 
 LAYERS = 8
 PAPER = {"denoiser": "joint", "context": "independent"}
@@ -76,7 +77,7 @@ class ChunkedTrainer(Trainer):
     """The stock Trainer, with the readout in chunks."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        return plain_loss(model, inputs["input_ids"])
+        return plain_loss(model, labels=inputs["input_ids"], input_ids=inputs["input_ids"])
 
 
 class Sequences(torch.utils.data.Dataset):

@@ -17,11 +17,12 @@ import argparse
 import time
 
 import torch
-from gutenberg import config_for, plain_loss
+from gutenberg import config_for
 from transformers import AutoModelForCausalLM
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.memory import SavedActivations, gradient_bytes
+from hf_diffusionblocks.ways import plain_loss
 
 FORMULATIONS = {
     "factorized, independent": {"denoiser": "factorized"},
@@ -56,7 +57,7 @@ class Subject:
 
     def loss(self, block: int | None) -> torch.Tensor:
         if block is None:
-            return plain_loss(self.model, self.tokens)
+            return plain_loss(self.model, labels=self.tokens, input_ids=self.tokens)
         return self.model(self.tokens, labels=self.tokens, block_index=block).loss
 
     def step(self, block: int | None) -> None:

@@ -92,6 +92,17 @@ def test_a_part_is_that_part_of_the_whole_model(config, fields, origin, tmp_path
     assert same_weights(part.state_dict(), whole.state_dict())
 
 
+@pytest.mark.parametrize("origin", ["pretrained", "folder"])
+@pytest.mark.parametrize("resident", [None, [0]], ids=["whole", "part"])
+def test_local_heads_start_as_the_last_layers(config, origin, resident, tmp_path):
+    plain = backbone_for(config).plain_class(config)
+    plain.save_pretrained(tmp_path)
+    fields = {"denoiser": "factorized", "context": "carried", "readout_layers": 2}
+    model = made(tmp_path if origin == "folder" else plain, fields, resident)
+    layers = plain.get_submodule(backbone_for(config).layers_path)[-2:]
+    assert same_weights(layers.state_dict(), model.readout_heads[0].state_dict())
+
+
 def test_nothing_of_a_part_is_on_the_meta_device(config, fields):
     part = made(config, fields, resident_blocks=[0])
     assert not any(tensor.is_meta for tensor in (*part.parameters(), *part.buffers()))
@@ -134,6 +145,30 @@ def test_a_block_that_is_not_loaded_does_not_run(texts):
     part = made(CONFIGS["gpt2"], INDEPENDENT, resident_blocks=[1]).eval()
     with pytest.raises(ValueError, match="block is not loaded"):
         part(torch.tensor(texts["input_ids"]))
+
+
+OWN = {"independent": ({"shared": "per_block"}, [0, 1]), "carried": (CARRIED, [0])}
+
+
+@pytest.mark.parametrize("fields, tied", OWN.values(), ids=OWN)
+@pytest.mark.parametrize("resident", [None, [0], [1]], ids=str)
+def test_a_head_is_tied_to_the_embedding_of_its_own_block(fields, tied, resident, tmp_path):
+    """Where the plain model ties them; a carried block past the first has no embedding."""
+    model = made(CONFIGS["gpt2"], fields, resident)
+    model.save_pretrained(tmp_path)
+    for each in (model, type(model).from_pretrained(tmp_path, resident_blocks=model.resident_blocks)):
+        heads = {block: each.readout_parts(block).lm_head.weight for block in each.resident_blocks}
+        for block in set(tied) & set(heads):
+            assert heads[block] is each.embedding_parts(block).transformer.wte.weight
+        assert len({id(weight) for weight in heads.values()}) == len(heads)
+        assert len(each.all_tied_weights_keys) == len(set(tied) & set(heads))
+    for block in model.resident_blocks:  # a tied weight is in the file once
+        kept = db.load_block_state_dict(tmp_path, block)
+        assert sum(map(torch.numel, kept.values())) == sum(p.numel() for p in model.block_parameters(block))
+
+
+def test_what_the_plain_model_does_not_tie_is_not_tied():
+    assert not made(CONFIGS["llama"], {"shared": "per_block"}).all_tied_weights_keys
 
 
 # ---- training

@@ -9,8 +9,10 @@ from ._version import __version__
 from .checkpoint import load_block_state_dict
 from .configuration import DiffusionBlocksConfig
 from .conversion import convert
+from .estimate import MemoryEstimate, estimate_memory
 from .features import cache_block_inputs
 from .fitting import fit_noise_schedule
+from .ledger import Ledger, StepMemory, measure_memory
 from .likelihood import LikelihoodBound, bits_per_byte, nll_bound
 from .measures import generation_measures
 from .merging import merge_blocks
@@ -35,14 +37,19 @@ __all__ = [
     "DiffusionBlocksPreTrainedModel",
     "DiffusionBlocksTrainer",
     "DiffusionBlocksTrainingArguments",
+    "Ledger",
     "LikelihoodBound",
+    "MemoryEstimate",
     "NoiseSchedule",
+    "StepMemory",
     "bits_per_byte",
     "cache_block_inputs",
     "convert",
+    "estimate_memory",
     "fit_noise_schedule",
     "generation_measures",
     "load_block_state_dict",
+    "measure_memory",
     "merge_blocks",
     "nll_bound",
 ]

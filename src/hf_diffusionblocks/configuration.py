@@ -50,6 +50,9 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     noise_table: list[list[float]] | None = _field(
         None, "What fit_noise_schedule found: [sigma, share of the draws below it], from sigma_min to sigma_max."
     )
+    tie_word_embeddings: bool | None = _field(
+        None, "shared='per_block': whether a block's own head is its own token embedding, as in the plain model."
+    )
 
     # The cut
     num_blocks: int = _field(4, "B, how many blocks the layers are cut into.")
@@ -128,7 +131,10 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         if self.readout is None:
             self.readout = "edm" if self.denoiser == "joint" else "posterior"
         if self.shared == "per_block":
-            self.source_config.tie_word_embeddings = False  # the embedding is the first block's, the head the last's
+            # The backbone's embedding is the first block's and its head the last's: each is tied within its own block.
+            if self.tie_word_embeddings is None:
+                self.tie_word_embeddings = getattr(self.source_config, "tie_word_embeddings", False)
+            self.source_config.tie_word_embeddings = False
         self._check_fields()
         self._check_combinations()
 
@@ -256,5 +262,5 @@ USER_FIELDS = {
     f.name: f
     for f in fields(DiffusionBlocksConfig)
     if f.name in DiffusionBlocksConfig.__annotations__
-    and f.name not in ("source_config", "base_model", "training_report", "noise_table")
+    and f.name not in ("source_config", "base_model", "training_report", "noise_table", "tie_word_embeddings")
 }

@@ -80,12 +80,15 @@ def _convert_pretrained(source, num_blocks, task, resident_blocks, config_fields
 
 
 def plain_part(config: DiffusionBlocksConfig, resident_blocks: Sequence[int] | None) -> type[PreTrainedModel]:
-    """The stock class for `from_pretrained`: without the layers of other blocks, which it then never reads."""
+    """The stock class for `from_pretrained`: without the layers of other blocks, which it then never reads. (The last ones
+    are, where local heads start as they do.)"""
     plain_class = backbone_for(config.source_config).plain_class
     if resident_blocks is None:
         return plain_class
     resident = checked_blocks(resident_blocks, config.num_blocks, "resident_blocks")
-    layers = [k for block in range(config.num_blocks) if block not in resident for k in config.block_layers(block)]
+    absent = (config.block_layers(block) for block in range(config.num_blocks) if block not in resident)
+    head = range(config.num_hidden_layers - config.readout_layers, config.num_hidden_layers)
+    layers = [layer for block in absent for layer in block if layer not in head]
     path = backbone_for(config.source_config).layers_path
 
     class Part(plain_class):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 #: A chunk has at most this many logits (32 MiB of float32), and never more than a quarter of the rows.
 CHUNK_LOGITS = 2**23
@@ -79,13 +80,17 @@ class _ChunkedSum(torch.autograd.Function):
         of_hidden, of_parameters = [], [torch.zeros_like(parameter) for parameter in parameters]
         for hidden, *others in _chunks(rows, num_logits):
             hidden = hidden.detach().requires_grad_()
+            if isinstance(hidden, FakeTensor) and len(of_hidden) > 1 and hidden.shape == of_hidden[-1].shape:
+                of_hidden.append(torch.empty_like(hidden))  # `estimate_memory`: it holds what the chunk before held
+                continue
             with torch.enable_grad():
                 loss = loss_of_rows(hidden, *others)
             own, *gradients = torch.autograd.grad(loss, [hidden, *parameters])
             total += loss.detach()
             of_hidden.append(own)
-            for accumulated, gradient in zip(of_parameters, gradients):
-                accumulated += gradient
+            for accumulated in of_parameters:
+                accumulated += gradients.pop(0)  # a head's is as large as the head: gone before the next chunk's is made
+            del loss
         ctx.save_for_backward(torch.cat(of_hidden) if of_hidden else torch.zeros_like(rows[0]))
         ctx.of_parameters = of_parameters  # these become the parameters' gradients: no activations
         ctx.num_other_rows = num_tensors - 1
@@ -93,6 +98,9 @@ class _ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: torch.Tensor):
-        # Scaled in place, to hold no second copy of a head's gradient; autograd refuses a second pass by itself.
-        gradients = [gradient.mul_(upstream) for gradient in (*ctx.saved_tensors, *ctx.of_parameters)]
+        # Scaled in place and let go, to hold no second copy of a head's gradient: what nothing else refers to, autograd
+        # takes as `.grad` itself. It refuses a second pass by its own.
+        of_parameters, ctx.of_parameters = ctx.of_parameters, None
+        gradients = [gradient.mul_(upstream) for gradient in (*ctx.saved_tensors, *of_parameters)]
+        del of_parameters
         return None, None, None, gradients[0], *[None] * ctx.num_other_rows, *gradients[1:]

@@ -1,9 +1,9 @@
-"""Bytes, counted rather than timed."""
+"""Bytes of a training step, counted rather than timed."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 
@@ -54,6 +54,13 @@ def gradient_bytes(parameters: Iterable[torch.nn.Parameter]) -> int:
 
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of an optimizer's state now."""
-    return sum(
-        value.nbytes for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
-    )
+    return sum(tensor.nbytes for tensor in state_tensors(optimizer))
+
+
+def state_tensors(
+    optimizer: torch.optim.Optimizer, without: Collection[torch.nn.Parameter] = ()
+) -> Iterator[torch.Tensor]:
+    """The tensors of an optimizer's state, but for some parameters'."""
+    for parameter, state in optimizer.state.items():
+        if parameter not in without:
+            yield from (value for value in state.values() if torch.is_tensor(value))

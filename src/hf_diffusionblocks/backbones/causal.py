@@ -23,6 +23,7 @@ class CausalBackbone(Backbone):
     mlp_norm_name: ClassVar[str]
     mlp_name: ClassVar[str] = "mlp"
     final_norm_path: ClassVar[str]
+    attention_dropout_name: ClassVar[str] = "attention_dropout"  #: field of the config
 
     @property
     def readout_paths(self):
@@ -66,6 +67,10 @@ class CausalBackbone(Backbone):
             config=plain.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=past_key_values,
             position_ids=position_ids, allow_is_causal_skip=not explicit,
         )  # fmt: skip
+
+    def attention_dropout(self, plain: nn.Module) -> float:
+        """Share of attention weights that training drops."""
+        return getattr(plain.config, self.attention_dropout_name)
 
     def normed(self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:
         """What enters a layer's attention."""

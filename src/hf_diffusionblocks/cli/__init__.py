@@ -14,6 +14,7 @@ VERBS = {
     "convert": "cut a plain model, or a config, into blocks and save it",
     "train": "train block by block with one of the recipes, through accelerate",
     "merge": "join the saved models of jobs that trained different blocks",
+    "estimate": "print what training would hold in memory, by ways to train and parts",
     "inspect": "print what a saved model's blocks hold, without loading its weights",
     "card": "write a saved model's card (README.md) again",
 }

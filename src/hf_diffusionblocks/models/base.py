@@ -44,7 +44,8 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
     Parameters belong either to one block (its layers, their modulations, its local head) or to all (embeddings,
     final norm, head, sigma embedding, target embeddings). With `shared="per_block"` every block has its own of the
     latter too: the backbone's embeddings are then block 0's and its final norm and head the last block's, so that
-    these and the layers still make up the stock model.
+    these and the layers still make up the stock model. Where the plain model ties its head to its token embedding, so
+    does each block that has both; no two blocks share a weight.
     """
 
     config_class = DiffusionBlocksConfig
@@ -93,6 +94,7 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
             self.block_readouts = nn.ModuleList(
                 Parts(self.backbone, self.architecture.readout_paths) for _ in range(blocks - 1)
             )
+            self._tied_weights_keys = self.ties_within_blocks()
         if self.joint:
             self.sigma_embeddings = nn.ModuleList(SigmaEmbedding(width) for _ in range(blocks if self.per_block else 1))
             self.modulations = nn.ModuleList(AdaLNModulation(width) for _ in range(config.num_hidden_layers))
@@ -122,13 +124,31 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def copy_weights(self, plain: PreTrainedModel) -> None:
-        """Take over the weights of a stock model: the backbone's, and those of every block's own parts."""
+        """Take over the weights of a stock model: the backbone's, and those of every block's own parts. Local heads start as
+        its last layers."""
         weights = plain.state_dict()
         self.backbone.load_state_dict({name: weights[name] for name in self.backbone.state_dict()})
         if self.per_block:
             for parts in (*self.block_embeddings, *self.block_readouts):
                 for name, parameter in parts.named_parameters():
                     parameter.copy_(weights[name])
+        if self.config.readout_layers:
+            last_layers = plain.get_submodule(self.architecture.layers_path)[-self.config.readout_layers :]
+            for head in self.readout_heads:
+                if isinstance(head, nn.ModuleList):  # else its block is not loaded
+                    head.load_state_dict(last_layers.state_dict())
+
+    def ties_within_blocks(self) -> dict[str, str]:
+        """`shared="per_block"`: the head of each loaded block that has a token embedding of its own, and that embedding,
+        by name; Transformers ties them if `config.tie_word_embeddings`."""
+        embedding_blocks = [block for block in self.resident_blocks if block == 0 or not self.carried]
+        last, ties = self.num_blocks - 1, {}
+        for head, embedding in (self.architecture.plain_class._tied_weights_keys or {}).items():
+            for block in embedding_blocks:
+                target = "backbone" if block == last else f"block_readouts.{block}"
+                source = "backbone" if block == 0 else f"block_embeddings.{block - 1}"
+                ties[f"{target}.{head}"] = f"{source}.{embedding}"
+        return ties
 
     # ---- which parameter belongs to which block
 

@@ -219,7 +219,10 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, GenerationMixin
         streams.run_clean(block_index, clean, self.clean_modulations(block_index), output=False)
         c_in = precondition(sigma, self.sigma_data).input[..., None]
         noisy = self.embed_noisy(block_index, (c_in * z).to(clean.dtype), streams.noisy_position_ids)
-        return streams.run_noisy(block_index, noisy, self.modulations_at(block_index, sigma[:, 0]))
+        # With dropout, PyTorch's attention on the CPU keeps all scores: those that say nothing are worth leaving out.
+        keeps_scores = noisy.device.type == "cpu" and self.training and self.architecture.attention_dropout(self.backbone)
+        run = streams.run_noisy_in_groups if keeps_scores else streams.run_noisy
+        return run(block_index, noisy, self.modulations_at(block_index, sigma[:, 0]))
 
     def clean_inputs(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
         inputs = self._positioned({"input_ids": batch["input_ids"], "inputs_embeds": None}, batch.get("position_ids"))

@@ -66,6 +66,9 @@ def build_empty(
     if resident_blocks is not None:
         model.resident_blocks = checked_blocks(resident_blocks, config.num_blocks, "resident_blocks")
         _remove(model, [block for block in range(config.num_blocks) if block not in model.resident_blocks])
+        if model.per_block:
+            model._tied_weights_keys = model.ties_within_blocks()
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     device = torch.get_default_device()
     if device.type != "meta":
         model.to_empty(device="cpu").tie_weights()

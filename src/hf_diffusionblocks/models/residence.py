@@ -79,6 +79,13 @@ class BlockResidence:
             "optimizer": sum(value.nbytes for state in states for value in state.values()),
         }
 
+    def away(self) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
+        """Parameters that are not on the device now, and those whose optimizer state is not."""
+        return tuple(
+            {parameter for block in self._parameters.keys() - there for parameter in self._parameters[block]}
+            for there in (self._on_device, self._with_state)
+        )
+
     # ---- moving
 
     def _load(self, block: int, ahead: bool, state: bool) -> None:

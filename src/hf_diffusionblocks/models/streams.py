@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from .causal_lm import DiffusionBlocksForCausalLM
 
 
+#: Noisy tokens of a group, where they run in groups: fewer copy the clean keys more often, more have more idle scores.
+GROUP = 128
+
+
 class Rows(NamedTuple):
     """What one token's logits are read from: R of them, of any sequences and positions."""
 
@@ -58,7 +62,8 @@ class StreamsCache:
             clean_keys, clean_values = self.clean.update(keys[:, :, :clean], values[:, :, :clean], layer_index)
         else:
             stored = self.clean.layers[layer_index]
-            clean_keys, clean_values = stored.keys, stored.values
+            groups = len(keys) // len(stored.keys)  # a sequence's noisy tokens may be several rows
+            clean_keys, clean_values = (_each_row(states, groups) for states in (stored.keys, stored.values))
         return torch.cat([clean_keys, keys[:, :, clean:]], 2), torch.cat([clean_values, values[:, :, clean:]], 2)
 
 
@@ -88,6 +93,11 @@ def _like(visible: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     if mask.dtype != torch.bool:
         visible = torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, torch.finfo(mask.dtype).min)
     return visible.expand(*mask.shape[:2], *visible.shape)
+
+
+def _each_row(tensor: torch.Tensor, times: int) -> torch.Tensor:
+    """Every row so many times in a row."""
+    return tensor if times == 1 else tensor[:, None].expand(-1, times, *tensor.shape[1:]).flatten(0, 1)
 
 
 def join(clean: Modulation, noisy: Modulation, num_clean: int, num_noisy: int) -> Modulation:
@@ -183,6 +193,30 @@ class Streams:
     def run_noisy(self, block_index: int, hidden: torch.Tensor, modulations) -> torch.Tensor:
         """Noisy tokens `[N, Q, D]` through a block that the clean ones have run through."""
         return self.model.run_block(block_index, hidden, modulations, **self._noisy_attention)
+
+    def run_noisy_in_groups(self, block_index: int, hidden: torch.Tensor, modulations, size: int = GROUP) -> torch.Tensor:
+        """The same, with a group of noisy tokens as a row of its own: each sees the clean ones, and of the noisy ones none
+        but itself, so scores with those of other groups need not be. Each group copies the clean keys and values."""
+        rows, length = hidden.shape[:2]
+        groups = -(-length // size)
+        missing = groups * size - length
+
+        def grouped(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+            """`[N or 1, ..., Q, ...]` -> `[N * groups, ..., size, ...]`, filled up with zeros at the end."""
+            filler = tensor.new_zeros([missing if each == dim else n for each, n in enumerate(tensor.shape)])
+            parts = torch.cat([tensor, filler], dim).expand(rows, *tensor.shape[1:dim], -1, *tensor.shape[dim + 1 :])
+            return parts.unflatten(dim, (groups, size)).movedim(dim, 1).flatten(0, 1)
+
+        seen = grouped(self._explicit_mask[:, :, self.kept], 2)
+        own = _like(torch.eye(size, dtype=torch.bool, device=hidden.device), seen)
+        attention = {
+            "attention_mask": torch.cat([seen, own], -1),
+            "past_key_values": StreamsCache(self.cache, num_clean=0),
+            **self._positions(grouped(self.noisy_position_ids, 1)),
+        }
+        modulations = [Modulation(*(_each_row(field, groups) for field in each)) for each in modulations]
+        hidden = self.model.run_block(block_index, grouped(hidden, 1), modulations, **attention)
+        return hidden.view(rows, groups * size, -1)[:, :length]
 
     def run_together(
         self, block_index: int, clean: torch.Tensor, noisy: torch.Tensor, modulations

@@ -1,0 +1,54 @@
+"""`diffusionblocks estimate`: what a training step would hold in memory, before there is any."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import AutoConfig
+
+from ..estimate import DTYPES, estimate_memory
+from .arguments import BlocksArguments, config_fields
+from .operands import parse_verb
+
+
+@dataclass
+class EstimateArguments:
+    model: str = field(
+        metadata={"help": "Hub id or folder of a model, plain or DiffusionBlocks, or its config JSON file: no weights are read."}
+    )
+    batch_size: int = field(default=1, metadata={"help": "Sequences or images of a training step."})
+    sequence_length: int | None = field(default=None, metadata={"help": "Tokens a sequence (text)."})
+    dtype: str = field(
+        default="fp32",
+        metadata={
+            "help": "Of parameters, and so of gradients, optimizer state and activations, as when a model is loaded in it "
+            f"(autocast keeps parameters in fp32: not this). One of {', '.join(DTYPES)}."
+        },
+    )
+    budget: str | None = field(
+        default=None, metadata={"help": "Bytes, as in 24GiB: also find the smallest number of blocks that fits."}
+    )
+
+
+def run(args: list[str]) -> None:
+    options, blocks = parse_verb(
+        "estimate",
+        [EstimateArguments, BlocksArguments],
+        {},
+        args,
+        description="Print what a training step would hold: end to end, checkpointed, with LoRA (if peft is installed), "
+        "and block by block in each mode; without options of the formulation, the recommended one and the paper's. The "
+        "real step is followed on tensors without memory.",
+    )
+    try:
+        config = AutoConfig.from_pretrained(options.model)
+    except OSError as error:  # "couldn't connect": for what?
+        raise OSError(f"--model {options.model}: {error}") from error
+    defaults = config_fields(BlocksArguments())
+    given = {name: value for name, value in config_fields(blocks).items() if value != defaults[name]}
+    num_blocks = given.pop("num_blocks", None)
+    print(
+        estimate_memory(
+            config, num_blocks, options.batch_size, options.sequence_length, options.dtype, options.budget, **given
+        )
+    )

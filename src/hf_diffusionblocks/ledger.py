@@ -1,0 +1,237 @@
+"""The ledger of a training step: what its bytes are, part by part, and how many there are when there are most."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .backbones import backbone_for
+from .memory import state_tensors
+
+#: What the bytes of a training step are, in the order in which tables list them.
+PARTS = ("shared", "blocks", "adaln", "gradients", "optimizer", "activations", "logits", "rest")
+AWAY = "away"  # in host memory: none of them
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes by what they are.
+
+    Args:
+        shared: embeddings, final norm and head, the fixed targets and all else that is no layer's: what blocks share, or
+            with `shared="per_block"` each has of its own. Parameters and buffers.
+        blocks: layers and local heads; adapters inside them.
+        adaln: modulations and sigma embeddings.
+        gradients: of parameters.
+        optimizer: its state.
+        activations: what autograd keeps for the backward pass.
+        logits: tensors over the vocabulary (or labels), and their gradients.
+        rest: temporary tensors, inputs.
+    """
+
+    shared: int = 0
+    blocks: int = 0
+    adaln: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    logits: int = 0
+    rest: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What a training step holds; printed, a table in MiB.
+
+    Args:
+        parts: each part at its largest in the step; without `rest`. Their sum is what would be held if all were there
+            together, as they are where gradients of several micro-batches are summed.
+        peak: what is there when most is: gradients come as activations go.
+        allocated: `torch.cuda.max_memory_allocated` of the same step, on CUDA.
+    """
+
+    parts: Parts
+    peak: Parts
+    allocated: int | None = None
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return self.peak.total
+
+    def __str__(self) -> str:
+        columns = [("", *PARTS, "total")]
+        for title, parts in (("at its largest", self.parts), ("at the peak", self.peak)):
+            columns.append((title, *(f"{size / 2**20:,.1f}" for size in (*asdict(parts).values(), parts.total))))
+        widths = [max(map(len, column)) for column in columns]
+        lines = [f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in zip(*columns)]
+        if self.allocated is not None:
+            lines.append(f"torch.cuda.max_memory_allocated  {self.allocated / 2**20:,.1f}")
+        return "\n".join(["MiB" + lines[0][3:], *lines[1:]])
+
+
+class StepMemory(TorchDispatchMode):
+    """Follow every tensor storage that a forward and a backward pass make, from its birth to its death.
+
+        with StepMemory(model, optimizer) as memory:
+            model(**inputs).loss.backward()
+        optimizer.step()
+        ledger = memory.ledger()  # before gradients are dropped
+
+    Storages are counted once, by the bytes that were asked for, on whatever device: fake tensors have bytes, too. The
+    optimizer's step is taken to hold no more than parameters, gradients and state, which is so for fused ones. Blocks that
+    are in host memory (`offload_inactive_blocks`) are not counted.
+
+    Args:
+        model: a DiffusionBlocks model, or the plain one.
+        optimizer: its state may still be empty: the ledger takes it as it is then.
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
+        super().__init__()
+        self.model, self.optimizer = model, optimizer
+        config = model.config
+        self._layers = f"{backbone_for(getattr(config, 'source_config', config)).layers_path}."
+        self._num_logits = getattr(config, "vocab_size", None) or config.num_labels
+        self._known: dict[int, tuple[int, weakref.ref]] = {}  # address of a living storage -> its number
+        self._sizes: list[int] = []
+        self._kinds: list[str] = []
+        self._events: list[int] = []  # n: storage n is born; ~n: it dies
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._saved, lambda tensor: tensor)
+        self.allocated: int | None = None
+
+    def __enter__(self) -> StepMemory:
+        self._label()
+        self._state_before = self._state_bytes()
+        self._device = next(self.model.parameters()).device
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._hooks.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        self._hooks.__exit__(*error)
+        if self._device.type == "cuda":
+            self.allocated = torch.cuda.max_memory_allocated(self._device)
+        self._label()
+
+    def ledger(self) -> Ledger:
+        """The ledger, with the optimizer's state as it is now."""
+        at_peak, largest, at_end = self._replay()
+        state = self._state_bytes()
+        parts = Parts(**largest | {"optimizer": state, "rest": 0})
+        peak = Parts(**at_peak | {"optimizer": state})
+        # The optimizer's step comes when activations are gone and all gradients are there.
+        stepping = Parts(**at_end | {"optimizer": state, "activations": 0, "logits": 0, "rest": 0})
+        allocated = None if self.allocated is None else self.allocated + state - self._state_before
+        return Ledger(parts, max(peak, stepping, key=lambda parts: parts.total), allocated)
+
+    def _replay(self) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+        """Bytes of each part when there are most, each at its largest, and each at the end."""
+        live, largest, at_peak = (dict.fromkeys(PARTS, 0) for _ in range(3))
+        total = most = 0
+        for event in self._events:
+            number = event if event >= 0 else ~event
+            kind, size = self._kinds[number], self._sizes[number]
+            if kind in ("optimizer", AWAY):  # the optimizer's state is counted at the end, in full
+                continue
+            change = size if event >= 0 else -size
+            live[kind] += change
+            total += change
+            largest[kind] = max(largest[kind], live[kind])
+            if total > most:
+                most, at_peak = total, dict(live)
+        return at_peak, largest, live
+
+    def _label(self) -> None:
+        """Note what the storages of the model and the optimizer are, now."""
+        away = self._away()[0]
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            self._note(tensor, AWAY if tensor in away else part_of_parameter(name, self._layers))
+            if tensor.grad is not None:
+                self._note(tensor.grad, "gradients")
+        for tensor in state_tensors(self.optimizer, self._away()[1]):
+            self._note(tensor, "optimizer")
+
+    def _away(self) -> tuple[set, set]:
+        """Parameters that wait in host memory, and those whose optimizer state does: not of this device."""
+        residence = getattr(self.model, "residence", None)
+        return (set(), set()) if residence is None else residence.away()
+
+    def _state_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in state_tensors(self.optimizer, self._away()[1]))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.detach.default and torch._C._current_graph_task_id() >= 0 and torch.is_grad_enabled():
+            self._saved(result)  # as gradient checkpointing keeps what it computes again
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor)
+        return result
+
+    def _saved(self, tensor: torch.Tensor) -> torch.Tensor:
+        number = self._note(tensor)
+        if self._kinds[number] == "rest":
+            self._kinds[number] = "activations"
+        return tensor
+
+    def _note(self, tensor: torch.Tensor, kind: str | None = None) -> int:
+        """The number of a tensor's storage, which is born now if it was not known; `kind` is what it turns out to be."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._known:
+            number = self._known[address][0]
+        else:
+            number = len(self._sizes)
+            self._known[address] = (number, weakref.ref(storage, lambda _: self._died(address)))
+            self._sizes.append(storage.nbytes())
+            is_logits = tensor.dim() > 1 and tensor.shape[-1] == self._num_logits
+            self._kinds.append("logits" if is_logits else "rest")
+            self._events.append(number)
+        if kind is not None:
+            self._kinds[number] = kind
+        return number
+
+    def _died(self, address: int) -> None:
+        self._events.append(~self._known.pop(address)[0])
+
+
+def part_of_parameter(name: str, layers: str) -> str:
+    """The part of [`Parts`] that a parameter or buffer belongs to.
+
+    Args:
+        name: in the state dict, of a DiffusionBlocks model or of the plain one, with or without adapters.
+        layers: path of the plain model's layers, with a dot at its end.
+    """
+    if name.startswith(("modulations.", "sigma_embeddings.")):
+        return "adaln"
+    return "blocks" if layers in name or name.startswith("readout_heads.") else "shared"
+
+
+def measure_memory(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss_of_step: Callable[[], torch.Tensor]
+) -> Ledger:
+    """The ledger of one training step, which is taken.
+
+    Args:
+        model: a DiffusionBlocks model, or the plain one.
+        optimizer: of its trained parameters.
+        loss_of_step: runs the forward pass.
+    """
+    with StepMemory(model, optimizer) as memory:
+        loss_of_step().backward()
+    optimizer.step()
+    ledger = memory.ledger()
+    optimizer.zero_grad()
+    return ledger

@@ -1,0 +1,302 @@
+"""The ways to train a model whose memory is compared: end to end, and block by block; each ready to take a step.
+
+`estimate_memory` follows these steps without memory, `benchmarks/memory.py` takes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import is_peft_available
+
+from .backbones import backbone_for
+from .configuration import DiffusionBlocksConfig
+from .conversion import convert
+from .ledger import Ledger, measure_memory
+from .losses import chunked_sum, cross_entropy
+from .models.residence import BlockResidence
+from .training.jobs import only_training
+
+#: Formulation -> what `convert` is given for it.
+FORMULATIONS: dict[str, dict] = {
+    "recommended": {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0},
+    "joint (paper)": {"denoiser": "joint", "context": "independent"},
+}
+LORA_RANK = 16
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained on what.
+
+    Args:
+        config: of the plain model.
+        num_blocks: B.
+        batch_size: sequences or images of a step.
+        sequence_length: tokens a sequence; None for images.
+        dtype: of parameters, hence of gradients, optimizer state and activations.
+    """
+
+    config: PreTrainedConfig
+    num_blocks: int
+    batch_size: int
+    sequence_length: int | None
+    dtype: torch.dtype = torch.float32
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        """Random inputs and labels."""
+        if self.sequence_length is None:
+            side = self.config.image_size
+            height, width = (side, side) if isinstance(side, int) else side
+            images = torch.randn(self.batch_size, self.config.num_channels, height, width).to(self.dtype)
+            return {"pixel_values": images, "labels": torch.randint(self.config.num_labels, (self.batch_size,))}
+        tokens = torch.randint(self.config.vocab_size, (self.batch_size, self.sequence_length))
+        return {"input_ids": tokens, "labels": tokens}
+
+    def hidden(self) -> torch.Tensor:
+        """What enters a block, as a cache would hold it."""
+        length = self.sequence_length
+        if length is None:
+            patch = self.config.patch_size
+            height, width = self.batch()["pixel_values"].shape[-2:]
+            rows, columns = (patch, patch) if isinstance(patch, int) else patch
+            length = 1 + (height // rows) * (width // columns)
+        return torch.randn(self.batch_size, length, self.config.hidden_size).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to train: the plain model (`fields` is None), or what `convert` makes of it by `fields`.
+
+    Args:
+        job: one block; otherwise all blocks in turn.
+        train_shared: False leaves what blocks share as it is.
+        cached: carried context comes from a cache, and no earlier block is loaded.
+        offload: inactive blocks are in host memory.
+    """
+
+    name: str
+    fields: Mapping | None = None
+    checkpointing: bool = False
+    lora: bool = False
+    job: bool = False
+    train_shared: bool = True
+    cached: bool = False
+    offload: bool = False
+
+    @property
+    def carried(self) -> bool:
+        return self.fields is not None and self.fields.get("context") == "carried"
+
+
+class Step(NamedTuple):
+    """A step of training, up to its loss."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[], torch.Tensor]
+
+
+def ways_to_train(formulations: Mapping[str, Mapping] = FORMULATIONS) -> list[Way]:
+    """End to end, and each formulation in each mode."""
+    ways = [Way("end to end"), Way("end to end, checkpointing", checkpointing=True)]
+    if is_peft_available():
+        ways.append(Way(f"LoRA (r={LORA_RANK}, attention)", lora=True))
+    for name, fields in formulations.items():
+        carried = fields.get("context") == "carried"
+        cached = ", cached inputs" if carried else ""
+        common, own = {**fields, "shared": "common"}, {**fields, "shared": "per_block"}
+        ways += [
+            Way(f"{name}: all blocks in turn", common),
+            Way(f"{name}: all blocks, inactive ones in host memory", common, offload=True),
+            Way(f"{name}: job, own embeddings and head{cached}", own, job=True, cached=carried),
+            Way(f"{name}: job, shared part frozen{cached}", common, job=True, train_shared=False, cached=carried),
+        ]
+        if carried:
+            around = f"{name}: job, shared part frozen, around the earlier blocks"
+            ways.append(Way(around, common, job=True, train_shared=False))
+    return ways
+
+
+def ledger_of(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = None) -> Ledger:
+    """The ledger of a way's largest step. With a fake mode, tensors have sizes and no memory."""
+    ledgers = []
+    for step in steps(way, workload, fake_mode):
+        with nullcontext() if fake_mode is None else WithoutMemory(fake_mode):
+            ledgers.append(measure_memory(*step))
+    return max(ledgers, key=lambda ledger: ledger.total)
+
+
+def steps(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = None) -> Iterator[Step]:
+    """A step of each block that can hold most (of a plain model, its step), one model in memory at a time.
+
+    Raises:
+        ValueError: the config cannot be cut so.
+    """
+    if way.fields is None:
+        yield _plain_step(way, workload, fake_mode)
+        return
+    config = DiffusionBlocksConfig(source_config=workload.config, num_blocks=workload.num_blocks, **way.fields)
+    blocks = _blocks_that_differ(config)
+    if way.job:
+        for block in blocks:
+            yield from _job_step(way, workload, block, fake_mode)
+    else:
+        yield from _steps_in_turn(way, workload, blocks, fake_mode)
+
+
+def _blocks_that_differ(config: DiffusionBlocksConfig) -> list[int]:
+    """The first, the last, and the second where it has more layers: any other holds no more than one of these."""
+    last = config.num_blocks - 1
+    sizes = [len(config.block_layers(block)) for block in range(config.num_blocks)]
+    largest = max(range(config.num_blocks), key=lambda block: (sizes[block], block))
+    return sorted({0, last, largest} | ({last - 1} if config.readout_layers and last else set()))
+
+
+def _plain_step(way: Way, workload: Workload, fake_mode) -> Step:
+    def make() -> PreTrainedModel:
+        model = backbone_for(workload.config).plain_class(workload.config)
+        if way.lora:
+            _add_adapters(model)
+        return model
+
+    model = _built(make, workload.dtype, fake_mode)
+    if way.checkpointing:
+        model.activation_checkpointing_enable()
+    batch = workload.batch()
+    return Step(model, _optimizer(model), lambda: plain_loss(model, **batch))
+
+
+def _steps_in_turn(way: Way, workload: Workload, blocks: list[int], fake_mode) -> Iterator[Step]:
+    model = _built(lambda: convert(workload.config, workload.num_blocks, **way.fields), workload.dtype, fake_mode)
+    optimizer, batch = _optimizer(model), workload.batch()
+    if way.offload:
+        model.residence = BlockResidence(model, model.device)
+        model.residence.optimizer = optimizer
+    for block in range(workload.num_blocks):  # as if each had been trained
+        if way.offload:
+            model.residence.activate(block)
+        _make_state(optimizer, (*model.block_parameters(block), *model.shared_parameters()))
+    for block in blocks:
+        if way.offload:
+            following = (block + 1) % workload.num_blocks
+            model.residence.activate(block, following if following != block else None)
+        entering = {}
+        if fake_mode is not None and way.carried and block:
+            entering = _entering(workload, fake_mode)
+            model.use_block(block - 1)
+        yield Step(model, optimizer, lambda: model(**batch, **entering, block_index=block).loss)
+
+
+def _job_step(way: Way, workload: Workload, block: int, fake_mode) -> Iterator[Step]:
+    resident = list(range(block + 1)) if way.carried and not way.cached else [block]
+    model = _built(
+        lambda: convert(workload.config, workload.num_blocks, resident_blocks=resident, **way.fields),
+        workload.dtype,
+        fake_mode,
+    )
+    batch = workload.batch()
+    if way.carried and block and (way.cached or fake_mode is not None):
+        batch |= _entering(workload, fake_mode)
+    with only_training(model, [block], way.train_shared):
+        yield Step(model, _optimizer(model), lambda: model(**batch, block_index=block).loss)
+
+
+def _entering(workload: Workload, fake_mode: FakeTensorMode | None) -> dict[str, torch.Tensor]:
+    """What enters a block, from a cache. Also where earlier blocks would run, if nothing is to be computed: forward and
+    without gradient, they hold less than what follows."""
+    with fake_mode or nullcontext():
+        return {"block_input": workload.hidden()}
+
+
+def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+
+
+def _make_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _add_adapters(model: PreTrainedModel) -> None:
+    """LoRA on the matrices of every attention module."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layers = f"{backbone_for(model.config).layers_path}."
+    matrices = {
+        name: module
+        for name, module in model.named_modules()
+        if layers in name and ("attn" in name or "attention" in name) and isinstance(module, (nn.Linear, Conv1D))
+    }
+    transposed = any(isinstance(module, Conv1D) for module in matrices.values())
+    config = LoraConfig(r=LORA_RANK, target_modules=list(matrices), fan_in_fan_out=transposed)
+    inject_adapter_in_model(config, model)
+
+
+def plain_loss(model: PreTrainedModel, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of a plain model; text is read out in chunks as ours is, so that memory and time compare fairly."""
+    if "input_ids" not in inputs:
+        return model(**inputs, labels=labels).loss
+    architecture = backbone_for(model.config)
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+
+    def loss_of_rows(hidden, targets):
+        return cross_entropy(architecture.head(model, hidden).float(), targets).sum()
+
+    rows, head = [hidden, labels[:, 1:].flatten()], list(model.lm_head.parameters())
+    return chunked_sum(loss_of_rows, rows, head, model.config.vocab_size) / len(hidden)
+
+
+# ---- without memory
+
+
+def _built(make: Callable[[], PreTrainedModel], dtype: torch.dtype, fake_mode: FakeTensorMode | None) -> PreTrainedModel:
+    if fake_mode is None:
+        return make().to(dtype).train()
+    with torch.device("meta"):
+        model = make().to(dtype)
+    with fake_mode:
+        model.to_empty(device="cpu")
+    model.tie_weights()
+    return model.train()
+
+
+class WithoutMemory(TorchDispatchMode):
+    """Runs a step on fake parameters, and real tokens and masks: what depends on values is decided by real ones.
+
+    A fake mode alone would not do: masks select rows by value, and Transformers makes other masks for fake tokens.
+    """
+
+    def __init__(self, fake_mode: FakeTensorMode):
+        super().__init__()
+        self.fake_mode = fake_mode
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func._overloadpacket in (torch.ops.aten.randn, torch.ops.aten.randn_like):
+            with self.fake_mode:  # the noise of all targets: large, and never looked at
+                return func(*args, **kwargs)
+        if func._overloadpacket in _BY_INDEX:
+            tensor, indices, *rest = args
+            numbers = [each for index in indices for each in _as_numbers(index)]
+            return func(tensor, numbers, *rest, **kwargs)
+        return func(*args, **kwargs)
+
+
+_BY_INDEX = {torch.ops.aten.index, torch.ops.aten.index_put_, torch.ops.aten.index_put, torch.ops.aten._index_put_impl_}
+
+
+def _as_numbers(index: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """What a mask selects, as index tensors: fake tensors cannot be selected by a mask."""
+    return (index,) if index is None or index.dtype != torch.bool else index.nonzero().unbind(1)

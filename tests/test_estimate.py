@@ -1,0 +1,167 @@
+"""The estimate is the ledger of the same step, without memory for its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import GPT2Config, LlamaConfig, Qwen3Config, ViTConfig
+
+import hf_diffusionblocks as db
+from hf_diffusionblocks.cli import main
+from hf_diffusionblocks.estimate import parse_bytes, smallest_number_of_blocks
+from hf_diffusionblocks.ways import Way, Workload, ledger_of, ways_to_train
+
+SIZES = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+GPT2 = GPT2Config(n_layer=4, n_embd=32, n_head=2, vocab_size=307, n_positions=32, bos_token_id=0, eos_token_id=0)
+CONFIGS = {
+    "gpt2": (GPT2, 24),
+    "llama": (LlamaConfig(**SIZES, vocab_size=307), 24),
+    "qwen3": (Qwen3Config(**SIZES, vocab_size=307, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True), 24),
+    "vit": (ViTConfig(**SIZES, image_size=16, patch_size=4, num_channels=1, num_labels=5), None),
+}
+WAYS = {way.name: way for way in ways_to_train()}
+OTHERS = {
+    "local head": {"denoiser": "factorized", "context": "carried", "readout_layers": 1},
+    "z is seen": {"denoiser": "factorized", "context": "independent", "prior_fraction": 0.5},
+    "joint, posterior, carried": {"denoiser": "joint", "context": "carried", "readout": "posterior"},
+}
+OTHER_WAYS = {way.name: way for way in ways_to_train(OTHERS) if way.job}
+
+
+def estimated(way: Way, workload: Workload) -> db.Ledger:
+    return ledger_of(way, workload, FakeTensorMode(allow_non_fake_inputs=True))
+
+
+def check(way: Way, workload: Workload) -> None:
+    """Every part, and the peak, to which earlier blocks that run forward add nothing but in models as small as these."""
+    expected, actual = ledger_of(way, workload), estimated(way, workload)
+    assert asdict(actual.parts) == pytest.approx(asdict(expected.parts), rel=0.005)
+    assert actual.total == pytest.approx(expected.total, rel=0.05)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize(
+    "family, dtype",
+    [("gpt2", torch.float32), ("gpt2", torch.bfloat16), ("llama", torch.float32), ("qwen3", torch.bfloat16), ("vit", torch.bfloat16)],
+    ids=str,
+)  # fmt: skip
+def test_the_estimate_is_the_ledger(family, dtype, way):
+    config, length = CONFIGS[family]
+    check(way, Workload(config, 3, batch_size=3, sequence_length=length, dtype=dtype))
+
+
+@pytest.mark.parametrize("way", OTHER_WAYS.values(), ids=OTHER_WAYS)
+@pytest.mark.parametrize("family", ["llama", "vit"])
+def test_so_it_is_in_other_formulations(family, way):
+    config, length = CONFIGS[family]
+    check(way, Workload(config, 3, batch_size=3, sequence_length=length))
+
+
+def test_the_largest_block_is_among_those_that_are_followed():
+    """Cut unevenly, and with local heads: no block's job holds more."""
+    fields = {**OTHERS["local head"], "shared": "per_block", "layers_per_block": [1, 2, 1]}
+    way = Way("job", fields, job=True, cached=True)
+    workload = Workload(GPT2, 3, 3, 24)
+    totals = []
+    for block in range(3):
+        model = db.convert(GPT2, 3, resident_blocks=[block], **fields).train()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        batch = workload.batch() | ({"block_input": workload.hidden()} if block else {})
+        totals.append(db.measure_memory(model, optimizer, lambda: model(**batch, block_index=block).loss).total)
+    assert estimated(way, workload).total == pytest.approx(max(totals), rel=0.01)
+
+
+def test_what_is_too_large_to_allocate_is_estimated():
+    """8 blocks of a layer of 2 GiB: 4 GiB of activations, on a machine of any size."""
+    config = LlamaConfig(
+        num_hidden_layers=8, hidden_size=8192, intermediate_size=24576, num_attention_heads=64, vocab_size=320
+    )
+    estimate = db.estimate_memory(config, num_blocks=8, batch_size=2, sequence_length=512, denoiser="factorized")
+    plain = estimate.ledgers["end to end"]
+    layer = 4 * (4 * 8192**2 + 3 * 8192 * 24576 + 2 * 8192)
+    assert plain.parts.blocks == 8 * layer
+    assert plain.parts.optimizer == pytest.approx(2 * plain.parts.gradients, rel=1e-6)
+    assert estimate.ledgers["factorized, independent: job, shared part frozen"].parts.blocks == layer
+
+
+def test_the_budget_is_met_by_the_smallest_number_of_blocks():
+    name, plain = "factorized, carried: job, own embeddings and head, cached inputs", "end to end"
+    fields = {"denoiser": "factorized", "context": "carried"}
+    way = next(way for way in ways_to_train({"factorized, carried": fields}) if way.name == name)
+    totals = {blocks: estimated(way, Workload(GPT2, blocks, 3, 24)).total for blocks in (1, 2, 4)}
+    assert totals[1] > totals[2] > totals[4]
+    for budget, expected in ((totals[2], 2), (totals[2] - 1, 4), (totals[4] - 1, None)):
+        assert smallest_number_of_blocks(way, Workload(GPT2, 3, 3, 24), budget) == expected
+    estimate = db.estimate_memory(GPT2, 2, 3, 24, budget="1 TiB", **fields)
+    assert set(estimate.fitting.values()) == {1}
+    assert "fits 1 TiB" in str(estimate) and str(estimate).count("yes") == len(estimate.ledgers)
+
+
+def test_a_diffusionblocks_model_is_estimated_as_it_is():
+    model = db.convert(GPT2, 2, denoiser="factorized", context="carried").to(torch.bfloat16)
+    estimate = db.estimate_memory(model, batch_size=3, sequence_length=24)
+    expected = db.estimate_memory(
+        GPT2, 2, 3, 24, dtype="bf16", denoiser="factorized", context="carried"
+    )
+    assert estimate.ledgers == expected.ledgers
+    assert [name for name in estimate.ledgers if name.startswith("factorized, carried: ")]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"num_blocks": 5}, "num_blocks=5 must be at most the model's 4 layers"),
+        ({"dtype": "fp8"}, "dtype='fp8' must be one of fp32"),
+        ({"budget": "24 apples"}, "budget='24 apples' must be a number of bytes, or one with a unit: KiB"),
+        ({"batch_size": 0}, "batch_size=0 must be a whole number from 1"),
+        ({"sequence_length": None}, "sequence_length=None must be a whole number from 2"),
+        ({"sequence_length": 64}, "sequence_length=64 must be at most max_position_embeddings=32"),
+        ({"denoiser": "both"}, "denoiser='both' must be one of 'joint', 'factorized'"),
+        ({"denoisr": "joint"}, "denoisr: not a field of DiffusionBlocksConfig"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        db.estimate_memory(GPT2, **{"num_blocks": 2, "batch_size": 3, "sequence_length": 24, **arguments})
+
+
+def test_images_have_no_sequence_length():
+    with pytest.raises(ValueError, match="sequence_length=24 must be None for images"):
+        db.estimate_memory(CONFIGS["vit"][0], 2, 3, 24)
+
+
+@pytest.mark.parametrize(
+    "text, size", [("1000", 1000), (1000, 1000), ("24GiB", 24 * 2**30), ("1.5 MB", 1_500_000), ("2KiB", 2048)]
+)
+def test_sizes_are_read(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "0", "24 apples", "1e3", "24gib"])
+def test_sizes_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match="budget="):
+        parse_bytes(text)
+
+
+def test_the_command_prints_the_estimate(tmp_path, capsys):
+    """With underscores or hyphens."""
+    GPT2.save_pretrained(tmp_path)
+    options = ["--dtype", "bf16", "--denoiser", "factorized", "--num_blocks", "2", "--batch-size", "3", "--sequence-length", "24"]
+    main(["estimate", "--model", str(tmp_path), *options])
+    expected = db.estimate_memory(GPT2, 2, 3, 24, dtype="bf16", denoiser="factorized")
+    assert capsys.readouterr().out.strip() == str(expected)
+
+
+def test_the_command_fails_in_one_line(tmp_path, capsys):
+    GPT2.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["estimate", "--model", str(tmp_path), "--sequence_length", "24", "--dtype", "int8"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("diffusionblocks estimate: error: dtype='int8' must be one of")
+    with pytest.raises(SystemExit):
+        main(["estimate", "--model", str(tmp_path / "nowhere"), "--sequence_length", "24"])
+    assert "--model" in capsys.readouterr().err

@@ -1,0 +1,145 @@
+"""The ledger: what is counted, against what is known of a step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, LlamaConfig, ViTConfig
+
+import hf_diffusionblocks as db
+from hf_diffusionblocks.ledger import PARTS, Ledger, Parts
+from hf_diffusionblocks.losses import rows_per_chunk
+from hf_diffusionblocks.memory import SavedActivations, gradient_bytes, optimizer_state_bytes
+from hf_diffusionblocks.ways import Way, Workload, ledger_of, steps, ways_to_train
+
+GPT2 = GPT2Config(n_layer=4, n_embd=32, n_head=2, vocab_size=307, n_positions=32, bos_token_id=0, eos_token_id=0)
+CONFIGS = {
+    "gpt2": (GPT2, 24),
+    "llama": (
+        LlamaConfig(num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=307),
+        24,
+    ),
+    "vit": (
+        ViTConfig(
+            num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, image_size=16,
+            patch_size=4, num_channels=1, num_labels=5,
+        ),
+        None,
+    ),
+}  # fmt: skip
+WAYS = {way.name: way for way in ways_to_train()}
+
+
+def workload(family: str) -> Workload:
+    config, length = CONFIGS[family]
+    return Workload(config, num_blocks=4, batch_size=3, sequence_length=length)
+
+
+class Product(nn.Module):
+    """One matrix, and a tensor between."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = GPT2
+        self.weight = nn.Parameter(torch.ones(100, 100))
+
+    def forward(self, inputs):
+        return (inputs @ self.weight).square().sum()
+
+
+def test_every_storage_of_a_small_step_is_counted_once():
+    """inputs @ weight is 100 x 100, and saved for the square's backward, as inputs are for the product's."""
+    model, inputs = Product(), torch.ones(100, 100)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ledger = db.measure_memory(model, optimizer, lambda: model(inputs))
+    matrix = 4 * 100 * 100
+    expected = {"shared": matrix, "gradients": matrix, "optimizer": 2 * matrix + 4, "activations": 2 * matrix}
+    assert asdict(ledger.parts) == dict.fromkeys(PARTS, 0) | expected
+    # In the square's backward: these but the weight's gradient, which is made later, and some of 2, 2x and 2x times it.
+    certain = ledger.parts.total - matrix
+    assert ledger.total == sum(asdict(ledger.peak).values())
+    assert matrix <= ledger.total - certain == ledger.peak.rest <= 3 * matrix + 100
+    assert ledger.peak.gradients == 0
+
+
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_parts_are_those_counted_one_by_one(family, name):
+    """Parameters, gradients and state by their own sizes; activations as saved hooks see them."""
+    way, sizes = WAYS[name], workload(family)
+    if way.offload:
+        pytest.skip("test_what_is_in_host_memory_does_not_count")
+    for model, optimizer, loss in steps(way, sizes):
+        torch.manual_seed(0)
+        with db.StepMemory(model, optimizer) as memory:
+            loss().backward()
+        gradients = gradient_bytes(model.parameters())
+        optimizer.step()
+        parts = memory.ledger().parts
+        optimizer.zero_grad()
+        torch.manual_seed(0)
+        with SavedActivations(model.parameters()) as saved:
+            kept = loss()
+        held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+        assert parts.shared + parts.blocks + parts.adaln == sum(held.values())
+        assert parts.gradients == gradients
+        assert parts.optimizer == optimizer_state_bytes(optimizer)
+        # A chunk of the readout, and what checkpointing computes again, come and go.
+        assert saved.bytes <= parts.activations + parts.logits
+        if not way.checkpointing:
+            rows = sizes.batch_size * (sizes.sequence_length or 1)
+            chunk = rows_per_chunk(rows, 307) * 4 * (8 * 32 + 307)
+            assert parts.activations <= saved.bytes + chunk
+        del kept
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_logits_are_those_of_a_chunk(family):
+    parts = ledger_of(WAYS["recommended: job, shared part frozen, cached inputs"], workload(family)).parts
+    one = rows_per_chunk(3 * 23, 307) * 307 * 4
+    assert one <= parts.logits <= 4 * one < 3 * 23 * 307 * 4 * 2
+
+
+def test_shared_part_blocks_and_adaln_are_listed_apart():
+    model = db.convert(GPT2, 2, denoiser="joint")
+    ledger = ledger_of(Way("joint", {"denoiser": "joint"}), Workload(GPT2, 2, 3, 24))
+    sizes = {"shared": 0, "blocks": 0, "adaln": 0}
+    for name, parameter in model.named_parameters():
+        part = "adaln" if "modulations" in name or "sigma_emb" in name else "blocks" if ".h." in name else "shared"
+        sizes[part] += parameter.nbytes
+    assert {part: getattr(ledger.parts, part) for part in sizes} == sizes
+
+
+def test_what_is_in_host_memory_does_not_count():
+    """Of 4 equal blocks, the active and the next one with their state; carried context, and one that has run forward."""
+    sizes = workload("llama")
+    all_blocks, moved = (
+        ledger_of(WAYS[f"recommended: all blocks{mode}"], sizes).parts
+        for mode in (" in turn", ", inactive ones in host memory")
+    )
+    assert moved.blocks == all_blocks.blocks * 3 // 4
+    state_of_blocks = all_blocks.optimizer * all_blocks.blocks / (all_blocks.blocks + all_blocks.shared)
+    assert all_blocks.optimizer - moved.optimizer == pytest.approx(state_of_blocks / 2, rel=0.01)
+
+
+def test_a_ledger_prints_parts_and_sums():
+    ledger = Ledger(Parts(shared=2**20, logits=3 * 2**20), Parts(shared=2**20, rest=2**19), allocated=2**21)
+    lines = str(ledger).splitlines()
+    assert lines[0].split() == ["MiB", "at", "its", "largest", "at", "the", "peak"]
+    assert [line.split()[0] for line in lines[1:]] == [*PARTS, "total", "torch.cuda.max_memory_allocated"]
+    assert lines[9].split() == ["total", "4.0", "1.5"]
+    assert lines[-1].split()[-1] == "2.0"
+
+
+def test_the_head_has_one_gradient():
+    """The readout's chunks leave theirs in what becomes `.grad`: at the peak, one more is there at most (a chunk's)."""
+    way = WAYS["recommended: job, own embeddings and head, cached inputs"]
+    config = LlamaConfig(
+        num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=30011
+    )
+    peak = ledger_of(way, Workload(config, 4, 1, 24)).peak
+    head = 30011 * 32 * 4
+    assert peak.gradients + peak.rest < 2.2 * head
