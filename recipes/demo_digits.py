@@ -113,8 +113,8 @@ def report(folder: Path) -> None:
 
     training = blocks.config.training_report
     memory = {BLOCKS: (
-        training["memory"]["activations saved for backward, one block"],
-        training["memory"]["gradients, one block and shared"],
+        training["memory"]["activations saved for backward"],
+        training["memory"]["gradients"],
     )}  # fmt: skip
     for name in (END_TO_END, ONE_BLOCK):
         batch = slice(training["batch_size"])

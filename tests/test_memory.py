@@ -6,8 +6,11 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from process_scenarios import CARRIED, made, trainer_of
+from process_scenarios import GPT2 as TRAINED
 from torch import nn
 from transformers import GPT2Config, LlamaConfig, ViTConfig
+from transformers.utils import logging
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.ledger import PARTS, Ledger, Parts
@@ -143,3 +146,42 @@ def test_the_head_has_one_gradient():
     peak = ledger_of(way, Workload(config, 4, 1, 24)).peak
     head = 30011 * 32 * 4
     assert peak.gradients + peak.rest < 2.2 * head
+
+
+# ---- in the Trainer
+
+
+def test_the_trainer_keeps_a_ledger_of_each_block(tmp_path):
+    model = made(TRAINED, CARRIED)
+    trainer = trainer_of(model, TRAINED, tmp_path, {"max_steps": 6, "gradient_accumulation_steps": 2})
+    trainer.train()
+    assert sorted(trainer.ledgers) == [0, 1]
+    shared = sum(p.nbytes for p in model.shared_parameters())
+    for block, ledger in trainer.ledgers.items():
+        own = sum(p.nbytes for p in model.block_parameters(block))
+        # Block 1 does not reach the position embeddings: its input comes without gradient.
+        unreached = 0 if block == 0 else model.backbone.transformer.wpe.weight.nbytes
+        assert ledger.parts.gradients == own + shared - unreached
+        assert ledger.parts.blocks == sum(p.nbytes for k in range(2) for p in model.block_parameters(k))
+        assert ledger.parts.activations > 0 and ledger.total > 0
+
+
+def test_the_trainer_prints_the_largest_ledger(tmp_path, caplog):
+    logging.get_logger("hf_diffusionblocks").propagate = True
+    with caplog.at_level("INFO", logger="hf_diffusionblocks"):
+        trainer = trainer_of(made(TRAINED, CARRIED), TRAINED, tmp_path, {})
+        trainer.train()
+    largest = max(trainer.ledgers.values(), key=lambda ledger: ledger.total)
+    assert str(largest) in caplog.text
+
+
+def test_offload_holds_fewer_bytes(tmp_path):
+    fields = {**CARRIED, "num_blocks": 4}
+    totals = []
+    for place in ("none", "cpu"):
+        trainer = trainer_of(made(TRAINED, fields), TRAINED, tmp_path, {"max_steps": 12, "offload_inactive_blocks": place})
+        trainer.train()
+        totals.append({part: max(getattr(ledger.parts, part) for ledger in trainer.ledgers.values()) for part in ("blocks", "optimizer")})
+    kept, moved = totals
+    assert moved["blocks"] <= 0.75 * kept["blocks"] + 1  # the active block, the next, and one that runs forward, of 4
+    assert moved["optimizer"] < kept["optimizer"]

@@ -35,7 +35,7 @@ def losses(trainer) -> list[float]:
 def test_checkpointing_changes_memory_alone(case, tmp_path):
     kept, computed_again = trained(case, tmp_path), trained(case, tmp_path, activation_checkpointing=True)
     assert losses(computed_again) == pytest.approx(losses(kept), abs=1e-6)
-    activations = [max(trainer._memory["activations"].values()) for trainer in (computed_again, kept)]
+    activations = [max(ledger.parts.activations for ledger in trainer.ledgers.values()) for trainer in (computed_again, kept)]
     assert activations[0] < 0.7 * activations[1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,13 @@ from transformers.utils import logging
 
 from .. import cards, checkpoint
 from ..draws import keyed_generators
-from ..memory import SavedActivations, gradient_bytes, optimizer_state_bytes
+from ..ledger import Ledger
 from ..models import DiffusionBlocksForCausalLM, DiffusionBlocksPreTrainedModel
 from ..models.residence import BlockResidence
 from .arguments import DiffusionBlocksTrainingArguments
 from .atomic import AtomicCheckpoints
 from .block_schedule import BlockSchedule
+from .ledgers import StepLedgers
 from .jobs import WithBlockInput, blocks_to_train, cached_column, check_processes, only_training
 from .parallel import Layout, all_states, broadcast
 
@@ -86,7 +88,8 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
         self._stale: set[int] = set()  # blocks that other lanes may have moved since this one saw them
         self._micro_batch = 0
         self._block_losses = torch.zeros(self.num_blocks, 2, device=args.device)  # sum and count since the last log
-        self._memory: dict[str, dict[int, int]] = {"activations": {}, "gradients": {}}
+        self._ledgers = StepLedgers(self)
+        self.add_callback(self._ledgers)
 
     def _build_accelerator_args(self, **kwargs) -> dict:
         # Compiled as a whole, the model would be a graph for each block, broken at every draw.
@@ -122,12 +125,7 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
         if self.args.objective == "final":
             inputs["loss_block"] = self.num_blocks - 1
         self._micro_batch += 1
-        if self.active_block in self._memory["activations"] or self.is_fsdp_enabled:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        with SavedActivations(self.model.parameters()) as saved:
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-        self._memory["activations"][self.active_block] = saved.bytes
-        return loss
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -161,11 +159,10 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
         return keyed_generators([self.args.seed, self.state.global_step], range(first, first + num_rows))
 
     def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
+        with self._ledgers.following() if self.accelerator.sync_gradients else nullcontext():
+            loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients and self._averages_gradients:
             self.layout.average_gradients(*self._trained_now())
-        if self.active_block not in self._memory["gradients"]:
-            self._memory["gradients"][self.active_block] = gradient_bytes(self.model.parameters())
         # `loss` is already divided by the number of micro-batches.
         self._block_losses[self.active_block, 0] += loss
         self._block_losses[self.active_block, 1] += 1 / self.current_gradient_accumulation_steps
@@ -305,6 +302,11 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
 
     # ---- reports
 
+    @property
+    def ledgers(self) -> dict[int, Ledger]:
+        """What a step of each block that this process has trained holds in memory; print one for a table."""
+        return dict(self._ledgers.of_block)
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
             totals = self.accelerator.reduce(self._block_losses, "sum").tolist()
@@ -331,6 +333,7 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
         self._exchange_blocks()
         if self.model.residence is not None:
             self.model.residence.activate(None)
+        self._ledgers.log()
         return result
 
     def _load_best_model(self) -> None:
@@ -350,13 +353,6 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
         """What the model card says of this run; JSON-able."""
         evaluations = [entry for entry in self.state.log_history if any(key.startswith("eval_") for key in entry)]
         results = evaluations[-1] if evaluations else {}
-        parameters = list(self.model.parameters())
-        memory = {
-            "parameters, all loaded": sum(p.nbytes for p in parameters),
-            "gradients, one block and shared": max(self._memory["gradients"].values(), default=None),
-            "activations saved for backward, one block": max(self._memory["activations"].values(), default=None),
-            "optimizer state, all trained blocks": optimizer_state_bytes(self.optimizer) if self.optimizer else None,
-        }
         return {
             **(self.model.config.training_report or {}),
             "train_examples": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
@@ -375,7 +371,7 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
                 for key, value in results.items()
                 if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second")) and np.isscalar(value)
             },
-            "memory": {part: size for part, size in memory.items() if size},
+            "memory": self._ledgers.report(),
         }
 
     def create_model_card(self, *args, **kwargs) -> None:
