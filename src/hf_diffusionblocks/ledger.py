@@ -22,8 +22,8 @@ class Parts:
     """Bytes by what they are.
 
     Args:
-        shared: embeddings, final norm and head, the fixed targets and all else that is no layer's: what blocks share, or
-            with `shared="per_block"` each has of its own. Parameters and buffers.
+        shared: embeddings, final norm, head, fixed targets and all else that is no layer's: what blocks share, or what
+            each has of its own with `shared="per_block"`. Parameters and buffers.
         blocks: layers and local heads; adapters inside them.
         adaln: modulations and sigma embeddings.
         gradients: of parameters.
@@ -87,8 +87,8 @@ class StepMemory(TorchDispatchMode):
         ledger = memory.ledger()  # before gradients are dropped
 
     Storages are counted once, by the bytes that were asked for, on whatever device: fake tensors have bytes, too. The
-    optimizer's step is taken to hold no more than parameters, gradients and state, which is so for fused ones. Blocks that
-    are in host memory (`offload_inactive_blocks`) are not counted.
+    optimizer's step is taken to hold no more than parameters, gradients and state, which is so for fused ones. Blocks
+    in host memory (`offload_inactive_blocks`) are not counted.
 
     Args:
         model: a DiffusionBlocks model, or the plain one.
@@ -187,7 +187,7 @@ class StepMemory(TorchDispatchMode):
         return tensor
 
     def _note(self, tensor: torch.Tensor, kind: str | None = None) -> int:
-        """The number of a tensor's storage, which is born now if it was not known; `kind` is what it turns out to be."""
+        """The number of a tensor's storage, which is born now if it was not known; `kind` is what it is known to be."""
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address in self._known:
