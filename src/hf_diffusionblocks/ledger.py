@@ -84,7 +84,7 @@ class StepMemory(TorchDispatchMode):
         with StepMemory(model, optimizer) as memory:
             model(**inputs).loss.backward()
         optimizer.step()
-        ledger = memory.ledger()  # before gradients are dropped
+        ledger = memory.ledger()
 
     Storages are counted once, by the bytes that were asked for, on whatever device: fake tensors have bytes, too. The
     optimizer's step is taken to hold no more than parameters, gradients and state, which is so for fused ones. Blocks
@@ -124,10 +124,12 @@ class StepMemory(TorchDispatchMode):
         if self._device.type == "cuda":
             self.allocated = torch.cuda.max_memory_allocated(self._device)
         self._label()
+        self._counted = self._replay()
+        self._known.clear()  # what dies from now on is no concern of this step
 
     def ledger(self) -> Ledger:
         """The ledger, with the optimizer's state as it is now."""
-        at_peak, largest, at_end = self._replay()
+        at_peak, largest, at_end = self._counted
         state = self._state_bytes()
         parts = Parts(**largest | {"optimizer": state, "rest": 0})
         peak = Parts(**at_peak | {"optimizer": state})
