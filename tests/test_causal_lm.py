@@ -1,8 +1,9 @@
-"""Text models: what a block computes and sees, the two realisations of the joint denoiser, losses and the bound."""
+"""Text models: what a block computes and sees, the realisations of the joint denoiser, losses and the bound."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -156,51 +157,68 @@ def test_one_factorized_block_at_sigma_max_trains_as_the_plain_model(plain, ids)
         assert torch.allclose(own.grad, other.grad, atol=1e-5)
 
 
-# ---- two realisations of the joint denoiser
+# ---- three realisations of the joint denoiser
 
 
-def noisy_through_both(model, block_index: int, ids, mask=None) -> list[torch.Tensor]:
-    """What leaves a block on the noisy stream: clean pass then noisy pass, and one pass over [clean ; noisy]."""
+def noisy_through_all(model, block_index: int, ids, mask=None) -> list[torch.Tensor]:
+    """What leaves a block on the noisy stream: clean pass then noisy pass, that one in groups, and one pass over
+    [clean ; noisy]."""
     positions = torch.arange(LENGTH)[None] if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
     kept = torch.arange(LENGTH)
     z = torch.randn(3, LENGTH, WIDTH, generator=torch.Generator().manual_seed(3))
     sigma = torch.tensor([0.1, 0.7, 4.0])
     clean_modulations, noisy_modulations = model.clean_modulations(block_index), model.modulations_at(block_index, sigma)
     outputs = []
-    for together in (False, True):
+    for realisation in ("apart", "in groups", "together"):
         hidden = model.embed(block_index, {"input_ids": ids, "position_ids": positions})
         streams = Streams(model, hidden, mask, positions, kept, CleanKeys())
         noisy = model.embed_noisy(block_index, z, streams.noisy_position_ids)
-        if together:
+        if realisation == "together":
             joined = [join(c, n, LENGTH, LENGTH) for c, n in zip(clean_modulations, noisy_modulations)]
             outputs.append(streams.run_together(block_index, hidden, noisy, joined)[1])
         else:
             streams.run_clean(block_index, hidden, clean_modulations, output=False)
-            outputs.append(streams.run_noisy(block_index, noisy, noisy_modulations))
+            in_groups = partial(streams.run_noisy_in_groups, largest=4)
+            run = in_groups if realisation == "in groups" else streams.run_noisy
+            outputs.append(run(block_index, noisy, noisy_modulations))
     return outputs
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 @pytest.mark.parametrize("block_index", BLOCKS)
-def test_two_passes_equal_one_masked_pass_in_outputs_and_gradients(plain, ids, block_index, padding, attention):
+def test_passes_apart_equal_one_masked_pass_in_outputs_and_gradients(plain, ids, block_index, padding, attention):
     model = make(plain)
     model.set_attn_implementation(attention)
     mask = None
     if padding is not None:
         mask = torch.ones_like(ids)
         mask[1, slice(0, 4) if padding == "left" else slice(6, None)] = 0
-    fast, reference = noisy_through_both(model, block_index, ids, mask)
+    *fast, reference = noisy_through_all(model, block_index, ids, mask)
     real = slice(None) if mask is None else mask.bool()
-    assert torch.allclose(fast[real], reference[real], atol=1e-5)
+    assert all(torch.allclose(output[real], reference[real], atol=1e-5) for output in fast)
     gradients = []
-    for output in (fast, reference):
+    for output in (reference, *fast):
         model.zero_grad()
         output[real].square().sum().backward(retain_graph=True)
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        assert torch.allclose(gradient, gradients[1][name], atol=1e-5 * gradient.abs().max() + 1e-6), name
+    for other in gradients[1:]:
+        assert gradients[0].keys() == other.keys()
+        for name, gradient in gradients[0].items():
+            assert torch.allclose(gradient, other[name], atol=1e-5 * gradient.abs().max() + 1e-6), name
+
+
+@pytest.mark.parametrize("dropout, expected", [(0.0, "run_noisy"), (0.1, "run_noisy_in_groups")])
+def test_noisy_tokens_train_in_groups_where_attention_keeps_scores(plain, ids, dropout, expected, monkeypatch):
+    model = make(plain).train()
+    setattr(model.backbone.config, model.architecture.attention_dropout_name, dropout)
+    called = []
+    for name in ("run_noisy", "run_noisy_in_groups"):
+        run = getattr(Streams, name)
+        monkeypatch.setattr(Streams, name, lambda *args, name=name, run=run: called.append(name) or run(*args))
+    for training in (True, False):
+        model.train(training)(ids, labels=ids, block_index=0)
+    assert called == [expected, "run_noisy"]
 
 
 def test_the_last_clean_layer_computes_keys_and_values_only(plain, ids):

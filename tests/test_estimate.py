@@ -45,7 +45,10 @@ def check(way: Way, workload: Workload) -> None:
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize(
     "family, dtype",
-    [("gpt2", torch.float32), ("gpt2", torch.bfloat16), ("llama", torch.float32), ("qwen3", torch.bfloat16), ("vit", torch.bfloat16)],
+    [
+        ("gpt2", torch.float32), ("gpt2", torch.bfloat16), ("llama", torch.float32), ("qwen3", torch.bfloat16),
+        ("vit", torch.bfloat16),
+    ],
     ids=str,
 )  # fmt: skip
 def test_the_estimate_is_the_ledger(family, dtype, way):
@@ -150,8 +153,8 @@ def test_sizes_that_are_none_are_refused(text):
 def test_the_command_prints_the_estimate(tmp_path, capsys):
     """With underscores or hyphens."""
     GPT2.save_pretrained(tmp_path)
-    options = ["--dtype", "bf16", "--denoiser", "factorized", "--num_blocks", "2", "--batch-size", "3", "--sequence-length", "24"]
-    main(["estimate", "--model", str(tmp_path), *options])
+    options = "--dtype bf16 --denoiser factorized --num_blocks 2 --batch-size 3 --sequence-length 24"
+    main(["estimate", "--model", str(tmp_path), *options.split()])
     expected = db.estimate_memory(GPT2, 2, 3, 24, dtype="bf16", denoiser="factorized")
     assert capsys.readouterr().out.strip() == str(expected)
 

@@ -66,8 +66,8 @@ def estimate_memory(
     """What a training step would hold: end to end, checkpointed, with LoRA (if peft is installed), and block by block.
 
     The real step runs on tensors that have sizes and no memory, under the same [`StepMemory`] that measures it: what it
-    says is what would be measured on a CPU. Text is read out in chunks in all ways. Attention kernels are the CPU's: on a
-    GPU, dropout in attention takes less.
+    says is what would be measured on a CPU. (On a GPU, attention with dropout takes less: other kernels.) Text is read
+    out in chunks in all ways.
 
     Args:
         model_or_config: plain or DiffusionBlocks; a model's weights are not looked at.
@@ -109,7 +109,8 @@ def estimate_memory(
 def _known(config_fields: Mapping) -> Mapping:
     unknown = sorted(config_fields.keys() - USER_FIELDS.keys())
     if unknown:
-        raise ValueError(f"{', '.join(unknown)}: not a field of DiffusionBlocksConfig; fields are {', '.join(USER_FIELDS)}")
+        fields_are = ", ".join(USER_FIELDS)
+        raise ValueError(f"{', '.join(unknown)}: not a field of DiffusionBlocksConfig; fields are {fields_are}")
     return config_fields
 
 
@@ -141,7 +142,8 @@ def parse_bytes(size: int | str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     found = float(match[1]) * UNITS[match[2]] if match and match[2] in UNITS else 0
     if found < 1:
-        raise ValueError(f"budget={size!r} must be a number of bytes, or one with a unit: {', '.join(filter(None, UNITS))}")
+        units = ", ".join(filter(None, UNITS))
+        raise ValueError(f"budget={size!r} must be a number of bytes, or one with a unit: {units}")
     return int(found)
 
 
@@ -179,7 +181,7 @@ def _bytes(size: int) -> str:
 
 
 def ledger_table(ledgers: Mapping[str, Ledger], columns: Mapping[str, Mapping[str, str]]) -> str:
-    """Markdown: each way's parts at their largest, their sum and the measured peak, and both over the first way's (end to end).
+    """Markdown: each way's parts at their largest, their sum, and the peak; both also over the first's (end to end).
 
     Args:
         columns: more of them: heading -> way -> cell.

@@ -22,8 +22,8 @@ class Parts:
     """Bytes by what they are.
 
     Args:
-        shared: embeddings, final norm and head, the fixed targets and all else that is no layer's: what blocks share, or
-            with `shared="per_block"` each has of its own. Parameters and buffers.
+        shared: embeddings, final norm, head, fixed targets and all else that is no layer's: what blocks share, or what
+            each has of its own with `shared="per_block"`. Parameters and buffers.
         blocks: layers and local heads; adapters inside them.
         adaln: modulations and sigma embeddings.
         gradients: of parameters.
@@ -84,11 +84,11 @@ class StepMemory(TorchDispatchMode):
         with StepMemory(model, optimizer) as memory:
             model(**inputs).loss.backward()
         optimizer.step()
-        ledger = memory.ledger()  # before gradients are dropped
+        ledger = memory.ledger()
 
     Storages are counted once, by the bytes that were asked for, on whatever device: fake tensors have bytes, too. The
-    optimizer's step is taken to hold no more than parameters, gradients and state, which is so for fused ones. Blocks that
-    are in host memory (`offload_inactive_blocks`) are not counted.
+    optimizer's step is taken to hold no more than parameters, gradients and state, which is so for fused ones. Blocks
+    in host memory (`offload_inactive_blocks`) are not counted.
 
     Args:
         model: a DiffusionBlocks model, or the plain one.
@@ -124,10 +124,12 @@ class StepMemory(TorchDispatchMode):
         if self._device.type == "cuda":
             self.allocated = torch.cuda.max_memory_allocated(self._device)
         self._label()
+        self._counted = self._replay()
+        self._known.clear()  # what dies from now on is no concern of this step
 
     def ledger(self) -> Ledger:
         """The ledger, with the optimizer's state as it is now."""
-        at_peak, largest, at_end = self._replay()
+        at_peak, largest, at_end = self._counted
         state = self._state_bytes()
         parts = Parts(**largest | {"optimizer": state, "rest": 0})
         peak = Parts(**at_peak | {"optimizer": state})
@@ -187,7 +189,7 @@ class StepMemory(TorchDispatchMode):
         return tensor
 
     def _note(self, tensor: torch.Tensor, kind: str | None = None) -> int:
-        """The number of a tensor's storage, which is born now if it was not known; `kind` is what it turns out to be."""
+        """The number of a tensor's storage, which is born now if it was not known; `kind` is what it is known to be."""
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address in self._known:

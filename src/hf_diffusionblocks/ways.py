@@ -1,6 +1,6 @@
 """The ways to train a model whose memory is compared: end to end, and block by block; each ready to take a step.
 
-`estimate_memory` follows these steps without memory, `benchmarks/memory.py` takes them.
+`benchmarks/memory.py` takes these steps, `estimate_memory` follows them without memory.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def _add_adapters(model: PreTrainedModel) -> None:
 
 
 def plain_loss(model: PreTrainedModel, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of a plain model; text is read out in chunks as ours is, so that memory and time compare fairly."""
+    """Mean cross-entropy of a plain model; text is read out in chunks as ours is: memory and time compare fairly."""
     if "input_ids" not in inputs:
         return model(**inputs, labels=labels).loss
     architecture = backbone_for(model.config)
@@ -261,7 +261,9 @@ def plain_loss(model: PreTrainedModel, labels: torch.Tensor, **inputs: torch.Ten
 # ---- without memory
 
 
-def _built(make: Callable[[], PreTrainedModel], dtype: torch.dtype, fake_mode: FakeTensorMode | None) -> PreTrainedModel:
+def _built(
+    make: Callable[[], PreTrainedModel], dtype: torch.dtype, fake_mode: FakeTensorMode | None
+) -> PreTrainedModel:
     if fake_mode is None:
         return make().to(dtype).train()
     with torch.device("meta"):

@@ -14,7 +14,7 @@ from .operands import parse_verb
 @dataclass
 class EstimateArguments:
     model: str = field(
-        metadata={"help": "Hub id or folder of a model, plain or DiffusionBlocks, or its config JSON file: no weights are read."}
+        metadata={"help": "Hub id or folder of a model, plain or DiffusionBlocks, or a config JSON file; no weights are read."}
     )
     batch_size: int = field(default=1, metadata={"help": "Sequences or images of a training step."})
     sequence_length: int | None = field(default=None, metadata={"help": "Tokens a sequence (text)."})

@@ -194,11 +194,14 @@ class Streams:
         """Noisy tokens `[N, Q, D]` through a block that the clean ones have run through."""
         return self.model.run_block(block_index, hidden, modulations, **self._noisy_attention)
 
-    def run_noisy_in_groups(self, block_index: int, hidden: torch.Tensor, modulations, size: int = GROUP) -> torch.Tensor:
-        """The same, with a group of noisy tokens as a row of its own: each sees the clean ones, and of the noisy ones none
-        but itself, so scores with those of other groups need not be. Each group copies the clean keys and values."""
+    def run_noisy_in_groups(
+        self, block_index: int, hidden: torch.Tensor, modulations, largest: int = GROUP
+    ) -> torch.Tensor:
+        """The same, with each group of noisy tokens as a row of its own: a token sees the clean ones, and of the noisy
+        ones itself alone, so there need be no scores with other groups. Each group copies the clean keys and values."""
         rows, length = hidden.shape[:2]
-        groups = -(-length // size)
+        groups = -(-length // largest)
+        size = -(-length // groups)
         missing = groups * size - length
 
         def grouped(tensor: torch.Tensor, dim: int) -> torch.Tensor:
