@@ -127,8 +127,9 @@ def draw(of_model: Mapping[str, Mapping[str, db.Ledger]], file: Path) -> None:
         panel.set_title(model, loc="left")
         panel.set_xlabel("GiB of a training step")
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0, 0].legend(frameon=False, ncols=2, loc="lower right")
-    figure.tight_layout()
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, ncols=len(labels), loc="lower center")
+    figure.tight_layout(rect=(0, 0.3 / figure.get_figheight(), 1, 1))  # above the legend
     figure.savefig(file)
 
 
