@@ -44,6 +44,8 @@ METHODS: dict[str, tuple[str, tuple[float, ...], dict]] = {
     "blocks, local loss, near the pretrained output": ("near", FULL_RATES[1:2], {"remove_unused_columns": False}),
     "blocks, local heads of the last layers": ("blocks", FULL_RATES[1:2], {"readout_layers": 1}),
     "blocks, final loss": ("blocks", FULL_RATES[1:], {"objective": "final"}),
+    "blocks, final loss, shared trained": ("blocks", FULL_RATES[1:], {"objective": "final", "train_shared": True}),
+    "blocks, local loss, shared trained": ("blocks", FULL_RATES[1:2], {"train_shared": True}),
     "blocks, final loss, first to last": (
         "blocks", FULL_RATES[1:2], {"objective": "final", "block_schedule": "sequential"}
     ),
@@ -136,7 +138,7 @@ def make(kind: str, task: Task, rate: float, options: dict):
     if options.pop("adapters", False):
         lora.add_block_adapters(model, task.lora())
     steps = task.updates * task.num_blocks
-    options["train_shared"] = bool(task.head)
+    options.setdefault("train_shared", bool(task.head))
     args = db.DiffusionBlocksTrainingArguments(**task.arguments(output, steps, rate, **options))
     collator = {"data_collator": collate} if isinstance(task, Clothes) else {}
     return db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=task.train_set, **collator), model
