@@ -43,21 +43,12 @@ METHODS: dict[str, tuple[str, tuple[float, ...], dict]] = {
     "blocks, local loss": ("blocks", FULL_RATES[1:], {}),
     "blocks, local loss, near the pretrained output": ("near", FULL_RATES[1:2], {"remove_unused_columns": False}),
     "blocks, local heads of the last layers": ("blocks", FULL_RATES[1:2], {"readout_layers": 1}),
-    "blocks, final loss": ("blocks", FULL_RATES[1:], {"objective": "final"}),
-    "blocks, final loss, shared trained": ("blocks", FULL_RATES[1:], {"objective": "final", "train_shared": True}),
-    "blocks, local loss, shared trained": ("blocks", FULL_RATES[1:2], {"train_shared": True}),
+    "blocks, final loss": ("blocks", FULL_RATES[1:2], {"objective": "final"}),
     "blocks, final loss, first to last": (
         "blocks", FULL_RATES[1:2], {"objective": "final", "block_schedule": "sequential"}
     ),
-    "blocks, final loss, checkpointing, first to last": (
-        "blocks", FULL_RATES[1:2],
-        {"objective": "final", "block_schedule": "sequential", "activation_checkpointing": True},
-    ),
+    "blocks, final loss, shared trained": ("blocks", FULL_RATES[1:2], {"objective": "final", "train_shared": True}),
     "blocks, final loss, LoRA": ("blocks", LORA_RATES[1:], {"objective": "final", "adapters": True}),
-    "blocks, final loss, LoRA, first to last": (
-        "blocks", LORA_RATES[1:2], {"objective": "final", "adapters": True, "block_schedule": "sequential"}
-    ),
-    "blocks, local loss, LoRA": ("blocks", LORA_RATES[1:2], {"adapters": True}),
 }  # fmt: skip
 
 

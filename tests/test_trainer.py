@@ -144,6 +144,16 @@ def test_sequential_training(plain_model, tmp_path):
     assert recorder.blocks == [0, 0, 1, 1]
 
 
+def test_sequential_training_keeps_the_state_of_one_block(plain_model, tmp_path):
+    """A block whose turn is over is not trained again. In turns, all blocks' states stay."""
+    for order, owners in (("sequential", {None, 1}), ("random", {None, 0, 1})):
+        model = db.convert(plain_model, num_blocks=2)
+        trainer = make_trainer(model, tmp_path, updates_per_block=2, block_schedule=order)
+        trainer.train()
+        held = {id(parameter) for parameter in trainer.optimizer.state}
+        assert {model.block_of_parameter(name) for name, p in model.named_parameters() if id(p) in held} == owners
+
+
 # ---- learning rates
 
 
