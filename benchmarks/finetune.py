@@ -48,7 +48,7 @@ METHODS: dict[str, tuple[str, tuple[float, ...], dict]] = {
         "blocks", FULL_RATES[1:2], {"objective": "final", "block_schedule": "sequential"}
     ),
     "blocks, final loss, shared trained": ("blocks", FULL_RATES[1:2], {"objective": "final", "train_shared": True}),
-    "blocks, final loss, LoRA": ("blocks", LORA_RATES[1:], {"objective": "final", "adapters": True}),
+    "blocks, final loss, LoRA": ("blocks", LORA_RATES, {"objective": "final", "adapters": True}),
 }  # fmt: skip
 
 
