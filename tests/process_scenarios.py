@@ -147,9 +147,9 @@ def run_saving(name: str, output: Path) -> None:
 
 #: Family -> source, fields of `convert`, the block
 SHARDED = {
-    "gpt2-own-0": (GPT2, INDEPENDENT, 0),
-    "gpt2-own-1": (GPT2, INDEPENDENT, 1),
+    "gpt2": (GPT2, INDEPENDENT, 1),
     "llama": (LLAMA, {"denoiser": "factorized"}, 1),
+    "llama-own": (LLAMA, INDEPENDENT, 0),
 }
 SHARDED_JOB = {"train_shared": False, "optim": "adamw_torch", "adam_epsilon": 1e-3, "save_strategy": "steps", "save_steps": 2}
 

@@ -63,6 +63,13 @@ def test_only_the_active_block_and_shared_parameters_have_gradients(source, tmp_
     assert all(not torch.equal(before[name], p) for name, p in model.named_parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("block, loss_block", [(1, 0), (0, 4)])
+def test_a_loss_is_read_from_this_block_or_a_later_one(block, loss_block):
+    model = made(GPT2, RECOMMENDED)
+    with pytest.raises(ValueError, match=f"loss_block={loss_block} with block_index={block} must be this or a later block of 4"):
+        model(**batch_of(GPT2), block_index=block, loss_block=loss_block)
+
+
 def test_it_lowers_the_loss_of_the_whole_model(source, tmp_path):
     model = made(source, RECOMMENDED)
     trainer = trainer_of(
@@ -92,8 +99,8 @@ def test_dropout_is_that_of_the_active_block_alone():
 @pytest.mark.parametrize(
     "fields, arguments, resident, message",
     [
-        ({}, {}, None, r"loss_block=1 with block_index=0 .*needs denoiser='factorized'"),
-        ({"denoiser": "factorized"}, {}, None, "needs denoiser='factorized' and context='carried'"),
+        ({}, {}, None, r"objective='final' needs .*; this model has 'joint' and 'independent'"),
+        ({"denoiser": "factorized"}, {}, None, "objective='final' needs denoiser='factorized' and context='carried'"),
         (
             {"denoiser": "factorized", "context": "carried"}, {"train_blocks": [0], "train_shared": False}, [0],
             r"objective='final' with train_blocks=\[0\] needs the later blocks \[1\]",

@@ -53,8 +53,9 @@ def test_one_graph_serves_the_layers_of_all_blocks(name, tmp_path):
     case = (source, {**fields, "num_blocks": 4}, None)
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    trainer = trainer_of(made(source, case[1]), source, tmp_path, {"max_steps": 6}, 4)
-    trainer.model.compile_layers(backend=counter)
+    arguments = {"max_steps": 6, "torch_compile": True, "torch_compile_backend": "aot_eager"}
+    trainer = trainer_of(made(source, case[1]), source, tmp_path, arguments, 4)
+    trainer.model.compile_layers(backend=counter)  # the same, counted
     trainer.train()
     assert 1 <= counter.frame_count <= 3
     assert losses(trainer) == pytest.approx(losses(trained(case, tmp_path)), abs=1e-4)

@@ -51,7 +51,11 @@ def blocks_to_train(
             "what all blocks share. Set train_shared=False, or give each block its own with shared='per_block'"
         )
     if args.objective == "final":
-        model.loss_block_of(min(blocks), model.num_blocks - 1)
+        if model.joint or not model.carried:
+            raise ValueError(
+                "objective='final' needs denoiser='factorized' and context='carried', so that a block's output runs on "
+                f"through the later ones; this model has {model.config.denoiser!r} and {model.config.context!r}"
+            )
         later = sorted(set(range(min(blocks), model.num_blocks)) - set(resident))
         if later:
             raise ValueError(f"objective='final' with train_blocks={blocks} needs the later blocks {later}: load them, too")
@@ -105,11 +109,10 @@ def _check_sharding(trainer: Trainer) -> None:
         )
     if not model.can_generate():
         raise ValueError(f"FSDP with model_type={model.config.source_config.model_type!r}: Accelerate shards text models only")
-    if model.config.source_config.tie_word_embeddings and not model.per_block:
-        raise ValueError(
-            "FSDP with embeddings tied to the head: Accelerate shards them apart. Give each block its own with "
-            "shared='per_block'"
-        )
+    embedding = getattr(model.get_input_embeddings(), "weight", None)
+    names = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is embedding]
+    if len(names) > 1:
+        raise ValueError(f"FSDP with embeddings tied to the head ({', '.join(names)}): Accelerate shards them apart")
     if model.joint:
         raise ValueError(
             "FSDP with denoiser='joint': its streams call parts of the attention module, which FSDP gathers as a whole"
