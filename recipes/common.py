@@ -366,4 +366,6 @@ def run(
     metrics = train(trainer, resume_from)
     if finish is not None:
         finish(trainer, *arguments)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # left open, its threads may abort a process that ends well
     return metrics

@@ -185,3 +185,4 @@ if __name__ == "__main__":
     else:
         for scenario in names:
             run(scenario, Path(output))
+    dist.destroy_process_group()

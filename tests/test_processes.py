@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from filelock import FileLock
@@ -171,7 +172,9 @@ def test_killed_while_saving_and_resumed_is_the_uninterrupted_run(outcomes, tmp_
     while not (folder / "checkpoint-1").is_dir() or not (folder / "_saving").is_dir():  # in its second save, or third
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.001)
-    os.killpg(run.pid, signal.SIGKILL)
+    launcher = psutil.Process(run.pid)
+    for process in (*launcher.children(recursive=True), launcher):  # each worker has a session of its own
+        process.send_signal(signal.SIGKILL)
     run.wait()
     for path in folder.glob("checkpoint-*"):
         assert {"optimizer.pt", "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= {p.name for p in path.iterdir()}
