@@ -108,7 +108,7 @@ def export(trainer: Trainer, tuning: FinetuningArguments) -> None:
     if not tuning.export_plain or not trainer.is_world_process_zero():
         return
     model = trainer.model
-    if lora.has_adapters(model):
+    if model.has_adapters:
         model = lora.merge_and_unload(model)
     with checkpoint.atomic_save(Path(tuning.export_plain)) as folder:
         model.to_plain().save_pretrained(folder)

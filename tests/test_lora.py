@@ -195,8 +195,16 @@ def test_a_plain_model_is_left(name, tmp_path):
     torch.testing.assert_close(logits(lora.merge_and_unload(model).to_plain(), CASES[name][0]), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_new_head_is_trained_whole(tmp_path):
-    """modules_to_save: of all blocks, and with the last block's adapter."""
+@pytest.mark.parametrize("block", [0, 1])
+@pytest.mark.parametrize("objective", ["local", "final"])
+def test_a_new_head_moves_in_the_last_block_s_steps(block, objective, tmp_path):
+    model = adapted(CASES["vit"], config=LoraConfig(r=4, modules_to_save=["classifier"]))
+    head = model.backbone.classifier.weight.clone()
+    trained(CASES["vit"], tmp_path, model=model, train_blocks=[block], objective=objective)
+    assert torch.equal(model.backbone.classifier.weight, head) is (block == 0)
+
+
+def test_a_new_head_is_saved_with_the_last_block_s_adapter(tmp_path):
     model = adapted(CASES["vit"], config=LoraConfig(r=4, modules_to_save=["classifier"]))
     head = model.backbone.classifier.weight.clone()
     trainer = trained(CASES["vit"], tmp_path / "run", model=model, objective="final")

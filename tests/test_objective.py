@@ -9,6 +9,9 @@ import torch
 from process_scenarios import GPT2, LLAMA, VIT, made, rows, trainer_of
 from torch.nn import functional as F
 
+from hf_diffusionblocks.ledger import StepMemory
+from hf_diffusionblocks.memory import SavedActivations
+
 RECOMMENDED = {"num_blocks": 4, "denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
 SOURCES = {"gpt2": GPT2, "llama": LLAMA, "vit": VIT}
 
@@ -63,6 +66,40 @@ def test_only_the_active_block_and_shared_parameters_have_gradients(source, tmp_
     assert all(not torch.equal(before[name], p) for name, p in model.named_parameters() if p.grad is not None)
 
 
+def activations(model, loss) -> tuple[int, int]:
+    """Bytes that a forward pass keeps, and the most that are kept until the backward pass has ended."""
+    with SavedActivations(model.parameters()) as saved:
+        kept = loss()
+    del kept
+    with StepMemory(model, torch.optim.AdamW(model.parameters())) as memory:
+        loss().backward()
+    return saved.bytes, memory.ledger().parts.activations
+
+
+def test_later_blocks_keep_what_enters_them_and_one_at_a_time_its_activations(source):
+    model, batch = made(source, RECOMMENDED).train(), batch_of(source)
+    own, own_most = activations(model, lambda: model(**batch, block_index=0).loss)
+    kept, most = activations(model, lambda: model(**batch, block_index=0, loss_block=3).loss)
+    entering = entering_bytes(model, batch)
+    assert kept == own + 3 * entering
+    assert most <= 2 * own_most + 3 * entering
+    assert activations(model, lambda: plain_loss(model, batch))[1] > 3 * own_most  # where all layers keep theirs
+
+
+def test_and_one_layer_at_a_time_if_layers_are_checkpointed(source):
+    model, batch = made(source, {**RECOMMENDED, "num_blocks": 2}).train(), batch_of(source)
+    model.activation_checkpointing_enable()
+    _, own_most = activations(model, lambda: model(**batch, block_index=0).loss)
+    _, most = activations(model, lambda: model(**batch, block_index=0, loss_block=1).loss)
+    assert most == own_most + 2 * entering_bytes(model, batch)  # of the later block and its second layer
+
+
+def entering_bytes(model, batch) -> int:
+    """Of the hidden states that enter a block."""
+    inputs, attention = model.clean_inputs(batch)
+    return model.block_input(1, inputs, **attention).nbytes
+
+
 @pytest.mark.parametrize("block, loss_block", [(1, 0), (0, 4)])
 def test_a_loss_is_read_from_this_block_or_a_later_one(block, loss_block):
     model = made(GPT2, RECOMMENDED)
@@ -104,10 +141,6 @@ def test_dropout_is_that_of_the_active_block_alone():
         (
             {"denoiser": "factorized", "context": "carried"}, {"train_blocks": [0], "train_shared": False}, [0],
             r"objective='final' with train_blocks=\[0\] needs the later blocks \[1\]",
-        ),
-        (
-            {"denoiser": "factorized", "context": "carried"}, {"offload_inactive_blocks": "cpu"}, None,
-            "objective='final' with offload_inactive_blocks='cpu'",
         ),
     ],
 )  # fmt: skip

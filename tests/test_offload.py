@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -134,6 +135,7 @@ def test_an_offloaded_model_is_saved_whole(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
+        {"objective": "final"}, {"objective": "final", "activation_checkpointing": True, "bf16": True},
         {"activation_checkpointing": True}, {"bf16": True}, {"gradient_accumulation_steps": 2}, {"max_grad_norm": 0.1},
         {"torch_compile": True, "torch_compile_backend": "aot_eager"},
         {"activation_checkpointing": True, "bf16": True, "torch_compile": True, "torch_compile_backend": "aot_eager"},
@@ -158,3 +160,22 @@ def test_a_job_around_predecessors_offloads_them(tmp_path):
     assert same(whole, moved)
     size = sum(p.nbytes for p in moved.block_parameters(0))
     assert set(watch.seen) == {2 * size}  # blocks are of one size: the trained one, and the last that ran
+
+
+def test_later_blocks_come_for_the_final_loss_one_by_one(tmp_path):
+    """As they run, and again, last block first, as they pass the gradient on."""
+    model = made(GPT2, {"num_blocks": B, **CARRIED})
+    arguments = {"objective": "final", "offload_inactive_blocks": "cpu", "max_steps": B, "block_schedule": "sequential"}
+    trainer = trainer_of(model, GPT2, tmp_path, arguments)
+    size, residence, seen = sum(p.nbytes for p in model.block_parameters(0)), model.residence, []
+    use = residence.use
+
+    def watched(block):
+        use(block)
+        seen.append((trainer.active_block, block, residence.bytes_on_device()["parameters"] // size))
+
+    residence.use = watched
+    trainer.train()
+    used = [block for active, block, _ in seen if active == 0]
+    assert [block for block, _ in itertools.groupby(used)] == [0, 1, 2, 3, 2, 1]
+    assert {held for _, _, held in seen} <= {1, 2, 3}  # the active one, the next one, and another

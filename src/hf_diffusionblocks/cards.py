@@ -105,7 +105,7 @@ def render(model: DiffusionBlocksPreTrainedModel, name: str) -> str:
 
 
 def _use_code(model: DiffusionBlocksPreTrainedModel, name: str) -> str:
-    if not getattr(model, "peft_config", None):
+    if not model.has_adapters:
         lines = USE_LINES[model.task].format(name=name)
         return USE.format(auto_class=AUTO_CLASSES[model.task], name=name, lines=lines)
     values = {field: getattr(model.config, field) for field in USER_FIELDS}

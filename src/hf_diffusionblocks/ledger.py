@@ -175,8 +175,8 @@ class StepMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.detach.default and torch._C._current_graph_task_id() >= 0 and torch.is_grad_enabled():
-            self._saved(result)  # as gradient checkpointing keeps what it computes again
+        if func is torch.ops.aten.detach.default and torch._C._current_graph_task_id() >= 0 and args[0].requires_grad:
+            self._saved(result)  # as activation checkpointing keeps what it computes again
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, torch.Tensor):
                 self._note(tensor)

@@ -37,8 +37,7 @@ def add_block_adapters(model: DiffusionBlocksPreTrainedModel, config: LoraConfig
     """Give every loaded block a LoRA adapter, and train these alone.
 
     A block's local head (`readout_layers`) and, with `shared="per_block"`, its own final norm and head are trained whole
-    beside its adapter. `modules_to_save` of the config are too, and go with the last block: a new classifier, for
-    example.
+    beside its adapter. `modules_to_save` of the config (a new classifier, for example) are so beside the last block's.
 
     Args:
         model: factorized; changed in place.
@@ -51,7 +50,7 @@ def add_block_adapters(model: DiffusionBlocksPreTrainedModel, config: LoraConfig
         ValueError: the model has adapters or is joint, or the config says which layers, or names what is not there or
             tied.
     """
-    if has_adapters(model):
+    if model.has_adapters:
         raise ValueError(f"the model has adapters already: {', '.join(model.peft_config)}")
     if config.layers_to_transform is not None:
         raise ValueError(f"layers_to_transform={config.layers_to_transform} must be None: each block has its own layers")
@@ -76,11 +75,6 @@ def add_block_adapters(model: DiffusionBlocksPreTrainedModel, config: LoraConfig
             _add(model, own, block)
     _activate(model)
     return model
-
-
-def has_adapters(model: DiffusionBlocksPreTrainedModel) -> bool:
-    """Whether blocks have adapters."""
-    return bool(getattr(model, "peft_config", None))
 
 
 def _check(model: DiffusionBlocksPreTrainedModel, layer: nn.Module, config: LoraConfig) -> None:
@@ -158,7 +152,7 @@ def load_block_adapters(
         if not (path / SAFETENSORS_WEIGHTS_NAME).is_file():
             raise OSError(f"{path / SAFETENSORS_WEIGHTS_NAME} is missing")
     for block, path in paths.items():
-        if not has_adapters(model) or adapter_of(block) not in model.peft_config:
+        if not model.has_adapters or adapter_of(block) not in model.peft_config:
             config = LoraConfig.from_pretrained(path)
             config.modules_to_save = [_in_model(saved) for saved in config.modules_to_save or ()] or None
             _add(model, config, block)
@@ -188,7 +182,7 @@ def merge_and_unload(model: DiffusionBlocksPreTrainedModel) -> DiffusionBlocksPr
     Raises:
         ValueError: there are no adapters.
     """
-    if not has_adapters(model):
+    if not model.has_adapters:
         raise ValueError("the model has no adapters: add_block_adapters gives it some")
     for name, module in list(model.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper):

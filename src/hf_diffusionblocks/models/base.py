@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint as checkpoint_activations
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
@@ -158,6 +159,9 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
 
     def block_of_parameter(self, name: str) -> int | None:
         """The block a parameter belongs to by its name in the state dict, or None if it is shared."""
+        _, whole, adapter = name.partition(".modules_to_save.block_")  # what peft trains whole beside a block's adapter
+        if whole:
+            return int(adapter.split(".")[0])
         layers = f"backbone.{self.architecture.layers_path}."
         for prefix in (layers, "modulations."):
             if name.startswith(prefix):
@@ -175,6 +179,11 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         part, _, rest = name.partition(".")
         first = {"block_embeddings": 1, "block_readouts": 0, "sigma_embeddings": 0, "noisy_labels": 0}.get(part)
         return None if first is None else first + int(rest.split(".")[0])
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether blocks have LoRA adapters: see `lora.add_block_adapters`."""
+        return bool(getattr(self, "peft_config", None))
 
     def block_parameters(self, block_index: int) -> list[nn.Parameter]:
         """All parameters of one block, and of no other."""
@@ -234,7 +243,8 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
     ) -> torch.Tensor:
         """One layer, checkpointed where gradient checkpointing is on."""
         run = partial(self._run_layer, **attention)
-        if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
+        # (By the model's mode: blocks that carry a gradient on run without dropout, their layers in evaluation mode.)
+        if layer.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return layer._gradient_checkpointing_func(run, layer, hidden, modulation)
         return run(layer, hidden, modulation)
 
@@ -281,10 +291,17 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         return loss_block
 
     def carry_on(self, hidden: torch.Tensor, block_index: int, loss_block: int, **attention) -> torch.Tensor:
-        """Training: what left a block, through those after it up to `loss_block`, with gradient and without dropout."""
-        with without_dropout(self.backbone):
-            for later in range(block_index + 1, loss_block + 1):
-                hidden = self.carry(later, hidden, **attention)
+        """Training: what left a block, through those after it up to `loss_block`, with gradient and without dropout.
+
+        Each keeps what enters it alone, and runs again in the backward pass: the activations of one at a time are held.
+        """
+
+        def through(later: int, hidden: torch.Tensor) -> torch.Tensor:
+            with without_dropout(self.backbone):
+                return self.carry(later, hidden, **attention)
+
+        for later in range(block_index + 1, loss_block + 1):
+            hidden = checkpoint_activations(through, later, hidden, use_reentrant=False, preserve_rng_state=False)
         return hidden
 
     def block_input(self, block_index: int, inputs: Mapping[str, Any], **attention) -> torch.Tensor:
@@ -365,7 +382,7 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
             )
         if len(self.resident_blocks) < self.num_blocks:
             raise ValueError(f"to_plain() needs all {self.num_blocks} blocks: resident_blocks={self.resident_blocks}")
-        if getattr(self, "peft_config", None):
+        if self.has_adapters:
             raise ValueError(f"to_plain() of a model with adapters ({', '.join(self.peft_config)}): merge_and_unload first")
         plain = self.architecture.plain_class._from_config(self.config.source_config, dtype=self.dtype)
         plain.load_state_dict(self.backbone.state_dict())
@@ -391,7 +408,7 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
             with checkpoint.atomic_save(Path(save_directory)) as staging:
                 # Current parameter names, not HF's older ones: block files and Trainer resume go by them.
                 kwargs |= {"max_shard_size": "1000TB", "save_original_format": False}
-                if getattr(self, "peft_config", None):  # the adapters alone; peft is imported where it is used
+                if self.has_adapters:  # the adapters alone; peft is imported where it is used
                     from .. import lora
 
                     lora.save_block_adapters(self, staging)

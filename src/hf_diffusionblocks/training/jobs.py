@@ -59,11 +59,6 @@ def blocks_to_train(
         later = sorted(set(range(min(blocks), model.num_blocks)) - set(resident))
         if later:
             raise ValueError(f"objective='final' with train_blocks={blocks} needs the later blocks {later}: load them, too")
-        if args.offload_inactive_blocks != "none":
-            raise ValueError(
-                f"objective='final' with offload_inactive_blocks={args.offload_inactive_blocks!r}: the backward pass needs "
-                "the later blocks on the device"
-            )
     return blocks
 
 

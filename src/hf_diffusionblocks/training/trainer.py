@@ -105,7 +105,7 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
             for parameter in self._parameters.get(before, ()):  # this block's turn will not come again
                 self.optimizer.state.pop(parameter, None)
         self._micro_batch = 0
-        if self.model.carried:
+        if self.model.carried or self.model.has_adapters:  # (all blocks may read out by the last adapter's new head)
             self._exchange_blocks()
         if self.layout.num_lanes > 1:
             self._stale |= {schedule.block_at(step) for schedule in self._schedules}
@@ -339,7 +339,7 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
     def _load_best_model(self) -> None:
         if self.model.residence is not None:
             self.model.residence.activate(None)
-        if getattr(self.model, "peft_config", None):
+        if self.model.has_adapters:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
@@ -396,7 +396,7 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         checkpoint.finish_interrupted_save(Path(resume_from_checkpoint))
-        if getattr(self.model, "peft_config", None):
+        if self.model.has_adapters:
             from .. import lora
 
             lora.load_block_adapters(self.model, resume_from_checkpoint)
