@@ -7,8 +7,8 @@ tokens), fine-tuned on works of Jonathan Swift, who is not among them (256,000 t
 layers, width 64) trained on five classes of Fashion-MNIST, fine-tuned with a new head on 8,000 images of the other five. Each
 parameter gets 250 updates, so a method that trains B blocks in turn takes B times the steps, and no parameter meets a row twice
 when blocks are trained one after another. What is read is the *whole* model. Every method at the best of its learning rates.
-Memory: parameters and buffers, gradients, optimizer state and saved activations of the largest step, counted. Runs are cached in
-the output folder. BAdam needs its package (`pip install badam`).
+Memory: the peak of the largest step, by the ledger. (BAdam's float32 copies, for half precision, are not counted.) Runs are
+cached in the output folder. BAdam needs its package (`pip install badam`).
 """
 
 from __future__ import annotations
@@ -24,69 +24,68 @@ from finetune_tasks import Clothes, Novels, Task
 from peft import get_peft_model
 from quality_images import collate
 from torch.nn import functional as F
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks import lora
-from hf_diffusionblocks.memory import SavedActivations, gradient_bytes, optimizer_state_bytes
 
 FORMULATION = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
-FULL_RATES, LORA_RATES = (3e-4, 1e-3, 2e-3), (1e-3, 3e-3, 6e-3)
+RATES, LORA_RATES = (1e-3, 2e-3, 4e-3), (3e-3, 6e-3, 1e-2)
+
+FINAL = {"objective": "final"}
 
 #: Method -> its kind, its learning rates, and what else it is given
 METHODS: dict[str, tuple[str, tuple[float, ...], dict]] = {
-    "full fine-tuning": ("plain", FULL_RATES, {}),
+    "full fine-tuning": ("plain", RATES, {}),
+    "full fine-tuning, checkpointing": ("plain", RATES[1:2], {"activation_checkpointing": True}),
+    "full fine-tuning, as many steps as blocks": ("plain", RATES[:2], {"in_turn": True}),
     "LoRA": ("lora", LORA_RATES, {}),
-    "BAdam": ("badam", FULL_RATES[1:], {}),
-    "last block only": ("last", FULL_RATES[1:], {}),
-    "blocks, local loss": ("blocks", FULL_RATES[1:], {}),
-    "blocks, local loss, near the pretrained output": ("near", FULL_RATES[1:2], {"remove_unused_columns": False}),
-    "blocks, local heads of the last layers": ("blocks", FULL_RATES[1:2], {"readout_layers": 1}),
-    "blocks, final loss": ("blocks", FULL_RATES[1:2], {"objective": "final"}),
-    "blocks, final loss, first to last": (
-        "blocks", FULL_RATES[1:2], {"objective": "final", "block_schedule": "sequential"}
+    "LoRA, checkpointing": ("lora", LORA_RATES[1:2], {"activation_checkpointing": True}),
+    "LoRA, as many steps as blocks": ("lora", LORA_RATES[1:2], {"in_turn": True}),
+    "BAdam": ("badam", RATES, {"in_turn": True}),
+    "last block only": ("last", RATES, {}),
+    "blocks, local loss": ("blocks", RATES, {}),
+    "blocks, local loss, near the pretrained output": ("near", RATES[1:2], {"remove_unused_columns": False}),
+    "blocks, local heads of the last layers": ("blocks", RATES[1:], {"readout_layers": 1}),
+    "blocks, final loss": ("blocks", RATES[1:], FINAL),
+    "blocks, final loss, first to last": ("blocks", RATES[1:2], {**FINAL, "block_schedule": "sequential"}),
+    "blocks, final loss, shared trained": ("blocks", RATES[:2], {**FINAL, "train_shared": True}),
+    "blocks, final loss, shared trained, checkpointing": (
+        "blocks", RATES[1:2], {**FINAL, "train_shared": True, "activation_checkpointing": True}
     ),
-    "blocks, final loss, shared trained": ("blocks", FULL_RATES[1:2], {"objective": "final", "train_shared": True}),
-    "blocks, final loss, LoRA": ("blocks", LORA_RATES, {"objective": "final", "adapters": True}),
+    "blocks, final loss, shared trained with the first": ("with first", RATES[1:], {**FINAL, "train_shared": True}),
+    "blocks, final loss, LoRA": ("blocks", LORA_RATES[:2], {**FINAL, "adapters": True}),
 }  # fmt: skip
 
 
-class Bytes(TrainerCallback):
-    """The largest of the counted steps: the first ones, and some later."""
+class WithFirst(db.DiffusionBlocksTrainer):
+    """Trains what blocks share in the first block's steps alone, whose gradient of it is end-to-end training's."""
 
-    def __init__(self, model: torch.nn.Module):
-        self.model, self.total, self.activations, self.trainer = model, 0, 0, None
-
-    def counts(self, step: int) -> bool:
-        return step < 8 or step % 50 == 1
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.gradients = gradient_bytes(self.model.parameters())
-
-    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
-        held = {tensor.data_ptr(): tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers())}
-        inner = getattr(optimizer, "optimizer", optimizer)
-        states = optimizer_state_bytes(getattr(inner, "base_optimizer", inner))
-        self.total = max(self.total, sum(held.values()) + self.gradients + states + self.activations)
-
-
-def measured(trainer, model: torch.nn.Module):
-    """A trainer whose steps are counted by [`Bytes`]."""
-    bytes_of = Bytes(model)
-    compute_loss = trainer.compute_loss
-
-    def counted(*args, **kwargs):
-        if not model.training or not bytes_of.counts(trainer.state.global_step):
-            return compute_loss(*args, **kwargs)
-        with SavedActivations(model.parameters()) as saved:
-            loss = compute_loss(*args, **kwargs)
-        bytes_of.activations = saved.bytes
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.active_block:
+            for parameter in self.model.shared_parameters():
+                parameter.grad = None
         return loss
 
-    trainer.compute_loss = counted
-    trainer.add_callback(bytes_of)
-    return bytes_of
+
+class PeakMemory(TrainerCallback):
+    """The largest total of the ledgers of a trainer's steps."""
+
+    def __init__(self, trainer: Trainer):
+        self.total, self._trainer, self._step = 0, trainer, trainer.training_step
+        trainer.training_step = self._followed
+        trainer.add_callback(self)
+
+    def _followed(self, *args, **kwargs):
+        optimizer = getattr(self._trainer.optimizer, "optimizer", self._trainer.optimizer)
+        optimizer = getattr(optimizer, "base_optimizer", optimizer)  # BAdam's
+        with db.StepMemory(self._trainer.model, optimizer) as self._memory:
+            return self._step(*args, **kwargs)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.total = max(self.total, self._memory.ledger().total)
 
 
 class Near:
@@ -107,19 +106,20 @@ class Near:
         return result
 
 
-def make(kind: str, task: Task, rate: float, options: dict):
-    """A trainer of a method, and the model whose bytes count."""
-    plain, options, output = task.checkpoint(), dict(options), task.output / "run"
+def make(kind: str, task: Task, rate: float, options: dict, turns: int | None = None) -> Trainer:
+    """A method's trainer.
+
+    Args:
+        turns: updates of each parameter; None: the task's.
+    """
+    options = dict(options)
+    in_turn = options.pop("in_turn", kind in ("blocks", "near", "with first"))
+    steps = (turns or task.updates) * (task.num_blocks if in_turn else 1)
+    checkpointing = options.pop("activation_checkpointing", False)
+    arguments = task.arguments(task.output / "run", steps, rate, activation_checkpointing=checkpointing)
+    plain = task.checkpoint()
     if kind in ("plain", "lora", "badam", "last"):
-        model = get_peft_model(plain, _lora(task)) if kind == "lora" else plain
-        if kind == "last":
-            trained = (*task.block_prefixes()[-1], *task.head)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(name.startswith(trained))
-        steps = task.updates * (task.num_blocks if kind == "badam" else 1)
-        args = TrainingArguments(**task.arguments(output, steps, rate))
-        optimizers = (badam(model, task, rate), None) if kind == "badam" else (None, None)
-        return task.trainer(model, args, task.train_set, optimizers=optimizers), model
+        return _plain_trainer(kind, task, plain, arguments, rate, switch_every=min(50, turns or 50))
     model = db.convert(plain, task.num_blocks, readout_layers=options.pop("readout_layers", 0), **FORMULATION)
     if kind == "near":
         near = type("NearPretrained", (Near, type(model)), {})(model.config)
@@ -128,42 +128,64 @@ def make(kind: str, task: Task, rate: float, options: dict):
         model = near
     if options.pop("adapters", False):
         lora.add_block_adapters(model, task.lora())
-    steps = task.updates * task.num_blocks
     options.setdefault("train_shared", bool(task.head))
-    args = db.DiffusionBlocksTrainingArguments(**task.arguments(output, steps, rate, **options))
+    args = db.DiffusionBlocksTrainingArguments(**arguments, **options)
+    trainer_class = WithFirst if kind == "with first" else db.DiffusionBlocksTrainer
     collator = {"data_collator": collate} if isinstance(task, Clothes) else {}
-    return db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=task.train_set, **collator), model
+    return trainer_class(model=model, args=args, train_dataset=task.train_set, **collator)
 
 
-def _lora(task: Task):
-    config = task.lora()
-    config.fan_in_fan_out = "c_attn" in task.lora_targets
-    return config
+def _plain_trainer(kind: str, task: Task, model, arguments: dict, rate: float, switch_every: int) -> Trainer:
+    optimizers = (None, None)
+    if kind == "lora":
+        config = task.lora()
+        config.fan_in_fan_out = "c_attn" in task.lora_targets
+        model = get_peft_model(model, config)
+    elif kind == "last":
+        trained = (*task.block_prefixes()[-1], *task.head)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(trained))
+    elif kind == "badam":
+        optimizers = (badam(model, task, rate, switch_every), None)
+    return task.trainer(model, TrainingArguments(**arguments), task.train_set, optimizers=optimizers)
 
 
-def badam(model, task: Task, rate: float):
+def badam(model, task: Task, rate: float, switch_every: int):
     from badam import BlockOptimizer
 
     base = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.95))
     return BlockOptimizer(
-        base, list(model.named_parameters()), block_prefix_list=task.block_prefixes(), switch_block_every=50,
+        base, list(model.named_parameters()), block_prefix_list=task.block_prefixes(), switch_block_every=switch_every,
         switch_mode="random", active_modules=list(task.head), verbose=0,
     )  # fmt: skip
 
 
 def run(method: str, rate: float, task: Task, name: str) -> dict[str, float]:
+    """Held-out loss (or error) after training with one rate, and seconds."""
     file = task.output / f"{name}, {method}, {rate:g}.json"
     if not file.is_file():
         set_seed(0)
         kind, _, options = METHODS[method]
-        trainer, model = make(kind, task, rate, options)
-        bytes_of = measured(trainer, model)
+        trainer = make(kind, task, rate, options)
         start = time.process_time()
         trainer.train()
         seconds = time.process_time() - start
-        result = {"loss": task.held_out(model.eval()), "bytes": bytes_of.total, "seconds": seconds}
+        result = {"loss": task.held_out(trainer.model.eval()), "seconds": seconds}
         file.write_text(json.dumps(result))
         print(f"{file.stem}: {result}", flush=True)
+    return json.loads(file.read_text())
+
+
+def peak_bytes(method: str, task: Task, name: str) -> int:
+    """What the largest step holds: of a short run, in which each block has two turns."""
+    file = task.output / f"{name}, {method}, bytes.json"
+    if not file.is_file():
+        set_seed(0)
+        kind, rates, options = METHODS[method]
+        trainer = make(kind, task, rates[0], options, turns=2)
+        memory = PeakMemory(trainer)
+        trainer.train()
+        file.write_text(json.dumps(memory.total))
     return json.loads(file.read_text())
 
 
@@ -187,7 +209,7 @@ def main() -> None:
     for method in options.methods:
         runs = {rate: run(method, rate, task, options.task) for rate in METHODS[method][1]}
         rate = min(runs, key=lambda rate: runs[rate]["loss"])
-        results[method] = {**runs[rate], "rate": rate}
+        results[method] = {**runs[rate], "rate": rate, "bytes": peak_bytes(method, task, options.task)}
     gain = start - results.get("full fine-tuning", {"loss": start - 1})["loss"]
     print(f"\n| | learning rate | {task.measure} | share of the full gain | MiB | seconds |\n|---|---|---|---|---|---|")
     print(f"| pretrained | | {start:.4f} | | | |")

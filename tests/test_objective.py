@@ -117,10 +117,13 @@ def test_it_lowers_the_loss_of_the_whole_model(source, tmp_path):
     assert trainer.evaluate()["eval_loss"] < before - 0.05
 
 
-def test_dropout_is_that_of_the_active_block_alone():
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_is_that_of_the_active_block_alone(checkpointing):
     source = copy.deepcopy(GPT2)
     source.resid_pdrop = 0.5
     model, batch = made(source, RECOMMENDED).train(), batch_of(GPT2)
+    if checkpointing:
+        model.activation_checkpointing_enable()
 
     def spread(**kwargs) -> float:
         hidden = {model(**batch, **kwargs).loss.item() for _ in range(5)}
@@ -131,6 +134,16 @@ def test_dropout_is_that_of_the_active_block_alone():
         for module in model.backbone.transformer.h[0].modules():
             module.p = 0.0  # dropout of block 0 off: nothing random is left
     assert spread(block_index=0, loss_block=3) == 0
+    # So it is where later blocks run again, in the backward pass: the gradient is that of a model without dropout.
+    gradients = []
+    for dropout in (0.5, 0.0):
+        for layer in (1, 2, 3):
+            for module in model.backbone.transformer.h[layer].modules():
+                module.p = dropout
+        model(**batch, block_index=0, loss_block=3, sigma=torch.full((4,), 1e9)).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.block_parameters(0)])
+        model.zero_grad()
+    assert all(map(torch.equal, *gradients))
 
 
 @pytest.mark.parametrize(

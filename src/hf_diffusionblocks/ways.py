@@ -23,6 +23,7 @@ from .configuration import DiffusionBlocksConfig
 from .conversion import convert
 from .ledger import Ledger, measure_memory
 from .losses import chunked_sum, cross_entropy
+from .models import DiffusionBlocksPreTrainedModel
 from .models.residence import BlockResidence
 from .training.jobs import only_training
 
@@ -81,7 +82,8 @@ class Way:
         job: one block; otherwise all blocks in turn.
         train_shared: False leaves what blocks share as it is.
         cached: carried context comes from a cache, and no earlier block is loaded.
-        offload: inactive blocks are in host memory.
+        offload: other blocks than the active (and, if there are several to train, the next one) are in host memory.
+        final: a block's loss is the whole model's (`objective="final"`).
     """
 
     name: str
@@ -92,10 +94,15 @@ class Way:
     train_shared: bool = True
     cached: bool = False
     offload: bool = False
+    final: bool = False
 
     @property
     def carried(self) -> bool:
         return self.fields is not None and self.fields.get("context") == "carried"
+
+    def loss_block(self, workload: Workload) -> int | None:
+        """The block that is read out for the loss of another; None: each reads out itself."""
+        return workload.num_blocks - 1 if self.final else None
 
 
 class Step(NamedTuple):
@@ -110,7 +117,8 @@ def ways_to_train(formulations: Mapping[str, Mapping] = FORMULATIONS) -> list[Wa
     """End to end, and each formulation in each mode."""
     ways = [Way("end to end"), Way("end to end, checkpointing", checkpointing=True)]
     if is_peft_available():
-        ways.append(Way(f"LoRA (r={LORA_RANK}, attention)", lora=True))
+        name = f"LoRA (r={LORA_RANK}, attention)"
+        ways += [Way(name, lora=True), Way(f"{name}, checkpointing", lora=True, checkpointing=True)]
     for name, fields in formulations.items():
         carried = fields.get("context") == "carried"
         cached = ", cached inputs" if carried else ""
@@ -124,6 +132,12 @@ def ways_to_train(formulations: Mapping[str, Mapping] = FORMULATIONS) -> list[Wa
         if carried:
             around = f"{name}: job, shared part frozen, around the earlier blocks"
             ways.append(Way(around, common, job=True, train_shared=False))
+        if carried and fields.get("denoiser") == "factorized":
+            least = Way(
+                f"{name}: job, shared part frozen, final loss, checkpointing, other blocks in host memory", common,
+                checkpointing=True, job=True, train_shared=False, offload=True, final=True,
+            )  # fmt: skip
+            ways += [Way(f"{name}: all blocks in turn, final loss", common, final=True), least]
     return ways
 
 
@@ -180,8 +194,7 @@ def _steps_in_turn(way: Way, workload: Workload, blocks: list[int], fake_mode) -
     model = _built(lambda: convert(workload.config, workload.num_blocks, **way.fields), workload.dtype, fake_mode)
     optimizer, batch = _optimizer(model), workload.batch()
     if way.offload:
-        model.residence = BlockResidence(model, model.device)
-        model.residence.optimizer = optimizer
+        _offload(model, optimizer)
     for block in range(workload.num_blocks):  # as if each had been trained
         if way.offload:
             model.residence.activate(block)
@@ -194,11 +207,13 @@ def _steps_in_turn(way: Way, workload: Workload, blocks: list[int], fake_mode) -
         if fake_mode is not None and way.carried and block:
             entering = _entering(workload, fake_mode)
             model.use_block(block - 1)
-        yield Step(model, optimizer, lambda: model(**batch, **entering, block_index=block).loss)
+        arguments = {**batch, **entering, "block_index": block, "loss_block": way.loss_block(workload)}
+        with only_training(model, [block] if way.final else range(workload.num_blocks), train_shared=True):
+            yield Step(model, optimizer, lambda: model(**arguments).loss)
 
 
 def _job_step(way: Way, workload: Workload, block: int, fake_mode) -> Iterator[Step]:
-    resident = list(range(block + 1)) if way.carried and not way.cached else [block]
+    resident = [block] if way.cached or not way.carried else range(workload.num_blocks if way.final else block + 1)
     model = _built(
         lambda: convert(workload.config, workload.num_blocks, resident_blocks=resident, **way.fields),
         workload.dtype,
@@ -207,8 +222,19 @@ def _job_step(way: Way, workload: Workload, block: int, fake_mode) -> Iterator[S
     batch = workload.batch()
     if way.carried and block and (way.cached or fake_mode is not None):
         batch |= _entering(workload, fake_mode)
+    if way.checkpointing:
+        model.activation_checkpointing_enable()
     with only_training(model, [block], way.train_shared):
-        yield Step(model, _optimizer(model), lambda: model(**batch, block_index=block).loss)
+        optimizer = _optimizer(model)
+        if way.offload:
+            _offload(model, optimizer)
+            model.residence.activate(block)
+        yield Step(model, optimizer, lambda: model(**batch, block_index=block, loss_block=way.loss_block(workload)).loss)
+
+
+def _offload(model: DiffusionBlocksPreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    model.residence = BlockResidence(model, model.device)
+    model.residence.optimizer = optimizer
 
 
 def _entering(workload: Workload, fake_mode: FakeTensorMode | None) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
@@ -37,6 +37,12 @@ def without_dropout(module: nn.Module) -> Iterator[None]:
     finally:
         for child, training in modes:
             child.training = training
+
+
+def evaluated(run: Callable, module: nn.Module, *args) -> torch.Tensor:
+    """Run a module without dropout, whenever that is: also when a checkpoint runs it again."""
+    with without_dropout(module):
+        return run(module, *args)
 
 
 class DiffusionBlocksPreTrainedModel(PreTrainedModel):
@@ -245,6 +251,8 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         run = partial(self._run_layer, **attention)
         # (By the model's mode: blocks that carry a gradient on run without dropout, their layers in evaluation mode.)
         if layer.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if not layer.training:
+                run = partial(evaluated, run)
             return layer._gradient_checkpointing_func(run, layer, hidden, modulation)
         return run(layer, hidden, modulation)
 
@@ -296,12 +304,9 @@ class DiffusionBlocksPreTrainedModel(PreTrainedModel):
         Each keeps what enters it alone, and runs again in the backward pass: the activations of one at a time are held.
         """
 
-        def through(later: int, hidden: torch.Tensor) -> torch.Tensor:
-            with without_dropout(self.backbone):
-                return self.carry(later, hidden, **attention)
-
         for later in range(block_index + 1, loss_block + 1):
-            hidden = checkpoint_activations(through, later, hidden, use_reentrant=False, preserve_rng_state=False)
+            run = partial(evaluated, lambda _, *args: self.carry(*args, **attention), self.backbone)
+            hidden = checkpoint_activations(run, later, hidden, use_reentrant=False, preserve_rng_state=False)
         return hidden
 
     def block_input(self, block_index: int, inputs: Mapping[str, Any], **attention) -> torch.Tensor:
