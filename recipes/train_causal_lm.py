@@ -208,9 +208,10 @@ class EvaluationText:
             measures["eval_bits_per_byte"] = db.bits_per_byte(loss, self.num_tokens, self.num_bytes)
         return measures
 
-    def share(self, labels: torch.Tensor) -> float:
-        """What a batch's mean loss has to be multiplied by, for the Trainer's mean over rows to be one over tokens."""
-        return int((labels != -100).sum()) / len(labels) / (self.num_tokens / self.num_rows)
+    def share(self, num_rows: int, num_tokens: float) -> float:
+        """What the mean loss of a batch's tokens is to be multiplied by, for the Trainer's mean over rows to be one over
+        tokens."""
+        return num_tokens / num_rows / (self.num_tokens / self.num_rows)
 
 
 def evaluation_text(data: Dataset, args: DataArguments) -> EvaluationText:
@@ -291,8 +292,10 @@ class TextTrainer(Trainer):
     evaluation_text: EvaluationText
 
     def prediction_step(self, model, inputs, *args, **kwargs):
+        # The Trainer divides a process's summed loss by its share of the tokens that all of them have at once.
+        num_tokens = self._get_num_items_in_batch([inputs], self.args.device) / self.args.world_size
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
-        return loss * self.evaluation_text.share(inputs["labels"]), logits, labels
+        return loss * self.evaluation_text.share(len(inputs["labels"]), num_tokens.item()), logits, labels
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "eval_loss" in logs:

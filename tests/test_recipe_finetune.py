@@ -20,7 +20,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 from transformers import (
-    AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer, GPT2LMHeadModel, ViTForImageClassification,
+    AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer, GPT2LMHeadModel,
+    ViTForImageClassification,
 )  # fmt: skip
 
 import hf_diffusionblocks as db
@@ -34,6 +35,11 @@ LENGTH = 64
 TRAINING = [
     "--num_blocks", "2", "--updates_per_block", "3", "--per_device_train_batch_size", "8", "--learning_rate", "1e-2",
     "--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--save_strategy", "no",
+]  # fmt: skip
+#: --multi_gpu is accelerate's torchrun launcher; the arguments' use_cpu makes it gloo.
+TWO_PROCESSES = [
+    "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+    "--main_process_port", "0",
 ]  # fmt: skip
 PROMPTS = ["--prompt_column", "prompt", "--completion_column", "completion"]
 CHATS = ["--messages_column", "messages"]
@@ -300,14 +306,46 @@ def test_the_model_s_own_labels_keep_its_classifier(tmp_path, digits, plain_vit)
 # ---- the launcher, and errors
 
 
-def test_accelerate_launch(tmp_path, files, model):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    command = [*launch, finetune_causal_lm.__file__, *model, *TRAINING, *files, *PROMPTS, "--peft", "lora"]
+@pytest.mark.parametrize("processes", [["--cpu", "--num_processes", "1"], TWO_PROCESSES], ids=["one", "two"])
+def test_accelerate_launch(tmp_path, files, model, processes):
     folders = ["--output_dir", str(tmp_path / "out"), "--export_plain", str(tmp_path / "plain")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *folders], env=environment, capture_output=True, text=True, timeout=300)
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in instructions(40, 56)))
+    data = [*files[:2], "--validation_file", str(tmp_path / "test.jsonl")]  # 16 rows: as many for each process
+    launch(processes, finetune_causal_lm, *model, *TRAINING, *data, *PROMPTS, "--peft", "lora", *folders)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert type(exported) is GPT2LMHeadModel
+    loss = json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"]
+    rows = prompt_rows(AutoTokenizer.from_pretrained(tmp_path / "plain"), 40, 56)
+    assert loss == pytest.approx(cross_entropy(exported, rows), abs=1e-5)
+
+
+@pytest.mark.parametrize("tuned", [[], ["--peft", "lora"]], ids=["whole", "lora"])
+def test_blocks_are_tuned_in_parallel(tmp_path, digits, plain_vit, tuned):
+    """Each in a process of its own, on the whole model's loss; the exported model has what both have trained."""
+    options = ["--model_name_or_path", str(plain_vit), "--updates_per_block", "30", "--block_parallel", "true", *tuned]
+    folders = ["--output_dir", str(tmp_path / "out"), "--export_plain", str(tmp_path / "plain")]
+    launch(TWO_PROCESSES, finetune_image_classification, *TRAINING, *options, *digits["second"], *folders)
+    results = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert results["eval_accuracy"] > 0.5
+    exported, old = (ViTForImageClassification.from_pretrained(folder) for folder in (tmp_path / "plain", plain_vit))
+    for layer in (0, 1):
+        states = (model.vit.layers[layer].state_dict() for model in (exported, old))
+        assert any(not torch.equal(*pair) for pair in zip(*(state.values() for state in states)))
+    # The same training as in use: the exported model's loss is the one that was evaluated.
+    rows = pyarrow.parquet.read_table(digits["second"][3]).to_pylist()
+    images = [Image.open(io.BytesIO(row["image"]["bytes"])) for row in rows]
+    labels = torch.tensor([exported.config.label2id[row["label"]] for row in rows])
+    with torch.no_grad():
+        logits = exported.eval()(**AutoImageProcessor.from_pretrained(tmp_path / "plain")(images, return_tensors="pt")).logits
+    assert results["eval_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-4)
+
+
+def launch(processes: list[str], recipe, *arguments: str) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", *processes, recipe.__file__, *arguments]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "plain")) is GPT2LMHeadModel
 
 
 def test_the_command_finds_the_recipes():

@@ -145,12 +145,13 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
         """Where blocks are missing there are no label-free logits of the model: the mean cross-entropy of the trained
         blocks at sigma_max, where z says nothing of the label."""
         inputs = self._prepare_inputs(inputs)
-        sigma = torch.full((len(inputs["labels"]),), self.model.config.sigma_max)
+        num_items = self._get_num_items_in_batch([inputs], self.args.device)
+        inputs["sigma"] = torch.full((len(inputs["labels"]),), self.model.config.sigma_max)
         losses = []
         for block in self.train_blocks:
-            generator = torch.Generator().manual_seed(self.model.config.inference_seed)
+            inputs["generator"] = torch.Generator().manual_seed(self.model.config.inference_seed)
             with self.compute_loss_context_manager():
-                losses.append(self.model(**inputs, block_index=block, sigma=sigma, generator=generator).loss)
+                losses.append(self.compute_loss(self.model, {**inputs, "block_index": block}, num_items_in_batch=num_items))
         return torch.stack(losses).mean().detach(), None, None
 
     def _noise_generators(self, num_rows: int) -> list[torch.Generator]:
