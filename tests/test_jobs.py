@@ -279,10 +279,11 @@ def test_cached_inputs_chain_from_block_to_block(texts, tmp_path):
     for block in (1, 2, 3):
         between = type(whole).from_pretrained(tmp_path / "whole", resident_blocks=[block - 1])
         data = db.cache_block_inputs(between, data, block, tmp_path / str(block))
-    assert data.column_names == ["input_ids", "labels", "input_of_block_3"]
+    assert data.column_names == ["input_ids", "labels", "input_of_block_3", "predecessors_of_block_3"]
     at_once = db.cache_block_inputs(whole, texts, 3, tmp_path / "at once")
     chained, direct = (torch.tensor(rows["input_of_block_3"]) for rows in (data[:], at_once[:]))
     assert torch.allclose(chained, direct, atol=1e-6)
+    assert data[0]["predecessors_of_block_3"] == at_once[0]["predecessors_of_block_3"]
     assert chained.shape == (16, 12, 32)
 
 
@@ -353,6 +354,27 @@ def test_a_block_trained_around_another_predecessor_is_refused(texts, tmp_path):
     trained(made(CONFIGS["llama"], CARRIED), tmp_path / "job1", texts, train_blocks=[1])  # around a fresh block 0
     with pytest.raises(ValueError, match=r"block 0, around which .*job1 trained block 1, differs"):
         db.merge_blocks([tmp_path / "job0", tmp_path / "job1"], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("fields", [CARRIED, {**CARRIED, "shared": "per_block"}], ids=["common", "own"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_block_trained_on_what_another_predecessor_made_is_refused(family, fields, moved, texts, images, tmp_path):
+    data = images if family == "vit" else texts
+    job = {"train_shared": fields is not CARRIED}
+    first = made(CONFIGS[family], fields, [0])
+    trained(first, tmp_path / "job0", data, **job)
+    if moved:  # after it was saved
+        first.block_parameters(0)[0].data[..., 0] += 1e-6
+    cached = db.cache_block_inputs(first, data, 1, tmp_path / "cache")
+    trained(made(CONFIGS[family], fields, [1]), tmp_path / "job1", cached, **job)
+    folders = [tmp_path / "job0", tmp_path / "job1"]
+    if not moved:
+        db.merge_blocks(folders, tmp_path / "merged")
+        return
+    with pytest.raises(ValueError, match="job1 trained block 1 on cached inputs that other versions of the earlier blocks"):
+        db.merge_blocks(folders, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 

@@ -9,9 +9,10 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from datasets import Array2D, Dataset, Features
+from datasets import Array2D, Dataset, Features, Value
 from transformers.utils import logging
 
+from . import checkpoint
 from .models import DiffusionBlocksPreTrainedModel
 
 logger = logging.get_logger(__name__)
@@ -26,6 +27,11 @@ def column_of(block_index: int) -> str:
     return f"input_of_block_{block_index}"
 
 
+def predecessors_column_of(block_index: int) -> str:
+    """Name of the column that says which weights made that: a fingerprint, for [`merge_blocks`] to compare."""
+    return f"predecessors_of_block_{block_index}"
+
+
 def cache_block_inputs(
     model: DiffusionBlocksPreTrainedModel,
     dataset: Dataset,
@@ -36,7 +42,7 @@ def cache_block_inputs(
     """Compute the hidden states that enter a block, for every row of a data set, and keep them on disk.
 
     A job that trains the block on the result needs no earlier block. The earlier blocks have to be at the end of their
-    training: nothing can tell later that they were not.
+    training; where they were not, [`merge_blocks`] refuses the job's block.
 
     Args:
         model: with carried context, and the earlier blocks loaded: all of them, or, if `dataset` is itself such a
@@ -48,8 +54,9 @@ def cache_block_inputs(
         batch_size: rows that run at a time.
 
     Returns:
-        The data set with the column `input_of_block_<block_index>` (`[S, D]` float32 a row) in place of an earlier
-        block's, memory-mapped. Read it again by `Dataset.from_file(output_dir / "data.arrow")`.
+        The data set with the columns `input_of_block_<block_index>` (`[S, D]` float32 a row) and
+        `predecessors_of_block_<block_index>` (a fingerprint of the earlier blocks) in place of an earlier block's,
+        memory-mapped. Read it again by `Dataset.from_file(output_dir / "data.arrow")`.
 
     Raises:
         ValueError: the context is independent, the block has no predecessor, one that is needed is not loaded, rows
@@ -62,13 +69,15 @@ def cache_block_inputs(
         raise ValueError(f"output_dir={folder} holds {FILE} already")
     rows, training = dataset.with_format("torch"), model.training
     model.eval()
-    shape = tuple(_inputs_of(rows[:1], model, block_index, start)[column_of(block_index)].shape[1:])
+    predecessors = _predecessors(model, block_index, start, dataset)
+    shape = tuple(_inputs_of(rows[:1], model, block_index, start, predecessors)[column_of(block_index)].shape[1:])
     _check_room(folder, block_index, len(dataset) * shape[0] * shape[1] * 4)
-    features = Features({**dataset.features, column_of(block_index): Array2D(shape, "float32")})
-    features.pop(column_of(start), None)
+    made = {column_of(block_index): Array2D(shape, "float32"), predecessors_column_of(block_index): Value("string")}
+    replaced = [column_of(start), predecessors_column_of(start)] if start else []
+    features = Features({name: of for name, of in dataset.features.items() if name not in replaced} | made)
     rows.map(
-        _inputs_of, fn_kwargs={"model": model, "block_index": block_index, "start": start}, batched=True,
-        batch_size=batch_size, remove_columns=[column_of(start)] if start else [], features=features,
+        _inputs_of, fn_kwargs={"model": model, "block_index": block_index, "start": start, "predecessors": predecessors},
+        batched=True, batch_size=batch_size, remove_columns=replaced, features=features,
         cache_file_name=str(folder / f".{FILE}"), load_from_cache_file=False, new_fingerprint=uuid.uuid4().hex,
         desc=f"input of block {block_index}",
     )  # fmt: skip
@@ -77,7 +86,22 @@ def cache_block_inputs(
     return Dataset.from_file(str(folder / FILE))
 
 
-def _inputs_of(rows: dict, model: DiffusionBlocksPreTrainedModel, block_index: int, start: int) -> dict:
+def _predecessors(model: DiffusionBlocksPreTrainedModel, block_index: int, start: int, dataset: Dataset) -> str:
+    """The fingerprint of what is shared and of all earlier blocks, in order; begun by an earlier block's."""
+    # Names as in the files of a saved model, which has tied weights once.
+    weights = {name: t for name, t in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    of_part: dict[int | None, dict[str, torch.Tensor]] = {}
+    for name, tensor in weights.items():
+        of_part.setdefault(model.block_of_parameter(name), {})[name] = tensor
+    found = dataset[0][predecessors_column_of(start)] if start else checkpoint.digest(of_part.get(None, {}))
+    for block in range(start, block_index):
+        found = checkpoint.digest(of_part[block], found)
+    return found
+
+
+def _inputs_of(
+    rows: dict, model: DiffusionBlocksPreTrainedModel, block_index: int, start: int, predecessors: str
+) -> dict:
     batch = {}
     for name in (*INPUTS, column_of(start)):
         if name in rows:
@@ -86,7 +110,10 @@ def _inputs_of(rows: dict, model: DiffusionBlocksPreTrainedModel, block_index: i
             batch[name] = rows[name].to(model.device)
     inputs, attention = model.clean_inputs(batch)
     hidden = model.carried_input(block_index, start, batch.get(column_of(start)), inputs, **attention)
-    return {column_of(block_index): hidden.float().cpu().numpy()}
+    return {
+        column_of(block_index): hidden.float().cpu().numpy(),
+        predecessors_column_of(block_index): [predecessors] * len(hidden),
+    }
 
 
 def _check_room(folder: Path, block_index: int, size: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
-from ..features import column_of
+from ..features import column_of, predecessors_column_of
 from ..models import DiffusionBlocksPreTrainedModel
 from ..models.partial import checked_blocks
 from .arguments import DiffusionBlocksTrainingArguments
@@ -126,12 +126,13 @@ def _check_sharding(trainer: Trainer) -> None:
 class WithBlockInput:
     """A collator that also stacks what enters the block."""
 
-    def __init__(self, collator: Callable[[list[dict]], dict], column: str):
-        self.collator, self.column = collator, column
+    def __init__(self, collator: Callable[[list[dict]], dict], block_index: int):
+        self.collator, self.column = collator, column_of(block_index)
+        self.dropped = {self.column, predecessors_column_of(block_index)}
 
     def __call__(self, rows: list[dict]) -> dict:
         hidden = torch.stack([torch.as_tensor(np.asarray(row[self.column], np.float32)) for row in rows])
-        others = [{name: value for name, value in row.items() if name != self.column} for row in rows]
+        others = [{name: value for name, value in row.items() if name not in self.dropped} for row in rows]
         return {**self.collator(others), "block_input": hidden}
 
 

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .. import cards, checkpoint
 from ..draws import keyed_generators
+from ..features import predecessors_column_of
 from ..ledger import Ledger
 from ..models import DiffusionBlocksForCausalLM, DiffusionBlocksPreTrainedModel
 from ..models.residence import BlockResidence
@@ -79,7 +80,7 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
         if model.residence is not None:  # `evaluate` would move the whole model to the device, to prepare it
             self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         if self._cached_column:
-            self.data_collator = WithBlockInput(self.data_collator, self._cached_column)
+            self.data_collator = WithBlockInput(self.data_collator, self.train_blocks[0])
         self._learning_rate_curve(num_updates=1)  # complain before training
         self.block_schedule: BlockSchedule | None = None  # known once training knows its number of steps
         self.active_block = self.layout.blocks[0]
@@ -364,6 +365,7 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
             ],
             "block_schedule": self.args.block_schedule,
             "objective": self.args.objective,
+            "predecessors": self._predecessors(),
             "batch_size": self.get_total_train_batch_size(self.args),
             "learning_rate": self.args.learning_rate,
             "seed": self.args.seed,
@@ -374,6 +376,12 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
             },
             "memory": self._ledgers.report(),
         }
+
+    def _predecessors(self) -> str | None:
+        """The fingerprint of the earlier blocks that made this job's inputs, if they were cached."""
+        if not self._cached_column:
+            return None
+        return self.train_dataset[0][predecessors_column_of(self.train_blocks[0])]
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the DiffusionBlocks card to the output folder, where the Trainer would write its own."""
