@@ -6,30 +6,28 @@ import copy
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.utils import TorchDynamoPlugin
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import get_scheduler
 from transformers.utils import logging
 
-from .. import cards, checkpoint
+from .. import checkpoint
 from ..draws import keyed_generators
-from ..features import predecessors_column_of
 from ..ledger import Ledger
 from ..models import DiffusionBlocksForCausalLM, DiffusionBlocksPreTrainedModel
 from ..models.residence import BlockResidence
 from .arguments import DiffusionBlocksTrainingArguments
-from .atomic import AtomicCheckpoints
 from .block_schedule import BlockSchedule
 from .ledgers import StepLedgers
 from .jobs import WithBlockInput, blocks_to_train, cached_column, check_processes, only_training
 from .parallel import Layout, all_states, broadcast
+from .reports import RunReports
 
 logger = logging.get_logger(__name__)
 
 
-class DiffusionBlocksTrainer(AtomicCheckpoints):
+class DiffusionBlocksTrainer(RunReports):
     """Trains a DiffusionBlocks model; used as [`~transformers.Trainer`] is.
 
     Each optimizer step trains one block, the same for all its micro-batches and, without `block_parallel`, on all ranks.
@@ -345,49 +343,6 @@ class DiffusionBlocksTrainer(AtomicCheckpoints):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
-
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        if self.state.global_step:
-            self.model.config.training_report = self._training_report()
-        super()._save(output_dir, state_dict)
-
-    def _training_report(self) -> dict:
-        """What the model card says of this run; JSON-able."""
-        evaluations = [entry for entry in self.state.log_history if any(key.startswith("eval_") for key in entry)]
-        results = evaluations[-1] if evaluations else {}
-        return {
-            **(self.model.config.training_report or {}),
-            "train_examples": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
-            "steps": self.state.global_step,
-            "updates_per_block": [
-                sum(schedule.updates_before(self.state.global_step, k) for schedule in self._schedules)
-                for k in range(self.num_blocks)
-            ],
-            "block_schedule": self.args.block_schedule,
-            "objective": self.args.objective,
-            "predecessors": self._predecessors(),
-            "batch_size": self.get_total_train_batch_size(self.args),
-            "learning_rate": self.args.learning_rate,
-            "seed": self.args.seed,
-            "results": {
-                key: value
-                for key, value in results.items()
-                if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second")) and np.isscalar(value)
-            },
-            "memory": self._ledgers.report(),
-        }
-
-    def _predecessors(self) -> str | None:
-        """The fingerprint of the earlier blocks that made this job's inputs, if they were cached."""
-        if not self._cached_column:
-            return None
-        return self.train_dataset[0][predecessors_column_of(self.train_blocks[0])]
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Write the DiffusionBlocks card to the output folder, where the Trainer would write its own."""
-        if self.is_world_process_zero():
-            folder = Path(self.args.output_dir)
-            cards.write(self.model, folder, keep_from=folder)
 
     # ---- checkpoints
 

@@ -1,0 +1,101 @@
+"""Models to and from disk: block files, whole or partly loaded; and to the stock model inside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from .. import cards, checkpoint
+from . import partial as partial_model
+
+
+class SavedByBlock(PreTrainedModel):
+    """The part of every DiffusionBlocks model that saves and loads it."""
+
+    def to_plain(self) -> PreTrainedModel:
+        """A copy of the stock HF model inside, with the trained weights: it gives the same logits.
+
+        Raises:
+            ValueError: the formulation is not the stock model's function (anything but factorized and carried), blocks
+                are missing, or adapters are not merged.
+        """
+        formulation = (self.config.denoiser, self.config.context)
+        if formulation != ("factorized", "carried"):
+            raise ValueError(
+                f"to_plain() needs denoiser='factorized' and context='carried', this model has "
+                f"denoiser={formulation[0]!r} and context={formulation[1]!r}: no stock model computes its logits"
+            )
+        if len(self.resident_blocks) < self.num_blocks:
+            raise ValueError(f"to_plain() needs all {self.num_blocks} blocks: resident_blocks={self.resident_blocks}")
+        if self.has_adapters:
+            raise ValueError(f"to_plain() of a model with adapters ({', '.join(self.peft_config)}): merge_and_unload first")
+        plain = self.architecture.plain_class._from_config(self.config.source_config, dtype=self.dtype)
+        plain.load_state_dict(self.backbone.state_dict())
+        return plain.to(self.device).train(self.training)
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """As in Transformers, with one safetensors file for the shared parameters and one a block, and a model card.
+
+        All files are written aside first: an interrupted save leaves what was there before. `max_shard_size` has
+        no effect, since a block is a file; `variant` is refused.
+        """
+        if kwargs.get("variant") is not None:
+            raise ValueError(f"variant={kwargs['variant']!r} is not supported: shards are named by block")
+        hub_kwargs = {key: kwargs.pop(key) for key in checkpoint.HUB_KWARGS if key in kwargs}
+        if is_main_process:
+            with checkpoint.atomic_save(Path(save_directory)) as staging:
+                # Current parameter names, not HF's older ones: block files and Trainer resume go by them.
+                kwargs |= {"max_shard_size": "1000TB", "save_original_format": False}
+                if self.has_adapters:  # the adapters alone; peft is imported where it is used
+                    from .. import lora
+
+                    lora.save_block_adapters(self, staging)
+                else:
+                    super().save_pretrained(staging, state_dict=state_dict, **kwargs)
+                    checkpoint.split_by_block(staging, self.block_of_parameter, self.num_blocks)
+                cards.write(self, staging, keep_from=Path(save_directory))
+        if push_to_hub:
+            self.push_to_hub(hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, resident_blocks: Sequence[int] | None = None, **kwargs
+    ):
+        """As in Transformers; a local folder is checked first, so that a damaged shard is named.
+
+        Args:
+            resident_blocks: the blocks to load, for a job that trains these; no other block's file is read or
+                downloaded, and `kwargs` can be those of the Hub, `config`, `dtype` and `attn_implementation`.
+
+        Raises:
+            OSError: a shard is missing or truncated; names it.
+            ValueError: not all blocks are there, and `resident_blocks` names none or others.
+        """
+        if pretrained_model_name_or_path is not None and Path(pretrained_model_name_or_path).is_dir():
+            if checkpoint.finish_interrupted_save(Path(pretrained_model_name_or_path)):
+                kwargs.pop("config", None)  # was read before the save was finished
+            checkpoint.check_shards(Path(pretrained_model_name_or_path))
+        if resident_blocks is not None:
+            return partial_model.load(cls, pretrained_model_name_or_path, resident_blocks, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if pretrained_model_name_or_path is not None:
+            partial_model.check_whole(model, pretrained_model_name_or_path, **partial_model.hub_kwargs(kwargs))
+        checkpoint.align(model)
+        return loaded
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # push_to_hub has just put the hub's card, or a generic one, over ours.
+        cards.write(self, Path(working_dir), keep_from=Path(working_dir))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
