@@ -340,6 +340,23 @@ def test_blocks_are_tuned_in_parallel(tmp_path, digits, plain_vit, tuned):
     assert results["eval_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["finetune_gpt2", "finetune_vit_lora"])
+def test_the_configs_that_come_along_run(tmp_path, name, request):
+    """With a smaller model and fewer updates."""
+    config = ["--config", str(Path(finetune_causal_lm.__file__).parent / "configs" / f"{name}.yaml")]
+    folders = ["--output_dir", str(tmp_path / "out"), "--export_plain", str(tmp_path / "plain")]
+    if name == "finetune_gpt2":
+        inputs = [*request.getfixturevalue("model"), *request.getfixturevalue("files")]
+        metrics = finetune_causal_lm.main([*config, *TRAINING, *inputs, *folders])
+        assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "plain")) is GPT2LMHeadModel
+    else:
+        inputs = ["--model_name_or_path", str(request.getfixturevalue("plain_vit"))]
+        inputs += request.getfixturevalue("digits")["second"]
+        metrics = finetune_image_classification.main([*config, *TRAINING, *inputs, *folders])
+        assert type(AutoModelForImageClassification.from_pretrained(tmp_path / "plain")) is ViTForImageClassification
+    assert metrics["eval_loss"] > 0
+
+
 def launch(processes: list[str], recipe, *arguments: str) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", *processes, recipe.__file__, *arguments]
     done = subprocess.run(
