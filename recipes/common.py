@@ -27,6 +27,7 @@ from hf_diffusionblocks.backbones import backbone_for
 from hf_diffusionblocks.cli.arguments import BlocksArguments, parse
 from hf_diffusionblocks.conversion import plain_part
 from hf_diffusionblocks.models.partial import checked_blocks
+from hf_diffusionblocks.training.jobs import check_one_job
 
 #: What the libraries below raise on bad input; anything else is a bug and keeps its traceback.
 BAD_INPUT = (ValueError, TypeError, OSError, SafetensorError, StrictDataclassError)
@@ -182,14 +183,17 @@ def _described(error: Exception) -> str:
 
 
 def check_blocks(
-    args: ModelArguments, blocks_args: BlocksArguments, training_args: db.DiffusionBlocksTrainingArguments
-) -> None:
-    """Whether `train_blocks`, if given, are blocks."""
+    args: ModelArguments, blocks_args: BlocksArguments, training_args: db.DiffusionBlocksTrainingArguments,
+    adapters: bool,
+) -> None:  # fmt: skip
+    """Whether `train_blocks`, if given, are blocks that one job may train."""
     chosen = training_args.train_blocks
     if chosen is not None and args.end_to_end:
         raise ValueError(f"train_blocks={chosen} must not be set with end_to_end: it has no blocks")
     if chosen is not None:
         checked_blocks(chosen, blocks_args.num_blocks, "train_blocks")
+        if training_args.train_shared and blocks_args.shared == "common" and not adapters:
+            check_one_job(chosen, blocks_args.num_blocks)
 
 
 # ---- data

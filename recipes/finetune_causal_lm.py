@@ -70,7 +70,7 @@ def prepare(
     return train_causal_lm.prepare(
         model_args, data_args, blocks_args, training_args,
         data_format=completions.FORMAT if instructions else train_causal_lm.PACKED,
-        adapt=partial(finetuning.adapt, tuning=tuning),
+        adapt=partial(finetuning.adapt, tuning=tuning) if tuning.peft else None,
     )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def prepare(
     finetuning.check_arguments(model_args, tuning, blocks_args, training_args)
     return train_image_classification.prepare(
         model_args, data_args, blocks_args, training_args,
-        adapt=partial(finetuning.adapt, tuning=tuning, modules_to_save=["classifier"]),
+        adapt=partial(finetuning.adapt, tuning=tuning, modules_to_save=["classifier"]) if tuning.peft else None,
     )  # fmt: skip
 
 

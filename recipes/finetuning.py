@@ -88,13 +88,11 @@ def _check_export(
 def adapt(
     model: PreTrainedModel, tuning: FinetuningArguments, modules_to_save: list[str] | None = None
 ) -> PreTrainedModel:
-    """The model, with adapters if they are asked for.
+    """The model, with the adapters that are asked for.
 
     Args:
         modules_to_save: what is trained whole beside them.
     """
-    if tuning.peft is None:
-        return model
     rank = tuning.lora_r or 8
     config = LoraConfig(
         r=rank, lora_alpha=tuning.lora_alpha or 2 * rank, lora_dropout=tuning.lora_dropout or 0.0,

@@ -329,7 +329,7 @@ def prepare(
     `adapt` gets the model before the Trainer does.
     """
     check_arguments(model_args, data_args)
-    common.check_blocks(model_args, blocks_args, training_args)
+    common.check_blocks(model_args, blocks_args, training_args, adapters=adapt is not None)
     if data_args.eval_nll_bound and training_args.train_blocks is not None:
         raise ValueError(f"eval_nll_bound={data_args.eval_nll_bound} needs all blocks: train_blocks must not be set")
     resume_from = common.checkpoint_to_resume(training_args)

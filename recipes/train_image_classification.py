@@ -147,7 +147,7 @@ def prepare(
     `adapt` gets the model before the Trainer does.
     """
     common.check_arguments(model_args, data_args)
-    common.check_blocks(model_args, blocks_args, training_args)
+    common.check_blocks(model_args, blocks_args, training_args, adapters=adapt is not None)
     resume_from = common.checkpoint_to_resume(training_args)
     config = common.plain_config(model_args)
     channels = getattr(config, "num_channels", 3)

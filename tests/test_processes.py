@@ -264,6 +264,7 @@ class Sharding(dict):
     __getattr__ = dict.__getitem__
 
 
+TUNED_BLOCK = {"objective": "final", "train_blocks": [0], "train_shared": False}
 OWN_BLOCK = {"fields": INDEPENDENT, "arguments": {}, "blocks": [1]}
 
 
@@ -280,6 +281,10 @@ OWN_BLOCK = {"fields": INDEPENDENT, "arguments": {}, "blocks": [1]}
         ),
         ({**OWN_BLOCK, "blocks": [0], "fsdp": {}}, "FSDP with embeddings tied to the head"),
         ({**OWN_BLOCK, "source": VIT, "fsdp": {}}, "FSDP with model_type='vit'"),
+        (
+            {**OWN_BLOCK, "fields": CARRIED, "arguments": TUNED_BLOCK, "blocks": [0, 1], "fsdp": {}},
+            "FSDP with objective='final'",
+        ),
         (
             {**OWN_BLOCK, "arguments": {"offload_inactive_blocks": "cpu"}, "fsdp": {}},
             "FSDP with offload_inactive_blocks='cpu'",

@@ -363,7 +363,12 @@ BAD_INPUTS = {
     "two vocabularies": ([*LLAMA, "vocab_size=99", *TRAIN], "config_overrides must not set vocab_size"),
     "no tokenizer": ([*MODEL, *TRAIN, "--tokenizer_name", "{folder}"], "{folder} has no tokenizer"),
     "blocks of the plain": ([*MODEL, *TRAIN, "--end_to_end", "--train_blocks", "0"], "must not be set with end_to_end"),
-    "bound of a block": ([*MODEL, *TRAIN, "--eval_nll_bound", "1", "--train_blocks", "0"], "needs all blocks"),
+    "bound of a block": (
+        [*MODEL, *TRAIN, "--eval_nll_bound", "1", "--train_blocks", "0", "--train_shared", "false"], "needs all blocks"
+    ),
+    "a job that moves what is shared": (
+        [*MODEL, *TRAIN, "--train_blocks", "0"], "train_shared=True with train_blocks=[0] of 2 blocks: separate jobs"
+    ),
     "no such block": ([*MODEL, *TRAIN, "--train_blocks", "2"], "train_blocks=[2] must be different blocks of 0..1"),
     "bound of the plain": ([*MODEL, *TRAIN, "--end_to_end", "--eval_nll_bound", "1"], "must be 0 with end_to_end"),
     "bound of nothing": (

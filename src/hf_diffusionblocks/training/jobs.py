@@ -45,11 +45,8 @@ def blocks_to_train(
             "on what cache_block_inputs made"
         )
     moves_shared = args.train_shared and any(parameter.requires_grad for parameter in model.shared_parameters())
-    if len(blocks) < model.num_blocks and moves_shared and not model.per_block:
-        raise ValueError(
-            f"train_shared=True with train_blocks={blocks} of {model.num_blocks} blocks: separate jobs would each move "
-            "what all blocks share. Set train_shared=False, or give each block its own with shared='per_block'"
-        )
+    if moves_shared and not model.per_block:
+        check_one_job(blocks, model.num_blocks)
     if args.objective == "final":
         if model.joint or not model.carried:
             raise ValueError(
@@ -60,6 +57,15 @@ def blocks_to_train(
         if later:
             raise ValueError(f"objective='final' with train_blocks={blocks} needs the later blocks {later}: load them, too")
     return blocks
+
+
+def check_one_job(blocks: Sequence[int], num_blocks: int) -> None:
+    """Raises ValueError if a job moves what all blocks share, and trains some of them only."""
+    if len(blocks) < num_blocks:
+        raise ValueError(
+            f"train_shared=True with train_blocks={blocks} of {num_blocks} blocks: separate jobs would each move what all "
+            "blocks share. Set train_shared=False, or give each block its own with shared='per_block'"
+        )
 
 
 def cached_column(blocks: Sequence[int], columns: Sequence[str]) -> str | None:
