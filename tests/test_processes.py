@@ -282,7 +282,7 @@ OWN_BLOCK = {"fields": INDEPENDENT, "arguments": {}, "blocks": [1]}
         ({**OWN_BLOCK, "blocks": [0], "fsdp": {}}, "FSDP with embeddings tied to the head"),
         ({**OWN_BLOCK, "source": VIT, "fsdp": {}}, "FSDP with model_type='vit'"),
         (
-            {**OWN_BLOCK, "fields": CARRIED, "arguments": TUNED_BLOCK, "blocks": [0, 1], "fsdp": {}},
+            {"fields": {"denoiser": "factorized", "context": "carried"}, "arguments": TUNED_BLOCK, "fsdp": {}},
             "FSDP with objective='final'",
         ),
         (
