@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -34,12 +33,6 @@ def without_dropout(module: nn.Module) -> Iterator[None]:
     finally:
         for child, training in modes:
             child.training = training
-
-
-def evaluated(run: Callable, module: nn.Module, *args) -> torch.Tensor:
-    """Run a module without dropout, whenever that is: also when a checkpoint runs it again."""
-    with without_dropout(module):
-        return run(module, *args)
 
 
 class DiffusionBlocksPreTrainedModel(SavedByBlock):
@@ -245,13 +238,16 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention
     ) -> torch.Tensor:
         """One layer, checkpointed where gradient checkpointing is on."""
-        run = partial(self._run_layer, **attention)
-        # (By the model's mode: blocks that carry a gradient on run without dropout, their layers in evaluation mode.)
-        if layer.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            if not layer.training:
-                run = partial(evaluated, run)
-            return layer._gradient_checkpointing_func(run, layer, hidden, modulation)
-        return run(layer, hidden, modulation)
+        # (By the model's mode: in training, layers that carry a gradient on are in evaluation mode, without dropout.)
+        if not (layer.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return self._run_layer(layer, hidden, modulation, **attention)
+        training = layer.training
+
+        def run(hidden: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:
+            with nullcontext() if training else without_dropout(layer):  # also where the layer runs again
+                return self._run_layer(layer, hidden, modulation, **attention)
+
+        return layer._gradient_checkpointing_func(run, hidden, modulation)
 
     def compile_layers(self, **kwargs) -> None:
         """Have layers compiled as they first run: one graph for all layers of all blocks, since they are alike.
@@ -301,9 +297,12 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         Each keeps what enters it alone, and runs again in the backward pass: the activations of one at a time are held.
         """
 
+        def carry(later: int, hidden: torch.Tensor) -> torch.Tensor:
+            with without_dropout(self.backbone):
+                return self.carry(later, hidden, **attention)
+
         for later in range(block_index + 1, loss_block + 1):
-            run = partial(evaluated, lambda _, *args: self.carry(*args, **attention), self.backbone)
-            hidden = checkpoint_activations(run, later, hidden, use_reentrant=False, preserve_rng_state=False)
+            hidden = checkpoint_activations(carry, later, hidden, use_reentrant=False, preserve_rng_state=False)
         return hidden
 
     def block_input(self, block_index: int, inputs: Mapping[str, Any], **attention) -> torch.Tensor:
