@@ -79,15 +79,19 @@ def test_schedule_counts_the_updates_of_each_block(order, interval, num_blocks, 
     assert max(updates) - min(updates) <= interval
 
 
-@pytest.mark.parametrize("order, interval", [("random", 1), ("random", 3), ("sequential", 1)])
+@pytest.mark.parametrize("interval", [1, 3])
 @pytest.mark.parametrize("num_blocks", [1, 3])
-def test_schedule_knows_the_next_block(order, interval, num_blocks):
-    schedule = BlockSchedule(order, range(num_blocks), 18, 0, interval)
-    turns = [schedule.block_at(step) for step in range(18)]
-    for step, block in enumerate(turns):
-        end = next((later for later in range(step, 18) if turns[later] != block), None)
-        expected = None if end is None or end > schedule._end_of_turn(step) else turns[end]
-        assert schedule.next_block(step) == expected
+def test_the_block_of_the_next_turn_is_fetched(interval, num_blocks):
+    schedule = BlockSchedule("random", range(num_blocks), 18, 0, interval)
+    turns = [schedule.block_at(step) for step in range(0, 18, interval)]
+    for step in range(18):
+        now, following = [*turns, None][step // interval : step // interval + 2]
+        assert schedule.block_to_fetch(step) == (None if following == now else following)
+
+
+def test_long_turns_fetch_no_block_ahead():
+    schedule = BlockSchedule("sequential", range(3), 18, 0)
+    assert {schedule.block_to_fetch(step) for step in range(18)} == {None}
 
 
 def test_a_block_keeps_its_turn():

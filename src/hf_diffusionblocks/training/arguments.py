@@ -58,7 +58,8 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
         default="none",
         metadata={
             "help": "Where blocks wait while others train: 'none' keeps all on the device; 'cpu' keeps parameters and "
-            "optimizer state of inactive blocks in host memory, and copies the next block while one trains.",
+            "optimizer state of inactive blocks in host memory, and (not if 'sequential') copies the next block while one "
+            "trains.",
             "choices": list(OFFLOADS),
         },
     )

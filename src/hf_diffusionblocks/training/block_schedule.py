@@ -39,18 +39,14 @@ class BlockSchedule:
         index, place = divmod(step // self.switch_interval, len(self.blocks))
         return self._round(index)[place]
 
-    def next_block(self, step: int) -> int | None:
-        """The block after the one that `step` trains; None if no other follows."""
-        current = self.block_at(step)
-        blocks = (self.block_at(later) for later in range(step + 1, min(self.total_steps, self._end_of_turn(step) + 1)))
-        return next((block for block in blocks if block != current), None)
-
-    def _end_of_turn(self, step: int) -> int:
-        """The first step of the turn after."""
-        if self.order == "sequential":
-            place = step * len(self.blocks) // self.total_steps
-            return math.ceil((place + 1) * self.total_steps / len(self.blocks))
-        return (step // self.switch_interval + 1) * self.switch_interval
+    def block_to_fetch(self, step: int) -> int | None:
+        """The block of the next turn, to be copied ahead; None if it is the same, or none follows, or turns are so long
+        ("sequential") that a block's memory is worth more than the wait at their end."""
+        later = (step // self.switch_interval + 1) * self.switch_interval
+        if self.order == "sequential" or later >= self.total_steps:
+            return None
+        following = self.block_at(later)
+        return None if following == self.block_at(step) else following
 
     def updates_before(self, step: int, block_index: int) -> int:
         """How many of the steps before `step` trained this block."""

@@ -113,7 +113,7 @@ class DiffusionBlocksTrainer(RunReports):
                 for parameter in self._parameters[block]:
                     parameter.requires_grad_(block == self.active_block)
         if self.model.residence is not None:
-            self.model.residence.activate(self.active_block, self.block_schedule.next_block(step))
+            self.model.residence.activate(self.active_block, self.block_schedule.block_to_fetch(step))
         return super().get_batch_samples(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
