@@ -94,6 +94,21 @@ def test_objectives(objective, tmp_path):
     assert trainer.evaluate()["eval_loss"] < trainer_of(before, LLAMA, tmp_path, {}).evaluate()["eval_loss"]
 
 
+@pytest.mark.parametrize("objective", ["local", "final"])
+def test_adapters_train_alike_while_other_blocks_wait_in_host_memory(objective, tmp_path):
+    config = LoraConfig(r=4, modules_to_save=["classifier"])
+    kept, moved = (
+        trained(
+            CASES["vit"], tmp_path / where, adapted(CASES["vit"], config=config), objective=objective,
+            offload_inactive_blocks=where,
+        ).model
+        for where in ("none", "cpu")
+    )  # fmt: skip
+    assert same(kept.state_dict(), moved.state_dict())
+    merged = [lora.merge_and_unload(model).to_plain().state_dict() for model in (kept, moved)]
+    assert same(*merged)
+
+
 def test_adapters_are_saved_and_loaded(case, tmp_path):
     trainer = trained(case, tmp_path / "run")
     trainer.save_model(tmp_path / "saved")
