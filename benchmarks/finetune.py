@@ -18,6 +18,7 @@ import copy
 import json
 import time
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 from finetune_tasks import Clothes, Novels, Task
@@ -50,11 +51,15 @@ METHODS: dict[str, tuple[str, tuple[float, ...], dict]] = {
     "blocks, local heads of the last layers": ("blocks", RATES[1:], {"readout_layers": 1}),
     "blocks, final loss": ("blocks", RATES[1:], FINAL),
     "blocks, final loss, first to last": ("blocks", RATES[1:2], {**FINAL, "block_schedule": "sequential"}),
+    "blocks, final loss, first to last, in the least memory": (
+        "blocks", RATES[1:2], {**FINAL, "block_schedule": "sequential", "offload_inactive_blocks": "cpu",
+                               "activation_checkpointing": True},
+    ),
     "blocks, final loss, shared trained": ("blocks", RATES[:2], {**FINAL, "train_shared": True}),
     "blocks, final loss, shared trained, checkpointing": (
         "blocks", RATES[1:2], {**FINAL, "train_shared": True, "activation_checkpointing": True}
     ),
-    "blocks, final loss, shared trained with the first": ("with first", RATES[1:], {**FINAL, "train_shared": True}),
+    "blocks, final loss, shared trained with the first": ("with first", RATES[:2], {**FINAL, "train_shared": True}),
     "blocks, final loss, LoRA": ("blocks", LORA_RATES[:2], {**FINAL, "adapters": True}),
 }  # fmt: skip
 
@@ -106,7 +111,7 @@ class Near:
         return result
 
 
-def make(kind: str, task: Task, rate: float, options: dict, turns: int | None = None) -> Trainer:
+def make(kind: str, task: Task, rate: float, options: dict, seed: int = 0, turns: int | None = None) -> Trainer:
     """A method's trainer.
 
     Args:
@@ -116,7 +121,8 @@ def make(kind: str, task: Task, rate: float, options: dict, turns: int | None = 
     in_turn = options.pop("in_turn", kind in ("blocks", "near", "with first"))
     steps = (turns or task.updates) * (task.num_blocks if in_turn else 1)
     checkpointing = options.pop("activation_checkpointing", False)
-    arguments = task.arguments(task.output / "run", steps, rate, activation_checkpointing=checkpointing)
+    arguments = task.arguments(task.output / "run", steps, rate, activation_checkpointing=checkpointing, seed=seed)
+    set_seed(seed)
     plain = task.checkpoint()
     if kind in ("plain", "lora", "badam", "last"):
         return _plain_trainer(kind, task, plain, arguments, rate, switch_every=min(50, turns or 50))
@@ -160,13 +166,13 @@ def badam(model, task: Task, rate: float, switch_every: int):
     )  # fmt: skip
 
 
-def run(method: str, rate: float, task: Task, name: str) -> dict[str, float]:
+def run(method: str, rate: float, task: Task, name: str, seed: int) -> dict[str, float]:
     """Held-out loss (or error) after training with one rate, and seconds."""
-    file = task.output / f"{name}, {method}, {rate:g}.json"
+    of_seed = f", seed {seed}" if seed else ""
+    file = task.output / f"{name}, {method}, {rate:g}{of_seed}.json"
     if not file.is_file():
-        set_seed(0)
         kind, _, options = METHODS[method]
-        trainer = make(kind, task, rate, options)
+        trainer = make(kind, task, rate, options, seed)
         start = time.process_time()
         trainer.train()
         seconds = time.process_time() - start
@@ -180,7 +186,6 @@ def peak_bytes(method: str, task: Task, name: str) -> int:
     """What the largest step holds: of a short run, in which each block has two turns."""
     file = task.output / f"{name}, {method}, bytes.json"
     if not file.is_file():
-        set_seed(0)
         kind, rates, options = METHODS[method]
         trainer = make(kind, task, rates[0], options, turns=2)
         memory = PeakMemory(trainer)
@@ -195,6 +200,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoints and the cached runs")
     parser.add_argument("--task", choices=["gpt2", "llama", "vit"], default="gpt2")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each method, the rate chosen by the first")
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -207,16 +213,20 @@ def main() -> None:
     print(f"pretrained: {start:.4f}", flush=True)
     results = {}
     for method in options.methods:
-        runs = {rate: run(method, rate, task, options.task) for rate in METHODS[method][1]}
+        runs = {rate: run(method, rate, task, options.task, seed=0) for rate in METHODS[method][1]}
         rate = min(runs, key=lambda rate: runs[rate]["loss"])
-        results[method] = {**runs[rate], "rate": rate, "bytes": peak_bytes(method, task, options.task)}
+        losses = [run(method, rate, task, options.task, seed)["loss"] for seed in range(options.seeds)]
+        results[method] = {
+            "loss": mean(losses), "spread": f" ± {stdev(losses):.4f}" if losses[1:] else "", "rate": rate,
+            "seconds": runs[rate]["seconds"], "bytes": peak_bytes(method, task, options.task),
+        }  # fmt: skip
     gain = start - results.get("full fine-tuning", {"loss": start - 1})["loss"]
     print(f"\n| | learning rate | {task.measure} | share of the full gain | MiB | seconds |\n|---|---|---|---|---|---|")
     print(f"| pretrained | | {start:.4f} | | | |")
     for method, result in results.items():
         share = 100 * (start - result["loss"]) / gain
         print(
-            f"| {method} | {result['rate']:g} | {result['loss']:.4f} | {share:.0f} % | {result['bytes'] / 2**20:,.1f} | "
+            f"| {method} | {result['rate']:g} | {result['loss']:.4f}{result['spread']} | {share:.0f} % | {result['bytes'] / 2**20:,.1f} | "
             f"{result['seconds']:.0f} |"
         )
 
