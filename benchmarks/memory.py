@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the table and the chart")
     parser.add_argument("--models", nargs="*", default=["GPT-2 small", "ViT-B"], choices=["GPT-2 small", "ViT-B"])
     parser.add_argument("--num_blocks", type=int, default=4)
-    parser.add_argument("--images", type=int, default=16, help="of a step of ViT-B")
+    parser.add_argument("--images", type=int, default=8, help="of a step of ViT-B")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
