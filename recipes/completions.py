@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
 
 import torch
 from datasets import DatasetDict, Features, List, Value
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from hf_diffusionblocks.recipes import common, train_causal_lm
@@ -51,8 +54,8 @@ def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args) -> Datas
     encoded = DatasetDict()
     for split, rows in data.items():
         made = rows.map(
-            lambda row: _tokens(_parts(row, tokenizer, args), tokenizer, args.sequence_length),
-            remove_columns=rows.column_names, features=FEATURES, desc=f"tokenize ({split})",
+            partial(_encode_rows, tokenizer=tokenizer, args=args), batched=True, remove_columns=rows.column_names,
+            features=FEATURES, desc=f"tokenize ({split})",
         )  # fmt: skip
         kept = made.filter(lambda row: any(label != IGNORED for label in row["labels"]))
         if len(kept) < len(made):
@@ -66,7 +69,14 @@ def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args) -> Datas
     return encoded
 
 
-def _parts(row: dict, tokenizer: PreTrainedTokenizerBase, args) -> list[Part]:
+def _encode_rows(columns: dict[str, list], tokenizer: PreTrainedTokenizerBase, args) -> dict[str, list[list[int]]]:
+    rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+    texts = [text for row in rows for text in _texts(row, tokenizer, args)]
+    tokens = [_tokens(text, tokenizer, args.sequence_length) for text in texts]
+    return {name: [each[name] for each in tokens] for name in FEATURES}
+
+
+def _texts(row: dict, tokenizer: PreTrainedTokenizerBase, args) -> list[list[Part]]:
     """What a row says, cut where generation begins and ends: these are tokenized apart, as they are in use."""
     if args.messages_column:
         return _chat(row[args.messages_column], tokenizer, f"messages_column={args.messages_column!r}")
@@ -76,28 +86,47 @@ def _parts(row: dict, tokenizer: PreTrainedTokenizerBase, args) -> list[Part]:
             raise ValueError(f"{name}={getattr(args, name)!r} must hold text, a row holds {value!r}")
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        return _chat(chat, tokenizer, "the tokenizer's chat template") if completion else []
-    return [(prompt, False), (completion + tokenizer.eos_token if completion else "", True)]
+        return _chat(chat, tokenizer, "the tokenizer's chat template") if completion else [[]]
+    return [[(prompt, False), (completion + tokenizer.eos_token if completion else "", True)]]
 
 
-def _chat(messages: Sequence[dict], tokenizer: PreTrainedTokenizerBase, source: str) -> list[Part]:
-    """The template's text; what follows each prompt for the assistant, to the end of its message, has a loss."""
+def _chat(messages: Sequence[dict], tokenizer: PreTrainedTokenizerBase, source: str) -> list[list[Part]]:
+    """The template's text; what follows each prompt for the assistant, to the end of its message, has a loss.
+
+    A template may write an answer differently once the chat goes on (Qwen3 leaves out earlier thoughts): then each answer
+    makes a text of its own, with what came before it.
+    """
     if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= {*m} for m in messages):
         raise ValueError(f"{source} must hold lists of messages with 'role' and 'content', a row holds {messages!r}")
-    parts, done = [], ""
+    turns = []  # of the assistant: the text before, and the text with it
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-        answered = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
-        if not prompt.startswith(done) or not answered.startswith(prompt):
-            raise ValueError(
-                f"{source}: the chat template writes a chat's beginning differently once the chat goes on, so that it "
-                "does not tell what the assistant writes"
-            )
-        parts += [(prompt[len(done) :], False), (answered[len(prompt) :], True)]
-        done = answered
-    return parts
+        if message["role"] == "assistant":
+            if index == 0:
+                raise ValueError(f"{source}: a chat must begin with another than the assistant, a row holds {messages!r}")
+            prompt = _written(messages[:index], tokenizer, source, add_generation_prompt=True)
+            answered = _written(messages[: index + 1], tokenizer, source)
+            if not answered.startswith(prompt):
+                raise ValueError(
+                    f"{source}: with an answer, the chat template does not begin with what it writes to ask for it, so that "
+                    "it does not tell what the assistant writes"
+                )
+            turns.append((prompt, answered))
+    if all(prompt.startswith(before) for (_, before), (prompt, _) in pairwise(turns)):
+        ends = ["", *(answered for _, answered in turns)]
+        parts = [
+            part
+            for done, (prompt, answered) in zip(ends, turns)
+            for part in ((prompt[len(done) :], False), (answered[len(prompt) :], True))
+        ]
+        return [parts]
+    return [[(prompt, False), (answered[len(prompt) :], True)] for prompt, answered in turns]
+
+
+def _written(messages: Sequence[dict], tokenizer: PreTrainedTokenizerBase, source: str, **kwargs) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+    except TemplateError as error:
+        raise ValueError(f"{source}: the chat template says {error}, of {messages!r}") from None
 
 
 def _tokens(parts: list[Part], tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, list[int]]:

@@ -34,7 +34,8 @@ class FinetuningArguments:
     lora_alpha: int | None = option(None, "Their scale, over the rank. Default: twice the rank.")
     lora_dropout: float | None = option(None, "Dropout of what enters them. Default: none.")
     lora_target_modules: list[str] | None = option(
-        None, "Parts of a layer that are adapted, for example q_proj v_proj. Default: the attention's usual ones."
+        None, "Parts of a layer that are adapted, for example q_proj v_proj; or all-linear. Default: the attention's usual "
+        "ones.",
     )
     export_plain: str | None = option(
         None, "Folder for the trained model as a stock Transformers model, adapters merged, with its tokenizer or "
@@ -93,10 +94,10 @@ def adapt(
     Args:
         modules_to_save: what is trained whole beside them.
     """
-    rank = tuning.lora_r or 8
+    rank, targets = tuning.lora_r or 8, tuning.lora_target_modules
     config = LoraConfig(
         r=rank, lora_alpha=tuning.lora_alpha or 2 * rank, lora_dropout=tuning.lora_dropout or 0.0,
-        target_modules=tuning.lora_target_modules, modules_to_save=modules_to_save,
+        target_modules="all-linear" if targets == ["all-linear"] else targets, modules_to_save=modules_to_save,
     )  # fmt: skip
     return lora.add_block_adapters(model, config)
 

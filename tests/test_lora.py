@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -219,6 +220,34 @@ def test_a_new_head_moves_in_the_last_block_s_steps(block, objective, tmp_path):
     assert torch.equal(model.backbone.classifier.weight, head) is (block == 0)
 
 
+def test_a_new_head_has_no_gradient_in_other_blocks_steps(tmp_path):
+    """Though they are read out by it."""
+    model = adapted(CASES["vit"], config=LoraConfig(r=4, modules_to_save=["classifier"]))
+    trainer, seen = trainer_of(model, VIT, tmp_path, {"max_steps": 4}), []
+    step = trainer.training_step
+
+    def watched(*args, **kwargs):
+        loss = step(*args, **kwargs)
+        owners = {model.block_of_parameter(name) for name, p in model.named_parameters() if p.grad is not None}
+        seen.append((trainer.active_block, owners))
+        return loss
+
+    trainer.training_step = watched
+    trainer.train()
+    assert {block for block, _ in seen} == {0, 1}
+    assert all(owners == {block} for block, owners in seen)
+    head = model.backbone.classifier.modules_to_save["block_1"].weight
+    assert head.requires_grad
+
+
+def test_a_new_head_stays_on_the_device(tmp_path):
+    model = adapted(CASES["vit"], config=LoraConfig(r=4, modules_to_save=["classifier"]))
+    trainer_of(model, VIT, tmp_path, {"offload_inactive_blocks": "cpu"})
+    away, _ = model.residence.away()
+    head = set(model.backbone.classifier.modules_to_save["block_1"].parameters())
+    assert not away & head and set(model.block_parameters(1)) - away == head
+
+
 def test_a_new_head_is_saved_with_the_last_block_s_adapter(tmp_path):
     model = adapted(CASES["vit"], config=LoraConfig(r=4, modules_to_save=["classifier"]))
     head = model.backbone.classifier.weight.clone()
@@ -231,6 +260,17 @@ def test_a_new_head_is_saved_with_the_last_block_s_adapter(tmp_path):
     torch.testing.assert_close(logits(lora.merge_and_unload(model), VIT), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_all_linear_parts_are_those_of_a_block_s_layers():
+    model = adapted(CASES["gpt2"], config=LoraConfig(r=4, target_modules="all-linear"))
+    for name in (name for name, _ in model.named_parameters() if "lora_" in name):
+        assert f".block_{model.block_of_parameter(name)}." in name and ".h." in name
+    assert len(model.peft_config["block_0"].target_modules) == 4
+
+
+def refused(**options):
+    lora.add_block_adapters(made(GPT2, CARRIED), LoraConfig(**options))
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -238,6 +278,15 @@ def test_a_new_head_is_saved_with_the_last_block_s_adapter(tmp_path):
         (
             lambda: lora.add_block_adapters(made(GPT2, CARRIED), LoraConfig(layers_to_transform=[0])),
             r"layers_to_transform=\[0\] must be None",
+        ),
+        *(
+            (partial(refused, **options), message)
+            for options, message in (
+                ({"target_modules": ".*c_attn"}, r"target_modules='\.\*c_attn' must be 'all-linear' or a list of a layer's"),
+                ({"trainable_token_indices": [1]}, r"trainable_token_indices=\[1\] must be None"),
+                ({"bias": "all"}, "bias='all' must be 'none'"),
+                ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' must be True, False"),
+            )
         ),
         (lambda: lora.merge_and_unload(made(GPT2, CARRIED)), "the model has no adapters"),
         (lambda: lora.add_block_adapters(made(GPT2, {}), CONFIG), "denoiser='joint' has no adapters"),
@@ -254,7 +303,7 @@ def test_a_new_head_is_saved_with_the_last_block_s_adapter(tmp_path):
             "modules_to_save: 'lm_head' is tied to another weight",
         ),
     ],
-    ids=["twice", "layers", "none", "joint", "no such target", "no such module", "tied"],
+    ids=["twice", "layers", "a pattern", "tokens", "biases", "other weights", "none", "joint", "no such target", "no such module", "tied"],
 )
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
@@ -270,6 +319,13 @@ def test_an_adapter_that_does_not_fit_is_named(tmp_path):
         save_file(wrong, file)
         with pytest.raises(ValueError, match="block_1/adapter_model.safetensors does not fit the model"):
             lora.load_block_adapters(made(GPT2, CARRIED), tmp_path)
+
+
+def test_adapters_of_other_blocks_are_refused(tmp_path):
+    four = lora.add_block_adapters(made(GPT2, {**CARRIED, "num_blocks": 4}), CONFIG)
+    four.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"block_0 is of the layers \[0\], and block 0 of num_blocks=2 has \[0, 1\]"):
+        lora.load_block_adapters(made(GPT2, CARRIED), tmp_path)
 
 
 def test_a_missing_adapter_is_named(tmp_path):

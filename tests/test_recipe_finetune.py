@@ -214,6 +214,42 @@ def test_every_answer_of_a_chat_has_a_loss(tokenizer, template):
     assert row["input_ids"][: len(prompt)] == prompt
 
 
+def test_answers_that_a_template_writes_anew_are_texts_of_their_own(tokenizer):
+    """As Qwen3's, which leaves out the thoughts of all answers but the last."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' and loop.last %}<think>{% endif %}"
+        "{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    args = finetune_causal_lm.DataArguments(sequence_length=500, messages_column="messages")
+    chat = [{"role": role, "content": text} for role, text in (("user", "A?"), ("assistant", "B."), ("user", "C?"), ("assistant", "D."))]
+    data = datasets.DatasetDict(train=datasets.Dataset.from_list([{"messages": chat}]))
+    made = completions.encode(data, tokenizer, args)["train"]
+    assert [with_loss(tokenizer, row) for row in made] == ["<think>B.<|end|>", "<think>D.<|end|>"]
+    whole = "<|user|>A?<|end|><|assistant|>B.<|end|><|user|>C?<|end|><|assistant|><think>D.<|end|>"
+    assert tokenizer.decode(made[1]["input_ids"]) == whole
+
+
+ALTERNATE = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+BAD_CHATS = {
+    "not a chat": ("text", None, "messages_column='messages' must hold lists of messages with 'role' and 'content'"),
+    "assistant first": ([("assistant", "Hi")], CHATML, "messages_column='messages': a chat must begin with another than"),
+    "template's own error": ([("system", "Hi"), ("assistant", "Hi")], ALTERNATE, "the chat template says no system role, of"),
+    "answer before its question": (
+        [("user", "Hi"), ("assistant", "Hi")], "{% for m in messages|reverse %}{{ m['content'] }}.{% endfor %}{{ bos_token }}",
+        "does not begin with what it writes to ask for it",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_CHATS)
+def test_chats_that_cannot_be_read_are_named(tokenizer, name):
+    chat, tokenizer.chat_template, message = BAD_CHATS[name]
+    if isinstance(chat, list):
+        chat = [{"role": role, "content": content} for role, content in chat]
+    with pytest.raises(ValueError, match=message):
+        encoded(tokenizer, {"messages": chat}, messages_column="messages")
+
+
 def test_prompts_go_through_the_tokenizer_s_chat_template(tokenizer):
     columns = {"prompt_column": "prompt", "completion_column": "completion"}
     row = {"prompt": "Why?", "completion": "So."}

@@ -94,6 +94,19 @@ def test_long_turns_fetch_no_block_ahead():
     assert {schedule.block_to_fetch(step) for step in range(18)} == {None}
 
 
+@pytest.mark.parametrize(
+    "arguments, others, message",
+    [
+        ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor=0.1 must be 0"),
+        ({}, {"compute_loss_func": lambda *_: 0}, "compute_loss_func must be None"),
+    ],
+)
+def test_another_loss_is_refused(arguments, others, message, plain_model, tmp_path):
+    args = db.DiffusionBlocksTrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **arguments)
+    with pytest.raises(ValueError, match=message):
+        db.DiffusionBlocksTrainer(model=db.convert(plain_model, 2), args=args, **others)
+
+
 def test_a_block_keeps_its_turn():
     schedule = BlockSchedule("random", range(3), 18, 0, switch_interval=3)
     turns = [schedule.block_at(step) for step in range(18)]

@@ -26,6 +26,14 @@ from .models import DiffusionBlocksPreTrainedModel
 BACKBONE = "backbone."
 #: Before every name in a file of peft's.
 PEFT_PREFIX = "base_model.model."
+#: Fields of a LoRA config, what they have to be, and why.
+REFUSED = (
+    ("layers_to_transform", None, "each block has its own layers"),
+    ("layer_replication", None, "a block has the layers it has"),
+    ("trainable_token_indices", None, "embeddings are no block's"),
+    ("target_parameters", None, "adapters are on modules"),
+    ("bias", "none", "of the plain model's own weights, none is trained beside adapters"),
+)
 
 
 def adapter_of(block_index: int) -> str:
@@ -41,19 +49,18 @@ def add_block_adapters(model: DiffusionBlocksPreTrainedModel, config: LoraConfig
 
     Args:
         model: factorized; changed in place.
-        config: of all adapters; which layers is said here. Without `target_modules`, the attention's.
+        config: of all adapters; which layers is said here. `target_modules` is a list of parts of a layer, or
+            "all-linear"; without, it is the attention's.
 
     Returns:
         the model.
 
     Raises:
-        ValueError: the model has adapters or is joint, or the config says which layers, or names what is not there or
-            tied.
+        ValueError: the model has adapters or is joint, or the config says which layers, names what is not there or tied,
+            or asks for what does not go by block; names the field.
     """
     if model.has_adapters:
         raise ValueError(f"the model has adapters already: {', '.join(model.peft_config)}")
-    if config.layers_to_transform is not None:
-        raise ValueError(f"layers_to_transform={config.layers_to_transform} must be None: each block has its own layers")
     if model.joint:  # and GPT-2's clean stream reads its attention's weights past an adapter
         raise ValueError(
             "denoiser='joint' has no adapters: its modulation is not the pretrained model's, and would have to be trained "
@@ -61,11 +68,12 @@ def add_block_adapters(model: DiffusionBlocksPreTrainedModel, config: LoraConfig
         )
     layer = model.layer(model.block_layers(model.resident_blocks[0])[0])
     _check(model, layer, config)
+    targets = _targets(model, layer, config)
     seed = int(torch.randint(2**62, ()))
     for block in model.resident_blocks:
         own = copy.deepcopy(config)
         own.fan_in_fan_out = any(isinstance(module, Conv1D) for module in layer.modules())
-        own.target_modules = config.target_modules or list(model.architecture.lora_targets)
+        own.target_modules = targets
         own.layers_to_transform = list(model.block_layers(block))
         own.layers_pattern = model.architecture.layers_path.rpartition(".")[2]
         whole = list(config.modules_to_save or []) if block == model.num_blocks - 1 else []
@@ -77,9 +85,32 @@ def add_block_adapters(model: DiffusionBlocksPreTrainedModel, config: LoraConfig
     return model
 
 
+def _linear(layer: nn.Module) -> list[str]:
+    return [name for name, part in layer.named_modules() if isinstance(part, (nn.Linear, Conv1D))]
+
+
+def _targets(model: DiffusionBlocksPreTrainedModel, layer: nn.Module, config: LoraConfig) -> list[str]:
+    if config.target_modules == "all-linear":
+        return _linear(layer)
+    return sorted(config.target_modules or model.architecture.lora_targets)
+
+
 def _check(model: DiffusionBlocksPreTrainedModel, layer: nn.Module, config: LoraConfig) -> None:
-    linear = [name for name, part in layer.named_modules() if isinstance(part, (nn.Linear, Conv1D))]
-    if config.target_modules and not isinstance(config.target_modules, str):  # else a pattern
+    for field, allowed, reason in REFUSED:
+        value = getattr(config, field, allowed)
+        if value != allowed:
+            raise ValueError(f"{field}={value!r} must be {allowed!r}: {reason}")
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights not in ("gaussian", "orthogonal"):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} must be True, False, 'gaussian' or 'orthogonal': others change "
+            "the pretrained weights, which are not saved with adapters"
+        )
+    linear = _linear(layer)
+    if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
+        raise ValueError(  # peft would look for a pattern in all layers
+            f"target_modules={config.target_modules!r} must be 'all-linear' or a list of a layer's {', '.join(linear)}"
+        )
+    if config.target_modules and config.target_modules != "all-linear":
         unknown = [name for name in sorted(config.target_modules) if not _ends_in(name, linear)]
         if unknown:
             raise ValueError(f"target_modules: {', '.join(unknown)} must be of a layer's {', '.join(linear)}")
@@ -152,8 +183,13 @@ def load_block_adapters(
         if not (path / SAFETENSORS_WEIGHTS_NAME).is_file():
             raise OSError(f"{path / SAFETENSORS_WEIGHTS_NAME} is missing")
     for block, path in paths.items():
+        config = LoraConfig.from_pretrained(path)
+        if config.layers_to_transform != list(model.block_layers(block)):
+            raise ValueError(
+                f"{path} is of the layers {config.layers_to_transform}, and block {block} of num_blocks={model.num_blocks} "
+                f"has {list(model.block_layers(block))}: convert as it was when the adapters were trained"
+            )
         if not model.has_adapters or adapter_of(block) not in model.peft_config:
-            config = LoraConfig.from_pretrained(path)
             config.modules_to_save = [_in_model(saved) for saved in config.modules_to_save or ()] or None
             _add(model, config, block)
         _load(model, path / SAFETENSORS_WEIGHTS_NAME, block)

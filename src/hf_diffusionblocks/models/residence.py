@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,8 @@ class BlockResidence:
     """Keeps blocks in host memory, and copies to the device what is needed there, and no more.
 
     That is the active block with its optimizer state; the next one, copied ahead while the active one trains; and of
-    other blocks that run forward (earlier ones of carried context, all of them in evaluation) one at a time, its
-    parameters alone. What no block owns stays on the device.
+    other blocks that run (earlier ones of carried context, later ones for the final loss, all of them in evaluation)
+    one at a time, its parameters alone. What no block owns, or all read, stays on the device.
 
     The copy is a copy even where "the device" is the CPU, which is what makes this testable without another.
 
@@ -30,7 +30,10 @@ class BlockResidence:
     def __init__(self, model: DiffusionBlocksPreTrainedModel, device: torch.device):
         self.device = device
         self.optimizer: torch.optim.Optimizer | None = None  #: whose state moves with a block
-        self._parameters = {block: model.block_parameters(block) for block in model.resident_blocks}
+        stays = set(_new_head(model))
+        self._parameters = {
+            block: [p for p in model.block_parameters(block) if p not in stays] for block in model.resident_blocks
+        }
         self._stream = torch.Stream(device) if device.type != "cpu" else None
         self._active: int | None = None
         self._next: int | None = None
@@ -39,7 +42,7 @@ class BlockResidence:
         # The host's own tensors of what is on the device.
         self._host: dict[nn.Parameter, torch.Tensor] = {}
         self._host_states: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
-        for parameter in model.shared_parameters():
+        for parameter in (*model.shared_parameters(), *stays):
             parameter.data = parameter.data.to(device)
         for buffer in model.buffers():
             buffer.data = buffer.data.to(device)
@@ -143,3 +146,11 @@ class BlockResidence:
 
     def _block_parameters(self) -> Iterable[nn.Parameter]:
         return (parameter for parameters in self._parameters.values() for parameter in parameters)
+
+
+def _new_head(model: DiffusionBlocksPreTrainedModel) -> Iterator[nn.Parameter]:
+    """What is trained whole beside the last block's adapter, in place of what all blocks read."""
+    for name, parameter in model.named_parameters():
+        replaced, whole, _ = name.partition("modules_to_save.")
+        if whole and model.block_of_parameter(replaced) is None:
+            yield parameter

@@ -43,8 +43,8 @@ class DiffusionBlocksTrainer(RunReports):
     Raises:
         TypeError: model or args are of another class.
         ValueError: one process sees several devices, the noise is not fitted yet, `lr_scheduler_type` is not a
-            function of the step, `train_blocks` asks for what one job cannot do alone, or processes, offload and
-            formulation do not go together.
+            function of the step, the loss is asked to be another, `train_blocks` asks for what one job cannot do alone,
+            or processes, offload and formulation do not go together.
     """
 
     args: DiffusionBlocksTrainingArguments
@@ -59,6 +59,10 @@ class DiffusionBlocksTrainer(RunReports):
                 f"{args.n_gpu} devices in one process cannot be trained on: start one process each with `accelerate "
                 "launch`, or choose one with CUDA_VISIBLE_DEVICES"
             )
+        if args.label_smoothing_factor:
+            raise ValueError(f"label_smoothing_factor={args.label_smoothing_factor} must be 0: a block has a loss of its own")
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func must be None: a block has a loss of its own")
         if model.config.noise_distribution == "information" and model.config.noise_table is None:
             raise ValueError(
                 "noise_distribution='information' has no noise_table yet: call fit_noise_schedule(model, dataloader)"
@@ -108,7 +112,8 @@ class DiffusionBlocksTrainer(RunReports):
             self._exchange_blocks()
         if self.layout.num_lanes > 1:
             self._stale |= {schedule.block_at(step) for schedule in self._schedules}
-        if self.args.objective == "final":  # later blocks pass gradients on, and have none
+        if self.args.objective == "final" or self.model.has_adapters:
+            # Later blocks pass gradients on, and the last adapter's new head may be read by all: they get none.
             for block in self.train_blocks:
                 for parameter in self._parameters[block]:
                     parameter.requires_grad_(block == self.active_block)
