@@ -162,6 +162,8 @@ def prepare(
     labels = find_labels(data, data_args.label_column)
     own_labels = list(config.id2label.values()) if model_args.model_name_or_path else []
     is_new = set(labels.values()) != set(own_labels)
+    if is_new and own_labels and not model_args.end_to_end:
+        _check_new_classifier(blocks_args, training_args, adapters=adapt is not None)
     if not is_new:  # in the order of the model's classifier
         labels = dict(sorted(labels.items(), key=lambda label: own_labels.index(label[1])))
     config.id2label = dict(enumerate(labels.values()))
@@ -177,6 +179,17 @@ def prepare(
         trainer_class, model, data_args, training_args, data, processing_class=processor, compute_metrics=accuracy
     )
     return trainer, resume_from
+
+
+def _check_new_classifier(
+    blocks_args: BlocksArguments, training_args: db.DiffusionBlocksTrainingArguments, adapters: bool
+) -> None:
+    """Raises ValueError if nothing would train it."""
+    chosen, last = training_args.train_blocks, blocks_args.num_blocks - 1
+    if adapters and chosen is not None and last not in chosen:
+        raise ValueError(f"train_blocks={chosen} must include {last}: the labels are new, and so is the last block's classifier")
+    if not adapters and not training_args.train_shared and blocks_args.shared == "common":
+        raise ValueError("train_shared=False must be True: the labels are new, and so is the classifier of all blocks")
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -318,7 +319,7 @@ def plain_vit(tmp_path_factory, digits) -> Path:
 @pytest.mark.parametrize("tuned", [[], ["--peft", "lora"]], ids=["whole", "lora"])
 def test_a_new_label_set_gets_a_new_classifier(tmp_path, digits, plain_vit, tuned):
     """Though there are as many of them; it is trained whole, and is in the exported model."""
-    options = ["--model_name_or_path", str(plain_vit), "--updates_per_block", "30", *tuned]
+    options = ["--model_name_or_path", str(plain_vit), "--updates_per_block", "60", *tuned]
     folders = ["--output_dir", str(tmp_path / "out"), "--export_plain", str(tmp_path / "plain")]
     metrics = finetune_image_classification.main([*TRAINING, *options, *digits["second"], *folders])
     exported = AutoModelForImageClassification.from_pretrained(tmp_path / "plain")
@@ -329,6 +330,19 @@ def test_a_new_label_set_gets_a_new_classifier(tmp_path, digits, plain_vit, tune
     old = ViTForImageClassification.from_pretrained(plain_vit)
     cosine = F.cosine_similarity(exported.classifier.weight.flatten(), old.classifier.weight.flatten(), 0)
     assert cosine < 0.5
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--train_shared", "false"], "train_shared=False must be True: the labels are new"),
+        (["--peft", "lora", "--train_blocks", "0"], "train_blocks=[0] must include 1: the labels are new"),
+    ],
+)
+def test_a_new_classifier_that_nothing_would_train_is_refused(tmp_path, digits, plain_vit, options, message):
+    run = ["--model_name_or_path", str(plain_vit), *options, *TRAINING, *digits["second"]]
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        finetune_image_classification.main([*run, "--output_dir", str(tmp_path)])
 
 
 def test_the_model_s_own_labels_keep_its_classifier(tmp_path, digits, plain_vit):

@@ -206,7 +206,7 @@ def _load(model: DiffusionBlocksPreTrainedModel, file: Path, block: int) -> None
     try:
         result = set_peft_model_state_dict(model, state, adapter_of(block))
     except RuntimeError as error:  # of another shape
-        raise ValueError(f"{file} does not fit the model: {error}") from None
+        raise ValueError(f"{file} does not fit the model: {' '.join(str(error).split())}") from None
     odd = [*result.unexpected_keys, *(key for key in result.missing_keys if f".{adapter_of(block)}." in key)]
     if odd:
         raise ValueError(f"{file} does not fit the model: {odd[0]}")

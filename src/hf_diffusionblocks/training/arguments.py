@@ -50,7 +50,7 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
         default="local",
         metadata={
             "help": "What a block is trained on: 'local', its own readout; 'final', the last block's, through the later "
-            "blocks, which stay as they are (for fine-tuning; factorized and carried; needs their activations).",
+            "blocks, which stay as they are (for fine-tuning; factorized and carried; they run twice).",
             "choices": list(OBJECTIVES),
         },
     )
