@@ -159,6 +159,20 @@ def test_a_job_trains_its_block_s_adapter(tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in part.model.state_dict().items())
 
 
+def test_a_job_trains_around_the_finished_adapter_of_another(tmp_path):
+    first = trained(CASES["gpt2"], tmp_path / "run", train_blocks=[0]).model
+    first.save_pretrained(tmp_path / "job0")
+    second = lora.load_block_adapters(made(*CASES["gpt2"]), tmp_path / "job0", blocks=[0])
+    lora.add_block_adapters(second, CONFIG, blocks=[1])
+    assert torch.equal(logits(second, GPT2), logits(first, GPT2))
+    trained(CASES["gpt2"], tmp_path / "run", model=second, train_blocks=[1])
+    of_first, of_second = first.state_dict(), second.state_dict()
+    assert of_first.keys() == of_second.keys()
+    for name, weight in of_second.items():
+        moved = ".lora_" in name and ".block_1." in name
+        assert torch.equal(weight, of_first[name]) is not moved
+
+
 def test_a_job_around_the_earlier_blocks_trains_its_adapter(tmp_path):
     """Nothing that blocks share asks for a gradient: it cannot be moved by two jobs."""
     model = adapted(CASES["llama"])
@@ -289,6 +303,14 @@ def refused(**options):
         (lambda: lora.merge_and_unload(made(GPT2, CARRIED)), "the model has no adapters"),
         (lambda: lora.add_block_adapters(made(GPT2, {}), CONFIG), "denoiser='joint' has no adapters"),
         (
+            lambda: lora.add_block_adapters(made(GPT2, CARRIED, [0]), CONFIG, blocks=[1]),
+            r"blocks=\[1\] must be loaded, and \[1\] are not: \[0\] are",
+        ),
+        (
+            lambda: lora.add_block_adapters(made(GPT2, CARRIED), LoraConfig(modules_to_save=["ln_1"])),
+            "modules_to_save: 'ln_1' is in every layer",
+        ),
+        (
             lambda: lora.add_block_adapters(made(GPT2, CARRIED), LoraConfig(target_modules=["q_proj", "c_fc"])),
             "target_modules: q_proj must be of a layer's attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj",
         ),
@@ -301,7 +323,7 @@ def refused(**options):
             "modules_to_save: 'lm_head' is tied to another weight",
         ),
     ],
-    ids=["twice", "layers", "a pattern", "tokens", "biases", "other weights", "none", "joint", "no such target", "no such module", "tied"],
+    ids=["twice", "layers", "a pattern", "tokens", "biases", "other weights", "none", "joint", "not loaded", "part of a layer", "no such target", "no such module", "tied"],
 )
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):

@@ -124,6 +124,15 @@ assert not any(name.split(".")[0] == "hf_diffusionblocks" for name in sys.module
 """
 
 
+def test_the_plain_model_generates_as_the_source_was_told_to():
+    source = AutoModelForCausalLM.from_config(CONFIGS["gpt2"]())
+    source.generation_config.update(eos_token_id=[5, 6, 7], do_sample=True, top_k=3)
+    model = db.convert(source, **next(iter(FIELDS.values())))
+    plain = model.to_plain()
+    assert plain.generation_config.to_dict() == source.generation_config.to_dict()
+    assert plain.config is not model.config.source_config
+
+
 @torch.no_grad()
 def test_stock_transformers_reads_the_trained_model_in_a_process_without_this_package(ids, tmp_path):
     """Every family and kind of cut, all in one process; the weights are not those of the source."""

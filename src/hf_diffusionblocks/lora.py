@@ -21,6 +21,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .models import DiffusionBlocksPreTrainedModel
+from .models.partial import checked_blocks
 
 #: Where the plain model is in ours; saved names go without.
 BACKBONE = "backbone."
@@ -41,8 +42,10 @@ def adapter_of(block_index: int) -> str:
     return f"block_{block_index}"
 
 
-def add_block_adapters(model: DiffusionBlocksPreTrainedModel, config: LoraConfig) -> DiffusionBlocksPreTrainedModel:
-    """Give every loaded block a LoRA adapter, and train these alone.
+def add_block_adapters(
+    model: DiffusionBlocksPreTrainedModel, config: LoraConfig, blocks: Sequence[int] | None = None
+) -> DiffusionBlocksPreTrainedModel:
+    """Give loaded blocks a LoRA adapter each, and train these alone.
 
     A block's local head (`readout_layers`) and, with `shared="per_block"`, its own final norm and head are trained whole
     beside its adapter. `modules_to_save` of the config (a new classifier, for example) are so beside the last block's.
@@ -51,16 +54,19 @@ def add_block_adapters(model: DiffusionBlocksPreTrainedModel, config: LoraConfig
         model: factorized; changed in place.
         config: of all adapters; which layers is said here. `target_modules` is a list of parts of a layer, or
             "all-linear"; without, it is the attention's.
+        blocks: which; None is all that are loaded.
 
     Returns:
         the model.
 
     Raises:
-        ValueError: the model has adapters or is joint, or the config says which layers, names what is not there or tied,
+        ValueError: a block has an adapter or is not loaded, the model is joint, or the config says which layers, names what is not there or tied,
             or asks for what does not go by block; names the field.
     """
-    if model.has_adapters:
-        raise ValueError(f"the model has adapters already: {', '.join(model.peft_config)}")
+    blocks = _loaded_blocks(model, blocks)
+    present = [adapter_of(block) for block in blocks if adapter_of(block) in getattr(model, "peft_config", {})]
+    if present:
+        raise ValueError(f"the model has adapters already: {', '.join(present)}")
     if model.joint:  # and GPT-2's clean stream reads its attention's weights past an adapter
         raise ValueError(
             "denoiser='joint' has no adapters: its modulation is not the pretrained model's, and would have to be trained "
@@ -70,7 +76,7 @@ def add_block_adapters(model: DiffusionBlocksPreTrainedModel, config: LoraConfig
     _check(model, layer, config)
     targets = _targets(model, layer, config)
     seed = int(torch.randint(2**62, ()))
-    for block in model.resident_blocks:
+    for block in blocks:
         own = copy.deepcopy(config)
         own.fan_in_fan_out = any(isinstance(module, Conv1D) for module in layer.modules())
         own.target_modules = targets
@@ -83,6 +89,15 @@ def add_block_adapters(model: DiffusionBlocksPreTrainedModel, config: LoraConfig
             _add(model, own, block)
     _activate(model)
     return model
+
+
+def _loaded_blocks(model: DiffusionBlocksPreTrainedModel, blocks: Sequence[int] | None) -> list[int]:
+    if blocks is None:
+        return model.resident_blocks
+    absent = sorted(set(checked_blocks(blocks, model.num_blocks, "blocks")) - set(model.resident_blocks))
+    if absent:
+        raise ValueError(f"blocks={list(blocks)} must be loaded, and {absent} are not: {model.resident_blocks} are")
+    return sorted(blocks)
 
 
 def _linear(layer: nn.Module) -> list[str]:
@@ -120,6 +135,8 @@ def _check(model: DiffusionBlocksPreTrainedModel, layer: nn.Module, config: Lora
         paths = _ends_in(name, modules)
         if not paths:
             raise ValueError(f"modules_to_save: the model has no {name!r}")
+        if any(f".{model.architecture.layers_path}." in path for path in paths):
+            raise ValueError(f"modules_to_save: {name!r} is in every layer, and would be the last block's; adapt it instead")
         if any(f"{path}.{key}" in tied for path in paths for key, _ in model.get_submodule(path).named_parameters()):
             raise ValueError(f"modules_to_save: {name!r} is tied to another weight, which would not follow")
 
@@ -170,15 +187,18 @@ def save_block_adapters(model: DiffusionBlocksPreTrainedModel, folder: str | Pat
 
 
 def load_block_adapters(
-    model: DiffusionBlocksPreTrainedModel, folder: str | PathLike
+    model: DiffusionBlocksPreTrainedModel, folder: str | PathLike, blocks: Sequence[int] | None = None
 ) -> DiffusionBlocksPreTrainedModel:
     """Give a model the adapters of its loaded blocks, as [`save_block_adapters`] and the Trainer wrote them.
+
+    Args:
+        blocks: which; None is all that are loaded. The others can have theirs from elsewhere, or fresh.
 
     Raises:
         OSError: a block's adapter is missing; names it.
         ValueError: one does not fit the model; names the file.
     """
-    paths = {block: Path(folder) / adapter_of(block) for block in model.resident_blocks}
+    paths = {block: Path(folder) / adapter_of(block) for block in _loaded_blocks(model, blocks)}
     for path in paths.values():
         if not (path / SAFETENSORS_WEIGHTS_NAME).is_file():
             raise OSError(f"{path / SAFETENSORS_WEIGHTS_NAME} is missing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -33,8 +34,11 @@ class SavedByBlock(PreTrainedModel):
             raise ValueError(f"to_plain() needs all {self.num_blocks} blocks: resident_blocks={self.resident_blocks}")
         if self.has_adapters:
             raise ValueError(f"to_plain() of a model with adapters ({', '.join(self.peft_config)}): merge_and_unload first")
-        plain = self.architecture.plain_class._from_config(self.config.source_config, dtype=self.dtype)
+        config = copy.deepcopy(self.config.source_config)
+        plain = self.architecture.plain_class._from_config(config, dtype=self.dtype)
         plain.load_state_dict(self.backbone.state_dict())
+        if plain.can_generate():
+            plain.generation_config = copy.deepcopy(self.generation_config)
         return plain.to(self.device).train(self.training)
 
     def save_pretrained(

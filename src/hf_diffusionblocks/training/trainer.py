@@ -61,11 +61,18 @@ class DiffusionBlocksTrainer(RunReports):
             )
         if args.label_smoothing_factor:
             raise ValueError(f"label_smoothing_factor={args.label_smoothing_factor} must be 0: a block has a loss of its own")
+        if "layerwise" in str(args.optim):
+            raise ValueError(f"optim={str(args.optim)!r} must not be layer-wise: it has no learning-rate schedule by block")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func must be None: a block has a loss of its own")
         if model.config.noise_distribution == "information" and model.config.noise_table is None:
             raise ValueError(
                 "noise_distribution='information' has no noise_table yet: call fit_noise_schedule(model, dataloader)"
+            )
+        if args.objective == "final" and model.config.prior_fraction < 1:
+            logger.warning(
+                f"prior_fraction={model.config.prior_fraction} with objective='final': where the noise is low, the label is "
+                "in z, and a block has little to learn from it. Convert with prior_fraction=1.0"
             )
         self.num_blocks = model.config.num_blocks
         columns = getattr(kwargs.get("train_dataset"), "column_names", None) or ()
@@ -124,6 +131,11 @@ class DiffusionBlocksTrainer(RunReports):
     def compute_loss(self, model, inputs, *args, **kwargs):
         if not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
+        if "labels" not in inputs:
+            raise ValueError(
+                f"a batch of {', '.join(inputs)} has no labels, which a block learns to denoise: for text, "
+                "DataCollatorForLanguageModeling(tokenizer, mlm=False) as data_collator makes them"
+            )
         generators = self._noise_generators(len(inputs["labels"]))
         inputs = {**inputs, "block_index": self.active_block, "generator": generators}
         if self.args.objective == "final":
@@ -146,14 +158,15 @@ class DiffusionBlocksTrainer(RunReports):
 
     @torch.no_grad()
     def _block_prediction_step(self, inputs: dict) -> tuple[torch.Tensor, None, None]:
-        """Where blocks are missing there are no label-free logits of the model: the mean cross-entropy of the trained
-        blocks at sigma_max, where z says nothing of the label."""
+        """Where blocks are missing there are no label-free logits of the model: the mean of what the trained blocks are
+        trained on, at sigma_max, where z says nothing of the label."""
         inputs = self._prepare_inputs(inputs)
         num_items = self._get_num_items_in_batch([inputs], self.args.device)
         inputs["sigma"] = torch.full((len(inputs["labels"]),), self.model.config.sigma_max)
         losses = []
         for block in self.train_blocks:
             inputs["generator"] = torch.Generator().manual_seed(self.model.config.inference_seed)
+            inputs["loss_block"] = self.num_blocks - 1 if self.args.objective == "final" else None
             with self.compute_loss_context_manager():
                 losses.append(self.compute_loss(self.model, {**inputs, "block_index": block}, num_items_in_batch=num_items))
         return torch.stack(losses).mean().detach(), None, None
