@@ -60,8 +60,8 @@ def add_block_adapters(
         the model.
 
     Raises:
-        ValueError: a block has an adapter or is not loaded, the model is joint, or the config says which layers, names what is not there or tied,
-            or asks for what does not go by block; names the field.
+        ValueError: a block has an adapter or is not loaded, the model is joint, or the config says which layers, names
+            what is not there or tied, or asks for what does not go by block; names the field.
     """
     blocks = _loaded_blocks(model, blocks)
     present = [adapter_of(block) for block in blocks if adapter_of(block) in getattr(model, "peft_config", {})]
