@@ -187,9 +187,9 @@ def _check_new_classifier(
     """Raises ValueError if nothing would train it."""
     chosen, last = training_args.train_blocks, blocks_args.num_blocks - 1
     if adapters and chosen is not None and last not in chosen:
-        raise ValueError(f"train_blocks={chosen} must include {last}: the labels are new, and so is the last block's classifier")
+        raise ValueError(f"train_blocks={chosen} must include {last}: the labels are new, so its classifier is to be trained")
     if not adapters and not training_args.train_shared and blocks_args.shared == "common":
-        raise ValueError("train_shared=False must be True: the labels are new, and so is the classifier of all blocks")
+        raise ValueError("train_shared=False must be True: the labels are new, so the classifier is to be trained")
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, float]:

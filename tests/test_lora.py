@@ -323,7 +323,10 @@ def refused(**options):
             "modules_to_save: 'lm_head' is tied to another weight",
         ),
     ],
-    ids=["twice", "layers", "a pattern", "tokens", "biases", "other weights", "none", "joint", "not loaded", "part of a layer", "no such target", "no such module", "tied"],
+    ids=[
+        "twice", "layers", "a pattern", "tokens", "biases", "other weights", "none", "joint", "not loaded", "part of a layer",
+        "no such target", "no such module", "tied",
+    ],
 )
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):

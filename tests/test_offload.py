@@ -79,9 +79,11 @@ def test_what_is_on_the_device(case, tmp_path):
     residence = model.residence
     assert residence.bytes_on_device() == {"parameters": 0, "optimizer": 0}
     sizes = [sum(p.nbytes for p in model.block_parameters(block)) for block in range(B)]
-    watch = Watch(
-        lambda: (trainer.active_block, trainer.block_schedule.block_to_fetch(trainer.state.global_step), residence.bytes_on_device())
-    )
+    def look():
+        following = trainer.block_schedule.block_to_fetch(trainer.state.global_step)
+        return trainer.active_block, following, residence.bytes_on_device()
+
+    watch = Watch(look)
     trainer.add_callback(watch)
     trainer.train()
     carries = fields.get("context") == "carried"

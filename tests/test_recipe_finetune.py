@@ -222,7 +222,8 @@ def test_answers_that_a_template_writes_anew_are_texts_of_their_own(tokenizer):
         "{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     args = finetune_causal_lm.DataArguments(sequence_length=500, messages_column="messages")
-    chat = [{"role": role, "content": text} for role, text in (("user", "A?"), ("assistant", "B."), ("user", "C?"), ("assistant", "D."))]
+    said = (("user", "A?"), ("assistant", "B."), ("user", "C?"), ("assistant", "D."))
+    chat = [{"role": role, "content": text} for role, text in said]
     data = datasets.DatasetDict(train=datasets.Dataset.from_list([{"messages": chat}]))
     made = completions.encode(data, tokenizer, args)["train"]
     assert [with_loss(tokenizer, row) for row in made] == ["<think>B.<|end|>", "<think>D.<|end|>"]
