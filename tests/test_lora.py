@@ -159,6 +159,17 @@ def test_a_job_trains_its_block_s_adapter(tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in part.model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "saved, message", [(False, "has no adapters, and the model has them"), (True, "holds adapters, and the model has none")]
+)
+def test_a_run_resumes_from_its_own_kind(saved, message, tmp_path):
+    models = [made(*CASES["gpt2"]), adapted(CASES["gpt2"])]
+    trained(CASES["gpt2"], tmp_path, model=models[saved], save_strategy="steps", save_steps=3)
+    trainer = trainer_of(models[not saved], GPT2, tmp_path, {"max_steps": 6})
+    with pytest.raises(ValueError, match=f"checkpoint-3 {message}"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
 def test_a_job_trains_around_the_finished_adapter_of_another(tmp_path):
     first = trained(CASES["gpt2"], tmp_path / "run", train_blocks=[0]).model
     first.save_pretrained(tmp_path / "job0")

@@ -378,6 +378,10 @@ class DiffusionBlocksTrainer(RunReports):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         checkpoint.finish_interrupted_save(Path(resume_from_checkpoint))
+        saved = any(Path(resume_from_checkpoint).glob("block_*/adapter_config.json"))
+        if saved != self.model.has_adapters:
+            says, has = ("holds", "has none") if saved else ("has no", "has them")
+            raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint} {says} adapters, and the model {has}")
         if self.model.has_adapters:
             from .. import lora
 
