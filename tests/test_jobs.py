@@ -279,7 +279,13 @@ def test_a_job_on_cached_inputs_is_the_job_around_its_predecessors(family, field
     )  # fmt: skip
     trainer = db.DiffusionBlocksTrainer(model=part, args=args, train_dataset=cached, eval_dataset=cached)
     trainer.train()
-    assert same_weights(part.state_dict(), whole.state_dict())
+    if whole.joint and family != "vit":
+        # Earlier blocks run without the last token here, and with it for the cache: some CPUs round these apart. (Weights
+        # have moved by 3e-2.)
+        state = whole.state_dict()
+        assert all(torch.allclose(tensor, state[name], atol=1e-4) for name, tensor in part.state_dict().items())
+    else:
+        assert same_weights(part.state_dict(), whole.state_dict())
     assert trainer.evaluate()["eval_loss"] > 0
 
 

@@ -72,8 +72,8 @@ def add_block_adapters(
             "denoiser='joint' has no adapters: its modulation is not the pretrained model's, and would have to be trained "
             "whole. Convert with denoiser='factorized'"
         )
-    layer = model.layer(model.block_layers(model.resident_blocks[0])[0])
-    _check(model, layer, config)
+    layer = model.layer(model.block_layers(blocks[0])[0])  # of one without adapters: another may have some
+    _check(model, config)
     targets = _targets(model, layer, config)
     seed = int(torch.randint(2**62, ()))
     for block in blocks:
@@ -100,17 +100,21 @@ def _loaded_blocks(model: DiffusionBlocksPreTrainedModel, blocks: Sequence[int] 
     return sorted(blocks)
 
 
-def _linear(layer: nn.Module) -> list[str]:
-    return [name for name, part in layer.named_modules() if isinstance(part, (nn.Linear, Conv1D))]
-
-
 def _targets(model: DiffusionBlocksPreTrainedModel, layer: nn.Module, config: LoraConfig) -> list[str]:
-    if config.target_modules == "all-linear":
-        return _linear(layer)
-    return sorted(config.target_modules or model.architecture.lora_targets)
+    """The parts of a layer that are adapted."""
+    linear = [name for name, part in layer.named_modules() if isinstance(part, (nn.Linear, Conv1D))]
+    targets = config.target_modules or model.architecture.lora_targets
+    if targets == "all-linear":
+        return linear
+    if isinstance(targets, str):  # peft would look for a pattern in all layers
+        raise ValueError(f"target_modules={targets!r} must be 'all-linear' or a list of a layer's {', '.join(linear)}")
+    unknown = [name for name in sorted(targets) if not _ends_in(name, linear)]
+    if unknown:
+        raise ValueError(f"target_modules: {', '.join(unknown)} must be of a layer's {', '.join(linear)}")
+    return sorted(targets)
 
 
-def _check(model: DiffusionBlocksPreTrainedModel, layer: nn.Module, config: LoraConfig) -> None:
+def _check(model: DiffusionBlocksPreTrainedModel, config: LoraConfig) -> None:
     for field, allowed, reason in REFUSED:
         value = getattr(config, field, allowed)
         if value != allowed:
@@ -120,15 +124,6 @@ def _check(model: DiffusionBlocksPreTrainedModel, layer: nn.Module, config: Lora
             f"init_lora_weights={config.init_lora_weights!r} must be True, False, 'gaussian' or 'orthogonal': others change "
             "the pretrained weights, which are not saved with adapters"
         )
-    linear = _linear(layer)
-    if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
-        raise ValueError(  # peft would look for a pattern in all layers
-            f"target_modules={config.target_modules!r} must be 'all-linear' or a list of a layer's {', '.join(linear)}"
-        )
-    if config.target_modules and config.target_modules != "all-linear":
-        unknown = [name for name in sorted(config.target_modules) if not _ends_in(name, linear)]
-        if unknown:
-            raise ValueError(f"target_modules: {', '.join(unknown)} must be of a layer's {', '.join(linear)}")
     modules = [name for name, _ in model.named_modules()]
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     for name in config.modules_to_save or ():

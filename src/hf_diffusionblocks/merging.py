@@ -123,27 +123,29 @@ def _check_predecessors(jobs: list[_Job], source_of: dict[int, _Job]) -> None:
     """Carried context: a block was trained on what the earlier blocks made of the input, so on these very blocks."""
     if jobs[0].config.context != "carried":
         return
+    _check_cached([job for job in jobs if (job.config.training_report or {}).get("predecessors")], source_of)
     for job in jobs:
-        if (job.config.training_report or {}).get("predecessors"):
-            _check_cached(job, source_of)
         for block in job.blocks:
             if job.trained and block < max(job.trained) and source_of[block] is not job:
                 what = f"block {block}, around which {job.folder} trained block {max(job.trained)},"
                 _check_equal(source_of[block], job, str(block), what)
 
 
-def _check_cached(job: _Job, source_of: dict[int, _Job]) -> None:
-    """The same, of a job that has trained on what earlier blocks had made before."""
-    block = max(job.trained)
-    found = checkpoint.digest(job.load("shared") if "shared" in job.files else {})
-    for earlier in range(block):
-        found = checkpoint.digest(source_of[earlier].load(str(earlier)), found)
-    if found != job.config.training_report["predecessors"]:
-        folders = dict.fromkeys(str(source_of[earlier].folder) for earlier in range(block))
-        raise ValueError(
-            f"{job.folder} trained block {block} on cached inputs that other versions of the earlier blocks had made "
-            f"than those of {', '.join(folders)}: cache them again, and train the block on these"
-        )
+def _check_cached(jobs: list[_Job], source_of: dict[int, _Job]) -> None:
+    """The same, of jobs that have trained on what earlier blocks had made before."""
+    if not jobs:
+        return
+    found = [checkpoint.digest(jobs[0].load("shared") if "shared" in jobs[0].files else {})]  # by what came before a block
+    for block in range(max(max(job.trained) for job in jobs)):
+        found.append(checkpoint.digest(source_of[block].load(str(block)), found[-1]))
+    for job in jobs:
+        block = max(job.trained)
+        if job.config.training_report["predecessors"] != found[block]:
+            folders = dict.fromkeys(str(source_of[earlier].folder) for earlier in range(block))
+            raise ValueError(
+                f"{job.folder} trained block {block} on cached inputs that other versions of the earlier blocks had made "
+                f"than those of {', '.join(folders)}: cache them again, and train the block on these"
+            )
 
 
 def _check_equal(one: _Job, other: _Job, part: str, what: str) -> None:

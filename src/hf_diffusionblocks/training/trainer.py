@@ -128,6 +128,11 @@ class DiffusionBlocksTrainer(RunReports):
             self.model.residence.activate(self.active_block, self.block_schedule.block_to_fetch(step))
         return super().get_batch_samples(*args, **kwargs)
 
+    @property
+    def _loss_block(self) -> int | None:
+        """The block that is read out for the loss of another; None: each reads out itself."""
+        return self.num_blocks - 1 if self.args.objective == "final" else None
+
     def compute_loss(self, model, inputs, *args, **kwargs):
         if not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
@@ -137,9 +142,9 @@ class DiffusionBlocksTrainer(RunReports):
                 "DataCollatorForLanguageModeling(tokenizer, mlm=False) as data_collator makes them"
             )
         generators = self._noise_generators(len(inputs["labels"]))
-        inputs = {**inputs, "block_index": self.active_block, "generator": generators}
-        if self.args.objective == "final":
-            inputs["loss_block"] = self.num_blocks - 1
+        inputs = {
+            **inputs, "block_index": self.active_block, "generator": generators, "loss_block": self._loss_block,
+        }  # fmt: skip
         self._micro_batch += 1
         return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -163,10 +168,10 @@ class DiffusionBlocksTrainer(RunReports):
         inputs = self._prepare_inputs(inputs)
         num_items = self._get_num_items_in_batch([inputs], self.args.device)
         inputs["sigma"] = torch.full((len(inputs["labels"]),), self.model.config.sigma_max)
+        inputs["loss_block"] = self._loss_block
         losses = []
         for block in self.train_blocks:
             inputs["generator"] = torch.Generator().manual_seed(self.model.config.inference_seed)
-            inputs["loss_block"] = self.num_blocks - 1 if self.args.objective == "final" else None
             with self.compute_loss_context_manager():
                 losses.append(self.compute_loss(self.model, {**inputs, "block_index": block}, num_items_in_batch=num_items))
         return torch.stack(losses).mean().detach(), None, None
