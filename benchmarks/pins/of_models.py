@@ -24,25 +24,25 @@ def generator(seed: int) -> torch.Generator:
 def pin_models(pins: Pins) -> None:
     for family in FAMILIES:
         for name, fields in formulations_of(family).items():
-            model = converted(family, fields)
-            pin_model(pins, f"{family}/{name}", family, model)
+            pin_model(pins, f"{family}/{name}", family, fields)
     for family in ("gpt2", "vit"):
         for name in ("joint-edm-independent", "joint-posterior-carried-own", "factorized-carried-head"):
             if name in formulations_of(family):
-                model = converted(family, {**GRID[name], **UNEVEN}, num_blocks=3)
-                pin_model(pins, f"{family}/{name}-uneven", family, model)
+                pin_model(pins, f"{family}/{name}-uneven", family, {**GRID[name], **UNEVEN}, num_blocks=3)
     pin_options(pins)
     pin_training_mode(pins)
 
 
-def pin_model(pins: Pins, name: str, family: str, model) -> None:
+def pin_model(pins: Pins, name: str, family: str, fields: dict, num_blocks: int = 2) -> None:
+    model = converted(family, fields, num_blocks)
     pin_cut(pins, name, model)
     pin_schedule(pins, name, model)
     for block in range(model.config.num_blocks):
         pin_block(pins, f"{name}/block{block}", family, model, block)
     pin_evaluation(pins, name, family, model.eval())
     if family == "vit":
-        pin_walks(pins, name, model)
+        for sampler in ("euler", "ancestral"):
+            pin_walks(pins, f"{name}/predict/{sampler}", converted(family, {**fields, "sampler": sampler}, num_blocks))
     else:
         pin_generation(pins, name, model)
         pin_bound(pins, name, model)
@@ -122,14 +122,10 @@ def walk(out) -> dict:
 
 def pin_walks(pins: Pins, name: str, model) -> None:
     images = batch_of("vit")["pixel_values"]
-    for sampler in ("euler", "ancestral"):
-        model.config.sampler = sampler
-        for steps in (2, 5):
-            pins[f"{name}/predict/{sampler}/T={steps}/keyed"] = walk(model.predict(images, steps))
-            drawn = model.predict(images, steps, generator=generator(8))
-            pins[f"{name}/predict/{sampler}/T={steps}/drawn"] = walk(drawn)
-    model.config.sampler = "euler"
-    pins[f"{name}/predict"] = walk(model.predict(images))
+    pins[name] = walk(model.predict(images))
+    for steps in (2, 5):
+        pins[f"{name}/T={steps}/keyed"] = walk(model.predict(images, steps))
+        pins[f"{name}/T={steps}/drawn"] = walk(model.predict(images, steps, generator=generator(8)))
 
 
 def pin_generation(pins: Pins, name: str, model) -> None:
@@ -174,7 +170,7 @@ def pin_options(pins: Pins) -> None:
     """Fields that the grid leaves as they are; and the noise that is fitted."""
     for option, (formulation, changes) in OPTIONS.items():
         for family in ("llama", "vit"):
-            pin_model(pins, f"{family}/{formulation}, {option}", family, converted(family, {**GRID[formulation], **changes}))
+            pin_model(pins, f"{family}/{formulation}, {option}", family, {**GRID[formulation], **changes})
     for family in ("gpt2", "vit"):
         for formulation in ("joint-posterior-independent", "factorized-carried"):
             fields = {**GRID[formulation], "noise_distribution": "information"}

@@ -1,0 +1,275 @@
+"""The mutants: what is changed where, and which tests are to notice. See `mutants.py`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """A bug that could be made.
+
+    Args:
+        name: what is wrong.
+        file: below `src/hf_diffusionblocks`.
+        old: text that is there exactly once.
+        new: what it becomes.
+        tests: arguments of pytest that choose the tests which are to fail.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+NOISE = [
+    Mutant(
+        "a sigma is the previous block's", "noise.py",
+        "return self.num_blocks - 1 - torch.bucketize(sigma, inner)",
+        "return (self.num_blocks - torch.bucketize(sigma, inner)).clamp(max=self.num_blocks - 1)",
+        "tests/test_noise.py",
+    ),
+    Mutant(
+        "a boundary is the other block's", "noise.py",
+        "torch.bucketize(sigma, inner)", "torch.bucketize(sigma, inner, right=True)", "tests/test_noise.py",
+    ),
+    Mutant(
+        "overlap is not applied in training", "noise.py",
+        "self.interval(block_index, self.overlap)", "self.interval(block_index)", "tests/test_noise.py",
+    ),
+    Mutant(
+        "overlap is applied in the bound", "likelihood.py",
+        "schedule.interval(block))", "schedule.interval(block, schedule.overlap))", "tests/test_causal_lm.py -k bound",
+    ),
+    Mutant(
+        "the grid of inference is 1 - i/T", "noise.py",
+        "self.quantile(torch.arange(num_steps, -1, -1, dtype=torch.float64) / num_steps)",
+        "self.quantile(1 - torch.arange(num_steps + 1, dtype=torch.float64) / num_steps)",
+        "tests/test_noise.py",
+    ),
+    Mutant(
+        "the prior's share is the others'", "models/base.py",
+        "generator) < self.config.prior_fraction", "generator) > self.config.prior_fraction",
+        "tests/test_image_classification.py -k prior_fraction",
+    ),
+    Mutant(
+        "extra layers go to the last blocks", "configuration.py",
+        "even + (k < extra)", "even + (k >= self.num_blocks - extra)", "tests/test_configuration.py",
+    ),
+]  # fmt: skip
+
+DENOISING = [
+    Mutant(
+        "posterior without the norm of the target", "denoising.py",
+        "return logits.addr_(precision, half_norms, alpha=-1)", "return logits", "tests/test_denoising.py",
+    ),
+    Mutant(
+        "Euler steps away from the estimate", "denoising.py",
+        "return ratio * z + (1 - ratio) * denoised", "return (2 - ratio) * z - (1 - ratio) * denoised",
+        "tests/test_denoising.py",
+    ),
+    Mutant(
+        "ancestral noise of another scale", "denoising.py",
+        "sigma_next * (1 - ratio) ** 0.5 * noise", "sigma_next * (1 - ratio) * noise", "tests/test_denoising.py",
+    ),
+    Mutant(
+        "keyed noise is the same at all positions", "sampling.py",
+        "pages[position // PAGE][position % PAGE]", "pages[position // PAGE][0]", "tests/test_denoising.py",
+    ),
+    Mutant(
+        "w(sigma) is an outer product, images", "models/image_classification.py",
+        "loss = loss * edm_loss_weight(sigma, self.sigma_data)",
+        "loss = loss[:, None] * edm_loss_weight(sigma, self.sigma_data)",
+        "tests/test_image_classification.py -k edm_weight",
+    ),
+    Mutant(
+        "w(sigma) is an outer product, text", "models/causal_lm.py",
+        "loss = loss * edm_loss_weight(sigma, self.sigma_data)",
+        "loss = (loss[:, None] * edm_loss_weight(sigma, self.sigma_data)).mean(1)",
+        "tests/test_causal_lm.py -k 'loss or weight or edm'",
+    ),
+    Mutant(
+        "label targets are not normalised", "models/targets.py",
+        "return F.normalize(self.weight.float(), dim=-1)", "return self.weight.float()",
+        "tests/test_image_classification.py -k targets",
+    ),
+    Mutant(
+        "fixed targets are not normalised", "models/targets.py",
+        "return F.normalize(self.table.float(), dim=-1)", "return self.table.float()",
+        "tests/test_image_classification.py tests/test_causal_lm.py -k targets",
+    ),
+    Mutant(
+        "token targets are not normalised", "models/causal_lm.py",
+        "return F.normalize(weight.float(), dim=-1)", "return weight.float()", "tests/test_causal_lm.py -k targets",
+    ),
+]  # fmt: skip
+
+STREAMS = [
+    Mutant(
+        "noisy tokens are not scaled by c_in", "models/causal_lm.py",
+        "(c_in * z).to(clean.dtype)", "z.to(clean.dtype)", "tests/test_causal_lm.py -k scaled_by_c_in",
+    ),
+    Mutant(
+        "noisy tokens of a walk are not scaled by c_in", "models/text_walk.py",
+        "embeds = (plan.preconditioning[step].input * z).to", "embeds = z.to",
+        "tests/test_causal_lm.py tests/test_generation.py -k 'gpt2'",
+    ),
+    Mutant(
+        "noisy labels are not scaled by c_in", "models/image_classification.py",
+        "(c_in[:, None] * z)[:, None, :]", "z[:, None, :]", "tests/test_image_classification.py -k scaled_by_c_in",
+    ),
+    Mutant(
+        "a noisy token sees its clean copy", "models/streams.py",
+        "rows = clean_mask[:, :, kept]", "rows = clean_mask[:, :, (kept + 1).clamp(max=clean_mask.shape[2] - 1)]",
+        "tests/test_causal_lm.py -k 'know'",
+    ),
+    Mutant(
+        "noisy tokens see each other", "models/streams.py",
+        "own = torch.eye(len(kept), dtype=torch.bool, device=rows.device)",
+        "own = torch.ones(len(kept), len(kept), dtype=torch.bool, device=rows.device)",
+        "tests/test_causal_lm.py -k noisy",
+    ),
+    Mutant(
+        "noisy tokens stand a position early", "models/streams.py",
+        "self.noisy_position_ids = position_ids[:, kept] + 1", "self.noisy_position_ids = position_ids[:, kept]",
+        "tests/test_causal_lm.py -k 'stand_at'",
+    ),
+    Mutant(
+        "a factorized row is its own target's", "models/causal_lm.py",
+        "return self.run_local_head(block_index, hidden, **attention)[:, :-1]",
+        "return self.run_local_head(block_index, hidden, **attention)[:, 1:]",
+        "tests/test_causal_lm.py -k 'know'",
+    ),
+    Mutant(
+        "the clean stream is conditioned on sigma_max", "models/base.py",
+        "torch.full((1,), self.config.sigma_min,", "torch.full((1,), self.config.sigma_max,",
+        "tests/test_image_classification.py -k clean_stream",
+    ),
+]  # fmt: skip
+
+BLOCKS = [
+    Mutant(
+        "gradient flows into carried context", "models/base.py",
+        "    @torch.no_grad()\n    def carried_input(", "    def carried_input(",
+        "tests/test_image_classification.py tests/test_causal_lm.py -k gradient",
+    ),
+    Mutant(
+        "dropout in earlier blocks", "models/base.py",
+        "        with without_dropout(self.backbone):\n            hidden = self.embed(0",
+        "        with nullcontext():\n            hidden = self.embed(0",
+        "tests/test_image_classification.py -k carried",
+    ),
+    Mutant(
+        "dropout in later blocks, final loss", "models/base.py",
+        "            with without_dropout(self.backbone):\n                return self.carry(",
+        "            with nullcontext():\n                return self.carry(",
+        "tests/test_objective.py -k dropout",
+    ),
+    Mutant(
+        "the next block sees the local head, training", "models/base.py",
+        "                hidden = self.carry(earlier, hidden, **attention)",
+        "                hidden = self.run_local_head(earlier, self.carry(earlier, hidden, **attention), **attention)",
+        "tests/test_image_classification.py tests/test_causal_lm.py -k 'head and not llama and not qwen3'",
+    ),
+    Mutant(
+        "the next block sees the local head, inference", "models/base.py",
+        "            outputs.append(self.carry(block_index, hidden, **attention))",
+        "            outputs.append(self.run_local_head(block_index, self.carry(block_index, hidden, **attention), **attention))",
+        "tests/test_image_classification.py tests/test_causal_lm.py -k 'head and not llama and not qwen3'",
+    ),
+    Mutant(
+        "fresh weights depend on what else is loaded", "models/partial.py",
+        "[seed, 0 if owner is None else owner + 1]", "[seed, len(model.resident_blocks)]",
+        "tests/test_jobs.py -k a_part_is_that_part",
+    ),
+]  # fmt: skip
+
+TRAINING = [
+    Mutant(
+        "inactive blocks have a gradient of zero", "training/trainer.py",
+        "        # `loss` is already divided by the number of micro-batches.\n",
+        "        for parameter in self.model.parameters():\n"
+        "            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad\n",
+        "tests/test_trainer.py -k a_step_moves",
+    ),
+    Mutant(
+        "the learning rate runs on the global step", "training/trainer.py",
+        "return lambda step: curve(own.updates_before(step, block))", "return lambda step: curve(step)",
+        "tests/test_trainer.py -k learning_rate",
+    ),
+    Mutant(
+        "a block is drawn for each micro-batch", "training/trainer.py",
+        "        self._micro_batch += 1\n",
+        "        self._micro_batch += 1\n"
+        "        self.active_block = self.block_schedule.block_at(self.state.global_step + self._micro_batch - 1)\n"
+        "        inputs['block_index'] = self.active_block\n",
+        "tests/test_trainer.py -k micro_batches",
+    ),
+    Mutant(
+        "noise is not keyed by the row's number in the step", "training/trainer.py",
+        "first = micro_batch * self.args.train_batch_size", "first = 0", "tests/test_processes.py -k accumulated_micro",
+    ),
+    Mutant(
+        "all rows have the same noise", "draws.py",
+        "SeedSequence([*key, row])", "SeedSequence([*key, 0])",
+        "tests/test_trainer.py tests/test_processes.py tests/test_denoising.py -k 'accumulated_micro or noise or step'",
+    ),
+    Mutant(
+        "a resumed run has other noise", "training/trainer.py",
+        "        return keyed_generators([self.args.seed, self.state.global_step], ",
+        "        self._calls = getattr(self, '_calls', -1) + 1\n"
+        "        return keyed_generators([self.args.seed, self._calls // self.args.gradient_accumulation_steps], ",
+        "tests/test_trainer.py -k resumed",
+    ),
+    Mutant(
+        "a step's tokens are counted by micro-batch", "models/causal_lm.py",
+        "    accepts_loss_kwargs = True", "    accepts_loss_kwargs = False", "tests/test_processes.py -k accumulated_micro",
+    ),
+    Mutant(
+        "the final loss trains later blocks", "training/trainer.py",
+        "parameter.requires_grad_(block == self.active_block)", "parameter.requires_grad_(True)",
+        "tests/test_objective.py -k only_the_active",
+    ),
+    Mutant(
+        "what is shared is trained in spite of train_shared=False", "training/jobs.py",
+        "return train_shared if owner is None else", "return True if owner is None else", "tests/test_jobs.py -k frozen_shared",
+    ),
+    Mutant(
+        "an evicted block's weights are not written back", "models/residence.py",
+        "parameter.data = host.copy_(parameter.data) if changed else host", "parameter.data = host",
+        "tests/test_offload.py -k 'bit_for_bit and vit'",
+    ),
+    Mutant(
+        "an evicted block's optimizer state is not written back", "models/residence.py",
+        "self.optimizer.state[parameter][name] = host.copy_(value) if changed else host",
+        "self.optimizer.state[parameter][name] = host",
+        "tests/test_offload.py -k 'bit_for_bit and vit'",
+    ),
+]  # fmt: skip
+
+FILES = [
+    Mutant(
+        "merge does not check what is shared", "merging.py",
+        "    _check_shared(opened)\n", "", "tests/test_jobs.py -k other_targets",
+    ),
+    Mutant(
+        "merge does not check predecessors", "merging.py",
+        "    _check_predecessors(opened, source_of)\n", "", "tests/test_jobs.py -k another_predecessor",
+    ),
+    Mutant(
+        "merge does not check what made cached inputs", "merging.py",
+        'if job.config.training_report["predecessors"] != found[block]:', "if False:",
+        "tests/test_jobs.py -k 'what_another_predecessor_made and gpt2'",
+    ),
+    Mutant(
+        "a save leaves a stale model.safetensors", "checkpoint.py",
+        "                path.unlink()", "                pass", "tests/test_checkpoint.py -k stale",
+    ),
+    Mutant(
+        "a save is not written aside", "checkpoint.py",
+        "        yield staging\n", "        yield folder\n", "tests/test_checkpoint.py -k 'fails_leaves'",
+    ),
+]  # fmt: skip
+
+MUTANTS = [*NOISE, *DENOISING, *STREAMS, *BLOCKS, *TRAINING, *FILES]
