@@ -255,6 +255,24 @@ def test_jobs_that_cannot_be_are_refused(fields, resident, arguments, message, t
         trained(made(CONFIGS["gpt2"], fields, resident), tmp_path, texts, **arguments)
 
 
+OURS = ("sigma", "noise", "generator", "block_index", "loss_block", "block_input", "return_logits", "text_walk")
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("kind", ["Dataset", "list"])
+def test_a_column_of_the_data_is_not_taken_for_an_argument_of_ours(family, kind, texts, images, tmp_path):
+    data = images if family == "vit" else texts
+    more = data
+    for name in OURS:
+        more = more.add_column(name, list(range(16)))
+    results = []
+    for rows in (data, more):
+        model = made(CONFIGS[family], {"denoiser": "factorized"})
+        trainer = trained(model, tmp_path, rows if kind == "Dataset" else list(rows))
+        results.append((model.state_dict(), trainer.evaluate()["eval_loss"]))
+    assert same_weights(results[1][0], results[0][0]) and results[0][1] == results[1][1]
+
+
 # ---- carried context from a cache
 
 
