@@ -135,6 +135,27 @@ def test_a_part_is_not_loaded_as_the_whole(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["blocks", "other blocks", "plain", "sharded plain"])
+def test_a_part_is_not_saved_over_what_it_does_not_have(kind, tmp_path):
+    whole = made(CONFIGS["gpt2"], CARRIED)
+    part = made(CONFIGS["gpt2"], CARRIED, resident_blocks=[1])
+    there = {"blocks": whole, "other blocks": made(CONFIGS["gpt2"], CARRIED, [0])}.get(kind, whole.backbone)
+    there.save_pretrained(tmp_path, max_shard_size="30KB" if kind == "sharded plain" else "1GB")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"save_directory=.* holds model.*safetensors, which .*resident_blocks=\[1\] alone"):
+        part.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    whole.save_pretrained(tmp_path)  # one that has all may
+
+
+def test_a_job_saves_over_its_own_blocks(texts, tmp_path):
+    part = made(CONFIGS["gpt2"], INDEPENDENT, resident_blocks=[1])
+    part.save_pretrained(tmp_path)
+    trained(part, tmp_path, texts).save_model()
+    again = type(part).from_pretrained(tmp_path, resident_blocks=[1])
+    assert same_weights(again.state_dict(), part.state_dict())
+
+
 @pytest.mark.parametrize("blocks", [[], [2], [-1], [0, 0], ["0"]], ids=str)
 def test_blocks_that_are_none_are_refused(blocks):
     with pytest.raises(ValueError, match=r"resident_blocks=.* must be different blocks of 0\.\.1"):

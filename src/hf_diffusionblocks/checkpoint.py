@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,6 +61,25 @@ def finish_interrupted_save(folder: Path) -> bool:
                 path.unlink()
     shutil.rmtree(complete)
     return True
+
+
+def check_overwrite(folder: Path, blocks: Sequence[int]) -> None:
+    """Check that a save of some of the blocks deletes no weights that it does not replace.
+
+    Raises:
+        ValueError: `folder` holds other blocks, or a model that is not split by block; names the files.
+    """
+    finish_interrupted_save(folder)
+    parts = {}
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        parts = _read_index(folder)["metadata"].get("blocks", {})
+    replaced = {file for part, file in parts.items() if part in ("shared", *map(str, blocks))}
+    lost = sorted(path.name for path in folder.glob("model*.safetensors") if path.name not in replaced)
+    if lost:
+        raise ValueError(
+            f"save_directory={folder} holds {', '.join(lost)}, which a model with resident_blocks={list(blocks)} alone would "
+            "delete: save it to another folder. merge_blocks joins the two"
+        )
 
 
 def split_by_block(folder: Path, block_of_parameter: Callable[[str], int | None], num_blocks: int) -> None:

@@ -52,12 +52,17 @@ class SavedByBlock(PreTrainedModel):
         """As in Transformers, with one safetensors file for the shared parameters and one a block, and a model card.
 
         All files are written aside first: an interrupted save leaves what was there before. `max_shard_size` has
-        no effect, since a block is a file; `variant` is refused.
+        no effect, since a block is a file.
+
+        Raises:
+            ValueError: a `variant` is given; or blocks are missing, and the folder holds some of these.
         """
         if kwargs.get("variant") is not None:
             raise ValueError(f"variant={kwargs['variant']!r} is not supported: shards are named by block")
         hub_kwargs = {key: kwargs.pop(key) for key in checkpoint.HUB_KWARGS if key in kwargs}
         if is_main_process:
+            if len(self.resident_blocks) < self.num_blocks and not self.has_adapters:  # (which replace no weights)
+                checkpoint.check_overwrite(Path(save_directory), self.resident_blocks)
             with checkpoint.atomic_save(Path(save_directory)) as staging:
                 # Current parameter names, not HF's older ones: block files and Trainer resume go by them.
                 kwargs |= {"max_shard_size": "1000TB", "save_original_format": False}
