@@ -55,7 +55,7 @@ def finish_interrupted_save(folder: Path) -> bool:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
         # Weights of an older save with other file names: a stale model.safetensors would beat the index.
-        current = set(_read_index(folder)["weight_map"].values())
+        current = set(read_index(index)["weight_map"].values())
         for path in folder.glob("model*.safetensors"):
             if path.name not in current:
                 path.unlink()
@@ -70,9 +70,8 @@ def check_overwrite(folder: Path, blocks: Sequence[int]) -> None:
         ValueError: `folder` holds other blocks, or a model that is not split by block; names the files.
     """
     finish_interrupted_save(folder)
-    parts = {}
-    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        parts = _read_index(folder)["metadata"].get("blocks", {})
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    parts = read_index(index)["metadata"].get("blocks", {}) if index.is_file() else {}
     replaced = {file for part, file in parts.items() if part in ("shared", *map(str, blocks))}
     lost = sorted(path.name for path in folder.glob("model*.safetensors") if path.name not in replaced)
     if lost:
@@ -115,19 +114,32 @@ def _numbered(num_blocks: int) -> Iterator[tuple[int, int | None]]:
     return enumerate([None, *range(num_blocks)], start=1)
 
 
-def _read_index(folder: Path) -> dict:
-    return json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text())
+def read_index(path: Path) -> dict:
+    """An index file: `weight_map` (key -> file) and `metadata`, which may have `blocks` ("shared" or a number -> file).
+
+    Raises:
+        OSError: the file is missing or damaged; names it.
+    """
+    try:
+        index = json.loads(path.read_text())
+        parts = (index["weight_map"], index["metadata"], index["metadata"].get("blocks", {}))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise OSError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+    if not all(isinstance(part, dict) for part in parts):
+        raise OSError(f"{path} is damaged: weight_map, metadata and metadata['blocks'] must be dictionaries")
+    return index
 
 
 def check_shards(folder: Path) -> None:
     """Check that every file the index names is there, whole.
 
     Raises:
-        OSError: names the file that is missing, truncated or damaged.
+        OSError: names the file (or the index) that is missing, truncated or damaged.
     """
-    if not (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
         return
-    for file in sorted(set(_read_index(folder)["weight_map"].values())):
+    for file in sorted(set(read_index(index)["weight_map"].values())):
         path = folder / file
         if not path.is_file():
             raise OSError(f"{path} is missing: {SAFE_WEIGHTS_INDEX_NAME} names it")
@@ -183,7 +195,7 @@ def load_block_state_dict(
         State dict on the CPU, for `model.load_state_dict(..., strict=False)`.
 
     Raises:
-        OSError: the file is missing; names it.
+        OSError: the file is missing, or the index damaged; names it.
         ValueError: there is no such block, or the checkpoint is not split by block.
     """
     files = saved_parts(pretrained_model_name_or_path, **hub_kwargs)
@@ -201,4 +213,4 @@ def saved_parts(pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs) 
     index = cached_file(
         pretrained_model_name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs
     )
-    return None if index is None else json.loads(Path(index).read_text())["metadata"].get("blocks")
+    return None if index is None else read_index(Path(index))["metadata"].get("blocks")
