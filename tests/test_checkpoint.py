@@ -157,6 +157,20 @@ def test_a_damaged_shard_is_named(saved, load, shard, damage, message):
         load.from_pretrained(saved[1])
 
 
+@pytest.mark.parametrize("resident", [None, [0]], ids=["whole", "part"])
+@pytest.mark.parametrize("shared", ["common", "per_block"])
+@pytest.mark.parametrize(
+    "edit", [*({"num_blocks": k} for k in (1, 3, 4)), *({"layers_per_block": each} for each in ([1, 3], [3, 1]))], ids=str
+)
+def test_a_config_that_says_another_cut_than_the_files_is_refused(plain_model, edit, shared, resident, tmp_path):
+    model = db.convert(plain_model, num_blocks=2, shared=shared)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    with pytest.raises(ValueError, match="was cut into other blocks than its config says"):
+        type(model).from_pretrained(tmp_path, resident_blocks=resident)
+
+
 @pytest.mark.parametrize(
     "damaged",
     [b"{", b"", b"\xff\xfe{", b"[]", b"{}", b'{"weight_map": {}}', b'{"weight_map": [], "metadata": {}}',

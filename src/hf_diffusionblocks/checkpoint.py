@@ -76,8 +76,8 @@ def check_overwrite(folder: Path, blocks: Sequence[int]) -> None:
     lost = sorted(path.name for path in folder.glob("model*.safetensors") if path.name not in replaced)
     if lost:
         raise ValueError(
-            f"save_directory={folder} holds {', '.join(lost)}, which a model with resident_blocks={list(blocks)} alone would "
-            "delete: save it to another folder. merge_blocks joins the two"
+            f"save_directory={folder} holds {', '.join(lost)}, which a model with resident_blocks={list(blocks)} alone "
+            "would delete: save it to another folder. merge_blocks joins the two"
         )
 
 
@@ -210,7 +210,13 @@ def load_block_state_dict(
 def saved_parts(pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs) -> dict[str, str] | None:
     """"shared" and the numbers of the blocks that a folder or hub id holds, each with its file; None where no index
     says so."""
+    index = saved_index(pretrained_model_name_or_path, **hub_kwargs)
+    return None if index is None else index["metadata"].get("blocks")
+
+
+def saved_index(pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs) -> dict | None:
+    """The index of a folder or hub id, as [`read_index`] gives it; None where there is none."""
     index = cached_file(
         pretrained_model_name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs
     )
-    return None if index is None else read_index(Path(index))["metadata"].get("blocks")
+    return None if index is None else read_index(Path(index))

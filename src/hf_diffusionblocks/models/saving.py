@@ -88,8 +88,9 @@ class SavedByBlock(PreTrainedModel):
                 downloaded, and `kwargs` can be those of the Hub, `config`, `dtype` and `attn_implementation`.
 
         Raises:
-            OSError: a shard is missing or truncated; names it.
-            ValueError: not all blocks are there, and `resident_blocks` names none or others.
+            OSError: a shard is missing or truncated, or the index damaged; names it.
+            ValueError: not all blocks are there, and `resident_blocks` names none or others; or the files were cut into
+                other blocks than the config says.
         """
         if pretrained_model_name_or_path is not None and Path(pretrained_model_name_or_path).is_dir():
             if checkpoint.finish_interrupted_save(Path(pretrained_model_name_or_path)):
@@ -100,7 +101,9 @@ class SavedByBlock(PreTrainedModel):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:
-            partial_model.check_whole(model, pretrained_model_name_or_path, **partial_model.hub_kwargs(kwargs))
+            hub_kwargs = partial_model.hub_kwargs(kwargs)
+            partial_model.check_cut(model, pretrained_model_name_or_path, **hub_kwargs)
+            partial_model.check_whole(model, pretrained_model_name_or_path, **hub_kwargs)
         checkpoint.align(model)
         return loaded
 
