@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import randomized
+from datasets import Dataset
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
@@ -506,6 +507,28 @@ def test_training_on_noise_that_is_not_fitted_is_refused(plain, tmp_path):
     model = make(plain, noise_distribution="information")
     with pytest.raises(ValueError, match="call fit_noise_schedule"):
         db.DiffusionBlocksTrainer(model=model, args=db.DiffusionBlocksTrainingArguments(str(tmp_path), use_cpu=True))
+
+
+@pytest.mark.parametrize("measure", ["fit_noise_schedule", "nll_bound", "cache_block_inputs"])
+def test_measuring_gives_every_part_its_own_mode_back(measure, ids, tmp_path):
+    """A part that was put in evaluation mode stays there; also where measuring fails halfway."""
+    model = make(AutoModelForCausalLM.from_config(CONFIGS["gpt2"]()), denoiser="factorized", context="carried").train()
+    model.layer(0).eval()
+    modes = [module.training for module in model.modules()]
+
+    def run(tokens):
+        rows = {"input_ids": tokens, "labels": tokens}
+        if measure == "cache_block_inputs":
+            return db.cache_block_inputs(model, Dataset.from_dict(rows), 1, tmp_path)
+        return getattr(db, measure)(model, [rows])
+
+    run(ids)
+    assert [module.training for module in model.modules()] == modes
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with pytest.raises(IndexError):
+        run(ids + VOCAB)
+    assert [module.training for module in model.modules()] == modes
 
 
 # ---- everything the core gives

@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks import checkpoint
+from hf_diffusionblocks.cli.inspect import describe
 
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 
@@ -154,6 +155,43 @@ def test_a_damaged_shard_is_named(saved, load, shard, damage, message):
     damage(saved[1] / shard)
     with pytest.raises(OSError, match=f"{shard} {message}"):
         load.from_pretrained(saved[1])
+
+
+@pytest.mark.parametrize("resident", [None, [0]], ids=["whole", "part"])
+@pytest.mark.parametrize("shared", ["common", "per_block"])
+@pytest.mark.parametrize(
+    "edit", [*({"num_blocks": k} for k in (1, 3, 4)), *({"layers_per_block": each} for each in ([1, 3], [3, 1]))], ids=str
+)
+def test_a_config_that_says_another_cut_than_the_files_is_refused(plain_model, edit, shared, resident, tmp_path):
+    model = db.convert(plain_model, num_blocks=2, shared=shared)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    with pytest.raises(ValueError, match="was cut into other blocks than its config says"):
+        type(model).from_pretrained(tmp_path, resident_blocks=resident)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [b"{", b"", b"\xff\xfe{", b"[]", b"{}", b'{"weight_map": {}}', b'{"weight_map": [], "metadata": {}}',
+     b'{"weight_map": {}, "metadata": {"blocks": ["0"]}}'],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "read",
+    [
+        AutoModelForImageClassification.from_pretrained,
+        lambda folder: db.DiffusionBlocksForImageClassification.from_pretrained(folder, resident_blocks=[1]),
+        lambda folder: db.load_block_state_dict(folder, 1),
+        lambda folder: db.merge_blocks([folder], folder.parent / "merged"),
+        lambda folder: describe(str(folder)),
+    ],
+    ids=["whole", "part", "block", "merge", "inspect"],
+)
+def test_a_damaged_index_is_named(saved, read, damaged):
+    index = saved[1] / "model.safetensors.index.json"
+    index.write_bytes(damaged)
+    with pytest.raises(OSError, match=f"{index} is damaged"):
+        read(saved[1])
 
 
 # ---- interrupted saves

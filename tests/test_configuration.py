@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from hf_diffusionblocks import DiffusionBlocksConfig, DiffusionBlocksForImageClassification, NoiseSchedule
 
@@ -32,6 +34,9 @@ BAD_FIELDS = [
     ({"num_inference_steps": 0}, r"num_inference_steps=0 must be a whole number from 1"),
     ({"loss_weighting": "min-snr"}, r"loss_weighting='min-snr' must be one of None, 'edm'"),
     ({"shared": "none"}, r"shared='none' must be one of 'common', 'per_block'"),
+    ({"id2label": ["cat"]}, r"id2label=\['cat'\] must be a dictionary of class numbers and their names, or None"),
+    ({"training_report": "done"}, r"training_report='done' must be a dictionary, or None"),
+    ({"format_version": 2}, r"format_version=2 must be 1: the model was saved by .*: convert again"),
     ({"noise_distribution": "uniform"}, r"noise_distribution='uniform' must be one of 'lognormal', 'information'"),
     ({"noise_table": TABLE}, r"noise_distribution='lognormal' must be 'information' with a noise_table"),
     *(
@@ -81,6 +86,25 @@ def test_round_trip_through_auto_config(plain_config, tmp_path):
     assert isinstance(loaded, DiffusionBlocksConfig)
     assert loaded.to_diff_dict() == config.to_diff_dict()
     assert loaded.source_config.to_dict() == config.source_config.to_dict()
+
+
+@pytest.mark.parametrize("source_config", ["vit", ["vit"], 4], ids=str)
+def test_a_source_config_of_another_type_is_named(source_config):
+    with pytest.raises(ValueError, match="source_config=.* must be a config, a dictionary of its fields, or None"):
+        DiffusionBlocksConfig(source_config=source_config)
+
+
+@pytest.mark.parametrize("version", [None, 0, 2, "1"])
+@pytest.mark.parametrize("load", [AutoConfig, DiffusionBlocksConfig, AutoModelForImageClassification])
+def test_a_model_saved_in_another_format_is_refused(plain_config, load, version, tmp_path):
+    model = DiffusionBlocksForImageClassification(DiffusionBlocksConfig(source_config=plain_config, num_blocks=2))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("format_version") == 1
+    path.write_text(json.dumps(config if version is None else {**config, "format_version": version}))
+    with pytest.raises(ValueError, match=f"format_version={version!r} must be 1: .*earlier version .*: convert again"):
+        load.from_pretrained(tmp_path)
 
 
 def test_a_noise_table_makes_the_schedule_and_survives_a_reload(plain_config, tmp_path):

@@ -135,6 +135,27 @@ def test_a_part_is_not_loaded_as_the_whole(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["blocks", "other blocks", "plain", "sharded plain"])
+def test_a_part_is_not_saved_over_what_it_does_not_have(kind, tmp_path):
+    whole = made(CONFIGS["gpt2"], CARRIED)
+    part = made(CONFIGS["gpt2"], CARRIED, resident_blocks=[1])
+    there = {"blocks": whole, "other blocks": made(CONFIGS["gpt2"], CARRIED, [0])}.get(kind, whole.backbone)
+    there.save_pretrained(tmp_path, max_shard_size="30KB" if kind == "sharded plain" else "1GB")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"save_directory=.* holds model.*safetensors, which .*resident_blocks=\[1\] alone"):
+        part.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    whole.save_pretrained(tmp_path)  # one that has all may
+
+
+def test_a_job_saves_over_its_own_blocks(texts, tmp_path):
+    part = made(CONFIGS["gpt2"], INDEPENDENT, resident_blocks=[1])
+    part.save_pretrained(tmp_path)
+    trained(part, tmp_path, texts).save_model()
+    again = type(part).from_pretrained(tmp_path, resident_blocks=[1])
+    assert same_weights(again.state_dict(), part.state_dict())
+
+
 @pytest.mark.parametrize("blocks", [[], [2], [-1], [0, 0], ["0"]], ids=str)
 def test_blocks_that_are_none_are_refused(blocks):
     with pytest.raises(ValueError, match=r"resident_blocks=.* must be different blocks of 0\.\.1"):
@@ -253,6 +274,24 @@ def test_an_interrupted_job_resumes_bit_equal(texts, tmp_path):
 def test_jobs_that_cannot_be_are_refused(fields, resident, arguments, message, texts, tmp_path):
     with pytest.raises(ValueError, match=message):
         trained(made(CONFIGS["gpt2"], fields, resident), tmp_path, texts, **arguments)
+
+
+OURS = ("sigma", "noise", "generator", "block_index", "loss_block", "block_input", "return_logits", "text_walk")
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("kind", ["Dataset", "list"])
+def test_a_column_of_the_data_is_not_taken_for_an_argument_of_ours(family, kind, texts, images, tmp_path):
+    data = images if family == "vit" else texts
+    more = data
+    for name in OURS:
+        more = more.add_column(name, list(range(16)))
+    results = []
+    for rows in (data, more):
+        model = made(CONFIGS[family], {"denoiser": "factorized"})
+        trainer = trained(model, tmp_path, rows if kind == "Dataset" else list(rows))
+        results.append((model.state_dict(), trainer.evaluate()["eval_loss"]))
+    assert same_weights(results[1][0], results[0][0]) and results[0][1] == results[1][1]
 
 
 # ---- carried context from a cache

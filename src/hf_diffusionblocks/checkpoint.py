@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,12 +55,30 @@ def finish_interrupted_save(folder: Path) -> bool:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
         # Weights of an older save with other file names: a stale model.safetensors would beat the index.
-        current = set(_read_index(folder)["weight_map"].values())
+        current = set(read_index(index)["weight_map"].values())
         for path in folder.glob("model*.safetensors"):
             if path.name not in current:
                 path.unlink()
     shutil.rmtree(complete)
     return True
+
+
+def check_overwrite(folder: Path, blocks: Sequence[int]) -> None:
+    """Check that a save of some of the blocks deletes no weights that it does not replace.
+
+    Raises:
+        ValueError: `folder` holds other blocks, or a model that is not split by block; names the files.
+    """
+    finish_interrupted_save(folder)
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    parts = read_index(index)["metadata"].get("blocks", {}) if index.is_file() else {}
+    replaced = {file for part, file in parts.items() if part in ("shared", *map(str, blocks))}
+    lost = sorted(path.name for path in folder.glob("model*.safetensors") if path.name not in replaced)
+    if lost:
+        raise ValueError(
+            f"save_directory={folder} holds {', '.join(lost)}, which a model with resident_blocks={list(blocks)} alone "
+            "would delete: save it to another folder. merge_blocks joins the two"
+        )
 
 
 def split_by_block(folder: Path, block_of_parameter: Callable[[str], int | None], num_blocks: int) -> None:
@@ -96,19 +114,32 @@ def _numbered(num_blocks: int) -> Iterator[tuple[int, int | None]]:
     return enumerate([None, *range(num_blocks)], start=1)
 
 
-def _read_index(folder: Path) -> dict:
-    return json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text())
+def read_index(path: Path) -> dict:
+    """An index file: `weight_map` (key -> file) and `metadata`, which may have `blocks` ("shared" or a number -> file).
+
+    Raises:
+        OSError: the file is missing or damaged; names it.
+    """
+    try:
+        index = json.loads(path.read_text())
+        parts = (index["weight_map"], index["metadata"], index["metadata"].get("blocks", {}))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise OSError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+    if not all(isinstance(part, dict) for part in parts):
+        raise OSError(f"{path} is damaged: weight_map, metadata and metadata['blocks'] must be dictionaries")
+    return index
 
 
 def check_shards(folder: Path) -> None:
     """Check that every file the index names is there, whole.
 
     Raises:
-        OSError: names the file that is missing, truncated or damaged.
+        OSError: names the file (or the index) that is missing, truncated or damaged.
     """
-    if not (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
         return
-    for file in sorted(set(_read_index(folder)["weight_map"].values())):
+    for file in sorted(set(read_index(index)["weight_map"].values())):
         path = folder / file
         if not path.is_file():
             raise OSError(f"{path} is missing: {SAFE_WEIGHTS_INDEX_NAME} names it")
@@ -164,7 +195,7 @@ def load_block_state_dict(
         State dict on the CPU, for `model.load_state_dict(..., strict=False)`.
 
     Raises:
-        OSError: the file is missing; names it.
+        OSError: the file is missing, or the index damaged; names it.
         ValueError: there is no such block, or the checkpoint is not split by block.
     """
     files = saved_parts(pretrained_model_name_or_path, **hub_kwargs)
@@ -179,7 +210,13 @@ def load_block_state_dict(
 def saved_parts(pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs) -> dict[str, str] | None:
     """"shared" and the numbers of the blocks that a folder or hub id holds, each with its file; None where no index
     says so."""
+    index = saved_index(pretrained_model_name_or_path, **hub_kwargs)
+    return None if index is None else index["metadata"].get("blocks")
+
+
+def saved_index(pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs) -> dict | None:
+    """The index of a folder or hub id, as [`read_index`] gives it; None where there is none."""
     index = cached_file(
         pretrained_model_name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs
     )
-    return None if index is None else json.loads(Path(index).read_text())["metadata"].get("blocks")
+    return None if index is None else read_index(Path(index))

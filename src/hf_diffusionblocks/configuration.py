@@ -11,6 +11,9 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .noise import NoiseSchedule
 
+#: Of saved models; to be raised when their config, names or files change their meaning.
+FORMAT_VERSION = 1
+
 #: Field -> the values it may take.
 CHOICES: dict[str, tuple] = {
     "denoiser": ("joint", "factorized"),
@@ -50,6 +53,7 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     noise_table: list[list[float]] | None = _field(
         None, "What fit_noise_schedule found: [sigma, share of the draws below it], from sigma_min to sigma_max."
     )
+    format_version: int = _field(FORMAT_VERSION, "Of the files of a saved model.")
     tie_word_embeddings: bool | None = _field(
         None, "shared='per_block': whether a block's own head is its own token embedding, as in the plain model."
     )
@@ -120,7 +124,13 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     num_inference_steps: int | None = _field(None, "Denoiser evaluations of a walk; None is num_blocks.")
     inference_seed: int = _field(0, "Key of the noise that evaluation and prediction use.")
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As in Transformers: of what a saved `config.json` holds, which has to say its version."""
+        return super().from_dict({"format_version": None, **config_dict}, **kwargs)
+
     def __post_init__(self, **kwargs):
+        self._check_before_reading()
         labels_given = self.id2label is not None or "num_labels" in kwargs
         # Setting up a composite config sets fields of its sub-configs: never those of a config the user still holds.
         self.source_config = copy.deepcopy(self.source_config)
@@ -137,6 +147,21 @@ class DiffusionBlocksConfig(PreTrainedConfig):
             self.source_config.tie_word_embeddings = False
         self._check_fields()
         self._check_combinations()
+
+    def _check_before_reading(self) -> None:
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version={self.format_version!r} must be {FORMAT_VERSION}: the model was saved by an earlier version "
+                "of hf-diffusionblocks, or by a later one, whose files may mean something else: convert again"
+            )
+        for name, kinds, allowed in (
+            ("source_config", (dict, PreTrainedConfig), "a config, a dictionary of its fields, or None"),
+            ("id2label", dict, "a dictionary of class numbers and their names, or None"),
+            ("training_report", dict, "a dictionary, or None"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kinds):
+                raise ValueError(f"{name}={value!r} must be {allowed}")
 
     def _check_fields(self) -> None:
         for name, allowed in CHOICES.items():
@@ -262,5 +287,6 @@ USER_FIELDS = {
     f.name: f
     for f in fields(DiffusionBlocksConfig)
     if f.name in DiffusionBlocksConfig.__annotations__
-    and f.name not in ("source_config", "base_model", "training_report", "noise_table", "tie_word_embeddings")
+    and f.name
+    not in ("source_config", "base_model", "training_report", "noise_table", "tie_word_embeddings", "format_version")
 }

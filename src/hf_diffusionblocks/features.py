@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from . import checkpoint
 from .models import DiffusionBlocksPreTrainedModel
+from .models.base import without_dropout
 
 logger = logging.get_logger(__name__)
 
@@ -67,21 +68,21 @@ def cache_block_inputs(
     folder = Path(output_dir)
     if (folder / FILE).exists():
         raise ValueError(f"output_dir={folder} holds {FILE} already")
-    rows, training = dataset.with_format("torch"), model.training
-    model.eval()
-    predecessors = _predecessors(model, block_index, start, dataset)
-    shape = tuple(_inputs_of(rows[:1], model, block_index, start, predecessors)[column_of(block_index)].shape[1:])
-    _check_room(folder, block_index, len(dataset) * shape[0] * shape[1] * 4)
-    made = {column_of(block_index): Array2D(shape, "float32"), predecessors_column_of(block_index): Value("string")}
-    replaced = [column_of(start), predecessors_column_of(start)] if start else []
-    features = Features({name: of for name, of in dataset.features.items() if name not in replaced} | made)
-    rows.map(
-        _inputs_of, fn_kwargs={"model": model, "block_index": block_index, "start": start, "predecessors": predecessors},
-        batched=True, batch_size=batch_size, remove_columns=replaced, features=features,
-        cache_file_name=str(folder / f".{FILE}"), load_from_cache_file=False, new_fingerprint=uuid.uuid4().hex,
-        desc=f"input of block {block_index}",
-    )  # fmt: skip
-    model.train(training)
+    rows = dataset.with_format("torch")
+    with without_dropout(model):
+        predecessors = _predecessors(model, block_index, start, dataset)
+        shape = tuple(_inputs_of(rows[:1], model, block_index, start, predecessors)[column_of(block_index)].shape[1:])
+        _check_room(folder, block_index, len(dataset) * shape[0] * shape[1] * 4)
+        made = {column_of(block_index): Array2D(shape, "float32"), predecessors_column_of(block_index): Value("string")}
+        replaced = [column_of(start), predecessors_column_of(start)] if start else []
+        features = Features({name: of for name, of in dataset.features.items() if name not in replaced} | made)
+        rows.map(
+            _inputs_of,
+            fn_kwargs={"model": model, "block_index": block_index, "start": start, "predecessors": predecessors},
+            batched=True, batch_size=batch_size, remove_columns=replaced, features=features,
+            cache_file_name=str(folder / f".{FILE}"), load_from_cache_file=False, new_fingerprint=uuid.uuid4().hex,
+            desc=f"input of block {block_index}",
+        )  # fmt: skip
     os.replace(folder / f".{FILE}", folder / FILE)
     return Dataset.from_file(str(folder / FILE))
 

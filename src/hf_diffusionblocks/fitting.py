@@ -8,6 +8,7 @@ from itertools import islice
 import torch
 
 from .models import DiffusionBlocksPreTrainedModel
+from .models.base import without_dropout
 
 #: Share of the draws spread evenly over ln sigma, so that every level is trained and none is forgotten.
 EVEN_SHARE = 0.05
@@ -41,7 +42,7 @@ def fit_noise_schedule(
         ValueError: there are no batches, or the cross-entropy does not rise with sigma (a fresh `readout="edm"`, which
             has yet to learn to read z).
     """
-    config, schedule, training = model.config, model.noise_schedule, model.training
+    config, schedule = model.config, model.noise_schedule
     batches = [
         {name: value.to(model.device) for name, value in batch.items()} for batch in islice(dataloader, max_batches)
     ]
@@ -50,9 +51,8 @@ def fit_noise_schedule(
     ends = torch.tensor([config.sigma_min, config.sigma_max], dtype=torch.float64).log()
     levels = torch.linspace(*ends.tolist(), num_levels, dtype=torch.float64).exp()
     levels[0], levels[-1] = config.sigma_min, config.sigma_max
-    model.eval()
-    losses = [_loss_at(model, batches, level, int(schedule.block_of(level)), seed) for level in levels.tolist()]
-    model.train(training)
+    with without_dropout(model):
+        losses = [_loss_at(model, batches, level, int(schedule.block_of(level)), seed) for level in levels.tolist()]
 
     curve = torch.tensor(losses, dtype=torch.float64).cummax(0).values
     rise = curve[-1] - curve[0]

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .losses import rows_per_chunk
 from .models import DiffusionBlocksForCausalLM
+from .models.base import without_dropout
 from .models.causal_lm import IGNORED
 
 
@@ -57,11 +58,9 @@ def nll_bound(
     """
     if not isinstance(model, DiffusionBlocksForCausalLM):
         raise TypeError(f"model={type(model).__name__} must be a DiffusionBlocksForCausalLM")
-    training = model.training
-    model.eval()
     generator = torch.Generator().manual_seed(seed)
-    parts = [_bound_of_batch(model, batch, num_samples, generator) for batch in dataloader]
-    model.train(training)
+    with without_dropout(model):
+        parts = [_bound_of_batch(model, batch, num_samples, generator) for batch in dataloader]
     tokens, reconstruction, diffusion = (torch.cat(column) for column in zip(*parts)) if parts else [torch.zeros(1)] * 3
     total = tokens.sum()
     if not total:

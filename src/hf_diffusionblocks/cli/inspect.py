@@ -72,7 +72,7 @@ def describe(source: str) -> dict:
 
     Raises:
         ValueError: it is no DiffusionBlocks model, or its index does not fit its config.
-        OSError: a file is missing or truncated; names it.
+        OSError: a file is missing, truncated or damaged; names it.
     """
     config = read_config(source)
     files = _files_by_block(source, config)
@@ -118,10 +118,9 @@ def describe(source: str) -> dict:
 def _files_by_block(source: str, config: DiffusionBlocksConfig) -> dict[str, str]:
     """"shared" and each block's number -> its file, from the index."""
     path = Path(cached_file(source, SAFE_WEIGHTS_INDEX_NAME))
-    try:
-        files = json.loads(path.read_text())["metadata"]["blocks"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged, or does not map blocks to files: {error!r}") from None
+    files = checkpoint.read_index(path)["metadata"].get("blocks")
+    if files is None:
+        raise ValueError(f"{path} does not map blocks to files")
     if not {"shared"} < set(files) <= {"shared", *map(str, range(config.num_blocks))}:
         raise ValueError(f"{path} maps {', '.join(sorted(files))}, but the config says num_blocks={config.num_blocks}")
     return files

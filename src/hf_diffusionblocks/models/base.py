@@ -162,7 +162,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         for prefix in (layers, "modulations."):
             if name.startswith(prefix):
                 layer = int(name[len(prefix) :].split(".")[0])
-                return next(k for k in range(self.num_blocks) if layer in self.block_layers(k))
+                return next((k for k in range(self.num_blocks) if layer in self.block_layers(k)), None)
         if name.startswith("readout_heads."):
             return int(name.split(".")[1])
         return self._owner_of_shared_part(name) if self.per_block else None

@@ -89,6 +89,7 @@ def load(
     if refused:
         raise ValueError(f"{', '.join(refused)} cannot be combined with resident_blocks={list(resident_blocks)}")
     model = build_empty(model_class, config, resident_blocks, **model_kwargs)
+    check_cut(model, source, **hub)
     weights = {}
     for block in (None, *model.resident_blocks):
         weights |= checkpoint.load_block_state_dict(source, block, **hub)
@@ -105,6 +106,22 @@ def hub_kwargs(kwargs: dict) -> dict:
     """Those of `from_pretrained` that say where on the Hub, and how, to find a file."""
     names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
     return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+
+def check_cut(model: DiffusionBlocksPreTrainedModel, source: str | PathLike, **hub_kwargs) -> None:
+    """Raise ValueError if the files of this checkpoint were cut into other blocks than the model's config says."""
+    index = checkpoint.saved_index(source, **hub_kwargs)
+    if index is None or "blocks" not in index["metadata"]:  # of a plain model
+        return
+    config, files = model.config, index["metadata"]["blocks"]
+    for name, file in index["weight_map"].items():
+        block = model.block_of_parameter(name)
+        part = "shared" if block is None else str(block)
+        if files.get(part) != file:
+            raise ValueError(
+                f"{source} was cut into other blocks than its config says (num_blocks={config.num_blocks}, "
+                f"layers_per_block={config.layers_per_block}): {file} holds {name}, which the config has in the file of {part}"
+            )
 
 
 def check_whole(model: DiffusionBlocksPreTrainedModel, source: str | PathLike, **hub_kwargs) -> None:

@@ -52,12 +52,17 @@ class SavedByBlock(PreTrainedModel):
         """As in Transformers, with one safetensors file for the shared parameters and one a block, and a model card.
 
         All files are written aside first: an interrupted save leaves what was there before. `max_shard_size` has
-        no effect, since a block is a file; `variant` is refused.
+        no effect, since a block is a file.
+
+        Raises:
+            ValueError: a `variant` is given; or blocks are missing, and the folder holds some of these.
         """
         if kwargs.get("variant") is not None:
             raise ValueError(f"variant={kwargs['variant']!r} is not supported: shards are named by block")
         hub_kwargs = {key: kwargs.pop(key) for key in checkpoint.HUB_KWARGS if key in kwargs}
         if is_main_process:
+            if len(self.resident_blocks) < self.num_blocks and not self.has_adapters:  # (which replace no weights)
+                checkpoint.check_overwrite(Path(save_directory), self.resident_blocks)
             with checkpoint.atomic_save(Path(save_directory)) as staging:
                 # Current parameter names, not HF's older ones: block files and Trainer resume go by them.
                 kwargs |= {"max_shard_size": "1000TB", "save_original_format": False}
@@ -83,8 +88,9 @@ class SavedByBlock(PreTrainedModel):
                 downloaded, and `kwargs` can be those of the Hub, `config`, `dtype` and `attn_implementation`.
 
         Raises:
-            OSError: a shard is missing or truncated; names it.
-            ValueError: not all blocks are there, and `resident_blocks` names none or others.
+            OSError: a shard is missing or truncated, or the index damaged; names it.
+            ValueError: not all blocks are there, and `resident_blocks` names none or others; or the files were cut into
+                other blocks than the config says.
         """
         if pretrained_model_name_or_path is not None and Path(pretrained_model_name_or_path).is_dir():
             if checkpoint.finish_interrupted_save(Path(pretrained_model_name_or_path)):
@@ -95,7 +101,9 @@ class SavedByBlock(PreTrainedModel):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:
-            partial_model.check_whole(model, pretrained_model_name_or_path, **partial_model.hub_kwargs(kwargs))
+            hub_kwargs = partial_model.hub_kwargs(kwargs)
+            partial_model.check_cut(model, pretrained_model_name_or_path, **hub_kwargs)
+            partial_model.check_whole(model, pretrained_model_name_or_path, **hub_kwargs)
         checkpoint.align(model)
         return loaded
 

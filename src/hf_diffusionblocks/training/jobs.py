@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 
 import numpy as np
 import torch
@@ -72,6 +73,13 @@ def cached_column(blocks: Sequence[int], columns: Sequence[str]) -> str | None:
     """The column of the data that holds what enters the block of a one-block job, if there is one."""
     column = column_of(blocks[0])
     return column if len(blocks) == 1 and column in columns else None
+
+
+def columns_to_keep(model: DiffusionBlocksPreTrainedModel, accepted: Sequence[str], cached: str | None) -> list[str]:
+    """Columns of the data that a batch is made of, of those with a name that `forward` has: not what `forward` has beside
+    the stock model's, since a data set's `noise` or `sigma` is its own. And what enters the block, if it is cached."""
+    ours, stock = (signature(each.forward).parameters for each in (model, model.architecture.plain_class))
+    return [name for name in accepted if name not in ours or name in stock] + ([cached] if cached else [])
 
 
 def check_processes(trainer: Trainer, layout: Layout) -> None:

@@ -20,7 +20,7 @@ from ..models.residence import BlockResidence
 from .arguments import DiffusionBlocksTrainingArguments
 from .block_schedule import BlockSchedule
 from .ledgers import StepLedgers
-from .jobs import WithBlockInput, blocks_to_train, cached_column, check_processes, only_training
+from .jobs import WithBlockInput, blocks_to_train, cached_column, check_processes, columns_to_keep, only_training
 from .parallel import Layout, all_states, broadcast
 from .reports import RunReports
 
@@ -149,9 +149,9 @@ class DiffusionBlocksTrainer(RunReports):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if self._cached_column and self._cached_column not in self._signature_columns:
-            self._signature_columns.append(self._cached_column)
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns = columns_to_keep(self.model, self._signature_columns, self._cached_column)
 
     def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
         if len(self.model.resident_blocks) < self.num_blocks:
