@@ -6,11 +6,10 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peft import LoraConfig
 from transformers import PreTrainedModel, Trainer
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks import checkpoint, lora
+from hf_diffusionblocks import checkpoint
 from hf_diffusionblocks.cli.arguments import BlocksArguments
 from hf_diffusionblocks.recipes import common
 from hf_diffusionblocks.recipes.common import option
@@ -94,6 +93,9 @@ def adapt(
     Args:
         modules_to_save: what is trained whole beside them.
     """
+    from hf_diffusionblocks import lora  # first: it says how to get peft
+    from peft import LoraConfig
+
     rank, targets = tuning.lora_r or 8, tuning.lora_target_modules
     config = LoraConfig(
         r=rank, lora_alpha=tuning.lora_alpha or 2 * rank, lora_dropout=tuning.lora_dropout or 0.0,
@@ -108,7 +110,7 @@ def export(trainer: Trainer, tuning: FinetuningArguments) -> None:
         return
     model = trainer.model
     if model.has_adapters:
-        model = lora.merge_and_unload(model)
+        model = db.lora.merge_and_unload(model)
     with checkpoint.atomic_save(Path(tuning.export_plain)) as folder:
         model.to_plain().save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import multiprocessing
 import os
@@ -12,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -255,3 +258,110 @@ def test_a_process_killed_at_any_moment_leaves_one_whole_model(saved):
         process.join()
         loaded = type(model).from_pretrained(folder).state_dict()
         assert any(states_equal(loaded, state) for state in expected)
+
+
+# ---- several readers at a time
+
+
+@pytest.fixture
+def interrupted(plain_model, saved, tmp_path):
+    """Makes folders with a model of two blocks, and of four whose save was killed before it moved a file, and the files
+    that are right in the end."""
+    new = tmp_path / "new"
+    db.convert(plain_model, num_blocks=4).save_pretrained(new)
+    (new / "block_0").mkdir()
+    (new / "block_0" / "more.json").write_text("{}")
+    (new / "tokenizer.json").write_text("{}")  # moved after the index
+
+    def make(name: str) -> Path:
+        folder = shutil.copytree(saved[1], tmp_path / name)
+        (folder / "model.safetensors").write_bytes(b"stale: it would beat the index")
+        shutil.copytree(new, folder / checkpoint.COMPLETE)
+        return folder
+
+    return make, contents(new)
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _read_together(folders, barrier, faults):
+    for folder in folders:
+        barrier.wait()
+        try:
+            checkpoint.finish_interrupted_save(folder)
+            checkpoint.check_shards(folder)
+            blocks = [db.load_block_state_dict(folder, block) for block in (None, 0, 1, 2, 3)]
+            assert all(blocks) and not (folder / "model.safetensors").exists()
+        except Exception as error:
+            faults.put(f"{folder}: {error!r}")
+
+
+def test_readers_that_finish_a_save_together_do_not_disturb_one_another(interrupted):
+    make, expected = interrupted
+    folders = [make(f"race-{number}") for number in range(100)]
+    context = multiprocessing.get_context("fork")
+    barrier, faults = context.Barrier(4), context.SimpleQueue()
+    readers = [context.Process(target=_read_together, args=(folders, barrier, faults)) for _ in range(4)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert faults.empty(), faults.get()
+    assert all(contents(folder) == expected and not (folder / checkpoint.COMPLETE).exists() for folder in folders)
+
+
+@contextmanager
+def before_step(number: int, act):
+    """Have another process act just before a step of the file system: one that moves or removes something."""
+    steps = []
+
+    def watched(step):
+        def call(*args, **kwargs):
+            steps.append(step)
+            if len(steps) == number + 1:
+                act()
+            return step(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((os, "replace"), (Path, "unlink"), (Path, "rmdir")):
+            patch.setattr(owner, name, watched(getattr(owner, name)))
+        yield steps
+
+
+def test_a_reader_may_find_any_step_taken_by_another(interrupted):
+    make, expected = interrupted
+    with before_step(-1, None) as steps:
+        checkpoint.finish_interrupted_save(make("alone"))
+    assert len(steps) > len(expected)
+    for number in range(len(steps)):
+        folder = make(f"step-{number}")
+        with before_step(number, lambda: checkpoint.finish_interrupted_save(folder)):
+            checkpoint.finish_interrupted_save(folder)
+        assert contents(folder) == expected and not (folder / checkpoint.COMPLETE).exists(), steps[number]
+
+
+def test_a_slow_reader_loses_nothing_of_the_writer_s_next_save(interrupted, plain_model, tmp_path):
+    """Stopped before a step, until the writer has begun to move the files of a save with names that are new."""
+    make, _ = interrupted
+    db.convert(plain_model, num_blocks=1).save_pretrained(tmp_path / "next")
+    expected = contents(tmp_path / "next")
+    with before_step(-1, None) as steps:
+        checkpoint.finish_interrupted_save(make("alone"))
+    for number, moved in itertools.product(range(len(steps)), range(len(expected))):
+        folder = make(f"slow-{number}-{moved}")
+
+        def write():
+            checkpoint.finish_interrupted_save(folder)
+            shutil.copytree(tmp_path / "next", folder / checkpoint.COMPLETE)
+            for name in sorted(expected)[:moved]:
+                os.rename(folder / checkpoint.COMPLETE / name, folder / name)
+
+        with before_step(number, write):
+            checkpoint.finish_interrupted_save(folder)
+        checkpoint.finish_interrupted_save(folder)  # the writer goes on
+        assert expected.items() <= contents(folder).items(), steps[number]
+        checkpoint.check_shards(folder)

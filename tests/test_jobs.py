@@ -436,6 +436,40 @@ def test_a_block_trained_on_what_another_predecessor_made_is_refused(family, fie
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("fields", [INDEPENDENT, CARRIED], ids=["independent", "carried"])
+@pytest.mark.parametrize("silent", [(0,), (1,), (0, 1)], ids=str)
+@pytest.mark.parametrize("moved", [None, 0, 1])
+def test_a_folder_that_does_not_tell_what_it_trained_must_agree_with_the_others(moved, silent, fields, texts, tmp_path):
+    """Trained by hand and saved, for example: what it holds besides may be what its block was trained around."""
+    first = made(CONFIGS["llama"], fields)
+    trained(first, tmp_path / "job0", texts, train_blocks=[0])
+    second = made(CONFIGS["llama"], fields)
+    second.load_state_dict(first.state_dict())
+    if moved is not None:
+        second.block_parameters(moved)[0].data += 1e-3
+    folders = [tmp_path / "job0", tmp_path / "job1"]
+    second.save_pretrained(folders[1])
+    change_config(folders[1], training_report={"updates_per_block": [0, 0], "steps": 0})
+    for job in silent:
+        change_config(folders[job], training_report=None)
+    for jobs in (folders, folders[::-1]):
+        if moved is None:
+            db.merge_blocks(jobs, tmp_path / "merged")
+            merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+            assert same_weights(merged, second.state_dict())
+            continue
+        message = rf"job\d does not tell what it trained \(its config has no training_report\): block {moved} differs"
+        with pytest.raises(ValueError, match=message):
+            db.merge_blocks(jobs, tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+
+
+def test_what_only_a_folder_without_a_report_holds_is_taken_from_it(jobs, tmp_path):
+    change_config(jobs[1], training_report=None)
+    db.merge_blocks(jobs, tmp_path / "merged")
+    assert same_weights(db.load_block_state_dict(tmp_path / "merged", 1), db.load_block_state_dict(jobs[1], 1))
+
+
 def change_config(folder, **fields):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))

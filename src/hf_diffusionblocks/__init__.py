@@ -3,6 +3,8 @@
 Importing this package registers its models with the Auto classes.
 """
 
+from importlib import import_module
+
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
 from ._version import __version__
@@ -29,6 +31,14 @@ AutoModelForCausalLM.register(DiffusionBlocksConfig, DiffusionBlocksForCausalLM,
 AutoModelForImageClassification.register(
     DiffusionBlocksConfig, DiffusionBlocksForImageClassification, exist_ok=True
 )
+
+
+def __getattr__(name: str):
+    if name == "lora":  # imports peft, so it is imported when it is asked for
+        return import_module(".lora", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 
 __all__ = [
     "DiffusionBlocksConfig",

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -23,7 +23,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 HUB_KWARGS = ("repo_id", "commit_message", "private", "token", "create_pr", "revision", "commit_description", "tags")
 
 # A save is written to STAGED and, once whole, renamed to COMPLETE, from where its files replace the old ones. A save
-# killed in STAGED never happened; one killed in COMPLETE is finished by whoever reads or writes the folder next.
+# killed in STAGED never happened; one killed in COMPLETE is finished by whoever reads or writes the folder next, by
+# several at a time if they come together. (There is one writer at a time.)
 STAGED, COMPLETE = ".saving", ".saved"
 
 
@@ -44,23 +45,38 @@ def atomic_save(folder: Path) -> Iterator[Path]:
 
 
 def finish_interrupted_save(folder: Path) -> bool:
-    """Move the files of a complete save into place; True if there was one."""
+    """Move the files of a complete save into place; True if there was one.
+
+    Other processes may do the same at the same time: each finds any step taken already. Once one of them is through,
+    nothing is left to do, and COMPLETE is gone.
+    """
     complete = folder / COMPLETE
     if not complete.is_dir():
         return False
-    for path in sorted(path for path in complete.rglob("*") if path.is_file()):
+    parts = [(Path(part), names) for part, _, names in os.walk(complete)]  # (passes over what vanishes meanwhile)
+    for path in sorted(part / name for part, names in parts for name in names):
         target = folder / path.relative_to(complete)
         target.parent.mkdir(exist_ok=True)
-        os.replace(path, target)
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        # Weights of an older save with other file names: a stale model.safetensors would beat the index.
-        current = set(read_index(index)["weight_map"].values())
-        for path in folder.glob("model*.safetensors"):
-            if path.name not in current:
-                path.unlink()
-    shutil.rmtree(complete)
+        with suppress(FileNotFoundError):  # another process has moved it
+            os.replace(path, target)
+    _remove_stale_weights(folder)
+    for part, _ in reversed(parts):
+        with suppress(OSError):  # gone already; or not empty, and so the writer's next save, which it finishes itself
+            part.rmdir()
     return True
+
+
+def _remove_stale_weights(folder: Path) -> None:
+    """Remove weights of an older save with other file names: a stale model.safetensors would beat the index."""
+    # Listed before the index is read: what the writer moves here meanwhile, as its next save, is not looked at. Of a
+    # save that was listed in part, the index is still to come.
+    found = list(folder.glob("model*.safetensors"))
+    if (folder / COMPLETE / SAFE_WEIGHTS_INDEX_NAME).exists() or not (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        return
+    current = set(read_index(folder / SAFE_WEIGHTS_INDEX_NAME)["weight_map"].values())
+    for path in found:
+        if path.name not in current:
+            path.unlink(missing_ok=True)
 
 
 def check_overwrite(folder: Path, blocks: Sequence[int]) -> None:

@@ -7,14 +7,18 @@ import shutil
 import uuid
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from datasets import Array2D, Dataset, Features, Value
 from transformers.utils import logging
 
 from . import checkpoint
+from .extras import from_extra
 from .models import DiffusionBlocksPreTrainedModel
 from .models.base import without_dropout
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.get_logger(__name__)
 
@@ -63,7 +67,11 @@ def cache_block_inputs(
         ValueError: the context is independent, the block has no predecessor, one that is needed is not loaded, rows
             differ in shape, or the folder holds such a file.
         OSError: the disk has too little room.
+        ImportError: `datasets` is not installed.
     """
+    with from_extra("datasets", "cache_block_inputs"):
+        from datasets import Array2D, Dataset, Features, Value
+
     start = _start(model, dataset, block_index)
     folder = Path(output_dir)
     if (folder / FILE).exists():

@@ -13,15 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .extras import from_extra
 from .models import DiffusionBlocksPreTrainedModel
 from .models.partial import checked_blocks
+
+with from_extra("peft", "hf_diffusionblocks.lora"):
+    from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 
 #: Where the plain model is in ours; saved names go without.
 BACKBONE = "backbone."

@@ -48,8 +48,9 @@ class _Job:
 def merge_blocks(jobs: Sequence[str | PathLike], output_dir: str | PathLike) -> None:
     """Join the saved models of jobs that trained different blocks, and save the whole one.
 
-    A block comes from the job that trained it; one that none trained, from any that holds it. One file is in memory
-    at a time.
+    A block comes from the job that trained it; one that none trained, from any that holds it. A folder without a report
+    (trained by hand, or only converted) may have trained whatever it holds: where others hold that too, it must be equal.
+    Two files are in memory at a time.
 
     Args:
         jobs: folders, as the Trainer or `save_pretrained` wrote them.
@@ -58,7 +59,8 @@ def merge_blocks(jobs: Sequence[str | PathLike], output_dir: str | PathLike) -> 
     Raises:
         OSError: a folder or one of its files is missing or damaged.
         ValueError: the jobs do not fit: configs or shared parameters differ, a block was trained twice or is nowhere,
-            or one was trained around another version of an earlier block. Says which, and where.
+            or may have been by a folder that does not tell, or one was trained around another version of an earlier
+            block. Says which, and where.
     """
     if not jobs:
         raise ValueError("jobs=[] must name at least one folder")
@@ -104,10 +106,14 @@ def _sources(jobs: list[_Job]) -> dict[int, _Job]:
             raise ValueError(f"block {block} is in none of {', '.join(str(job.folder) for job in jobs)}")
         if len(trainers) > 1:
             raise ValueError(f"block {block} was trained by both {trainers[0].folder} and {trainers[1].folder}")
-        sources[block] = (trainers or holders)[0]
-        if not trainers:
-            for other in holders[1:]:
-                _check_equal(holders[0], other, str(block), f"block {block}, which neither trained,")
+        sources[block] = source = (trainers or holders)[0]
+        for other in (job for job in holders if job is not source):
+            silent = next((job for job in (source, other) if not job.config.training_report), None)
+            if silent:
+                what = f"{silent.folder} does not tell what it trained (its config has no training_report): block {block}"
+                _check_equal(source, other, str(block), what)
+            elif not trainers:
+                _check_equal(source, other, str(block), f"block {block}, which neither trained,")
     return sources
 
 

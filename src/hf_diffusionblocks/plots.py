@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from .extras import from_extra
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -24,10 +26,9 @@ MOST_CLASSES = 10  # bars in a panel that can still be read
 
 
 def _figure(width: float, height: float) -> Figure:
-    try:
+    with from_extra("matplotlib", "hf_diffusionblocks.plots"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install hf-diffusionblocks[recipes]") from error
+
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 

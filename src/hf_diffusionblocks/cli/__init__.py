@@ -56,11 +56,13 @@ def _fail(status: int, line: str) -> NoReturn:
 
 
 def _bad_input() -> tuple[type[Exception], ...]:
-    """What the libraries below raise on bad input; anything else is a bug and keeps its traceback."""
+    """What the libraries below raise on bad input, and missing packages; anything else is a bug and keeps its traceback."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    return OSError, TypeError, ValueError, SafetensorError, StrictDataclassError
+    from ..extras import MissingExtraError
+
+    return MissingExtraError, OSError, TypeError, ValueError, SafetensorError, StrictDataclassError
 
 
 def _help() -> str:

@@ -75,11 +75,11 @@ def _copy_processor(task: str, source: str, out_dir: str) -> None:
     """What pipelines need beside the model: a tokenizer for text, an image processor for images."""
     # Of a config file, the one beside it: the Auto classes would read the file itself as a processor's.
     folder = Path(source).parent if Path(source).is_file() else source
-    kind, load = ("tokenizer", load_tokenizer)
-    if task == "image-classification":
-        kind, load = ("image processor", AutoImageProcessor.from_pretrained)
-    try:
-        load(folder).save_pretrained(out_dir)
+    images = task == "image-classification"
+    kind = "image processor" if images else "tokenizer"
+    try:  # (without pillow, AutoImageProcessor has not even a method)
+        processor = AutoImageProcessor.from_pretrained(folder) if images else load_tokenizer(folder)
+        processor.save_pretrained(out_dir)
     except (ImportError, OSError) as error:
         reason = str(error).strip().partition(". ")[0]  # without advice on the hub
         print(f"diffusionblocks convert: note: no {kind} was copied: {reason}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 from importlib.resources import files
 from subprocess import CalledProcessError
 from typing import NoReturn
@@ -10,6 +11,7 @@ from typing import NoReturn
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from ..extras import from_extra
 from .arguments import Parser
 
 HELP = """\
@@ -34,6 +36,8 @@ def run(args: list[str]) -> None:
     launch = _parse(args)
     if launch.training_script not in recipes:
         raise ValueError(f"TASK={launch.training_script!r} must be one of {', '.join(recipes)}")
+    with from_extra("datasets", "a recipe"):  # said here in one line, and not by each process
+        version("datasets")
     launch.training_script = recipes[launch.training_script]
     try:
         launch_command(launch)

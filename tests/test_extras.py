@@ -1,0 +1,127 @@
+"""What `pip install hf-diffusionblocks` alone can do: every package that it does not bring along is taken away."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import packages_distributions, requires
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import hf_diffusionblocks as db
+
+#: argv[1] names top-level packages; for this process they are not installed.
+WITHOUT = """
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, *args):
+        return None if name.partition(".")[0] in gone else self.finder.find_spec(name, *args)
+
+    def find_distributions(self, context):
+        found = getattr(self.finder, "find_distributions", lambda context: ())(context)
+        return (each for each in found if each.name.replace("-", "_") not in gone)
+
+gone = set(sys.argv[1].split(","))
+sys.meta_path[:] = map(Without, sys.meta_path)
+import torch
+torch.set_num_threads(1)
+import hf_diffusionblocks as db
+assert not gone & {name.partition(".")[0] for name in sys.modules}
+"""
+TRAINING = """
+from transformers import AutoModelForCausalLM, GPT2Config
+
+config = GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=32, n_positions=16, bos_token_id=0, eos_token_id=0)
+model = db.convert(config, 2, denoiser="factorized", context="carried", prior_fraction=1.0)
+rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
+args = db.DiffusionBlocksTrainingArguments(
+    sys.argv[2], max_steps=2, per_device_train_batch_size=2, use_cpu=True, report_to=[], save_strategy="steps", save_steps=1
+)
+trainer = db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows)
+trainer.train()
+trainer.evaluate()
+trainer.save_model()
+again = AutoModelForCausalLM.from_pretrained(sys.argv[2])
+assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
+again.to_plain().save_pretrained(sys.argv[2] + "/plain")
+print(db.estimate_memory(config, 2, 1, 8))
+"""
+VERBS = """
+from hf_diffusionblocks.cli import main
+from transformers import ViTConfig
+
+folder = sys.argv[2]
+ViTConfig(num_hidden_layers=2, hidden_size=16, num_attention_heads=2, image_size=8, patch_size=4).save_pretrained(folder)
+main(["convert", folder + "/config.json", folder + "/blocks", "--fresh", "--num_blocks", "2"])
+main(["merge", folder + "/merged", folder + "/blocks"])
+main(["inspect", folder + "/merged"])
+main(["card", folder + "/merged"])
+"""
+MISSING = {
+    "cache_block_inputs": ("from hf_diffusionblocks import cache_block_inputs as use; use(None, [], 1, '')", "datasets"),
+    "lora": ("db.lora", "peft"),
+    "lora, imported": ("from hf_diffusionblocks import lora", "peft"),
+    "plots": ("from hf_diffusionblocks import plots; plots.plot_noise_partition(db.NoiseSchedule(2), '')", "matplotlib"),
+}
+
+
+def others() -> set[str]:
+    """Top-level packages that are installed here, but not by this library."""
+    needed, new = set(), {"hf-diffusionblocks"}
+    while new:
+        needed |= new
+        wanted = [Requirement(line) for name in new for line in requires(name) or ()]
+        new = {canonicalize_name(each.name) for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})}
+        new -= needed
+    return {
+        package
+        for package, owners in packages_distributions().items()
+        if not needed & set(map(canonicalize_name, owners)) and not package.startswith("_")
+    }
+
+
+def run(script: str, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", WITHOUT + script, ",".join(others()), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_others_are_those_of_the_extra_and_more():
+    assert {"datasets", "peft", "matplotlib", "sklearn", "PIL", "pytest"} <= others()
+    assert not {"torch", "transformers", "accelerate", "safetensors", "numpy", "yaml", "hf_diffusionblocks"} & others()
+
+
+@pytest.mark.parametrize("script", [TRAINING, VERBS], ids=["training", "verbs"])
+def test_the_library_alone_is_enough(script, tmp_path):
+    result = run(script, tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(("use", "package"), MISSING.values(), ids=MISSING)
+def test_what_is_missing_is_named(use, package):
+    result = run(use)
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("hf_diffusionblocks.extras.MissingExtraError: ")
+    assert last.endswith(f" needs {package}: pip install hf-diffusionblocks[recipes]")
+
+
+def test_the_command_names_what_is_missing_in_one_line():
+    result = run("from hf_diffusionblocks.cli import main; main(['train', 'causal-lm'])")
+    line = "diffusionblocks train: error: a recipe needs datasets: pip install hf-diffusionblocks[recipes]"
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (1, line)
+
+
+def test_adapters_are_reached_without_being_imported_before():
+    script = "assert 'hf_diffusionblocks.lora' not in sys.modules; db.lora.add_block_adapters; from hf_diffusionblocks import lora"
+    script = f"import sys, hf_diffusionblocks as db; {script}; assert lora is db.lora"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_a_name_that_is_none_is_named():
+    with pytest.raises(AttributeError, match="module 'hf_diffusionblocks' has no attribute 'lore'"):
+        db.lore
