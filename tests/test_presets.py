@@ -337,13 +337,15 @@ def test_a_config_or_a_model_is_built_in_another_dtype(config, plain, dtype):
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
         assert model.backbone.config._attn_implementation == "eager"
     assert plain.dtype == torch.float32
-    assert db.convert(plain.to(torch.float16), 2, dtype="auto").dtype == torch.float16
+    half = type(config)(**{**config.to_dict(), "dtype": "float16"})
+    for source, expected in ((plain, torch.float32), (plain.to(torch.float16), torch.float16), (half, torch.float16)):
+        assert db.convert(source, 2, dtype="auto").dtype == expected
 
 
 @pytest.mark.parametrize("name", [*HUB, "subfolder"])
 def test_what_is_for_the_hub_is_refused_elsewhere(name, config, plain):
     for source in (config, plain):
-        message = f"{name}=.* must not be given with source={type(source).__name__}: it is for a hub id or folder"
+        message = f"^{name} must not be given with source={type(source).__name__}: for a hub id or folder only"
         with pytest.raises(ValueError, match=message):
             db.convert(source, 2, **{name: HUB.get(name, "inner")})
         db.convert(source, 2, **{name: None})

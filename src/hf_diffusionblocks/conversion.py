@@ -50,21 +50,20 @@ def convert(
     loading = _taken_from(fields)
     if isinstance(source, (str, PathLike)):
         return _convert_pretrained(source, num_blocks, task, resident_blocks, preset, fields, loading)
+    if not isinstance(source, (PreTrainedModel, PreTrainedConfig)):
+        raise TypeError(
+            f"source={type(source).__name__} must be a PreTrainedModel, a PreTrainedConfig, or a hub id or folder"
+        )
     if hub_only := [name for name in loading if name in HUB_KWARGS]:
-        raise ValueError(
-            f"{hub_only[0]}={loading[hub_only[0]]!r} must not be given with source={type(source).__name__}: it is for a hub "
-            "id or folder"
+        raise ValueError(  # without values: one may be a token
+            f"{', '.join(hub_only)} must not be given with source={type(source).__name__}: for a hub id or folder only"
         )
     if loading.get("dtype") == "auto":
-        loading.pop("dtype")  # is the source's
+        loading["dtype"] = source.dtype
     if isinstance(source, PreTrainedConfig):
         model_class = _model_class(source, task)
         config = _config(source, num_blocks, with_preset(preset, model_class.task, "fresh", fields))
         return build(model_class, config, resident_blocks, **loading)
-    if not isinstance(source, PreTrainedModel):
-        raise TypeError(
-            f"source={type(source).__name__} must be a PreTrainedModel, a PreTrainedConfig, or a hub id or folder"
-        )
     model_class = _model_class(source.config, task)
     plain_class = backbone_for(source.config).plain_class
     if getattr(source, "part_of", type(source)) is not plain_class:
