@@ -49,7 +49,7 @@ def worker(name: str, result: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = GPT2Config(n_layer=8, n_embd=256, n_head=4, vocab_size=4096, n_positions=256)
-    model = db.convert(config, 2, **FORMULATIONS[name])
+    model = db.convert(config, 2, preset="paper", **FORMULATIONS[name])
     tokens = torch.randint(4096, (128, 256)).tolist()
     with tempfile.TemporaryDirectory() as folder:
         args = db.DiffusionBlocksTrainingArguments(

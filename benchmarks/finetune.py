@@ -126,7 +126,8 @@ def make(kind: str, task: Task, rate: float, options: dict, seed: int = 0, turns
     plain = task.checkpoint()
     if kind in ("plain", "lora", "badam", "last"):
         return _plain_trainer(kind, task, plain, arguments, rate, switch_every=min(50, turns or 50))
-    model = db.convert(plain, task.num_blocks, readout_layers=options.pop("readout_layers", 0), **FORMULATION)
+    heads = options.pop("readout_layers", 0)
+    model = db.convert(plain, task.num_blocks, readout_layers=heads, preset="paper", **FORMULATION)
     if kind == "near":
         near = type("NearPretrained", (Near, type(model)), {})(model.config)
         near.load_state_dict(model.state_dict())

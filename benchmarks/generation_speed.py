@@ -73,7 +73,8 @@ def main() -> None:
     config = config_for(options.family, options.layers, options.width, options.vocab_size, 2 * options.new_tokens)
     prompt = torch.randint(1, options.vocab_size, (1, 16))
     models = {"plain": AutoModelForCausalLM.from_config(config).eval()}
-    models |= {name: db.convert(config, options.num_blocks, **fields).eval() for name, fields in FORMULATIONS.items()}
+    for name, fields in FORMULATIONS.items():
+        models[name] = db.convert(config, options.num_blocks, preset="paper", **fields).eval()
     runs = {(name, cached): [] for name in models for cached in (True, False)}
     for repetition in range(options.repetitions + 1):
         for name, cached in runs:

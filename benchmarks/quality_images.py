@@ -89,7 +89,7 @@ def train_and_read(row: str, seed: int, settings: dict, data_file: Path) -> dict
         args = TrainingArguments(max_steps=settings["updates"], **shared_args)
         trainer = Trainer(model=model, args=args, train_dataset=train_set, data_collator=collate)
     else:
-        model = db.convert(plain_config(LAYERS), **{"num_blocks": BLOCKS, **spec})
+        model = db.convert(plain_config(LAYERS), preset="paper", **{"num_blocks": BLOCKS, **spec})
         args = db.DiffusionBlocksTrainingArguments(updates_per_block=settings["updates"], **shared_args)
         trainer = db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=train_set, data_collator=collate)
     start = time.perf_counter()

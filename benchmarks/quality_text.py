@@ -96,7 +96,7 @@ class Sequences(torch.utils.data.Dataset):
 def make_model(spec: dict, config):
     fields = {"num_blocks": 4, **spec}
     neighbours = fields.pop("neighbours", False)
-    model = db.convert(config, **fields)
+    model = db.convert(config, preset="paper", **fields)
     return TwoBlocks(model.config) if neighbours else model
 
 

@@ -91,7 +91,7 @@ def main() -> None:
     }
     subjects = {"end to end": Subject(ViTForImageClassification(config), batch, [None])}
     for name, fields in FORMULATIONS.items():
-        model = db.convert(config, options.num_blocks, **fields)
+        model = db.convert(config, options.num_blocks, preset="paper", **fields)
         subjects[name] = Subject(model, batch, list(range(options.num_blocks)))
 
     sizes = {name: subject.bytes() for name, subject in subjects.items()}

@@ -99,7 +99,8 @@ def compare(vocab_size: int, options: argparse.Namespace) -> str:
     tokens = torch.randint(vocab_size, (options.batch_size, options.length))
     subjects = {"end to end": Subject(AutoModelForCausalLM.from_config(config), tokens, [None])}
     for name, fields in FORMULATIONS.items():
-        subjects[name] = Subject(db.convert(config, options.num_blocks, **fields), tokens, list(range(options.num_blocks)))
+        model = db.convert(config, options.num_blocks, preset="paper", **fields)
+        subjects[name] = Subject(model, tokens, list(range(options.num_blocks)))
     sizes = {name: subject.bytes() for name, subject in subjects.items()}
     for subject in subjects.values():
         subject.seconds()  # warm up

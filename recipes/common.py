@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
@@ -24,9 +25,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones import backbone_for
-from hf_diffusionblocks.cli.arguments import BlocksArguments, parse
+from hf_diffusionblocks.cli.arguments import BlocksArguments, config_fields, parse, preset_option
+from hf_diffusionblocks.configuration import USER_FIELDS
 from hf_diffusionblocks.conversion import plain_part
 from hf_diffusionblocks.models.partial import checked_blocks
+from hf_diffusionblocks.presets import with_preset
 from hf_diffusionblocks.training.jobs import check_one_job
 
 #: What the libraries below raise on bad input; anything else is a bug and keeps its traceback.
@@ -52,6 +55,7 @@ class ModelArguments:
     config_overrides: str | None = option(
         None, "Changes to the config of config_name, such as hidden_size=64,num_hidden_layers=6."
     )
+    preset: str = preset_option()
     end_to_end: bool = option(
         False, "Train the plain model with the stock Trainer instead; updates_per_block is then its max_steps."
     )
@@ -70,6 +74,15 @@ class DataArguments:
     )
     max_train_samples: int | None = option(None, "Train on that many randomly chosen rows of the data only.")
     max_eval_samples: int | None = option(None, "Evaluate on that many randomly chosen rows of the data only.")
+
+
+def blocks_fields(args: ModelArguments, blocks_args: BlocksArguments, task: str) -> dict[str, Any] | None:
+    """Every field of the DiffusionBlocks model: those that are given, the preset's, the paper's; None with end_to_end."""
+    if args.end_to_end:
+        return None
+    start = "pretrained" if args.model_name_or_path else "fresh"
+    paper = {name: field.default for name, field in USER_FIELDS.items()}
+    return paper | with_preset(args.preset, task, start, config_fields(blocks_args))
 
 
 # ---- checks that need neither data nor weights
@@ -155,7 +168,7 @@ def check_model(
 
     Args:
         task: what the model has to be for.
-        fields: as in [`load_model`].
+        fields: of [`blocks_fields`].
         shapes: inputs on the meta device.
 
     Raises:
@@ -166,7 +179,7 @@ def check_model(
         source = f"config_overrides={_without_spaces(args.config_overrides)!r}"
     try:
         with torch.device("meta"), torch.no_grad():
-            model = db.convert(config, task=task, **(fields or {"num_blocks": 1})).eval()
+            model = db.convert(config, task=task, preset="paper", **(fields or {"num_blocks": 1})).eval()
             model.backbone(**shapes)
     except BAD_INPUT:
         raise  # these say what is wrong
@@ -183,17 +196,17 @@ def _described(error: Exception) -> str:
 
 
 def check_blocks(
-    args: ModelArguments, blocks_args: BlocksArguments, training_args: db.DiffusionBlocksTrainingArguments,
-    adapters: bool,
-) -> None:  # fmt: skip
+    fields: dict[str, Any] | None, training_args: db.DiffusionBlocksTrainingArguments, adapters: bool
+) -> None:
     """Whether `train_blocks`, if given, are blocks that one job may train."""
     chosen = training_args.train_blocks
-    if chosen is not None and args.end_to_end:
+    if chosen is None:
+        return
+    if fields is None:
         raise ValueError(f"train_blocks={chosen} must not be set with end_to_end: it has no blocks")
-    if chosen is not None:
-        checked_blocks(chosen, blocks_args.num_blocks, "train_blocks")
-        if training_args.train_shared and blocks_args.shared == "common" and not adapters:
-            check_one_job(chosen, blocks_args.num_blocks)
+    checked_blocks(chosen, fields["num_blocks"], "train_blocks")
+    if training_args.train_shared and fields["shared"] == "common" and not adapters:
+        check_one_job(chosen, fields["num_blocks"])
 
 
 # ---- data
@@ -253,19 +266,19 @@ def load_model(
     training_args: db.DiffusionBlocksTrainingArguments,
     new_head: str | None = None,
 ) -> PreTrainedModel:
-    """The plain model, or the DiffusionBlocks model if `fields` for `convert` are given: what this job trains of it.
+    """The plain model, or the DiffusionBlocks model if `fields`, of [`blocks_fields`], are given: what this job trains of it.
 
     `new_head` is the path of a pretrained linear head that starts anew, although its shape fits.
     """
     resident = None
     plain_class = backbone_for(config).plain_class
-    # (With the final objective all blocks run.)
-    if fields is not None and training_args.train_blocks is not None and training_args.objective != "final":
-        blocks = db.DiffusionBlocksConfig(source_config=config, **fields)
-        resident = training_args.train_blocks
-        if blocks.context == "carried":  # the earlier ones run forward
-            resident = list(range(max(resident) + 1))
-        plain_class = plain_part(blocks, resident)
+    if fields is not None and training_args.train_blocks is not None:
+        if training_args.objective_of(fields["objective"]) != "final":  # with which all blocks run
+            blocks = db.DiffusionBlocksConfig(source_config=config, **fields)
+            resident = training_args.train_blocks
+            if blocks.context == "carried":  # the earlier ones run forward
+                resident = list(range(max(resident) + 1))
+            plain_class = plain_part(blocks, resident)
     if args.model_name_or_path:
         source = plain_class.from_pretrained(
             args.model_name_or_path, config=config, use_safetensors=True, ignore_mismatched_sizes=True
@@ -275,7 +288,9 @@ def load_model(
             torch.nn.init.zeros_(source.get_submodule(new_head).bias)
     else:
         source = plain_class._from_config(config) if fields is None else config
-    return source if fields is None else db.convert(source, task=task, resident_blocks=resident, **fields)
+    if fields is None:
+        return source
+    return db.convert(source, task=task, resident_blocks=resident, preset="paper", **fields)  # all fields are given
 
 
 class PlainTrainer(Trainer):
@@ -341,7 +356,6 @@ def run(
     prepare: Callable[..., tuple[Trainer, str | None]],
     types: Sequence[type],
     args: Sequence[str] | None,
-    defaults: dict,
     prog: str,
     description: str,
     finish: Callable[..., None] | None = None,
@@ -353,12 +367,11 @@ def run(
             Trainer and names the checkpoint it resumes from. It must find everything the user can get wrong.
         types: the recipe's arguments.
         args: the command line; None is `sys.argv[1:]`.
-        defaults: of options, in place of the classes' own.
         prog, description: as in argparse.
         finish: given the Trainer and what `prepare` is given, once all is trained and saved.
     """
     types = (*types, BlocksArguments, db.DiffusionBlocksTrainingArguments)
-    arguments = parse(types, args, defaults=defaults, prog=prog, description=description)
+    arguments = parse(types, args, prog=prog, description=description)
     training_args = arguments[-1]
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_diffusionblocks").setLevel(logging.INFO if training_args.should_log else logging.WARNING)

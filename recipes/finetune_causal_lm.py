@@ -64,7 +64,8 @@ def prepare(
     training_args: db.DiffusionBlocksTrainingArguments,
 ) -> tuple[Trainer, str | None]:  # fmt: skip
     """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
-    finetuning.check_arguments(model_args, tuning, blocks_args, training_args)
+    fields = common.blocks_fields(model_args, blocks_args, "text-generation")
+    finetuning.check_arguments(model_args, tuning, fields, training_args)
     check_data(data_args)
     instructions = data_args.prompt_column or data_args.messages_column
     return train_causal_lm.prepare(
@@ -81,7 +82,7 @@ def finish(trainer: Trainer, *arguments) -> None:
 def main(args: Sequence[str] | None = None) -> dict[str, float]:
     """Run the recipe with a command line (None: `sys.argv[1:]`); bad input exits with one line on standard error."""
     return common.run(
-        prepare, (ModelArguments, DataArguments, FinetuningArguments), args, finetuning.DEFAULTS, PROG,
+        prepare, (ModelArguments, DataArguments, FinetuningArguments), args, PROG,
         description=__doc__.splitlines()[0], finish=finish,
     )  # fmt: skip
 

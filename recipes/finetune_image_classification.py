@@ -41,7 +41,8 @@ def prepare(
     training_args: db.DiffusionBlocksTrainingArguments,
 ) -> tuple[Trainer, str | None]:  # fmt: skip
     """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
-    finetuning.check_arguments(model_args, tuning, blocks_args, training_args)
+    fields = common.blocks_fields(model_args, blocks_args, "image-classification")
+    finetuning.check_arguments(model_args, tuning, fields, training_args)
     return train_image_classification.prepare(
         model_args, data_args, blocks_args, training_args,
         adapt=partial(finetuning.adapt, tuning=tuning, modules_to_save=["classifier"]) if tuning.peft else None,
@@ -55,7 +56,7 @@ def finish(trainer: Trainer, *arguments) -> None:
 def main(args: Sequence[str] | None = None) -> dict[str, float]:
     """Run the recipe with a command line (None: `sys.argv[1:]`); bad input exits with one line on standard error."""
     return common.run(
-        prepare, (ModelArguments, DataArguments, FinetuningArguments), args, finetuning.DEFAULTS, PROG,
+        prepare, (ModelArguments, DataArguments, FinetuningArguments), args, PROG,
         description=__doc__.splitlines()[0], finish=finish,
     )  # fmt: skip
 

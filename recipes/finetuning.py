@@ -5,19 +5,17 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, Trainer
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks import checkpoint
-from hf_diffusionblocks.cli.arguments import BlocksArguments
 from hf_diffusionblocks.recipes import common
 from hf_diffusionblocks.recipes.common import option
 
 logger = logging.getLogger("hf_diffusionblocks.recipes.finetuning")
 
-#: Defaults in place of the classes' own: a conversion that changes nothing, and what benchmarks/finetune.py found best.
-DEFAULTS = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0, "objective": "final"}
 LORA_OPTIONS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 
@@ -48,10 +46,10 @@ def not_an_option(default=None):
 
 
 def check_arguments(
-    model_args: common.ModelArguments, tuning: FinetuningArguments, blocks_args: BlocksArguments,
+    model_args: common.ModelArguments, tuning: FinetuningArguments, fields: dict[str, Any] | None,
     training_args: db.DiffusionBlocksTrainingArguments,
 ) -> None:  # fmt: skip
-    """Raises ValueError naming the field, its value and what is allowed."""
+    """`fields` are those of [`blocks_fields`]. Raises ValueError naming the field, its value and what is allowed."""
     if not model_args.model_name_or_path:
         raise ValueError("model_name_or_path must name the model to fine-tune")
     for name in LORA_OPTIONS:
@@ -66,18 +64,18 @@ def check_arguments(
         if (value := getattr(tuning, name)) and model_args.end_to_end:
             raise ValueError(f"{name}={value!r} must not be set with end_to_end: that trains the plain model itself")
     if tuning.export_plain:
-        _check_export(tuning.export_plain, blocks_args, training_args)
+        _check_export(tuning.export_plain, fields, training_args)
 
 
 def _check_export(
-    folder: str, blocks_args: BlocksArguments, training_args: db.DiffusionBlocksTrainingArguments
+    folder: str, fields: dict[str, Any], training_args: db.DiffusionBlocksTrainingArguments
 ) -> None:
-    if (blocks_args.denoiser, blocks_args.context) != ("factorized", "carried"):
+    if (fields["denoiser"], fields["context"]) != ("factorized", "carried"):
         raise ValueError(
             f"export_plain={folder!r} needs denoiser='factorized' and context='carried', not "
-            f"{blocks_args.denoiser!r} and {blocks_args.context!r}: no stock model computes their logits"
+            f"{fields['denoiser']!r} and {fields['context']!r}: no stock model computes their logits"
         )
-    if training_args.train_blocks is not None and training_args.objective != "final":
+    if training_args.train_blocks is not None and training_args.objective_of(fields["objective"]) != "final":
         raise ValueError(
             f"export_plain={folder!r} needs all blocks: with train_blocks={training_args.train_blocks} some are not loaded"
         )

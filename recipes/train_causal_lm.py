@@ -30,15 +30,12 @@ from transformers import (
 )  # fmt: skip
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.cli.arguments import BlocksArguments, config_fields
+from hf_diffusionblocks.cli.arguments import BlocksArguments
 from hf_diffusionblocks.cli.tokenizers import load_tokenizer
 from hf_diffusionblocks.recipes import common
 from hf_diffusionblocks.recipes.common import option
 
 PROG = "train_causal_lm.py"
-#: The recipe's defaults where they are not the class's (the paper's): the best that `convert` offers in
-#: benchmarks/quality_text.py.
-BEST_MEASURED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
 #: Ending of a file -> what `load_dataset` needs to read it. The documents of a text file are its paragraphs.
 READERS = {
     ".txt": ("text", {"sample_by": "paragraph"}),
@@ -329,13 +326,13 @@ def prepare(
     `adapt` gets the model before the Trainer does.
     """
     check_arguments(model_args, data_args)
-    common.check_blocks(model_args, blocks_args, training_args, adapters=adapt is not None)
+    fields = common.blocks_fields(model_args, blocks_args, "text-generation")
+    common.check_blocks(fields, training_args, adapters=adapt is not None)
     if data_args.eval_nll_bound and training_args.train_blocks is not None:
         raise ValueError(f"eval_nll_bound={data_args.eval_nll_bound} needs all blocks: train_blocks must not be set")
     resume_from = common.checkpoint_to_resume(training_args)
     config = common.plain_config(model_args)
     check_length(config, data_args.sequence_length)
-    fields = None if model_args.end_to_end else config_fields(blocks_args)
     tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
     common.check_model(model_args, config, "text-generation", fields, {"input_ids": tokens})
     tokenizer = named_tokenizer(model_args, resume_from)
@@ -367,7 +364,7 @@ def prepare(
 def main(args: Sequence[str] | None = None) -> dict[str, float]:
     """Run the recipe with a command line (None: `sys.argv[1:]`); bad input exits with one line on standard error."""
     return common.run(
-        prepare, (ModelArguments, DataArguments), args, BEST_MEASURED, PROG, description=__doc__.splitlines()[0]
+        prepare, (ModelArguments, DataArguments), args, PROG, description=__doc__.splitlines()[0]
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import torch
@@ -22,13 +23,11 @@ from transformers import (
 )  # fmt: skip
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.cli.arguments import BlocksArguments, config_fields
+from hf_diffusionblocks.cli.arguments import BlocksArguments
 from hf_diffusionblocks.recipes import common
 from hf_diffusionblocks.recipes.common import option
 
 PROG = "train_image_classification.py"
-#: The recipe's defaults where they are not the class's (the paper's): what benchmarks/quality_images.py found best.
-BEST_MEASURED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0, "p_mean": 0.5}
 
 
 @dataclass
@@ -147,13 +146,13 @@ def prepare(
     `adapt` gets the model before the Trainer does.
     """
     common.check_arguments(model_args, data_args)
-    common.check_blocks(model_args, blocks_args, training_args, adapters=adapt is not None)
+    fields = common.blocks_fields(model_args, blocks_args, "image-classification")
+    common.check_blocks(fields, training_args, adapters=adapt is not None)
     resume_from = common.checkpoint_to_resume(training_args)
     config = common.plain_config(model_args)
     channels = getattr(config, "num_channels", 3)
     if channels not in (1, 3):
         raise ValueError(f"num_channels={channels} must be 1 (grayscale) or 3 (RGB)")
-    fields = None if model_args.end_to_end else config_fields(blocks_args)
     pixel_values = torch.zeros(1, channels, *_image_size(config), device="meta")
     common.check_model(model_args, config, "image-classification", fields, {"pixel_values": pixel_values})
     processor = load_image_processor(model_args, config)
@@ -162,8 +161,8 @@ def prepare(
     labels = find_labels(data, data_args.label_column)
     own_labels = list(config.id2label.values()) if model_args.model_name_or_path else []
     is_new = set(labels.values()) != set(own_labels)
-    if is_new and own_labels and not model_args.end_to_end:
-        _check_new_classifier(blocks_args, training_args, adapters=adapt is not None)
+    if is_new and own_labels and fields is not None:
+        _check_new_classifier(fields, training_args, adapters=adapt is not None)
     if not is_new:  # in the order of the model's classifier
         labels = dict(sorted(labels.items(), key=lambda label: own_labels.index(label[1])))
     config.id2label = dict(enumerate(labels.values()))
@@ -182,20 +181,20 @@ def prepare(
 
 
 def _check_new_classifier(
-    blocks_args: BlocksArguments, training_args: db.DiffusionBlocksTrainingArguments, adapters: bool
+    fields: dict[str, Any], training_args: db.DiffusionBlocksTrainingArguments, adapters: bool
 ) -> None:
     """Raises ValueError if nothing would train it."""
-    chosen, last = training_args.train_blocks, blocks_args.num_blocks - 1
+    chosen, last = training_args.train_blocks, fields["num_blocks"] - 1
     if adapters and chosen is not None and last not in chosen:
         raise ValueError(f"train_blocks={chosen} must include {last}: the labels are new, so its classifier is to be trained")
-    if not adapters and not training_args.train_shared and blocks_args.shared == "common":
+    if not adapters and not training_args.train_shared and fields["shared"] == "common":
         raise ValueError("train_shared=False must be True: the labels are new, so the classifier is to be trained")
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, float]:
     """Run the recipe with a command line (None: `sys.argv[1:]`); bad input exits with one line on standard error."""
     return common.run(
-        prepare, (ModelArguments, DataArguments), args, BEST_MEASURED, PROG, description=__doc__.splitlines()[0]
+        prepare, (ModelArguments, DataArguments), args, PROG, description=__doc__.splitlines()[0]
     )
 
 

@@ -64,7 +64,7 @@ def batch() -> dict[str, torch.Tensor]:
 @pytest.fixture
 def model(plain_model, formulation) -> db.DiffusionBlocksForImageClassification:
     """A converted model of each formulation, every parameter away from its start (AdaLN included)."""
-    return randomized(db.convert(plain_model, num_blocks=2, **formulation))
+    return randomized(db.convert(plain_model, num_blocks=2, preset="paper", **formulation))
 
 
 def randomized(model):

@@ -81,7 +81,7 @@ def rows(source) -> Dataset:
 
 def made(source, fields: dict, resident_blocks=None):
     torch.manual_seed(0)
-    return db.convert(source, resident_blocks=resident_blocks, **{"num_blocks": 2, **fields})
+    return db.convert(source, resident_blocks=resident_blocks, preset="paper", **{"num_blocks": 2, **fields})
 
 
 def arguments_of(folder: Path, arguments: dict, batch: int = BATCH) -> db.DiffusionBlocksTrainingArguments:

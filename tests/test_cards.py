@@ -29,7 +29,7 @@ def test_card_states_blocks_and_formulation(model, tmp_path):
 
 def test_card_metadata_is_what_the_hub_reads(plain_model, tmp_path):
     plain_model.config.name_or_path = "someone/plain-vit"
-    db.convert(plain_model, 2).save_pretrained(tmp_path)
+    db.convert(plain_model, 2, preset="paper").save_pretrained(tmp_path)
     data = ModelCard.load(tmp_path / "README.md").data
     assert (data.library_name, data.pipeline_tag, data.base_model) == (
         "transformers", "image-classification", "someone/plain-vit",
@@ -38,7 +38,7 @@ def test_card_metadata_is_what_the_hub_reads(plain_model, tmp_path):
 
 
 def test_card_reports_training_and_survives_a_reload(plain_model, tmp_path):
-    model = db.convert(plain_model, 2)
+    model = db.convert(plain_model, 2, preset="paper")
     model.config.training_report = {"dataset": "someone/images"}
     trainer = make_trainer(model, tmp_path, updates_per_block=2)
     trainer.train()
@@ -64,7 +64,7 @@ def test_card_reports_training_and_survives_a_reload(plain_model, tmp_path):
 
 
 def test_a_card_edited_by_a_person_is_kept(plain_model, tmp_path):
-    model = db.convert(plain_model, 2)
+    model = db.convert(plain_model, 2, preset="paper")
     model.save_pretrained(tmp_path)
     edited = "\n".join(line for line in read(tmp_path).splitlines() if GENERATED_BY[0] not in line) + "\nMy words.\n"
     (tmp_path / "README.md").write_text(edited)
@@ -96,7 +96,7 @@ def test_push_to_hub_uploads_shards_and_card(plain_model, tmp_path, monkeypatch,
     monkeypatch.setattr(hub, "hf_api", lambda *args, **kwargs: fake)
     generic = hub.ModelCard("This model card has been automatically generated") if remote_card is None else None
     monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *a, **k: generic or hub.ModelCard(remote_card))
-    model = db.convert(plain_model, 2)
+    model = db.convert(plain_model, 2, preset="paper")
     if way == "push_to_hub":
         model.push_to_hub("me/blocks")
     else:
@@ -108,6 +108,6 @@ def test_push_to_hub_uploads_shards_and_card(plain_model, tmp_path, monkeypatch,
 
 
 def test_trainer_writes_this_card(plain_model, tmp_path):
-    trainer = make_trainer(db.convert(plain_model, 2), tmp_path)
+    trainer = make_trainer(db.convert(plain_model, 2, preset="paper"), tmp_path)
     trainer.create_model_card(model_name="blocks")
     assert "cut into 2 blocks" in read(tmp_path)

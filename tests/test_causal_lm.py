@@ -76,7 +76,7 @@ def plain(text_config):
 
 def make(plain, **fields) -> db.DiffusionBlocksForCausalLM:
     """Converted to two blocks, every parameter (AdaLN included) away from its start."""
-    return randomized(db.convert(plain, num_blocks=2, **fields)).eval()
+    return randomized(db.convert(plain, num_blocks=2, preset="paper", **fields)).eval()
 
 
 @pytest.fixture
@@ -496,7 +496,7 @@ def test_fitted_noise_is_saved(ids, tmp_path):
 
 
 def test_noise_that_cannot_be_fitted_is_refused(ids):
-    fresh = db.convert(CONFIGS["llama"](), num_blocks=2)  # not tied: its head knows nothing of the targets
+    fresh = db.convert(CONFIGS["llama"](), num_blocks=2, preset="paper")  # not tied: its head knows nothing of the targets
     with pytest.raises(ValueError, match="readout='edm' that has not learned to read z"):
         db.fit_noise_schedule(fresh, [{"input_ids": ids, "labels": ids}])
     with pytest.raises(ValueError, match="no batches"):
@@ -557,7 +557,7 @@ def test_gradient_checkpointing_changes_nothing(plain, text_formulation, ids):
 
 
 def test_bfloat16(plain, text_formulation, ids):
-    model = db.convert(plain.to(torch.bfloat16), num_blocks=2, **text_formulation).train()
+    model = db.convert(plain.to(torch.bfloat16), num_blocks=2, preset="paper", **text_formulation).train()
     loss = model(ids, labels=ids, block_index=1).loss
     loss.backward()
     assert loss.isfinite() and model.block_parameters(1)[0].grad.dtype == torch.bfloat16
@@ -585,10 +585,10 @@ def test_a_full_context_has_logits_for_the_token_after_it():
 
 def test_unsupported_configs_are_named(tmp_path):
     with pytest.raises(ValueError, match="add_cross_attention=True"):
-        db.convert(GPT2Config(n_layer=2, n_embd=32, n_head=4, add_cross_attention=True), num_blocks=2)
+        db.convert(GPT2Config(n_layer=2, n_embd=32, n_head=4, add_cross_attention=True), num_blocks=2, preset="paper")
     windows = Qwen3Config(head_dim=8, use_sliding_window=True, max_window_layers=2, **LLAMA)
     with pytest.raises(ValueError, match="use_sliding_window=True with max_window_layers=2"):
-        db.convert(windows, num_blocks=2)
+        db.convert(windows, num_blocks=2, preset="paper")
     with pytest.raises(ValueError, match="readout_layers=1 must be 0 with denoiser='joint' for text"):
         db.convert(CONFIGS["llama"](), num_blocks=2, context="carried", readout_layers=1)
 

@@ -78,7 +78,7 @@ def test_round_trip_in_a_fresh_process_is_bit_equal(plain_model, batch, tmp_path
     torch.save(batch["pixel_values"], tmp_path / "images.pt")
     models = {}
     for name, fields in FORMULATIONS.items():
-        models[name] = randomized(db.convert(plain_model, num_blocks=2, **fields)).eval()
+        models[name] = randomized(db.convert(plain_model, num_blocks=2, preset="paper", **fields)).eval()
         models[name].save_pretrained(tmp_path / f"model-{name}")
     subprocess.run([sys.executable, "-c", FRESH_PROCESS, str(tmp_path)], check=True, timeout=120)
     for name, model in models.items():
@@ -91,7 +91,7 @@ def test_round_trip_in_a_fresh_process_is_bit_equal(plain_model, batch, tmp_path
 def test_saving_again_with_other_blocks_leaves_no_stale_file(saved, plain_model):
     _, folder = saved
     (folder / "model.safetensors").write_bytes(b"stale: it would beat the index")
-    other = db.convert(plain_model, num_blocks=4)
+    other = db.convert(plain_model, num_blocks=4, preset="paper")
     other.save_pretrained(folder)
     assert sorted(path.name for path in folder.glob("*.safetensors")) == [
         f"model-0000{i}-of-00005.safetensors" for i in range(1, 6)

@@ -51,7 +51,7 @@ def saved(model, tmp_path):
 @pytest.fixture
 def blocks_folder(plain_model, tmp_path) -> Path:
     """A saved model of two blocks."""
-    randomized(db.convert(plain_model, num_blocks=2)).save_pretrained(tmp_path / "blocks")
+    randomized(db.convert(plain_model, num_blocks=2, preset="paper")).save_pretrained(tmp_path / "blocks")
     return tmp_path / "blocks"
 
 
@@ -358,7 +358,7 @@ def test_inspect_json_is_the_models_own(saved, capsys):
 
 
 def test_inspect_says_what_auto_stands_for(plain_model, tmp_path, capsys):
-    model = db.convert(plain_model, num_blocks=4, sigma_data="auto", overlap=0.2, num_inference_steps=7)
+    model = db.convert(plain_model, num_blocks=4, sigma_data="auto", overlap=0.2, num_inference_steps=7, preset="paper")
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "options.yaml").write_text("json: true")
     main(["inspect", str(tmp_path / "model"), "--config", str(tmp_path / "options.yaml")])
@@ -370,7 +370,7 @@ def test_inspect_says_what_auto_stands_for(plain_model, tmp_path, capsys):
 
 
 def test_inspect_prints_table_formulation_and_report(plain_model, tmp_path, capsys):
-    model = db.convert(plain_model, num_blocks=2)
+    model = db.convert(plain_model, num_blocks=2, preset="paper")
     model.config.training_report = {"results": {"eval_accuracy": 0.5}, "steps": 12}
     model.save_pretrained(tmp_path / "model")
     main(["inspect", str(tmp_path / "model")])

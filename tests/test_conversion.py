@@ -23,7 +23,7 @@ def plain_logits(model: db.DiffusionBlocksForImageClassification, batch) -> torc
 def test_weights_are_kept_and_the_source_is_untouched(plain_model, formulation):
     before = copy.deepcopy(plain_model.state_dict())
     config_before = copy.deepcopy(vars(plain_model.config))
-    model = randomized(db.convert(plain_model, num_blocks=2, **formulation))
+    model = randomized(db.convert(plain_model, num_blocks=2, preset="paper", **formulation))
     assert vars(plain_model.config) == config_before
     for name, tensor in plain_model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -33,7 +33,8 @@ def test_weights_are_kept_and_the_source_is_untouched(plain_model, formulation):
 @pytest.mark.parametrize("start", ["pretrained", "fresh"])
 def test_a_modulated_layer_starts_as_the_plain_layer(start, plain_model, plain_config, batch, formulation, tmp_path):
     """Bit for bit, at any sigma, and again after a save and a load."""
-    model = db.convert(plain_model if start == "pretrained" else plain_config, num_blocks=2, **formulation).eval()
+    source = plain_model if start == "pretrained" else plain_config
+    model = db.convert(source, num_blocks=2, preset="paper", **formulation).eval()
     with torch.no_grad():
         expected = model.backbone(batch["pixel_values"]).logits
         assert torch.equal(plain_logits(model, batch), expected)
@@ -44,7 +45,7 @@ def test_a_modulated_layer_starts_as_the_plain_layer(start, plain_model, plain_c
 
 def test_modulation_acts_once_it_has_moved(plain_model, batch):
     """Positive control of the test above."""
-    model = randomized(db.convert(plain_model, num_blocks=2)).eval()
+    model = randomized(db.convert(plain_model, num_blocks=2, preset="paper")).eval()
     with torch.no_grad():
         assert not torch.allclose(plain_logits(model, batch), model.backbone(batch["pixel_values"]).logits)
 
@@ -93,7 +94,7 @@ def test_to_plain_gives_the_trained_model(plain_model, batch):
 @pytest.mark.parametrize("fields", [{}, {"denoiser": "factorized"}, {"context": "carried"}])
 def test_to_plain_is_refused_where_no_stock_model_computes_the_logits(plain_config, fields):
     with pytest.raises(ValueError, match=r"to_plain\(\) needs denoiser='factorized' and context='carried'"):
-        db.convert(plain_config, num_blocks=2, **fields).to_plain()
+        db.convert(plain_config, num_blocks=2, preset="paper", **fields).to_plain()
 
 
 def test_from_a_folder(plain_model, batch, tmp_path):
@@ -110,30 +111,30 @@ def test_pickled_weights_are_not_loaded(plain_model, tmp_path):
     plain_model.config.save_pretrained(tmp_path)
     torch.save(plain_model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(OSError, match="model.safetensors"):
-        db.convert(tmp_path, num_blocks=2)
+        db.convert(tmp_path, num_blocks=2, preset="paper")
 
 
 def test_device_dtype_and_mode_are_the_source_s(plain_model):
-    model = db.convert(plain_model.to(torch.bfloat16).train(), num_blocks=2)
+    model = db.convert(plain_model.to(torch.bfloat16).train(), num_blocks=2, preset="paper")
     assert model.training and {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_attention_implementation_is_the_source_s(plain_model):
     plain_model.set_attn_implementation("eager")
-    model = db.convert(plain_model, num_blocks=2)
+    model = db.convert(plain_model, num_blocks=2, preset="paper")
     assert model.backbone.config._attn_implementation == "eager"
 
 
 def test_task_is_taken_from_the_source_or_named(plain_config):
     for task in (None, "image-classification"):
-        assert isinstance(db.convert(plain_config, 2, task=task), db.DiffusionBlocksForImageClassification)
+        assert isinstance(db.convert(plain_config, 2, task=task, preset="paper"), db.DiffusionBlocksForImageClassification)
 
 
 @pytest.mark.parametrize(
     "source, fields, error, message",
     [
         (lambda c: BertConfig(), {}, ValueError, r"model_type='bert' is not supported; supported: gpt2 .*llama .*vit"),
-        (lambda c: db.convert(c, 2), {}, ValueError, r"DiffusionBlocks model already \(num_blocks=2\)"),
+        (lambda c: db.convert(c, 2, preset="paper"), {}, ValueError, r"DiffusionBlocks model already \(num_blocks=2\)"),
         (lambda c: db.DiffusionBlocksConfig(source_config=c), {}, ValueError, r"DiffusionBlocks model already"),
         (lambda c: ViTModel(c), {}, ValueError, r"source=ViTModel must be ViTForImageClassification"),
         (lambda c: c, {"num_blocks": 5}, ValueError, r"num_blocks=5 must be at most the model's 4 layers"),
@@ -148,4 +149,4 @@ def test_task_is_taken_from_the_source_or_named(plain_config):
 )  # fmt: skip
 def test_what_cannot_be_converted_is_refused(plain_config, source, fields, error, message):
     with pytest.raises(error, match=message):
-        db.convert(source(plain_config), **fields)
+        db.convert(source(plain_config), preset="paper", **fields)

@@ -70,7 +70,7 @@ def test_the_largest_block_is_among_those_that_are_followed():
     workload = Workload(GPT2, 3, 3, 24)
     totals = []
     for block in range(3):
-        model = db.convert(GPT2, 3, resident_blocks=[block], **fields).train()
+        model = db.convert(GPT2, 3, resident_blocks=[block], preset="paper", **fields).train()
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         batch = workload.batch() | ({"block_input": workload.hidden()} if block else {})
         totals.append(db.measure_memory(model, optimizer, lambda: model(**batch, block_index=block).loss).total)

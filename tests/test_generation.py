@@ -75,7 +75,7 @@ def plain_model(family: str):
 @lru_cache(maxsize=None)
 def converted(family: str, formulation: str) -> db.DiffusionBlocksForCausalLM:
     """Two blocks, every parameter (AdaLN included) away from its start; shared by tests, none of which changes it."""
-    return randomized(db.convert(plain_model(family), num_blocks=2, **FORMULATIONS[formulation])).eval()
+    return randomized(db.convert(plain_model(family), num_blocks=2, preset="paper", **FORMULATIONS[formulation])).eval()
 
 
 @pytest.fixture

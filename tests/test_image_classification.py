@@ -65,7 +65,7 @@ def test_layers_of_inactive_blocks_are_not_run(model, batch, block_index):
 def stored_bytes(plain_config, layers_per_block, block_index, batch, formulation) -> int:
     """What a training step of one block keeps for its backward pass."""
     config = ViTConfig(**{**plain_config.to_dict(), "num_hidden_layers": sum(layers_per_block)})
-    model = db.convert(config, num_blocks=2, layers_per_block=layers_per_block, **formulation).train()
+    model = db.convert(config, num_blocks=2, layers_per_block=layers_per_block, preset="paper", **formulation).train()
     with SavedActivations(model.parameters()) as saved:
         model(**batch, block_index=block_index, sigma=torch.ones(6), noise=torch.zeros(6, 32))
     return saved.bytes
@@ -113,7 +113,7 @@ def test_a_step_draws_a_sigma_of_its_block_and_noise_for_every_row(model, batch,
 
 
 def test_the_noisy_label_is_scaled_by_c_in_and_the_clean_tokens_are_not(plain_model, batch):
-    model = randomized(db.convert(plain_model, num_blocks=2)).eval()
+    model = randomized(db.convert(plain_model, num_blocks=2, preset="paper")).eval()
     entered = []
     model.backbone.vit.layers[2].layernorm_before.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
     sigma, noise = torch.logspace(-2, 1.5, 6), torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
@@ -152,12 +152,12 @@ def test_clean_stream_is_conditioned_on_sigma_min(plain_model, batch):
 
 
 def test_overlap_defaults_to_the_task_s(plain_config):
-    assert db.convert(plain_config, 2).noise_schedule.overlap == 0.05
-    assert db.convert(plain_config, 2, overlap=0.0).noise_schedule.overlap == 0.0
+    assert db.convert(plain_config, 2, preset="paper").noise_schedule.overlap == 0.05
+    assert db.convert(plain_config, 2, overlap=0.0, preset="paper").noise_schedule.overlap == 0.0
 
 
 def test_targets_of_blocks_trained_apart_are_saved_but_not_trained(plain_config):
-    targets = db.convert(plain_config, 2, shared="per_block").label_embeddings
+    targets = db.convert(plain_config, 2, shared="per_block", preset="paper").label_embeddings
     assert not list(targets.parameters()) and list(targets.state_dict()) == ["table"]
 
 
@@ -192,7 +192,7 @@ def test_edm_weight_is_per_sample(plain_model, batch):
     sigma = torch.logspace(-1, 1, 6)
     draw = {"sigma": sigma, "noise": torch.randn(6, 32, generator=torch.Generator().manual_seed(0))}
     plain, weighted = (
-        db.convert(plain_model, num_blocks=2, loss_weighting=weighting) for weighting in (None, "edm")
+        db.convert(plain_model, num_blocks=2, loss_weighting=weighting, preset="paper") for weighting in (None, "edm")
     )
     weighted.load_state_dict(plain.state_dict())
     logits = plain(**batch, block_index=0, **draw).logits
@@ -211,7 +211,7 @@ def test_draws_come_from_the_generator_alone(model, batch):
 
 
 def test_sigma_is_drawn_in_the_block_and_at_sigma_max_for_the_prior_fraction(plain_config):
-    model = db.convert(plain_config, num_blocks=2, prior_fraction=0.25)
+    model = db.convert(plain_config, num_blocks=2, prior_fraction=0.25, preset="paper")
     sigma = model.draw_sigma(1, (4000,), torch.Generator().manual_seed(0))
     at_top = sigma == 80.0
     assert at_top.float().mean().item() == pytest.approx(0.25, abs=0.03)
@@ -309,7 +309,7 @@ def test_what_evaluation_logits_are(model, batch):
 
 def test_walk_with_one_step_a_block_runs_each_layer_once(plain_model, batch):
     for fields in (FORMULATIONS["joint-edm-independent"], FORMULATIONS["factorized-carried"]):
-        model = db.convert(plain_model, num_blocks=2, **fields)
+        model = db.convert(plain_model, num_blocks=2, preset="paper", **fields)
         runs = count_layer_runs(model)
         model.predict(batch["pixel_values"])
         assert runs == dict.fromkeys(range(4), 1)
@@ -317,7 +317,7 @@ def test_walk_with_one_step_a_block_runs_each_layer_once(plain_model, batch):
 
 def test_walk_runs_without_dropout_in_training_mode(plain_config, batch):
     plain_config.hidden_dropout_prob = 0.5
-    model = randomized(db.convert(plain_config, 2)).train()
+    model = randomized(db.convert(plain_config, 2, preset="paper")).train()
     assert torch.equal(*(model.predict(batch["pixel_values"]).logits for _ in range(2)))
     assert model.training and model.backbone.vit.layers[0].dropout.training
 
@@ -332,7 +332,7 @@ def test_walk_returns_its_trajectory(model, batch):
 
 def test_walk_steps_default_to_the_config_and_then_to_the_blocks(plain_config, batch):
     for fields, steps in (({}, 2), ({"num_inference_steps": 3}, 3)):
-        model = db.convert(plain_config, num_blocks=2, **fields).eval()
+        model = db.convert(plain_config, num_blocks=2, preset="paper", **fields).eval()
         assert model.predict(batch["pixel_values"]).trajectory.shape[1] == steps
     with pytest.raises(ValueError, match="num_steps=0 must be at least 1"):
         model.predict(batch["pixel_values"], num_inference_steps=0)
@@ -340,7 +340,7 @@ def test_walk_steps_default_to_the_config_and_then_to_the_blocks(plain_config, b
 
 @pytest.mark.parametrize("sampler, bridge", [("euler", "soft"), ("euler", "hard"), ("ancestral", "soft")])
 def test_a_generator_gives_every_row_its_own_noise(plain_config, batch, sampler, bridge):
-    model = randomized(db.convert(plain_config, 2, sampler=sampler, bridge=bridge, p_mean=1.0)).eval()
+    model = randomized(db.convert(plain_config, 2, sampler=sampler, bridge=bridge, p_mean=1.0, preset="paper")).eval()
     same = batch["pixel_values"][:1].expand(6, -1, -1, -1)
     keyed = model.predict(same, 4).logits
     drawn, again = (model.predict(same, 4, generator=torch.Generator().manual_seed(0)).logits for _ in range(2))
@@ -356,7 +356,7 @@ def test_pipeline(plain_config, tmp_path):
     from PIL import Image
 
     plain_config.num_channels = 3
-    model = randomized(db.convert(plain_config, num_blocks=2))
+    model = randomized(db.convert(plain_config, num_blocks=2, preset="paper"))
     model.save_pretrained(tmp_path)
     processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
     processor.save_pretrained(tmp_path)
@@ -370,7 +370,7 @@ def test_pipeline(plain_config, tmp_path):
 
 
 def test_new_label_set_on_loading(plain_config, batch, tmp_path):
-    db.convert(plain_config, num_blocks=2).save_pretrained(tmp_path)
+    db.convert(plain_config, num_blocks=2, preset="paper").save_pretrained(tmp_path)
     model = AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
     assert model(pixel_values=batch["pixel_values"]).logits.shape == (6, 3)
 
@@ -385,14 +385,14 @@ def test_attention_implementation_reaches_the_layers(model, batch):
 
 
 def test_bfloat16(plain_model, batch, formulation):
-    model = db.convert(plain_model.to(torch.bfloat16), num_blocks=2, **formulation).train()
+    model = db.convert(plain_model.to(torch.bfloat16), num_blocks=2, preset="paper", **formulation).train()
     out = model(**batch, block_index=1)
     out.loss.backward()
     assert out.loss.isfinite() and model.block_parameters(1)[0].grad.dtype == torch.bfloat16
 
 
 def test_unusual_image_size(plain_config, batch):
-    model = db.convert(ViTConfig(**{**plain_config.to_dict(), "image_size": 16}), num_blocks=2).eval()
+    model = db.convert(ViTConfig(**{**plain_config.to_dict(), "image_size": 16}), num_blocks=2, preset="paper").eval()
     with pytest.raises(ValueError, match="image size"):
         model(pixel_values=batch["pixel_values"])
     assert model(pixel_values=batch["pixel_values"], interpolate_pos_encoding=True).logits.shape == (6, 5)

@@ -56,7 +56,7 @@ def texts() -> Dataset:
 
 def made(source, fields: dict, resident_blocks=None):
     torch.manual_seed(0)
-    return db.convert(source, 2, resident_blocks=resident_blocks, **fields)
+    return db.convert(source, 2, resident_blocks=resident_blocks, preset="paper", **fields)
 
 
 def trained(model, folder, texts, **arguments):
@@ -236,7 +236,7 @@ def test_a_job_evaluates_the_label_free_loss_of_its_block(texts, tmp_path):
 def test_a_job_on_the_final_loss_evaluates_that(texts, tmp_path):
     """On cached inputs, without the blocks before: what it reads is the whole model's loss."""
     torch.manual_seed(0)
-    whole = db.convert(CONFIGS["gpt2"], 4, **CARRIED)
+    whole = db.convert(CONFIGS["gpt2"], 4, preset="paper", **CARRIED)
     whole.save_pretrained(tmp_path / "whole")
     part = type(whole).from_pretrained(tmp_path / "whole", resident_blocks=[1, 2, 3])
     cached = db.cache_block_inputs(whole, texts, 1, tmp_path / "cache")
@@ -255,7 +255,7 @@ def test_an_interrupted_job_resumes_bit_equal(texts, tmp_path):
     )  # fmt: skip
     db.DiffusionBlocksTrainer(model=made(CONFIGS["gpt2"], INDEPENDENT, [1]), args=args, train_dataset=texts).train()
     torch.manual_seed(5)  # other fresh weights: all come from the checkpoint
-    resumed = db.convert(CONFIGS["gpt2"], 2, resident_blocks=[1], **INDEPENDENT)
+    resumed = db.convert(CONFIGS["gpt2"], 2, resident_blocks=[1], preset="paper", **INDEPENDENT)
     trainer = db.DiffusionBlocksTrainer(model=resumed, args=args, train_dataset=texts)
     trainer.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
     assert same_weights(resumed.state_dict(), whole.state_dict())
@@ -331,7 +331,7 @@ def test_a_job_on_cached_inputs_is_the_job_around_its_predecessors(family, field
 def test_cached_inputs_chain_from_block_to_block(texts, tmp_path):
     """Only the block between two caches is loaded."""
     torch.manual_seed(0)
-    whole = db.convert(CONFIGS["gpt2"], 4, **CARRIED)
+    whole = db.convert(CONFIGS["gpt2"], 4, preset="paper", **CARRIED)
     whole.save_pretrained(tmp_path / "whole")
     data = texts
     for block in (1, 2, 3):
@@ -495,7 +495,7 @@ def test_jobs_that_do_not_fit_are_refused(jobs, tmp_path):
 
 def test_jobs_with_other_targets_are_refused(jobs, texts, tmp_path):
     torch.manual_seed(1)  # other fresh weights
-    other = db.convert(CONFIGS["gpt2"], 2, resident_blocks=[1], **INDEPENDENT)
+    other = db.convert(CONFIGS["gpt2"], 2, resident_blocks=[1], preset="paper", **INDEPENDENT)
     trained(other, tmp_path / "other", texts)
     with pytest.raises(ValueError, match=r"what all blocks share .* differs .*target_embeddings.table"):
         db.merge_blocks([jobs[0], tmp_path / "other"], tmp_path / "merged")

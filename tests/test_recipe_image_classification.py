@@ -267,7 +267,7 @@ def test_picture_of_the_partition(tmp_path, num_blocks):
 
 def test_picture_of_a_walk(tmp_path, plain_config, batch):
     plain_config.num_labels = 30  # more than a panel can show
-    model = db.convert(plain_config, num_blocks=2).eval()
+    model = db.convert(plain_config, num_blocks=2, preset="paper").eval()
     prediction = model.predict(batch["pixel_values"], num_inference_steps=3)
     images = batch["pixel_values"][:, 0].numpy()
     plots.plot_walk(images, batch["labels"], prediction, model.config.id2label, tmp_path / "walk.png")

@@ -104,7 +104,7 @@ def test_long_turns_fetch_no_block_ahead():
 def test_another_loss_is_refused(arguments, others, message, plain_model, tmp_path):
     args = db.DiffusionBlocksTrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **arguments)
     with pytest.raises(ValueError, match=message):
-        db.DiffusionBlocksTrainer(model=db.convert(plain_model, 2), args=args, **others)
+        db.DiffusionBlocksTrainer(model=db.convert(plain_model, 2, preset="paper"), args=args, **others)
 
 
 def test_a_block_keeps_its_turn():
@@ -140,7 +140,7 @@ def test_a_step_moves_its_block_and_shared_parameters_only(model, tmp_path, accu
 
 
 def test_micro_batches_of_a_step_train_one_block(plain_model, tmp_path):
-    model = db.convert(plain_model, num_blocks=2)
+    model = db.convert(plain_model, num_blocks=2, preset="paper")
     trained = []
     model.register_forward_pre_hook(lambda m, args, kwargs: trained.append(kwargs["block_index"]), with_kwargs=True)
     trainer = make_trainer(model, tmp_path, max_steps=4, gradient_accumulation_steps=2)
@@ -149,14 +149,14 @@ def test_micro_batches_of_a_step_train_one_block(plain_model, tmp_path):
 
 
 def test_updates_per_block_sets_the_number_of_steps(plain_model, tmp_path):
-    recorder = train_and_record(db.convert(plain_model, num_blocks=4), tmp_path, updates_per_block=3)
+    recorder = train_and_record(db.convert(plain_model, num_blocks=4, preset="paper"), tmp_path, updates_per_block=3)
     assert Counter(recorder.blocks) == dict.fromkeys(range(4), 3)
     assert recorder.trainer.state.global_step == 12
 
 
 def test_sequential_training(plain_model, tmp_path):
     recorder = train_and_record(
-        db.convert(plain_model, num_blocks=2), tmp_path, updates_per_block=2, block_schedule="sequential"
+        db.convert(plain_model, num_blocks=2, preset="paper"), tmp_path, updates_per_block=2, block_schedule="sequential"
     )
     assert recorder.blocks == [0, 0, 1, 1]
 
@@ -164,7 +164,7 @@ def test_sequential_training(plain_model, tmp_path):
 def test_sequential_training_keeps_the_state_of_one_block(plain_model, tmp_path):
     """A block whose turn is over is not trained again. In turns, all blocks' states stay."""
     for order, owners in (("sequential", {None, 1}), ("random", {None, 0, 1})):
-        model = db.convert(plain_model, num_blocks=2)
+        model = db.convert(plain_model, num_blocks=2, preset="paper")
         trainer = make_trainer(model, tmp_path, updates_per_block=2, block_schedule=order)
         trainer.train()
         held = {id(parameter) for parameter in trainer.optimizer.state}
@@ -178,7 +178,7 @@ def test_sequential_training_keeps_the_state_of_one_block(plain_model, tmp_path)
 def test_learning_rate_runs_on_each_block_s_own_updates(plain_model, tmp_path, order):
     """Each block sees the whole curve, warm-up to zero, as a plain model of as many updates would."""
     recorder = train_and_record(
-        db.convert(plain_model, num_blocks=2), tmp_path, updates_per_block=6, block_schedule=order,
+        db.convert(plain_model, num_blocks=2, preset="paper"), tmp_path, updates_per_block=6, block_schedule=order,
         lr_scheduler_type="linear", warmup_steps=2,
     )  # fmt: skip
     expected = [0, 0.005, 0.01, 0.0075, 0.005, 0.0025]
@@ -191,7 +191,7 @@ def test_learning_rate_runs_on_each_block_s_own_updates(plain_model, tmp_path, o
 
 def test_logged_learning_rate_is_the_active_block_s(plain_model, tmp_path):
     recorder = train_and_record(
-        db.convert(plain_model, num_blocks=2), tmp_path, updates_per_block=2, block_schedule="sequential"
+        db.convert(plain_model, num_blocks=2, preset="paper"), tmp_path, updates_per_block=2, block_schedule="sequential"
     )
     logged = [entry["learning_rate"] for entry in recorder.trainer.state.log_history if "learning_rate" in entry]
     assert logged == pytest.approx([0.01, 0.005, 0.01, 0.005])
@@ -201,14 +201,14 @@ def test_a_schedule_that_is_no_function_of_the_step_is_refused(plain_model, tmp_
     """Before any training."""
     arguments = {"max_steps": 2, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
     with pytest.raises(ValueError, match="lr_scheduler_type='reduce_lr_on_plateau' is not a function of the step"):
-        make_trainer(db.convert(plain_model, 2), tmp_path, **arguments)
+        make_trainer(db.convert(plain_model, 2, preset="paper"), tmp_path, **arguments)
 
 
 # ---- logs, evaluation
 
 
 def test_logs_hold_a_loss_for_each_block(plain_model, tmp_path):
-    trainer = make_trainer(db.convert(plain_model, 2), tmp_path, updates_per_block=2, logging_steps=2)
+    trainer = make_trainer(db.convert(plain_model, 2, preset="paper"), tmp_path, updates_per_block=2, logging_steps=2)
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(entries) == 2
@@ -218,7 +218,7 @@ def test_logs_hold_a_loss_for_each_block(plain_model, tmp_path):
 
 def test_block_losses_are_means_over_micro_batches(plain_model, tmp_path):
     trainer = make_trainer(
-        db.convert(plain_model, 2), tmp_path, max_steps=2, logging_steps=2, gradient_accumulation_steps=4
+        db.convert(plain_model, 2, preset="paper"), tmp_path, max_steps=2, logging_steps=2, gradient_accumulation_steps=4
     )
     trainer.train()
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
@@ -235,7 +235,8 @@ def test_evaluation_is_label_free(model, tmp_path):
 
 
 def test_training_evaluates_and_goes_on(plain_model, tmp_path):
-    trainer = make_trainer(db.convert(plain_model, 2), tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2)
+    model = db.convert(plain_model, 2, preset="paper")
+    trainer = make_trainer(model, tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2)
     trainer.train()
     assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 2
 
@@ -251,7 +252,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(plain_config, tmp_path, name):
 
     def fresh():
         torch.manual_seed(0)
-        return db.convert(plain_config, num_blocks=2, **FORMULATIONS[name])
+        return db.convert(plain_config, num_blocks=2, preset="paper", **FORMULATIONS[name])
 
     uninterrupted = fresh()
     make_trainer(uninterrupted, tmp_path / "whole", **arguments).train()
@@ -266,18 +267,18 @@ def test_resumed_equals_uninterrupted_bit_for_bit(plain_config, tmp_path, name):
 
 def test_resume_from_a_damaged_checkpoint_names_the_shard(plain_model, tmp_path):
     arguments = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    make_trainer(db.convert(plain_model, 2), tmp_path, **arguments).train()
+    make_trainer(db.convert(plain_model, 2, preset="paper"), tmp_path, **arguments).train()
     (tmp_path / "checkpoint-2" / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(OSError, match="checkpoint-2/model-00002-of-00003.safetensors is missing"):
-        make_trainer(db.convert(plain_model, 2), tmp_path, **arguments).train(
+        make_trainer(db.convert(plain_model, 2, preset="paper"), tmp_path, **arguments).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-2")
         )
 
 
 def test_best_model_is_loaded_at_the_end(plain_model, tmp_path):
     trainer = make_trainer(
-        db.convert(plain_model, 2), tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2, save_strategy="steps",
-        save_steps=2, load_best_model_at_end=True,
+        db.convert(plain_model, 2, preset="paper"), tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2,
+        save_strategy="steps", save_steps=2, load_best_model_at_end=True,
     )  # fmt: skip
     trainer.train()
     best = min(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
@@ -306,7 +307,7 @@ def test_several_devices_in_one_process_are_refused(plain_model, tmp_path):
     args = db.DiffusionBlocksTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     args._n_gpu = 2  # what the arguments find on a machine with two GPUs, without a launcher
     with pytest.raises(ValueError, match="2 devices in one process cannot .* `accelerate launch`"):
-        db.DiffusionBlocksTrainer(model=db.convert(plain_model, 2), args=args)
+        db.DiffusionBlocksTrainer(model=db.convert(plain_model, 2, preset="paper"), args=args)
 
 
 def test_a_plain_model_or_plain_arguments_are_refused(plain_model, tmp_path):
@@ -314,4 +315,6 @@ def test_a_plain_model_or_plain_arguments_are_refused(plain_model, tmp_path):
     with pytest.raises(TypeError, match="model=ViTForImageClassification must be a DiffusionBlocks model"):
         db.DiffusionBlocksTrainer(model=plain_model, args=args)
     with pytest.raises(TypeError, match="args=TrainingArguments must be DiffusionBlocksTrainingArguments"):
-        db.DiffusionBlocksTrainer(model=db.convert(plain_model, 2), args=TrainingArguments(output_dir=str(tmp_path)))
+        db.DiffusionBlocksTrainer(
+            model=db.convert(plain_model, 2, preset="paper"), args=TrainingArguments(output_dir=str(tmp_path))
+        )

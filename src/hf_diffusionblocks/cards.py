@@ -31,7 +31,7 @@ USE_ADAPTERS = """\
 import hf_diffusionblocks as db  # pip install hf-diffusionblocks
 from hf_diffusionblocks import lora
 
-model = db.convert("{base_model}", {fields})
+model = db.convert("{base_model}", preset="paper", {fields})
 lora.load_block_adapters(model, "{name}")  # an adapter a block; peft reads them into the plain model, too"""
 USE_LINES = {
     "text-generation": (
@@ -81,7 +81,8 @@ def render(model: DiffusionBlocksPreTrainedModel, name: str) -> str:
     config = model.config
     report = config.training_report or {}
     evaluation_sentence = EVALUATION_SENTENCES[config.denoiser, config.context]
-    if (config.denoiser, config.context) == ("factorized", "carried") and report.get("objective") != "final":
+    objective = report.get("objective", config.objective)  # a run may have had one of its own
+    if (config.denoiser, config.context) == ("factorized", "carried") and objective != "final":
         evaluation_sentence += " This is block-local training with a noise-tempered loss."
     template = Template(files("hf_diffusionblocks.model_cards").joinpath("template.md").read_text())
     plain = f"{type(model.backbone).__name__}, {config.num_hidden_layers} layers"
@@ -108,6 +109,7 @@ def _use_code(model: DiffusionBlocksPreTrainedModel, name: str) -> str:
     if not model.has_adapters:
         lines = USE_LINES[model.task].format(name=name)
         return USE.format(auto_class=AUTO_CLASSES[model.task], name=name, lines=lines)
+    # Every field that is not the class's default: whatever the presets of another version, this is the model.
     values = {field: getattr(model.config, field) for field in USER_FIELDS}
     given = [f"{field}={value!r}" for field, value in values.items() if value != USER_FIELDS[field].default]
     base_model = model.config.base_model or "FOLDER_OF_THE_PRETRAINED_MODEL"

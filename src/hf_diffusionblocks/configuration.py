@@ -24,6 +24,7 @@ CHOICES: dict[str, tuple] = {
     "shared": ("common", "per_block"),
     "sampler": ("euler", "ancestral"),
     "loss_weighting": (None, "edm"),
+    "objective": ("local", "final"),
 }
 
 
@@ -112,6 +113,11 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     )
     loss_weighting: str | None = _field(
         None, "None (right for cross-entropy), or 'edm': the paper's w(sigma), meant for L2 targets."
+    )
+    objective: str = _field(
+        "local",
+        "What a block is trained on: 'local', its own readout; 'final', the last block's, through the later blocks, which "
+        "stay as they are (for fine-tuning; factorized and carried; they run twice).",
     )
 
     # The walk
@@ -210,6 +216,11 @@ class DiffusionBlocksConfig(PreTrainedConfig):
             raise ValueError(
                 f"readout_layers={self.readout_layers} must be 0 with context='independent': nothing is passed on "
                 "past a local head there, so its layers would only be more layers of the block"
+            )
+        if self.objective == "final" and (self.denoiser, self.context) != ("factorized", "carried"):
+            raise ValueError(
+                "objective='final' needs denoiser='factorized' and context='carried', so that a block's output runs on "
+                f"through the later ones, not {self.denoiser!r} and {self.context!r}"
             )
         self._check_noise_table()
         self.noise_schedule(overlap=0.0)

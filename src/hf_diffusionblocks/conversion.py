@@ -12,7 +12,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from .backbones import backbone_for
 from .configuration import USER_FIELDS, DiffusionBlocksConfig
 from .models import MODELS, DiffusionBlocksPreTrainedModel
-from .models.partial import NotLoaded, build, checked_blocks
+from .models.partial import HUB_KWARGS, MODEL_KWARGS, NotLoaded, build, checked_blocks, hub_kwargs
+from .presets import with_preset
 
 
 def convert(
@@ -20,7 +21,9 @@ def convert(
     num_blocks: int = 4,
     task: str | None = None,
     resident_blocks: Sequence[int] | None = None,
-    **config_fields,
+    *,
+    preset: str = "recommended",
+    **fields,
 ) -> DiffusionBlocksPreTrainedModel:
     """Cut a model into blocks that can be trained one by one.
 
@@ -31,52 +34,80 @@ def convert(
         task: what the model is for, as in `pipeline(task)`; None takes it from the source.
         resident_blocks: the blocks to load, for a job that trains these; the others never take memory. None: all.
             Fresh weights of a block depend on PyTorch's seed and the block, not on what else is loaded.
-        config_fields: any other field of [`DiffusionBlocksConfig`].
+        preset: the formulation: "recommended" (what measured best for the task and for pretrained or fresh weights), or
+            "paper". Fields override it; `denoiser`, `context` or `readout` leave it (see [`with_preset`]).
+        fields: any other field of [`DiffusionBlocksConfig`], and of `from_pretrained`: `dtype`, `attn_implementation` and,
+            for a hub id or folder, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`, `subfolder`.
 
     Returns:
-        The model of the task's class, on the source's device, in its dtype and mode.
+        The model of the task's class, on the source's device, in its mode and, unless it is given, its dtype.
 
     Raises:
         ValueError: the architecture, task or model class is not supported, the source is converted already, or a
-            field is out of range.
+            field is out of range or does not go with the source.
         TypeError: the source is none of the above.
     """
+    loading = _taken_from(fields)
     if isinstance(source, (str, PathLike)):
-        return _convert_pretrained(source, num_blocks, task, resident_blocks, config_fields)
-    if isinstance(source, PreTrainedConfig):
-        return build(_model_class(source, task), _config(source, num_blocks, config_fields), resident_blocks)
-    if not isinstance(source, PreTrainedModel):
+        return _convert_pretrained(source, num_blocks, task, resident_blocks, preset, fields, loading)
+    if not isinstance(source, (PreTrainedModel, PreTrainedConfig)):
         raise TypeError(
             f"source={type(source).__name__} must be a PreTrainedModel, a PreTrainedConfig, or a hub id or folder"
         )
+    if hub_only := [name for name in loading if name in HUB_KWARGS]:
+        raise ValueError(  # without values: one may be a token
+            f"{', '.join(hub_only)} must not be given with source={type(source).__name__}: for a hub id or folder only"
+        )
+    if loading.get("dtype") == "auto":
+        loading["dtype"] = source.dtype
+    if isinstance(source, PreTrainedConfig):
+        model_class = _model_class(source, task)
+        config = _config(source, num_blocks, with_preset(preset, model_class.task, "fresh", fields))
+        return build(model_class, config, resident_blocks, **loading)
     model_class = _model_class(source.config, task)
     plain_class = backbone_for(source.config).plain_class
     if getattr(source, "part_of", type(source)) is not plain_class:
         raise ValueError(f"source={type(source).__name__} must be {plain_class.__name__} for task {model_class.task!r}")
-    return _convert_model(source, model_class, num_blocks, resident_blocks, config_fields)
+    config = _config(source.config, num_blocks, with_preset(preset, model_class.task, "pretrained", fields))
+    return _convert_model(source, model_class, config, resident_blocks, **loading)
 
 
-def _convert_model(source, model_class, num_blocks, resident_blocks, config_fields) -> DiffusionBlocksPreTrainedModel:
-    config = _config(source.config, num_blocks, config_fields)
+def _taken_from(fields: dict) -> dict:
+    """Those that are for `from_pretrained`, which the fields then lack; None stands for none."""
+    if "trust_remote_code" in fields:
+        raise ValueError(
+            f"trust_remote_code={fields['trust_remote_code']!r} must not be given: only architectures of Transformers itself "
+            "can be cut into blocks"
+        )
+    if "device_map" in fields:
+        raise ValueError(
+            f"device_map={fields['device_map']!r} must not be given: convert, save_pretrained, then "
+            "from_pretrained(..., device_map=...), or move the converted model by .to(device)"
+        )
+    given = {name: fields.pop(name) for name in (*HUB_KWARGS, *MODEL_KWARGS) if name in fields}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _convert_model(source, model_class, config, resident_blocks, **model_kwargs) -> DiffusionBlocksPreTrainedModel:
     name = source.config.name_or_path
     config.base_model = name if name and not Path(name).exists() else None  # a local path means nothing to others
-    model = build(
-        model_class, config, resident_blocks, dtype=source.dtype,
-        attn_implementation=source.config._attn_implementation,
-    )  # fmt: skip
+    of_source = {"dtype": source.dtype, "attn_implementation": source.config._attn_implementation}
+    model = build(model_class, config, resident_blocks, **{**of_source, **model_kwargs})
     model.copy_weights(source)
     if source.can_generate():
         model.generation_config = copy.deepcopy(source.generation_config)
     return model.to(source.device).train(source.training)
 
 
-def _convert_pretrained(source, num_blocks, task, resident_blocks, config_fields) -> DiffusionBlocksPreTrainedModel:
-    plain_config = AutoConfig.from_pretrained(source)
+def _convert_pretrained(
+    source, num_blocks, task, resident_blocks, preset, fields, loading
+) -> DiffusionBlocksPreTrainedModel:
+    plain_config = AutoConfig.from_pretrained(source, **hub_kwargs(loading))
     model_class = _model_class(plain_config, task)
-    config = _config(plain_config, num_blocks, config_fields)  # complain before any weights are loaded
-    plain_class = plain_part(config, resident_blocks)
-    plain = plain_class.from_pretrained(source, use_safetensors=True)
-    return _convert_model(plain, model_class, num_blocks, resident_blocks, config_fields)
+    fields = with_preset(preset, model_class.task, "pretrained", fields)
+    config = _config(plain_config, num_blocks, fields)  # complain before any weights are loaded
+    plain = plain_part(config, resident_blocks).from_pretrained(source, use_safetensors=True, **loading)
+    return _convert_model(plain, model_class, _config(plain.config, num_blocks, fields), resident_blocks)
 
 
 def plain_part(config: DiffusionBlocksConfig, resident_blocks: Sequence[int] | None) -> type[PreTrainedModel]:
@@ -118,10 +149,10 @@ def _model_class(config: PreTrainedConfig, task: str | None) -> type[DiffusionBl
     return MODELS[backbone.task]
 
 
-def _config(source: PreTrainedConfig, num_blocks: int, config_fields: dict) -> DiffusionBlocksConfig:
-    unknown = set(config_fields) - set(USER_FIELDS)
+def _config(source: PreTrainedConfig, num_blocks: int, fields: dict) -> DiffusionBlocksConfig:
+    unknown = set(fields) - set(USER_FIELDS)
     if unknown:
         raise ValueError(
             f"{', '.join(sorted(unknown))}: not a field of DiffusionBlocksConfig; fields are {', '.join(USER_FIELDS)}"
         )
-    return DiffusionBlocksConfig(source_config=source, num_blocks=num_blocks, **config_fields)
+    return DiffusionBlocksConfig(source_config=source, num_blocks=num_blocks, **fields)

@@ -89,7 +89,9 @@ def estimate_memory(
     formulations: Mapping[str, Mapping] = FORMULATIONS
     if isinstance(config, DiffusionBlocksConfig):
         num_blocks = num_blocks or config.num_blocks
-        of_model = {name: getattr(config, name) for name in USER_FIELDS if name not in ("num_blocks", "sigma_data")}
+        # (Both objectives are among the ways to train.)
+        others = ("num_blocks", "sigma_data", "objective")
+        of_model = {name: getattr(config, name) for name in USER_FIELDS if name not in others}
         config_fields, config = of_model | config_fields, config.source_config
     if config_fields:
         checked = DiffusionBlocksConfig(source_config=config, num_blocks=num_blocks or 4, **_known(config_fields))

@@ -25,11 +25,15 @@ from .ledger import Ledger, measure_memory
 from .losses import chunked_sum, cross_entropy
 from .models import DiffusionBlocksPreTrainedModel
 from .models.residence import BlockResidence
+from .presets import RECOMMENDED
 from .training.jobs import only_training
 
 #: Formulation -> what `convert` is given for it.
 FORMULATIONS: dict[str, dict] = {
-    "recommended": {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0},
+    # Of a pretrained model, whatever the task; both objectives are ways to train it.
+    "recommended": {
+        name: value for name, value in RECOMMENDED["text-generation", "pretrained"].items() if name != "objective"
+    },
     "joint (paper)": {"denoiser": "joint", "context": "independent"},
 }
 LORA_RANK = 16
@@ -191,7 +195,7 @@ def _plain_step(way: Way, workload: Workload, fake_mode) -> Step:
 
 
 def _steps_in_turn(way: Way, workload: Workload, blocks: list[int], fake_mode) -> Iterator[Step]:
-    model = _built(lambda: convert(workload.config, workload.num_blocks, **way.fields), workload.dtype, fake_mode)
+    model = _built(_converted(way, workload), workload.dtype, fake_mode)
     optimizer, batch = _optimizer(model), workload.batch()
     if way.offload:
         _offload(model, optimizer)
@@ -214,11 +218,7 @@ def _steps_in_turn(way: Way, workload: Workload, blocks: list[int], fake_mode) -
 
 def _job_step(way: Way, workload: Workload, block: int, fake_mode) -> Iterator[Step]:
     resident = [block] if way.cached or not way.carried else range(workload.num_blocks if way.final else block + 1)
-    model = _built(
-        lambda: convert(workload.config, workload.num_blocks, resident_blocks=resident, **way.fields),
-        workload.dtype,
-        fake_mode,
-    )
+    model = _built(_converted(way, workload, resident), workload.dtype, fake_mode)
     batch = workload.batch()
     if way.carried and block and (way.cached or fake_mode is not None):
         batch |= _entering(workload, fake_mode)
@@ -230,6 +230,15 @@ def _job_step(way: Way, workload: Workload, block: int, fake_mode) -> Iterator[S
             _offload(model, optimizer)
             model.residence.activate(block)
         yield Step(model, optimizer, lambda: model(**batch, block_index=block, loss_block=way.loss_block(workload)).loss)
+
+
+def _converted(
+    way: Way, workload: Workload, resident_blocks: Iterable[int] | None = None
+) -> Callable[[], DiffusionBlocksPreTrainedModel]:
+    """What makes the model of a way; what its fields do not say is the paper's."""
+    return lambda: convert(
+        workload.config, workload.num_blocks, resident_blocks=resident_blocks, preset="paper", **way.fields
+    )
 
 
 def _offload(model: DiffusionBlocksPreTrainedModel, optimizer: torch.optim.Optimizer) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
 from ..configuration import CHOICES, USER_FIELDS
+from ..presets import PRESETS
 
 
 def _option(field: dataclasses.Field) -> tuple[str, Any, dataclasses.Field]:
@@ -19,23 +20,45 @@ def _option(field: dataclasses.Field) -> tuple[str, Any, dataclasses.Field]:
         metadata["choices"] = [choice for choice in CHOICES[field.name] if choice is not None]
     # argparse has no "number or word": sigma_data is read as a word and made a number in `config_fields`.
     kind = "str" if field.name == "sigma_data" else field.type
-    return field.name, kind, dataclasses.field(default=field.default, metadata=metadata)
+    # None: not given, and left to the preset.
+    metadata["help"] += f" Not given: what the preset says, else {field.default!r}."
+    return field.name, f"{kind} | None", dataclasses.field(default=None, metadata=metadata)
 
 
-#: The fields of DiffusionBlocksConfig as command-line options, with their help.
+#: The fields of DiffusionBlocksConfig as command-line options, with their help; but the objective, which is a training
+#: argument, too.
 BlocksArguments = dataclasses.make_dataclass(
-    "BlocksArguments", [_option(field) for field in USER_FIELDS.values()], namespace={"__module__": __name__}
+    "BlocksArguments",
+    [_option(field) for name, field in USER_FIELDS.items() if name != "objective"],
+    namespace={"__module__": __name__},
+)
+#: All of them, for where nothing is trained.
+AllBlocksArguments = dataclasses.make_dataclass(
+    "AllBlocksArguments", [_option(USER_FIELDS["objective"])], bases=(BlocksArguments,), namespace={"__module__": __name__}
 )
 
 
+def preset_option() -> str:
+    """The field `preset` of a dataclass of options."""
+    return dataclasses.field(
+        default="recommended",
+        metadata={
+            "help": "Which formulation: 'recommended', what measured best for the task and for pretrained or fresh weights, "
+            "or 'paper'. Other options override it; denoiser, context or readout leave it: what is not given is then the "
+            "paper's.",
+            "choices": list(PRESETS),
+        },
+    )
+
+
 def config_fields(arguments: BlocksArguments) -> dict[str, Any]:
-    """What to give `convert`.
+    """Those that are given, for `convert`.
 
     Raises:
         ValueError: sigma_data is neither a number nor 'auto'.
     """
-    values = dataclasses.asdict(arguments)
-    if values["sigma_data"] != "auto":
+    values = {name: value for name, value in dataclasses.asdict(arguments).items() if value is not None}
+    if values.get("sigma_data", "auto") != "auto":
         try:
             values["sigma_data"] = float(values["sigma_data"])
         except ValueError:
@@ -56,7 +79,6 @@ class Parser(HfArgumentParser):
 def parse(
     dataclass_types: Sequence[type],
     args: Sequence[str] | None = None,
-    defaults: Mapping[str, Any] | None = None,
     **parser_kwargs,
 ) -> tuple:
     """Fill dataclasses from `--config FILE.yaml` and from options, which win.
@@ -64,14 +86,12 @@ def parse(
     Args:
         dataclass_types: one instance of each is returned, in this order.
         args: the command line; None is `sys.argv[1:]`.
-        defaults: in place of the dataclasses' own.
         parser_kwargs: of `argparse.ArgumentParser` (prog, description, ...).
 
     Exits with status 2 and one line on standard error on a bad file, an unknown option or a bad value.
     """
     parser_kwargs.setdefault("usage", f"%(prog)s {OPTIONS_USAGE}")  # argparse's own names a hundred options
     parser = Parser(dataclass_types, allow_abbrev=False, **parser_kwargs)
-    parser.set_defaults(**defaults or {})
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of options; the command line overrides it.")
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")

@@ -13,7 +13,7 @@ from transformers.utils import CONFIG_NAME
 from .. import checkpoint
 from ..conversion import convert
 from ..models import DiffusionBlocksPreTrainedModel
-from .arguments import BlocksArguments, config_fields
+from .arguments import AllBlocksArguments, config_fields, preset_option
 from .inspect import block_table, describe
 from .operands import parse_verb
 from .tokenizers import load_tokenizer
@@ -21,6 +21,7 @@ from .tokenizers import load_tokenizer
 
 @dataclass
 class ConvertArguments:
+    preset: str = preset_option()
     fresh: bool = field(default=False, metadata={"help": "Take SOURCE's config alone: all weights are fresh."})
     seed: int = field(
         default=0, metadata={"help": "Of fresh weights: all with --fresh, else those that the plain model lacks."}
@@ -31,7 +32,7 @@ class ConvertArguments:
 def run(args: list[str]) -> None:
     options, blocks, source, out_dir = parse_verb(
         "convert",
-        [ConvertArguments, BlocksArguments],
+        [ConvertArguments, AllBlocksArguments],
         {
             "SOURCE": "hub id or folder of a plain model, or its config JSON file (with --fresh)",
             "OUT_DIR": "folder for the DiffusionBlocks model",
@@ -43,7 +44,7 @@ def run(args: list[str]) -> None:
     if not options.fresh:
         _check_weights(Path(source))
     set_seed(options.seed)
-    model = _convert(source, options.fresh, config_fields(blocks))
+    model = _convert(source, options.fresh, {"preset": options.preset, **config_fields(blocks)})
     model.save_pretrained(out_dir)
     _copy_processor(model.task, source, out_dir)
     print(block_table(describe(out_dir)))

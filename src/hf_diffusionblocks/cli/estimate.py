@@ -44,8 +44,7 @@ def run(args: list[str]) -> None:
         config = AutoConfig.from_pretrained(options.model)
     except OSError as error:  # "couldn't connect": for what?
         raise OSError(f"--model {options.model}: {error}") from error
-    defaults = config_fields(BlocksArguments())
-    given = {name: value for name, value in config_fields(blocks).items() if value != defaults[name]}
+    given = config_fields(blocks)
     num_blocks = given.pop("num_blocks", None)
     print(
         estimate_memory(

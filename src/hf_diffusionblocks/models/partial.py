@@ -18,6 +18,11 @@ from ..configuration import DiffusionBlocksConfig
 if TYPE_CHECKING:
     from .base import DiffusionBlocksPreTrainedModel
 
+#: Arguments of `from_pretrained` that say where on the Hub, and how, to find a file.
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+#: Those that say how the model is built.
+MODEL_KWARGS = ("dtype", "attn_implementation")
+
 
 class NotLoaded(nn.Module):
     """Stands where a block that is not loaded has its modules."""
@@ -83,7 +88,9 @@ def load(
     """What `from_pretrained(source, resident_blocks=...)` does; reads the files of these blocks and of what is shared."""
     hub = hub_kwargs(kwargs)
     config = kwargs.pop("config", None) or DiffusionBlocksConfig.from_pretrained(source, **hub)
-    model_kwargs = {key: kwargs.pop(key) for key in ("dtype", "attn_implementation") if kwargs.get(key) is not None}
+    model_kwargs = {key: kwargs.pop(key) for key in MODEL_KWARGS if kwargs.get(key) is not None}
+    if model_kwargs.get("dtype") == "auto":
+        model_kwargs.pop("dtype")  # is what the config says
     given = [key for key, value in kwargs.items() if value and key != "adapter_kwargs" and not key.startswith("_")]
     refused = [key for key in given if key not in hub]
     if refused:
@@ -97,15 +104,16 @@ def load(
     if missing:
         raise ValueError(f"{source} lacks {', '.join(sorted(missing)[:3])}, {len(missing)} weights in all")
     model.load_state_dict(weights, strict=False)
-    if model.can_generate() and cached_file(source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False):
+    if model.can_generate() and cached_file(
+        source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub
+    ):
         model.generation_config = GenerationConfig.from_pretrained(source, **hub)
     return model.eval()
 
 
 def hub_kwargs(kwargs: dict) -> dict:
-    """Those of `from_pretrained` that say where on the Hub, and how, to find a file."""
-    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    """Those of HUB_KWARGS that are given."""
+    return {name: kwargs[name] for name in HUB_KWARGS if kwargs.get(name) is not None}
 
 
 def check_cut(model: DiffusionBlocksPreTrainedModel, source: str | PathLike, **hub_kwargs) -> None:

@@ -93,9 +93,10 @@ class SavedByBlock(PreTrainedModel):
                 other blocks than the config says.
         """
         if pretrained_model_name_or_path is not None and Path(pretrained_model_name_or_path).is_dir():
-            if checkpoint.finish_interrupted_save(Path(pretrained_model_name_or_path)):
+            folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+            if checkpoint.finish_interrupted_save(folder):
                 kwargs.pop("config", None)  # was read before the save was finished
-            checkpoint.check_shards(Path(pretrained_model_name_or_path))
+            checkpoint.check_shards(folder)
         if resident_blocks is not None:
             return partial_model.load(cls, pretrained_model_name_or_path, resident_blocks, **kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)

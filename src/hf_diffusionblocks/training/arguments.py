@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from ..configuration import CHOICES
 from .block_schedule import ORDERS
 
-OBJECTIVES = ("local", "final")
 OFFLOADS = ("none", "cpu")
 
 
@@ -46,12 +46,13 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
             "embeddings). A job that trains some of the blocks leaves it as it is, or has shared='per_block'."
         },
     )
-    objective: str = field(
-        default="local",
+    objective: str | None = field(
+        default=None,
         metadata={
             "help": "What a block is trained on: 'local', its own readout; 'final', the last block's, through the later "
-            "blocks, which stay as they are (for fine-tuning; factorized and carried; they run twice).",
-            "choices": list(OBJECTIVES),
+            "blocks, which stay as they are (for fine-tuning; factorized and carried; they run twice). Default: the "
+            "model's own, as its config has it.",
+            "choices": list(CHOICES["objective"]),
         },
     )
     offload_inactive_blocks: str = field(
@@ -82,8 +83,9 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"offload_inactive_blocks={self.offload_inactive_blocks!r} must be one of {', '.join(map(repr, OFFLOADS))}"
             )
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective={self.objective!r} must be one of {', '.join(map(repr, OBJECTIVES))}")
+        objectives = (None, *CHOICES["objective"])
+        if self.objective not in objectives:
+            raise ValueError(f"objective={self.objective!r} must be one of {', '.join(map(repr, objectives))}")
         if self.block_switch_interval < 1:
             raise ValueError(f"block_switch_interval={self.block_switch_interval} must be at least 1")
         if self.updates_per_block is not None:
@@ -94,3 +96,7 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
                     f"updates_per_block={self.updates_per_block} and max_steps={self.max_steps} both say how long to "
                     "train: set one"
                 )
+
+    def objective_of(self, configured: str) -> str:
+        """The objective of a run: what is given here, or else what the model's config says."""
+        return configured if self.objective is None else self.objective

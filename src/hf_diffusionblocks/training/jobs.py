@@ -56,7 +56,10 @@ def blocks_to_train(
             )
         later = sorted(set(range(min(blocks), model.num_blocks)) - set(resident))
         if later:
-            raise ValueError(f"objective='final' with train_blocks={blocks} needs the later blocks {later}: load them, too")
+            raise ValueError(
+                f"objective='final' with train_blocks={blocks} needs the later blocks {later}: load them, too, or set "
+                "objective='local'"
+            )
     return blocks
 
 

@@ -69,6 +69,8 @@ class DiffusionBlocksTrainer(RunReports):
             raise ValueError(
                 "noise_distribution='information' has no noise_table yet: call fit_noise_schedule(model, dataloader)"
             )
+        args = copy.copy(args)  # the caller's stay as they are, for another model
+        args.objective = args.objective_of(model.config.objective)
         if args.objective == "final" and model.config.prior_fraction < 1:
             logger.warning(
                 f"prior_fraction={model.config.prior_fraction} with objective='final': where the noise is low, the label is "
@@ -80,7 +82,6 @@ class DiffusionBlocksTrainer(RunReports):
         self._cached_column = cached_column(self.train_blocks, columns)
         self.layout = Layout(self.train_blocks, args.world_size, args.process_index, args.block_parallel)
         if args.updates_per_block is not None:
-            args = copy.copy(args)  # the caller's stay as they are, for another model
             args.max_steps = args.updates_per_block * len(self.layout.blocks)
         super().__init__(model=model, args=args, **kwargs)
         check_processes(self, self.layout)

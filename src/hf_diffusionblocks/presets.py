@@ -1,0 +1,41 @@
+"""What `convert` gives a model by default: one table of the formulations that we recommend, and the paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+#: What all recommended formulations have in common: no diffusion at inference, and a pretrained model is unchanged.
+_LOSSLESS = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
+#: (task, how the weights start) -> fields of DiffusionBlocksConfig that are not its defaults.
+RECOMMENDED: dict[tuple[str, str], dict[str, Any]] = {
+    ("text-generation", "pretrained"): {**_LOSSLESS, "objective": "final"},
+    ("image-classification", "pretrained"): {**_LOSSLESS, "objective": "final"},
+    # Fresh blocks change under one another: each is trained on its own readout. Where depth counts, as it does for text, a
+    # local head keeps early blocks from throwing away what later ones need.
+    ("text-generation", "fresh"): {**_LOSSLESS, "readout_layers": 1, "objective": "local"},
+    ("image-classification", "fresh"): {**_LOSSLESS, "objective": "local"},
+}
+PRESETS = ("recommended", "paper")
+#: Naming one of these leaves the preset: the other fields of the table are chosen for its formulation, not for another.
+LEAVING = ("denoiser", "context", "readout")
+
+
+def with_preset(preset: str, task: str, start: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of [`DiffusionBlocksConfig`]: these, and those that a preset adds.
+
+    Args:
+        preset: "recommended", or "paper": the class's own defaults.
+        task: what the model is for, as in `pipeline(task)`.
+        start: of the weights, "pretrained" or "fresh".
+        fields: override the preset's; if they name `denoiser`, `context` or `readout`, whatever the value, nothing is added,
+            and what they do not say is the paper's.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r} must be one of {', '.join(map(repr, PRESETS))}")
+    if preset == "paper" or any(name in fields for name in LEAVING):
+        return dict(fields)
+    return {**RECOMMENDED[task, start], **fields}

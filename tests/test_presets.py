@@ -1,0 +1,411 @@
+"""What `convert` gives by default, what leaves it, the objective a model brings along, and what is passed on in loading."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+
+import pytest
+import torch
+from conftest import randomized
+from process_scenarios import GPT2, VIT, trainer_of
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, GPT2LMHeadModel
+from transformers.utils import logging
+
+import hf_diffusionblocks as db
+from hf_diffusionblocks import cards, lora
+from hf_diffusionblocks.backbones import backbone_for
+from hf_diffusionblocks.cli import main
+from hf_diffusionblocks.cli.arguments import BlocksArguments
+from hf_diffusionblocks.configuration import USER_FIELDS
+from hf_diffusionblocks.presets import PRESETS, RECOMMENDED, with_preset
+from hf_diffusionblocks.recipes import common
+from hf_diffusionblocks.ways import FORMULATIONS
+
+TRIPLE = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
+SOURCES = {"text-generation": GPT2, "image-classification": VIT}
+#: (task, start) -> what the model is by default, local heads, objective
+TABLE = {
+    ("text-generation", "pretrained"): (0, "final"),
+    ("image-classification", "pretrained"): (0, "final"),
+    ("text-generation", "fresh"): (1, "local"),
+    ("image-classification", "fresh"): (0, "local"),
+}
+
+
+@pytest.fixture(params=SOURCES)
+def config(request):
+    return SOURCES[request.param]
+
+
+@pytest.fixture
+def plain(config):
+    torch.manual_seed(0)
+    return randomized(backbone_for(config).plain_class(config)).eval()
+
+
+@pytest.fixture
+def gpt2(tmp_path):
+    """A folder of a stock GPT-2."""
+    GPT2LMHeadModel(GPT2).save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def inputs_of(config) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    if config is GPT2:
+        return torch.randint(64, (3, 12), generator=generator)
+    return torch.randn(3, 1, 8, 8, generator=generator)
+
+
+def formulation(config: db.DiffusionBlocksConfig) -> dict:
+    return {name: getattr(config, name) for name in (*TRIPLE, "readout", "readout_layers", "objective")}
+
+
+PAPER = {
+    "denoiser": "joint", "context": "independent", "prior_fraction": 0.0, "readout": "edm", "readout_layers": 0,
+    "objective": "local",
+}  # fmt: skip
+
+
+# ---- the table
+
+
+@pytest.mark.parametrize(("task", "start"), TABLE)
+@pytest.mark.parametrize("origin", ["model", "folder"])
+def test_the_recommended_model(task, start, origin, tmp_path):
+    source = SOURCES[task]
+    if start == "pretrained":
+        source = backbone_for(source).plain_class(source)
+        if origin == "folder":
+            source.save_pretrained(tmp_path)
+            source = tmp_path
+    heads, objective = TABLE[task, start]
+    expected = {**TRIPLE, "readout": "posterior", "readout_layers": heads, "objective": objective}
+    assert formulation(db.convert(source, 2).config) == expected
+    assert TABLE.keys() == RECOMMENDED.keys()
+
+
+def test_the_paper_s_model_has_the_class_s_defaults(config, plain):
+    for source in (config, plain):
+        model = db.convert(source, preset="paper")
+        assert formulation(model.config) == PAPER
+        expected = db.DiffusionBlocksConfig(source_config=config)
+        assert all(getattr(model.config, name) == getattr(expected, name) for name in USER_FIELDS)
+
+
+def test_the_memory_of_the_recommended_model_is_that_of_a_pretrained_one_of_either_task():
+    for task in SOURCES:
+        fields = {name: value for name, value in RECOMMENDED[task, "pretrained"].items() if name != "objective"}
+        assert FORMULATIONS["recommended"] == fields == TRIPLE
+
+
+@pytest.mark.parametrize("fields", [{}, {"shared": "per_block"}, {"prior_fraction": 0.5}, {"sampler": "ancestral"}])
+def test_a_pretrained_model_is_unchanged_bit_for_bit(config, plain, fields):
+    model, inputs = db.convert(plain, 2, **fields).eval(), inputs_of(config)
+    with torch.no_grad():
+        expected = plain(inputs).logits
+        assert torch.equal(model(inputs).logits, expected)
+        assert torch.equal(model.to_plain()(inputs).logits, expected)
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_one_block_and_one_layer(config, layers, tmp_path):
+    config = type(config)(**{**config.to_dict(), "num_hidden_layers": layers})
+    for source in (config, backbone_for(config).plain_class(config)):
+        model = randomized(db.convert(source, 1))
+        trainer_of(model, SOURCES[model.task], tmp_path / "run", {"max_steps": 2}).train()
+        model.eval().save_pretrained(tmp_path / "saved")
+        reloaded, inputs = type(model).from_pretrained(tmp_path / "saved"), inputs_of(SOURCES[model.task])
+        with torch.no_grad():
+            assert torch.equal(reloaded(inputs).logits, model(inputs).logits)
+
+
+# ---- what overrides it, and what leaves it
+
+
+def test_fields_override_the_preset_s():
+    config = db.convert(GPT2, 2, prior_fraction=0.5, readout_layers=2, overlap=0.2).config
+    assert formulation(config) == {
+        **TRIPLE, "prior_fraction": 0.5, "readout": "posterior", "readout_layers": 2, "objective": "local"
+    }  # fmt: skip
+    assert config.overlap == 0.2
+    plain = GPT2LMHeadModel(GPT2)
+    assert db.convert(plain, 2, objective="local").config.objective == "local"
+    assert db.convert(plain, 2, shared="per_block").config.objective == "final"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"denoiser": "joint"}, {"denoiser": "factorized"}, {"context": "carried"}, {"context": "independent"},
+        {"readout": "edm"}, {"readout": None}, {"denoiser": "factorized", "context": "carried"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_naming_the_formulation_leaves_the_preset(config, plain, fields):
+    for source in (config, plain):
+        expected = db.DiffusionBlocksConfig(source_config=config, num_blocks=2, **fields)
+        assert formulation(db.convert(source, 2, **fields).config) == formulation(expected)
+        assert expected.prior_fraction == 0 and expected.objective == "local"
+
+
+@pytest.mark.parametrize("fields", [{}, {"denoiser": "joint"}])
+def test_an_unknown_preset_is_refused(config, plain, fields):
+    for source in (config, plain):
+        with pytest.raises(ValueError, match="preset='best' must be one of 'recommended', 'paper'"):
+            db.convert(source, 2, preset="best", **fields)
+
+
+def test_the_saved_config_holds_what_came_of_it(config, plain, tmp_path):
+    for source in (config, plain):
+        model = db.convert(source, 2)
+        model.save_pretrained(tmp_path)
+        reloaded = AutoConfig.from_pretrained(tmp_path)
+        assert all(getattr(reloaded, name) == getattr(model.config, name) for name in USER_FIELDS)
+        assert not hasattr(reloaded, "preset")
+
+
+# ---- the objective
+
+
+@pytest.mark.parametrize("fields", [{}, {"denoiser": "factorized"}, {"context": "carried"}])
+def test_the_final_objective_needs_blocks_that_run_on(fields):
+    with pytest.raises(ValueError, match="objective='final' needs denoiser='factorized' and context='carried'"):
+        db.DiffusionBlocksConfig(source_config=GPT2, num_blocks=2, objective="final", **fields)
+    with pytest.raises(ValueError, match="objective='both' must be one of 'local', 'final'"):
+        db.DiffusionBlocksConfig(source_config=GPT2, num_blocks=2, objective="both")
+
+
+@pytest.mark.parametrize("own", ["local", "final"])
+@pytest.mark.parametrize("given", [None, "local", "final"])
+def test_a_run_has_the_model_s_objective_unless_another_is_given(own, given, tmp_path):
+    model = db.convert(GPT2LMHeadModel(GPT2), 2, objective=own)
+    trainer = trainer_of(model, GPT2, tmp_path, {"objective": given, "max_steps": 2})
+    expected = given or own
+    assert trainer.args.objective == expected
+    assert trainer._loss_block == (1 if expected == "final" else None)
+    trainer.train()
+    trainer.save_model()
+    assert model.config.objective == own
+    assert model.config.training_report["objective"] == expected
+    card = (tmp_path / "README.md").read_text()
+    assert f"- objective: {expected}" in card
+    assert ("block-local training" in card) is (expected == "local")
+
+
+def test_the_caller_s_arguments_serve_another_model(tmp_path):
+    args = db.DiffusionBlocksTrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    for own in ("final", "local"):
+        model = db.convert(GPT2LMHeadModel(GPT2), 2, objective=own)
+        assert db.DiffusionBlocksTrainer(model=model, args=args).args.objective == own
+    assert args.objective is None
+    with pytest.raises(ValueError, match="objective='both' must be one of None, 'local', 'final'"):
+        db.DiffusionBlocksTrainingArguments(str(tmp_path), objective="both")
+
+
+def test_one_block_alone_is_told_how_to_train_without_the_later_ones(tmp_path):
+    model = db.convert(GPT2LMHeadModel(GPT2), 2, resident_blocks=[0])
+    arguments = {"train_blocks": [0], "train_shared": False}
+    with pytest.raises(ValueError, match=r"needs the later blocks \[1\]: load them, too, or set objective='local'"):
+        trainer_of(model, GPT2, tmp_path, arguments)
+    trainer_of(model, GPT2, tmp_path, {**arguments, "objective": "local"}).train()
+
+
+def test_low_noise_and_the_final_objective_of_the_model_warn(tmp_path, caplog):
+    logging.enable_propagation()
+    for fraction in (1.0, 0.5):
+        trainer_of(db.convert(GPT2LMHeadModel(GPT2), 2, prior_fraction=fraction), GPT2, tmp_path, {})
+        assert ("prior_fraction=0.5 with objective='final'" in caplog.text) is (fraction == 0.5)
+    logging.disable_propagation()
+
+
+def test_a_converted_card_speaks_of_the_model_s_objective(tmp_path):
+    for source, local in ((GPT2, True), (GPT2LMHeadModel(GPT2), False)):
+        db.convert(source, 2).save_pretrained(tmp_path)
+        assert ("block-local training" in (tmp_path / "README.md").read_text()) is local
+
+
+# ---- the adapters' card
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"objective": "local", "overlap": 0.2}, {"denoiser": "factorized"}, {**TRIPLE, "readout_layers": 1}], ids=str
+)
+def test_the_card_of_adapters_rebuilds_the_model(fields, tmp_path):
+    """By executing the arguments that it says."""
+    from peft import LoraConfig
+
+    plain = GPT2LMHeadModel(GPT2)
+    model = lora.add_block_adapters(db.convert(plain, 2, **fields), LoraConfig(r=2))
+    (line,) = [line for line in cards.render(model, "tuned").splitlines() if line.startswith("model = db.convert(")]
+    call = ast.parse(line).body[0].value
+    arguments = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
+    again = db.convert(plain, **arguments).config
+    assert all(getattr(again, name) == getattr(model.config, name) for name in USER_FIELDS)
+
+
+# ---- the command line and the recipes
+
+
+@pytest.mark.parametrize("preset", [None, *PRESETS])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_the_command_takes_a_preset(preset, fresh, gpt2, tmp_path, capsys):
+    options = ([] if preset is None else ["--preset", preset]) + (["--fresh"] if fresh else [])
+    main(["convert", str(gpt2), str(tmp_path / "out"), "--num_blocks", "2", *options])
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    source = GPT2 if fresh else GPT2LMHeadModel(GPT2)
+    assert formulation(config) == formulation(db.convert(source, 2, preset=preset or "recommended").config)
+
+
+def test_the_command_s_options_override_the_preset(gpt2, tmp_path, capsys):
+    main(["convert", str(gpt2), str(tmp_path / "a"), "--num_blocks", "2", "--objective", "local", "--prior_fraction", "0.5"])
+    config = AutoConfig.from_pretrained(tmp_path / "a")
+    assert formulation(config) == {
+        **TRIPLE, "prior_fraction": 0.5, "readout": "posterior", "readout_layers": 0, "objective": "local"
+    }  # fmt: skip
+    (tmp_path / "options.yaml").write_text("denoiser: joint\nnum_blocks: 2\n")
+    main(["convert", str(gpt2), str(tmp_path / "b"), "--config", str(tmp_path / "options.yaml")])
+    assert formulation(AutoConfig.from_pretrained(tmp_path / "b")) == PAPER
+    with pytest.raises(SystemExit):
+        main(["convert", str(gpt2), str(tmp_path / "c"), "--preset", "best"])
+    assert "--preset: invalid choice: 'best'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("task", "start"), TABLE)
+@pytest.mark.parametrize("given", [{}, {"prior_fraction": 0.5}, {"context": "carried"}], ids=str)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_recipes_take_a_preset(preset, given, task, start):
+    name = {"model_name_or_path" if start == "pretrained" else "config_name": "some"}
+    arguments = common.ModelArguments(preset=preset, **name)
+    fields = common.blocks_fields(arguments, BlocksArguments(num_blocks=2, **given), task)
+    assert fields.keys() == USER_FIELDS.keys()
+    made = db.DiffusionBlocksConfig(source_config=SOURCES[task], **fields)
+    wanted = with_preset(preset, task, start, given)
+    assert formulation(made) == formulation(db.DiffusionBlocksConfig(source_config=SOURCES[task], num_blocks=2, **wanted))
+
+
+def test_all_options_of_the_config_are_left_to_the_preset():
+    assert {field.default for field in dataclasses.fields(BlocksArguments)} == {None}
+
+
+# ---- what loading passes on
+
+HUB = {
+    "revision": "refs/pr/1", "token": "hf_secret", "cache_dir": "/somewhere", "force_download": True,
+    "local_files_only": True,
+}  # fmt: skip
+
+
+def test_convert_passes_on_where_and_how_to_load(gpt2, monkeypatch):
+    """To the config and the model, of a hub id; dtype and attention to the model alone."""
+    config, model, seen = AutoConfig.from_pretrained(gpt2), GPT2LMHeadModel.from_pretrained(gpt2), {}
+
+    def read_config(source, **kwargs):
+        seen["config"] = (source, kwargs)
+        return config
+
+    def read_model(cls, source, **kwargs):
+        seen["model"] = (source, kwargs)
+        return model
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", read_config)
+    monkeypatch.setattr(GPT2LMHeadModel, "from_pretrained", classmethod(read_model))
+    hub = {**HUB, "subfolder": "inner"}
+    db.convert("someone/gpt2", 2, **hub, dtype="bfloat16", attn_implementation="eager")
+    assert seen["config"] == ("someone/gpt2", hub)
+    built = {"dtype": "bfloat16", "attn_implementation": "eager", "use_safetensors": True}
+    assert seen["model"] == ("someone/gpt2", {**hub, **built})
+
+
+def test_convert_from_a_subfolder_in_another_dtype(gpt2):
+    source = GPT2LMHeadModel.from_pretrained(gpt2)
+    for resident in (None, [1]):
+        model = db.convert(
+            gpt2.parent, 2, resident_blocks=resident, subfolder="gpt2", dtype=torch.bfloat16, attn_implementation="eager"
+        )
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        assert model.backbone.config._attn_implementation == "eager"
+        weight = model.backbone.transformer.h[2].mlp.c_fc.weight
+        assert torch.equal(weight, source.transformer.h[2].mlp.c_fc.weight.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_a_config_or_a_model_is_built_in_another_dtype(config, plain, dtype):
+    for source in (config, plain):
+        model = db.convert(source, 2, dtype=dtype, attn_implementation="eager")
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        assert model.backbone.config._attn_implementation == "eager"
+    assert plain.dtype == torch.float32
+    half = type(config)(**{**config.to_dict(), "dtype": "float16"})
+    for source, expected in ((plain, torch.float32), (plain.to(torch.float16), torch.float16), (half, torch.float16)):
+        assert db.convert(source, 2, dtype="auto").dtype == expected
+
+
+@pytest.mark.parametrize("name", [*HUB, "subfolder"])
+def test_what_is_for_the_hub_is_refused_elsewhere(name, config, plain):
+    for source in (config, plain):
+        message = f"^{name} must not be given with source={type(source).__name__}: for a hub id or folder only"
+        with pytest.raises(ValueError, match=message):
+            db.convert(source, 2, **{name: HUB.get(name, "inner")})
+        db.convert(source, 2, **{name: None})
+
+
+@pytest.mark.parametrize("fields", [{"trust_remote_code": True}, {"device_map": "auto"}])
+def test_what_convert_does_not_take_is_refused_by_name(fields, gpt2):
+    (name,) = fields
+    for source in (GPT2, str(gpt2)):
+        with pytest.raises(ValueError, match=f"{name}=.* must not be given"):
+            db.convert(source, 2, **fields)
+
+
+@pytest.mark.parametrize("resident", [None, [0]])
+def test_a_saved_model_is_loaded_from_a_subfolder(resident, plain, tmp_path):
+    """By every name of it; a damaged shard is named there, too."""
+    made = db.convert(plain, 2)
+    made.save_pretrained(tmp_path / "inner")
+    auto = AutoModelForCausalLM if made.can_generate() else AutoModelForImageClassification
+    for loader in (type(made), auto):
+        model = loader.from_pretrained(
+            tmp_path, subfolder="inner", resident_blocks=resident, dtype=torch.bfloat16, attn_implementation="eager"
+        )
+        assert model.resident_blocks == (resident or [0, 1])
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        assert model.backbone.config._attn_implementation == "eager"
+    shard = tmp_path / "inner" / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(OSError, match=f"{shard.name} is truncated"):
+        type(made).from_pretrained(tmp_path, subfolder="inner", resident_blocks=resident)
+
+
+def test_a_part_is_read_where_the_hub_arguments_say(gpt2, tmp_path, monkeypatch):
+    """Its config, every file of its blocks and its generation settings."""
+    from hf_diffusionblocks import checkpoint
+    from hf_diffusionblocks.models import partial
+
+    db.convert(gpt2, 2).save_pretrained(tmp_path / "saved")
+    asked, cached_file = [], checkpoint.cached_file
+
+    def watched(source, file, **kwargs):
+        asked.append((file, {name: value for name, value in kwargs.items() if name in HUB}))
+        return cached_file(source, file)
+
+    monkeypatch.setattr(checkpoint, "cached_file", watched)
+    monkeypatch.setattr(partial, "cached_file", watched)
+    hub = {"revision": "v1", "token": "hf_secret", "local_files_only": True}
+    db.DiffusionBlocksForCausalLM.from_pretrained(tmp_path / "saved", resident_blocks=[1], **hub)
+    files = {file for file, _ in asked}
+    assert {"generation_config.json", "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"} <= files
+    assert all(kwargs == hub for _, kwargs in asked)
+
+
+def test_device_map_is_for_whole_models(gpt2, tmp_path):
+    made = db.convert(gpt2, 2).eval()
+    made.save_pretrained(tmp_path / "saved")
+    inputs = inputs_of(GPT2)
+    for device_map in ("cpu", {"": "cpu"}):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map=device_map)
+        with torch.no_grad():
+            assert torch.equal(model(inputs).logits, made(inputs).logits)
+    with pytest.raises(ValueError, match=r"device_map cannot be combined with resident_blocks=\[0\]"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map="cpu", resident_blocks=[0])
