@@ -427,6 +427,19 @@ def test_evaluation_loss_is_the_cross_entropy_of_label_free_logits(plain, text_f
     assert torch.allclose(out.loss, expected, atol=1e-5)
 
 
+def test_the_evaluation_loss_has_gradients(plain, text_formulation, ids):
+    """The same with and without logits, and of no head that is not read."""
+    model = make(plain, **text_formulation)
+    model(ids, labels=ids).loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model(ids, labels=ids, return_logits=False).loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, atol=1e-5 * gradient.abs().max() + 1e-6), name
+
+
 def test_independent_factorized_logits_are_the_mean_of_the_blocks_log_priors(plain, ids):
     model = make(plain, denoiser="factorized")
     with torch.no_grad():

@@ -351,10 +351,11 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
 
     def _prior_loss(self, rows: torch.Tensor, targets: torch.Tensor, num_items) -> torch.Tensor:
         labelled = targets != IGNORED
+        read = range(self.num_blocks)[-1:] if self.carried else range(self.num_blocks)  # no other head has a gradient
         return self._mean(
             lambda rows, targets: cross_entropy(self._prior(rows).float(), targets).sum(),
             [rows[labelled], targets[labelled]],
-            [self.readout_parts(k) for k in range(self.num_blocks)],
+            [self.readout_parts(k) for k in read],
             num_items,
         )
 
