@@ -348,6 +348,49 @@ def test_targets_are_unit_vectors_of_the_embeddings_or_a_fixed_table(plain):
     assert torch.equal(own.target_vectors(), before)
 
 
+@pytest.mark.parametrize("size", [VOCAB + 5, VOCAB - 8])
+def test_resized_embeddings_are_those_of_all_blocks_and_their_targets(plain, text_formulation, ids, size, tmp_path):
+    ids = ids % (VOCAB - 8)
+    model = make(plain, **text_formulation)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tables = ("wte.weight", "embed_tokens.weight", "lm_head.weight", "target_embeddings.table")
+    assert model.resize_token_embeddings(size) is model.get_input_embeddings()
+    after, kept = model.state_dict(), min(size, VOCAB)
+    for name, tensor in before.items():
+        if name.endswith(tables):
+            assert len(after[name]) == size and torch.equal(after[name][:kept], tensor[:kept]), name
+        else:
+            assert torch.equal(after[name], tensor), name
+    assert model.config.vocab_size == model.backbone.config.vocab_size == len(model.target_vectors()) == size
+    if size > VOCAB:
+        ids[:, 3] = VOCAB + torch.arange(3)
+        if model.per_block:  # drawn apart, since they are never trained
+            similar = model.target_vectors()[VOCAB:] @ model.target_vectors().T
+            assert (similar > 0.9).sum() == 5 and after["target_embeddings.table"][VOCAB:].std() < 2 * WIDTH**-0.5
+    assert model(ids).logits.shape == (3, LENGTH, size)
+    for k in BLOCKS:
+        assert block_logits(model, ids, k).shape == (3, LENGTH - 1, size)
+    model.train()(ids, labels=ids, block_index=1).loss.backward()
+    model.eval().save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("fields", [{"denoiser": "factorized"}, {}], ids=["factorized", "joint"])
+def test_heads_tied_within_blocks_are_tied_when_resized(fields):
+    model = db.convert(CONFIGS["gpt2"](), num_blocks=2, shared="per_block", **fields)
+    assert model.config.tie_word_embeddings
+    model.resize_token_embeddings(VOCAB + 5)
+    first, second = model.backbone.transformer.wte, model.block_embeddings[0].transformer.wte
+    assert model.block_readouts[0].lm_head.weight is first.weight and model.backbone.lm_head.weight is second.weight
+    assert not torch.equal(first.weight, second.weight)
+
+
+def test_embeddings_of_a_part_are_not_resized():
+    part = db.convert(CONFIGS["gpt2"](), num_blocks=2, resident_blocks=[1], shared="per_block", denoiser="factorized")
+    with pytest.raises(ValueError, match=r"resident_blocks=\[1\] must be all 2 to resize token embeddings"):
+        part.resize_token_embeddings(VOCAB + 5)
+
+
 # ---- losses
 
 
@@ -382,6 +425,19 @@ def test_evaluation_loss_is_the_cross_entropy_of_label_free_logits(plain, text_f
         out = model(ids, labels=ids, return_logits=return_logits)
         expected = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert torch.allclose(out.loss, expected, atol=1e-5)
+
+
+def test_the_evaluation_loss_has_gradients(plain, text_formulation, ids):
+    """The same with and without logits, and of no head that is not read."""
+    model = make(plain, **text_formulation)
+    model(ids, labels=ids).loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model(ids, labels=ids, return_logits=False).loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, atol=1e-5 * gradient.abs().max() + 1e-6), name
 
 
 def test_independent_factorized_logits_are_the_mean_of_the_blocks_log_priors(plain, ids):

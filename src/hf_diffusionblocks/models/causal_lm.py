@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
@@ -73,6 +74,31 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         if isinstance(weight, DTensor):  # FSDP gathers it for the embedding's own call only
             weight = weight.full_tensor()
         return F.normalize(weight.float(), dim=-1)
+
+    def _resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True) -> nn.Embedding:
+        """What `resize_token_embeddings` does: also to the embeddings and heads that blocks have of their own, and to fixed
+        targets.
+
+        Raises:
+            ValueError: blocks are not loaded; jobs would each draw new tokens, and targets, of their own.
+        """
+        if len(self.resident_blocks) < self.num_blocks:
+            raise ValueError(
+                f"resident_blocks={self.resident_blocks} must be all {self.num_blocks} to resize token embeddings: jobs would "
+                "each draw new ones. Resize the whole model, save it, and load a part of that"
+            )
+        embeddings = self.backbone.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if self.per_block:
+            size = embeddings.num_embeddings
+            path = next(name for name, module in self.backbone.named_modules() if module is embeddings)
+            for parts in () if self.carried else self.block_embeddings:  # (carried: tokens are embedded once)
+                self._get_resized_embeddings(parts.get_submodule(path), size, mean_resizing=mean_resizing)
+            for parts in self.block_readouts:
+                trained = parts.lm_head.weight.requires_grad
+                parts.lm_head = self._get_resized_lm_head(parts.lm_head, size, mean_resizing=mean_resizing)
+                parts.lm_head.requires_grad_(trained)
+            self.target_embeddings.resize(size)
+        return embeddings
 
     # ---- training and evaluation
 
@@ -325,10 +351,11 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
 
     def _prior_loss(self, rows: torch.Tensor, targets: torch.Tensor, num_items) -> torch.Tensor:
         labelled = targets != IGNORED
+        read = range(self.num_blocks)[-1:] if self.carried else range(self.num_blocks)  # no other head has a gradient
         return self._mean(
             lambda rows, targets: cross_entropy(self._prior(rows).float(), targets).sum(),
             [rows[labelled], targets[labelled]],
-            [self.readout_parts(k) for k in range(self.num_blocks)],
+            [self.readout_parts(k) for k in read],
             num_items,
         )
 

@@ -27,3 +27,9 @@ class FixedTargets(nn.Module):
     def vectors(self) -> torch.Tensor:
         """All targets e_v, `[V, D]` float32 of norm 1."""
         return F.normalize(self.table.float(), dim=-1)
+
+    def resize(self, num_targets: int) -> None:
+        """Keep the first targets, and draw further ones as fresh ones are."""
+        width = self.table.shape[-1]
+        further = torch.randn(max(num_targets - len(self.table), 0), width) * width**-0.5
+        self.table = torch.cat([self.table[:num_targets], further.to(self.table)])
