@@ -11,7 +11,8 @@ from transformers import GPT2Config, LlamaConfig, Qwen3Config, ViTConfig
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.cli import main
-from hf_diffusionblocks.estimate import parse_bytes, smallest_number_of_blocks
+from hf_diffusionblocks.estimate import ledger_table, parse_bytes, smallest_number_of_blocks
+from hf_diffusionblocks.ledger import Parts
 from hf_diffusionblocks.ways import Way, Workload, ledger_of, ways_to_train
 
 SIZES = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
@@ -157,6 +158,36 @@ def test_the_command_prints_the_estimate(tmp_path, capsys):
     main(["estimate", "--model", str(tmp_path), *options.split()])
     expected = db.estimate_memory(GPT2, 2, 3, 24, dtype="bf16", denoiser="factorized")
     assert capsys.readouterr().out.strip() == str(expected)
+
+
+def test_a_tiny_model_s_table_says_something():
+    """In KiB, where MiB would be 0 everywhere."""
+    estimate = db.estimate_memory(GPT2, 2, 3, 24)
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in str(estimate).splitlines()[2:])
+    assert header[0] == "KiB"
+    for row in rows:
+        cells, ledger = dict(zip(header, row)), estimate.ledgers[row[0]]
+        for part, size in asdict(ledger.parts).items():
+            if part != "rest":
+                assert float(cells[part].replace(",", "")) == pytest.approx(size / 1024, abs=0.5)
+        assert float(cells["sum"].replace(",", "")) > 100
+
+
+@pytest.mark.parametrize(
+    "size, unit, printed",
+    [
+        (1_234, "KiB", "1"), (99 * 2**20, "KiB", "101,376"), (148 * 2**20 + 2**19, "MiB", "148.5"),
+        (5_663 * 2**20, "MiB", "5,663"), (9_999 * 2**20, "MiB", "9,999"), (10 * 2**30, "GiB", "10.0"),
+        (1_288 * 2**30, "GiB", "1,288.0"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_first_row_gives_the_unit(size, unit, printed):
+    """Whole MiB for GPT-2 small, GiB for a large Llama."""
+    first, second = (db.Ledger(Parts(blocks=each), Parts(blocks=each)) for each in (size, 2**20))
+    header, _, row, _ = ledger_table({"end to end": first, "other": second}, {}).splitlines()
+    assert header.split("|")[1].strip() == unit
+    assert [row.split("|")[column].strip() for column in (3, 9, 11)] == [printed] * 3
 
 
 def test_the_command_fails_in_one_line(tmp_path, capsys):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from filelock import FileLock
 from process_scenarios import (
     BATCH, GPT2, INDEPENDENT, RESUMED, SCENARIOS, SHARDED, SHARDED_JOB, STEPS, VIT, made, trainer_of,
@@ -257,6 +260,32 @@ def test_blocks_are_dealt_out(blocks, world, lanes, replicas):
 def test_blocks_that_cannot_be_dealt_out_are_refused(num_blocks, world):
     with pytest.raises(ValueError, match=f"block_parallel=True with {world} processes and blocks"):
         Layout(range(num_blocks), world, 0, block_parallel=True)
+
+
+def _average_with_a_frozen_block(rank: int, folder: Path) -> None:
+    """Lane 0 trains a block without trained parameters, lane 1 one that has some; gradients are the ranks' numbers."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4, timeout=timedelta(seconds=60))
+    layout = Layout([0, 1], 4, rank, block_parallel=True)
+    own, shared = [torch.nn.Parameter(torch.zeros(2)) for _ in range(layout.lane)], [torch.nn.Parameter(torch.zeros(2))]
+    for parameter in (*own, *shared):
+        parameter.grad = torch.full((2,), float(rank))
+    layout.average_gradients(own, shared)
+    means = [parameter.grad.clone() for parameter in (*own, *shared)]
+    norm = layout.clip_gradients(own, shared, 1.0)
+    torch.save((means, norm, [parameter.grad for parameter in (*own, *shared)]), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_lane_whose_block_is_frozen_averages_what_is_shared(tmp_path):
+    torch.multiprocessing.start_processes(_average_with_a_frozen_block, (tmp_path,), nprocs=4, start_method="fork")
+    norm = math.sqrt(2 * 2.5**2 + 2 * 1.5**2)
+    for rank in range(4):
+        means, total, clipped = torch.load(tmp_path / f"{rank}.pt")
+        assert [mean.tolist() for mean in means] == ([[2.5, 2.5]] if rank >= 2 else []) + [[1.5, 1.5]]
+        assert total.item() == pytest.approx(norm)
+        for mean, gradient in zip(means, clipped):
+            torch.testing.assert_close(gradient, mean / norm, rtol=1e-5, atol=0)
 
 
 # ---- what is refused

@@ -21,6 +21,8 @@ DTYPES = {
 }  # fmt: skip
 UNITS = {"": 1} | {f"{prefix}iB": 2 ** (10 * k) for k, prefix in enumerate("KMGT", 1)}
 UNITS |= {f"{prefix}B": 10 ** (3 * k) for k, prefix in enumerate("KMGT", 1)}
+#: What a table's first row has to hold at least, and the unit and decimals then: small parts of it (a hundredth) show.
+SCALES = ((10 * 2**30, "GiB", 1), (1000 * 2**20, "MiB", 0), (100 * 2**20, "MiB", 1), (0, "KiB", 0))
 
 
 @dataclass(frozen=True)
@@ -189,21 +191,16 @@ def ledger_table(ledgers: Mapping[str, Ledger], columns: Mapping[str, Mapping[st
         columns: more of them: heading -> way -> cell.
     """
     base = next(iter(ledgers.values()))
-    unit = "GiB" if base.total >= 10 * 2**30 else "MiB"
+    unit, decimals = next(scale for least, *scale in SCALES if base.total >= least)
     parts = [field.name for field in fields(Parts) if field.name != "rest"]
     header = [unit, *parts, "sum", "over end to end", "peak", "over end to end", *columns]
     rows = [header]
     for name, ledger in ledgers.items():
         sizes = [asdict(ledger.parts)[part] for part in parts]
         summed, peak = ledger.parts.total, ledger.total
-        cells = [*map(_in(unit), sizes), _in(unit)(summed), f"{summed / base.parts.total:.2f}x"]
-        cells += [_in(unit)(peak), f"{peak / base.total:.2f}x", *(column[name] for column in columns.values())]
-        rows.append([name, *cells])
+        *sizes, summed_size, peak_size = (f"{size / UNITS[unit]:,.{decimals}f}" for size in (*sizes, summed, peak))
+        cells = [*sizes, summed_size, f"{summed / base.parts.total:.2f}x", peak_size, f"{peak / base.total:.2f}x"]
+        rows.append([name, *cells, *(column[name] for column in columns.values())])
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join(f"| {line} |" for line in (lines[0], " | ".join("-" * width for width in widths), *lines[1:]))
-
-
-def _in(unit: str):
-    digits = 1 if unit == "GiB" else 0
-    return lambda size: f"{size / UNITS[unit]:,.{digits}f}"

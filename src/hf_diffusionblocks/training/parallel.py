@@ -60,10 +60,13 @@ class Layout:
         return self._mesh.get_group(dimension)
 
     def average_gradients(self, own: Sequence[nn.Parameter], shared: Sequence[nn.Parameter]) -> None:
-        """Mean gradients: of the own block over the ranks of this lane, of what is shared over all."""
-        if self.num_replicas > 1:
-            _average(own, self._group("replicas", own[0].device))
-        if shared and self.world_size > 1:
+        """Mean gradients: of the own block over the ranks of this lane, of what is shared over all.
+
+        Either may be empty: of a block that is frozen, or where nothing is shared.
+        """
+        if self.num_replicas > 1:  # (groups are made by all ranks at once, so also by those that have nothing to average)
+            _average(own, self._group("replicas", next(iter([*own, *shared])).device))
+        if self.world_size > 1:
             _average(shared, dist.group.WORLD)
 
     def clip_gradients(
@@ -74,7 +77,9 @@ class Layout:
         Returns:
             the norm before.
         """
-        own_square, shared_square = (get_total_norm(_gradients(part)).square() for part in (own, shared))
+        own_square, shared_square = (
+            get_total_norm(_gradients(part)).square().to(shared[0].device) for part in (own, shared)  # of nothing: on the CPU
+        )
         dist.all_reduce(own_square, group=self._group("lanes", own_square.device))
         total = (own_square + shared_square).sqrt()
         clip_grads_with_norm_([*own, *shared], max_norm, total)
@@ -125,6 +130,8 @@ def _gradients(parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
 
 
 def _average(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+    if not parameters:
+        return
     # Lanes differ in which shared parameters they reach; a parameter that none reaches keeps no gradient.
     reached = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=parameters[0].device)
     dist.all_reduce(reached, dist.ReduceOp.MAX, group)
