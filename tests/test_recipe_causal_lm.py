@@ -144,7 +144,7 @@ def test_one_block_a_job_then_merged(tmp_path, data, origin):
     if origin == "pretrained":
         train_causal_lm.main([*MODEL, *TRAINING, *data, "--end_to_end", "--output_dir", str(tmp_path / "plain")])
         model = ["--num_blocks", "2", "--sequence_length", str(LENGTH), "--model_name_or_path", str(tmp_path / "plain")]
-    apart = ["--context", "independent", "--shared", "per_block"]
+    apart = ["--denoiser", "factorized", "--context", "independent", "--prior_fraction", "1.0", "--shared", "per_block"]
     jobs = [str(tmp_path / f"job{block}") for block in (0, 1)]
     for block, job in enumerate(jobs):
         run = [*model, *TRAINING, *data, *apart, "--train_blocks", str(block), "--output_dir", job]
@@ -172,7 +172,9 @@ def test_pretrained_weights_and_tokenizer_are_kept(tmp_path, data, extra):
 RESUMED = {
     "blocks": [],
     "end_to_end": ["--end_to_end"],
-    "information": ["--noise_distribution", "information", "--prior_fraction", "0.5"],
+    "information": [
+        "--denoiser", "factorized", "--context", "carried", "--noise_distribution", "information", "--prior_fraction", "0.5"
+    ],
 }
 
 

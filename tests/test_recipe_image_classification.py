@@ -225,7 +225,7 @@ def test_accelerate_launch_with_a_yaml_file(tmp_path, data):
     config = tmp_path / "tiny.yaml"
     config.write_text(
         f"config_name: vit\nconfig_overrides: >-\n  {OVERRIDES}\nnum_blocks: 2\ndenoiser: factorized\n"
-        "context: carried\nupdates_per_block: 9\nper_device_train_batch_size: 8\nlearning_rate: 1.0e-3\n"
+        "context: carried\nprior_fraction: 1.0\nupdates_per_block: 9\nper_device_train_batch_size: 8\nlearning_rate: 1.0e-3\n"
     )
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     options = ["--config", str(config), *data, "--updates_per_block", "3", "--output_dir", str(tmp_path / "out")]
