@@ -31,9 +31,9 @@ import torch
 from transformers import GPT2Config, ViTConfig
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.estimate import ledger_table
-from hf_diffusionblocks.losses import rows_per_chunk
-from hf_diffusionblocks.ways import Step, Way, Workload, steps, ways_to_train
+from hf_diffusionblocks.memory.estimate import ledger_table
+from hf_diffusionblocks.diffusion.objectives import rows_per_chunk
+from hf_diffusionblocks.memory.scenarios import Step, Way, Workload, steps, ways_to_train
 
 #: Of a ledger's parts, the colour in the chart.
 COLOURS = {

@@ -16,7 +16,7 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.memory import SavedActivations, gradient_bytes
+from hf_diffusionblocks.memory.activations import SavedActivations, gradient_bytes
 
 FORMULATIONS = {
     "joint, independent (paper)": {},

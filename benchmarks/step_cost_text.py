@@ -21,8 +21,8 @@ from gutenberg import config_for
 from transformers import AutoModelForCausalLM
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.memory import SavedActivations, gradient_bytes
-from hf_diffusionblocks.ways import plain_loss
+from hf_diffusionblocks.memory.activations import SavedActivations, gradient_bytes
+from hf_diffusionblocks.memory.scenarios import plain_loss
 
 FORMULATIONS = {
     "factorized, independent": {"denoiser": "factorized"},

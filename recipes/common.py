@@ -28,9 +28,9 @@ from hf_diffusionblocks.backbones import backbone_for
 from hf_diffusionblocks.cli.arguments import BlocksArguments, config_fields, parse, preset_option
 from hf_diffusionblocks.configuration import USER_FIELDS
 from hf_diffusionblocks.conversion import plain_part
-from hf_diffusionblocks.models.partial import checked_blocks
+from hf_diffusionblocks.saving.resident import checked_blocks
 from hf_diffusionblocks.presets import with_preset
-from hf_diffusionblocks.training.jobs import check_one_job
+from hf_diffusionblocks.training.checks import check_one_job
 
 #: What the libraries below raise on bad input; anything else is a bug and keeps its traceback.
 BAD_INPUT = (ValueError, TypeError, OSError, SafetensorError, StrictDataclassError)

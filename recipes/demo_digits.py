@@ -95,7 +95,7 @@ def report(folder: Path) -> None:
     from transformers.utils import logging
 
     import hf_diffusionblocks  # noqa: F401  registers the Auto classes
-    from hf_diffusionblocks.plots import plot_noise_partition, plot_walk
+    from hf_diffusionblocks.evaluation.plots import plot_noise_partition, plot_walk
 
     logging.set_verbosity_error()
     test = load_dataset("parquet", data_files=str(folder / "test.parquet"), split="train")
@@ -141,7 +141,7 @@ def percent(logits, labels) -> float:
 
 def step_memory(model, pixel_values, labels) -> tuple[int, int]:
     """Bytes of saved activations and of gradients in a training step of a plain model."""
-    from hf_diffusionblocks.memory import SavedActivations, gradient_bytes
+    from hf_diffusionblocks.memory.activations import SavedActivations, gradient_bytes
 
     model.train()
     with SavedActivations(model.parameters()) as saved:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, Trainer
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks import checkpoint
+from hf_diffusionblocks.saving import shards
 from hf_diffusionblocks.recipes import common
 from hf_diffusionblocks.recipes.common import option
 
@@ -109,7 +109,7 @@ def export(trainer: Trainer, tuning: FinetuningArguments) -> None:
     model = trainer.model
     if model.has_adapters:
         model = db.lora.merge_and_unload(model)
-    with checkpoint.atomic_save(Path(tuning.export_plain)) as folder:
+    with shards.atomic_save(Path(tuning.export_plain)) as folder:
         model.to_plain().save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
     logger.info(f"the stock {model.architecture.plain_class.__name__} is in {tuning.export_plain}")

@@ -31,7 +31,7 @@ from transformers import (
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.cli.arguments import BlocksArguments
-from hf_diffusionblocks.cli.tokenizers import load_tokenizer
+from hf_diffusionblocks.processors import load_tokenizer
 from hf_diffusionblocks.recipes import common
 from hf_diffusionblocks.recipes.common import option
 

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from test_trainer import make_trainer
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.cards import GENERATED_BY
+from hf_diffusionblocks.saving.cards import GENERATED_BY
 
 
 def read(folder) -> str:

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks import losses
-from hf_diffusionblocks.memory import SavedActivations
-from hf_diffusionblocks.models.streams import CleanKeys, Streams, join
+from hf_diffusionblocks.diffusion import objectives as losses
+from hf_diffusionblocks.memory.activations import SavedActivations
+from hf_diffusionblocks.models.causal_lm.streams import CleanKeys, Streams, join
 
 VOCAB, WIDTH, LENGTH = 48, 32, 10
 ENDS = {"bos_token_id": 0, "eos_token_id": 0}

@@ -24,7 +24,7 @@ from transformers import AutoModelForImageClassification
 from transformers.utils.logging import disable_progress_bar
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks import checkpoint
+from hf_diffusionblocks.saving import shards
 from hf_diffusionblocks.cli.inspect import describe
 
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
@@ -212,7 +212,7 @@ def test_a_save_that_fails_leaves_the_old_model(saved, monkeypatch):
     with pytest.raises(RuntimeError, match="disk full"):
         model.save_pretrained(folder)
     assert states_equal(type(model).from_pretrained(folder).state_dict(), old)
-    assert not (folder / checkpoint.STAGED).exists()
+    assert not (folder / shards.STAGED).exists()
 
 
 @pytest.mark.parametrize("files_moved", range(6))
@@ -222,7 +222,7 @@ def test_a_save_killed_while_moving_its_files_is_finished_by_the_next_reader(sav
     moved, replace = [], os.replace
 
     def die(source, target):
-        if source.parent.name == checkpoint.COMPLETE:
+        if source.parent.name == shards.COMPLETE:
             if len(moved) == files_moved:
                 raise KeyboardInterrupt
             moved.append(source)
@@ -234,7 +234,7 @@ def test_a_save_killed_while_moving_its_files_is_finished_by_the_next_reader(sav
     loaded = AutoModelForImageClassification.from_pretrained(folder)
     assert states_equal(loaded.state_dict(), model.state_dict())
     assert loaded.config.inference_seed == 7
-    assert not (folder / checkpoint.COMPLETE).exists()
+    assert not (folder / shards.COMPLETE).exists()
 
 
 def _save_for_ever(models, folder):
@@ -276,7 +276,7 @@ def interrupted(plain_model, saved, tmp_path):
     def make(name: str) -> Path:
         folder = shutil.copytree(saved[1], tmp_path / name)
         (folder / "model.safetensors").write_bytes(b"stale: it would beat the index")
-        shutil.copytree(new, folder / checkpoint.COMPLETE)
+        shutil.copytree(new, folder / shards.COMPLETE)
         return folder
 
     return make, contents(new)
@@ -290,8 +290,8 @@ def _read_together(folders, barrier, faults):
     for folder in folders:
         barrier.wait()
         try:
-            checkpoint.finish_interrupted_save(folder)
-            checkpoint.check_shards(folder)
+            shards.finish_interrupted_save(folder)
+            shards.check_shards(folder)
             blocks = [db.load_block_state_dict(folder, block) for block in (None, 0, 1, 2, 3)]
             assert all(blocks) and not (folder / "model.safetensors").exists()
         except Exception as error:
@@ -309,7 +309,7 @@ def test_readers_that_finish_a_save_together_do_not_disturb_one_another(interrup
     for reader in readers:
         reader.join()
     assert faults.empty(), faults.get()
-    assert all(contents(folder) == expected and not (folder / checkpoint.COMPLETE).exists() for folder in folders)
+    assert all(contents(folder) == expected and not (folder / shards.COMPLETE).exists() for folder in folders)
 
 
 @contextmanager
@@ -335,13 +335,13 @@ def before_step(number: int, act):
 def test_a_reader_may_find_any_step_taken_by_another(interrupted):
     make, expected = interrupted
     with before_step(-1, None) as steps:
-        checkpoint.finish_interrupted_save(make("alone"))
+        shards.finish_interrupted_save(make("alone"))
     assert len(steps) > len(expected)
     for number in range(len(steps)):
         folder = make(f"step-{number}")
-        with before_step(number, lambda: checkpoint.finish_interrupted_save(folder)):
-            checkpoint.finish_interrupted_save(folder)
-        assert contents(folder) == expected and not (folder / checkpoint.COMPLETE).exists(), steps[number]
+        with before_step(number, lambda: shards.finish_interrupted_save(folder)):
+            shards.finish_interrupted_save(folder)
+        assert contents(folder) == expected and not (folder / shards.COMPLETE).exists(), steps[number]
 
 
 def test_a_slow_reader_loses_nothing_of_the_writer_s_next_save(interrupted, plain_model, tmp_path):
@@ -350,18 +350,18 @@ def test_a_slow_reader_loses_nothing_of_the_writer_s_next_save(interrupted, plai
     db.convert(plain_model, num_blocks=1).save_pretrained(tmp_path / "next")
     expected = contents(tmp_path / "next")
     with before_step(-1, None) as steps:
-        checkpoint.finish_interrupted_save(make("alone"))
+        shards.finish_interrupted_save(make("alone"))
     for number, moved in itertools.product(range(len(steps)), range(len(expected))):
         folder = make(f"slow-{number}-{moved}")
 
         def write():
-            checkpoint.finish_interrupted_save(folder)
-            shutil.copytree(tmp_path / "next", folder / checkpoint.COMPLETE)
+            shards.finish_interrupted_save(folder)
+            shutil.copytree(tmp_path / "next", folder / shards.COMPLETE)
             for name in sorted(expected)[:moved]:
-                os.rename(folder / checkpoint.COMPLETE / name, folder / name)
+                os.rename(folder / shards.COMPLETE / name, folder / name)
 
         with before_step(number, write):
-            checkpoint.finish_interrupted_save(folder)
-        checkpoint.finish_interrupted_save(folder)  # the writer goes on
+            shards.finish_interrupted_save(folder)
+        shards.finish_interrupted_save(folder)  # the writer goes on
         assert expected.items() <= contents(folder).items(), steps[number]
-        checkpoint.check_shards(folder)
+        shards.check_shards(folder)

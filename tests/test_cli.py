@@ -22,7 +22,7 @@ from transformers import (
 )  # fmt: skip
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks import cards
+from hf_diffusionblocks.saving import cards
 from hf_diffusionblocks.cli import VERBS, convert, inspect, main, train
 
 INDEX = "model.safetensors.index.json"

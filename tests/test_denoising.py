@@ -8,7 +8,7 @@ from scipy import stats
 from torch.nn import functional as F
 
 from hf_diffusionblocks import NoiseSchedule
-from hf_diffusionblocks.denoising import (
+from hf_diffusionblocks.diffusion.gaussian import (
     ancestral_step,
     edm_loss_weight,
     euler_step,
@@ -17,7 +17,7 @@ from hf_diffusionblocks.denoising import (
     precondition,
     soft_bridge,
 )
-from hf_diffusionblocks.sampling import NoiseSource, PositionNoise, walk
+from hf_diffusionblocks.diffusion.samplers import NoiseSource, PositionNoise, walk
 
 PRIOR = torch.tensor([0.5, 0.3, 0.15, 0.05])
 

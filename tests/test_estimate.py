@@ -11,9 +11,9 @@ from transformers import GPT2Config, LlamaConfig, Qwen3Config, ViTConfig
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.cli import main
-from hf_diffusionblocks.estimate import ledger_table, parse_bytes, smallest_number_of_blocks
-from hf_diffusionblocks.ledger import Parts
-from hf_diffusionblocks.ways import Way, Workload, ledger_of, ways_to_train
+from hf_diffusionblocks.memory.estimate import ledger_table, parse_bytes, smallest_number_of_blocks
+from hf_diffusionblocks.memory.ledger import Parts
+from hf_diffusionblocks.memory.scenarios import Way, Workload, ledger_of, ways_to_train
 
 SIZES = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 GPT2 = GPT2Config(n_layer=4, n_embd=32, n_head=2, vocab_size=307, n_positions=32, bos_token_id=0, eos_token_id=0)

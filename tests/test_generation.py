@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.conditioning import AdaLNModulation
+from hf_diffusionblocks.backbones.modulation import AdaLNModulation
 
 VOCAB, PROMPT, NEW = 64, 5, 8
 # No end-of-sequence token: every generation has the length it is asked for.

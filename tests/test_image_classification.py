@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, ViTConfig, ViTImageProcessorPil, pipeline
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.memory import SavedActivations
+from hf_diffusionblocks.memory.activations import SavedActivations
 
 BLOCKS = [0, 1]
 

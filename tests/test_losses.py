@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_diffusionblocks.losses import cross_entropy
+from hf_diffusionblocks.diffusion.objectives import cross_entropy
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e5])

@@ -13,10 +13,10 @@ from transformers import GPT2Config, LlamaConfig, ViTConfig
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.ledger import PARTS, Ledger, Parts
-from hf_diffusionblocks.losses import rows_per_chunk
-from hf_diffusionblocks.memory import SavedActivations, gradient_bytes, optimizer_state_bytes
-from hf_diffusionblocks.ways import Way, Workload, ledger_of, steps, ways_to_train
+from hf_diffusionblocks.memory.ledger import PARTS, Ledger, Parts
+from hf_diffusionblocks.diffusion.objectives import rows_per_chunk
+from hf_diffusionblocks.memory.activations import SavedActivations, gradient_bytes, optimizer_state_bytes
+from hf_diffusionblocks.memory.scenarios import Way, Workload, ledger_of, steps, ways_to_train
 
 GPT2 = GPT2Config(n_layer=4, n_embd=32, n_head=2, vocab_size=307, n_positions=32, bos_token_id=0, eos_token_id=0)
 CONFIGS = {

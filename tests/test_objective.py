@@ -9,8 +9,8 @@ import torch
 from process_scenarios import GPT2, LLAMA, VIT, made, rows, trainer_of
 from torch.nn import functional as F
 
-from hf_diffusionblocks.ledger import StepMemory
-from hf_diffusionblocks.memory import SavedActivations
+from hf_diffusionblocks.memory.ledger import StepMemory
+from hf_diffusionblocks.memory.activations import SavedActivations
 
 RECOMMENDED = {"num_blocks": 4, "denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
 SOURCES = {"gpt2": GPT2, "llama": LLAMA, "vit": VIT}

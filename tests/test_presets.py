@@ -13,14 +13,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClas
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks import cards, lora
+from hf_diffusionblocks import lora
+from hf_diffusionblocks.saving import cards
 from hf_diffusionblocks.backbones import backbone_for
 from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.cli.arguments import BlocksArguments
 from hf_diffusionblocks.configuration import USER_FIELDS
 from hf_diffusionblocks.presets import PRESETS, RECOMMENDED, with_preset
 from hf_diffusionblocks.recipes import common
-from hf_diffusionblocks.ways import FORMULATIONS
+from hf_diffusionblocks.memory.scenarios import FORMULATIONS
 
 TRIPLE = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
 SOURCES = {"text-generation": GPT2, "image-classification": VIT}
@@ -380,11 +381,11 @@ def test_a_saved_model_is_loaded_from_a_subfolder(resident, plain, tmp_path):
 
 def test_a_part_is_read_where_the_hub_arguments_say(gpt2, tmp_path, monkeypatch):
     """Its config, every file of its blocks and its generation settings."""
-    from hf_diffusionblocks import checkpoint
-    from hf_diffusionblocks.models import partial
+    from hf_diffusionblocks.saving import shards
+    from hf_diffusionblocks.saving import resident as partial
 
     db.convert(gpt2, 2).save_pretrained(tmp_path / "saved")
-    asked, cached_file = [], checkpoint.cached_file
+    asked, cached_file = [], shards.cached_file
 
     def watched(source, file, **kwargs):
         asked.append((file, {name: value for name, value in kwargs.items() if name in HUB}))

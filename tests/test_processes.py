@@ -24,7 +24,7 @@ from process_scenarios import (
 from safetensors.torch import load_file
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.training.jobs import check_processes
+from hf_diffusionblocks.training.checks import check_processes
 from hf_diffusionblocks.training.parallel import Layout
 
 SCRIPT = Path(__file__).parent / "process_scenarios.py"

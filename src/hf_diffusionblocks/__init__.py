@@ -8,22 +8,22 @@ from importlib import import_module
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
 from ._version import __version__
-from .checkpoint import load_block_state_dict
+from .saving.shards import load_block_state_dict
 from .configuration import DiffusionBlocksConfig
 from .conversion import convert
-from .estimate import MemoryEstimate, estimate_memory
-from .features import cache_block_inputs
-from .fitting import fit_noise_schedule
-from .ledger import Ledger, StepMemory, measure_memory
-from .likelihood import LikelihoodBound, bits_per_byte, nll_bound
-from .measures import generation_measures
-from .merging import merge_blocks
+from .memory.estimate import MemoryEstimate, estimate_memory
+from .training.cached_inputs import cache_block_inputs
+from .evaluation.noise_fit import fit_noise_schedule
+from .memory.ledger import Ledger, StepMemory, measure_memory
+from .evaluation.likelihood import LikelihoodBound, bits_per_byte, nll_bound
+from .evaluation.generated_text import generation_measures
+from .saving.merging import merge_blocks
 from .models import (
     DiffusionBlocksForCausalLM,
     DiffusionBlocksForImageClassification,
     DiffusionBlocksPreTrainedModel,
 )
-from .noise import NoiseSchedule
+from .diffusion.schedule import NoiseSchedule
 from .training import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
 
 AutoConfig.register(DiffusionBlocksConfig.model_type, DiffusionBlocksConfig, exist_ok=True)

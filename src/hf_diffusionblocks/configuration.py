@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .noise import NoiseSchedule
+from .diffusion.schedule import NoiseSchedule
 
 #: Of saved models; to be raised when their config, names or files change their meaning.
 FORMAT_VERSION = 1

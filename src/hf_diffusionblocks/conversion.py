@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from .backbones import backbone_for
 from .configuration import USER_FIELDS, DiffusionBlocksConfig
 from .models import MODELS, DiffusionBlocksPreTrainedModel
-from .models.partial import HUB_KWARGS, MODEL_KWARGS, NotLoaded, build, checked_blocks, hub_kwargs
+from .saving.resident import HUB_KWARGS, MODEL_KWARGS, NotLoaded, build, checked_blocks, hub_kwargs
 from .presets import with_preset
 
 

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .extras import from_extra
 from .models import DiffusionBlocksPreTrainedModel
-from .models.partial import checked_blocks
+from .saving.resident import checked_blocks
 
 with from_extra("peft", "hf_diffusionblocks.lora"):
     from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 from .base import Backbone, Parts
-from .causal import CausalBackbone
+from .decoder import CausalBackbone
 from .gpt2 import GPT2Backbone
 from .llama import LlamaBackbone
 from .qwen3 import Qwen3Backbone

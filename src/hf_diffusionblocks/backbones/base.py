@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..conditioning import Modulation
+from .modulation import Modulation
 
 
 class Backbone(ABC):

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from ..conditioning import Modulation
-from .causal import CausalBackbone, layer_beyond_the_last
+from .modulation import Modulation
+from .decoder import CausalBackbone, layer_beyond_the_last
 
 
 class GPT2Backbone(CausalBackbone):

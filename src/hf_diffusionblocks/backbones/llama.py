@@ -7,8 +7,8 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
 
-from ..conditioning import Modulation
-from .causal import CausalBackbone, layer_beyond_the_last
+from .modulation import Modulation
+from .decoder import CausalBackbone, layer_beyond_the_last
 
 
 class LlamaBackbone(CausalBackbone):

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedConfig, ViTForImageClassification
 from transformers.models.vit.modeling_vit import ViTLayer
 
-from ..conditioning import Modulation, modulate
+from .modulation import Modulation, modulate
 from .base import Backbone
 
 

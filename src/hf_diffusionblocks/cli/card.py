@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .. import cards
+from ..saving import cards
 from ..backbones import backbone_for
 from ..models import MODELS, DiffusionBlocksPreTrainedModel
 from .inspect import read_config

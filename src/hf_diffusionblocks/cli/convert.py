@@ -10,13 +10,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, set_seed
 from transformers.utils import CONFIG_NAME
 
-from .. import checkpoint
+from ..saving import shards
 from ..conversion import convert
 from ..models import DiffusionBlocksPreTrainedModel
 from .arguments import AllBlocksArguments, config_fields, preset_option
 from .inspect import block_table, describe
 from .operands import parse_verb
-from .tokenizers import load_tokenizer
+from ..processors import load_tokenizer
 
 
 @dataclass
@@ -51,7 +51,7 @@ def run(args: list[str]) -> None:
 
 
 def _check_out_dir(out_dir: Path, source: Path, overwrite: bool) -> None:
-    checkpoint.finish_interrupted_save(out_dir)
+    shards.finish_interrupted_save(out_dir)
     if out_dir.resolve() == source.resolve():
         raise ValueError(f"OUT_DIR={out_dir} must not be SOURCE: the plain model would be lost")
     if out_dir.exists() and not out_dir.is_dir():

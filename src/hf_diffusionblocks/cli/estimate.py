@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import AutoConfig
 
-from ..estimate import DTYPES, estimate_memory
+from ..memory.estimate import DTYPES, estimate_memory
 from .arguments import BlocksArguments, config_fields
 from .operands import parse_verb
 

@@ -18,7 +18,7 @@ from huggingface_hub.utils import SafetensorsFileMetadata
 from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-from .. import checkpoint
+from ..saving import shards
 from ..backbones import backbone_for
 from ..configuration import USER_FIELDS, DiffusionBlocksConfig
 from ..models import MODELS
@@ -54,7 +54,7 @@ def read_config(source: str) -> DiffusionBlocksConfig:
         OSError: there is none.
     """
     if Path(source).is_dir():
-        checkpoint.finish_interrupted_save(Path(source))
+        shards.finish_interrupted_save(Path(source))
     try:
         config = AutoConfig.from_pretrained(source)
     except OSError as error:  # "couldn't connect": for what?
@@ -77,7 +77,7 @@ def describe(source: str) -> dict:
     config = read_config(source)
     files = _files_by_block(source, config)
     if Path(source).is_dir():
-        checkpoint.check_shards(Path(source))
+        shards.check_shards(Path(source))
     contents = {block: _contents(source, file) for block, file in files.items()}
     model_class = MODELS[backbone_for(config.source_config).task]
     schedule = config.noise_schedule(model_class.default_overlap)
@@ -118,7 +118,7 @@ def describe(source: str) -> dict:
 def _files_by_block(source: str, config: DiffusionBlocksConfig) -> dict[str, str]:
     """"shared" and each block's number -> its file, from the index."""
     path = Path(cached_file(source, SAFE_WEIGHTS_INDEX_NAME))
-    files = checkpoint.read_index(path)["metadata"].get("blocks")
+    files = shards.read_index(path)["metadata"].get("blocks")
     if files is None:
         raise ValueError(f"{path} does not map blocks to files")
     if not {"shared"} < set(files) <= {"shared", *map(str, range(config.num_blocks))}:

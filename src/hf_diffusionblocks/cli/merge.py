@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers.utils import CONFIG_NAME
 
-from ..merging import merge_blocks
+from ..saving.merging import merge_blocks
 from .inspect import block_table, describe
 from .operands import parse_verb
 

@@ -1,8 +1,8 @@
 """One model class a task."""
 
 from .base import DiffusionBlocksPreTrainedModel
-from .causal_lm import DiffusionBlocksForCausalLM
-from .image_classification import DiffusionBlocksForImageClassification, WalkClassifierOutput
+from .causal_lm.model import DiffusionBlocksForCausalLM
+from .image_classification.model import DiffusionBlocksForImageClassification, WalkClassifierOutput
 
 #: Task, as in `pipeline(task)` -> its class.
 MODELS: dict[str, type[DiffusionBlocksPreTrainedModel]] = {

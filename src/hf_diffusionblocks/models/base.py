@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from ..backbones import Parts, backbone_for
-from ..conditioning import AdaLNModulation, Modulation, SigmaEmbedding
+from ..backbones.modulation import AdaLNModulation, Modulation, SigmaEmbedding
 from ..configuration import DiffusionBlocksConfig
-from ..denoising import precondition
-from ..draws import Generators, draw
-from ..noise import NoiseSchedule
-from .residence import BlockResidence
-from .saving import SavedByBlock
+from ..diffusion.gaussian import precondition
+from ..diffusion.randomness import Generators, draw
+from ..diffusion.schedule import NoiseSchedule
+from .offload import BlockResidence
+from ..saving.pretrained import SavedByBlock
 from .targets import FixedTargets, TargetEmbedding
 
 

@@ -12,17 +12,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import get_scheduler
 from transformers.utils import logging
 
-from .. import checkpoint
-from ..draws import keyed_generators
-from ..ledger import Ledger
+from ..saving import shards
+from ..diffusion.randomness import keyed_generators
+from ..memory.ledger import Ledger
 from ..models import DiffusionBlocksForCausalLM, DiffusionBlocksPreTrainedModel
-from ..models.residence import BlockResidence
+from ..models.offload import BlockResidence
 from .arguments import DiffusionBlocksTrainingArguments
 from .block_schedule import BlockSchedule
-from .ledgers import StepLedgers
-from .jobs import WithBlockInput, blocks_to_train, cached_column, check_processes, columns_to_keep, only_training
+from .step_ledgers import StepLedgers
+from .checks import WithBlockInput, blocks_to_train, cached_column, check_processes, columns_to_keep, only_training
 from .parallel import Layout, all_states, broadcast
-from .reports import RunReports
+from .run_report import RunReports
 
 logger = logging.get_logger(__name__)
 
@@ -383,7 +383,7 @@ class DiffusionBlocksTrainer(RunReports):
                 self.optimizer.state.pop(parameter, None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        checkpoint.finish_interrupted_save(Path(resume_from_checkpoint))
+        shards.finish_interrupted_save(Path(resume_from_checkpoint))
         saved = any(Path(resume_from_checkpoint).glob("block_*/adapter_config.json"))
         if saved != self.model.has_adapters:
             says, has = ("holds", "has none") if saved else ("has no", "has them")
@@ -393,5 +393,5 @@ class DiffusionBlocksTrainer(RunReports):
 
             lora.load_block_adapters(self.model, resume_from_checkpoint)
             return
-        checkpoint.check_shards(Path(resume_from_checkpoint))
+        shards.check_shards(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationMixin, LogitsProcessorList
 from transformers.generation import GenerationMode
 
-from .text_walk import TextWalk
+from .walk import TextWalk
 
 JOINT_SEARCHES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 #: Arguments of `generate` that ask for another search.

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .backbones import backbone_for
-from .memory import state_tensors
+from ..backbones import backbone_for
+from .activations import state_tensors
 
 #: What the bytes of a training step are, in the order in which tables list them.
 PARTS = ("shared", "blocks", "adaln", "gradients", "optimizer", "activations", "logits", "rest")

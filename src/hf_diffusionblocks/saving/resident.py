@@ -12,11 +12,11 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
-from .. import checkpoint
+from . import shards
 from ..configuration import DiffusionBlocksConfig
 
 if TYPE_CHECKING:
-    from .base import DiffusionBlocksPreTrainedModel
+    from ..models.base import DiffusionBlocksPreTrainedModel
 
 #: Arguments of `from_pretrained` that say where on the Hub, and how, to find a file.
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -99,7 +99,7 @@ def load(
     check_cut(model, source, **hub)
     weights = {}
     for block in (None, *model.resident_blocks):
-        weights |= checkpoint.load_block_state_dict(source, block, **hub)
+        weights |= shards.load_block_state_dict(source, block, **hub)
     missing = model.state_dict().keys() - weights.keys() - model.all_tied_weights_keys.keys()
     if missing:
         raise ValueError(f"{source} lacks {', '.join(sorted(missing)[:3])}, {len(missing)} weights in all")
@@ -118,7 +118,7 @@ def hub_kwargs(kwargs: dict) -> dict:
 
 def check_cut(model: DiffusionBlocksPreTrainedModel, source: str | PathLike, **hub_kwargs) -> None:
     """Raise ValueError if the files of this checkpoint were cut into other blocks than the model's config says."""
-    index = checkpoint.saved_index(source, **hub_kwargs)
+    index = shards.saved_index(source, **hub_kwargs)
     if index is None or "blocks" not in index["metadata"]:  # of a plain model
         return
     config, files = model.config, index["metadata"]["blocks"]
@@ -134,7 +134,7 @@ def check_cut(model: DiffusionBlocksPreTrainedModel, source: str | PathLike, **h
 
 def check_whole(model: DiffusionBlocksPreTrainedModel, source: str | PathLike, **hub_kwargs) -> None:
     """Raise ValueError if this checkpoint, which all of the model was loaded from, holds some of the blocks only."""
-    parts = checkpoint.saved_parts(source, **hub_kwargs)
+    parts = shards.saved_parts(source, **hub_kwargs)
     missing = [block for block in range(model.num_blocks) if parts is not None and str(block) not in parts]
     if missing:
         raise ValueError(

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from .. import cards, checkpoint
-from . import partial as partial_model
+from . import cards
+from . import shards
+from . import resident
 
 
 class SavedByBlock(PreTrainedModel):
@@ -59,11 +60,11 @@ class SavedByBlock(PreTrainedModel):
         """
         if kwargs.get("variant") is not None:
             raise ValueError(f"variant={kwargs['variant']!r} is not supported: shards are named by block")
-        hub_kwargs = {key: kwargs.pop(key) for key in checkpoint.HUB_KWARGS if key in kwargs}
+        hub_kwargs = {key: kwargs.pop(key) for key in shards.HUB_KWARGS if key in kwargs}
         if is_main_process:
             if len(self.resident_blocks) < self.num_blocks and not self.has_adapters:  # (which replace no weights)
-                checkpoint.check_overwrite(Path(save_directory), self.resident_blocks)
-            with checkpoint.atomic_save(Path(save_directory)) as staging:
+                shards.check_overwrite(Path(save_directory), self.resident_blocks)
+            with shards.atomic_save(Path(save_directory)) as staging:
                 # Current parameter names, not HF's older ones: block files and Trainer resume go by them.
                 kwargs |= {"max_shard_size": "1000TB", "save_original_format": False}
                 if self.has_adapters:  # the adapters alone; peft is imported where it is used
@@ -72,7 +73,7 @@ class SavedByBlock(PreTrainedModel):
                     lora.save_block_adapters(self, staging)
                 else:
                     super().save_pretrained(staging, state_dict=state_dict, **kwargs)
-                    checkpoint.split_by_block(staging, self.block_of_parameter, self.num_blocks)
+                    shards.split_by_block(staging, self.block_of_parameter, self.num_blocks)
                 cards.write(self, staging, keep_from=Path(save_directory))
         if push_to_hub:
             self.push_to_hub(hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs)
@@ -94,18 +95,18 @@ class SavedByBlock(PreTrainedModel):
         """
         if pretrained_model_name_or_path is not None and Path(pretrained_model_name_or_path).is_dir():
             folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-            if checkpoint.finish_interrupted_save(folder):
+            if shards.finish_interrupted_save(folder):
                 kwargs.pop("config", None)  # was read before the save was finished
-            checkpoint.check_shards(folder)
+            shards.check_shards(folder)
         if resident_blocks is not None:
-            return partial_model.load(cls, pretrained_model_name_or_path, resident_blocks, **kwargs)
+            return resident.load(cls, pretrained_model_name_or_path, resident_blocks, **kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:
-            hub_kwargs = partial_model.hub_kwargs(kwargs)
-            partial_model.check_cut(model, pretrained_model_name_or_path, **hub_kwargs)
-            partial_model.check_whole(model, pretrained_model_name_or_path, **hub_kwargs)
-        checkpoint.align(model)
+            hub_kwargs = resident.hub_kwargs(kwargs)
+            resident.check_cut(model, pretrained_model_name_or_path, **hub_kwargs)
+            resident.check_whole(model, pretrained_model_name_or_path, **hub_kwargs)
+        shards.align(model)
         return loaded
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):

@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .extras import from_extra
+from ..extras import from_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .models.image_classification import WalkClassifierOutput
-    from .noise import NoiseSchedule
+    from ..models.image_classification.model import WalkClassifierOutput
+    from ..diffusion.schedule import NoiseSchedule
 
 INK, MUTED, QUIET, RIGHT, WRONG = "#22303c", "#66727e", "#c3ccd4", "#2a9d6f", "#d1495b"
 MOST_CLASSES = 10  # bars in a panel that can still be read
 
 
 def _figure(width: float, height: float) -> Figure:
-    with from_extra("matplotlib", "hf_diffusionblocks.plots"):
+    with from_extra("matplotlib", "hf_diffusionblocks.evaluation.plots"):
         from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")

@@ -14,12 +14,12 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from ..configuration import DiffusionBlocksConfig
-from ..denoising import BRIDGES, edm_loss_weight, posterior_logits, precondition
-from ..draws import Generators, draw
-from ..sampling import NoiseSource, walk
-from .base import DiffusionBlocksPreTrainedModel, without_dropout
-from .targets import FixedTargets, TargetEmbedding
+from ...configuration import DiffusionBlocksConfig
+from ...diffusion.gaussian import BRIDGES, edm_loss_weight, posterior_logits, precondition
+from ...diffusion.randomness import Generators, draw
+from ...diffusion.samplers import NoiseSource, walk
+from ..base import DiffusionBlocksPreTrainedModel, without_dropout
+from ..targets import FixedTargets, TargetEmbedding
 
 
 @dataclass

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from .losses import rows_per_chunk
-from .models import DiffusionBlocksForCausalLM
-from .models.base import without_dropout
-from .models.causal_lm import IGNORED
+from ..diffusion.objectives import rows_per_chunk
+from ..models import DiffusionBlocksForCausalLM
+from ..models.base import without_dropout
+from ..models.causal_lm.model import IGNORED
 
 
 @dataclass

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ..conditioning import Modulation
+from ...backbones.modulation import Modulation
 
 if TYPE_CHECKING:
-    from .causal_lm import DiffusionBlocksForCausalLM
+    from .model import DiffusionBlocksForCausalLM
 
 
 #: Noisy tokens of a group, where they run in groups: fewer copy the clean keys more often, more have more idle scores.

@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
-from ..features import column_of, predecessors_column_of
+from .cached_inputs import column_of, predecessors_column_of
 from ..models import DiffusionBlocksPreTrainedModel
-from ..models.partial import checked_blocks
+from ..saving.resident import checked_blocks
 from .arguments import DiffusionBlocksTrainingArguments
 from .parallel import Layout
 

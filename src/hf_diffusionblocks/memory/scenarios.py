@@ -18,15 +18,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_peft_available
 
-from .backbones import backbone_for
-from .configuration import DiffusionBlocksConfig
-from .conversion import convert
+from ..backbones import backbone_for
+from ..configuration import DiffusionBlocksConfig
+from ..conversion import convert
 from .ledger import Ledger, measure_memory
-from .losses import chunked_sum, cross_entropy
-from .models import DiffusionBlocksPreTrainedModel
-from .models.residence import BlockResidence
-from .presets import RECOMMENDED
-from .training.jobs import only_training
+from ..diffusion.objectives import chunked_sum, cross_entropy
+from ..models import DiffusionBlocksPreTrainedModel
+from ..models.offload import BlockResidence
+from ..presets import RECOMMENDED
+from ..training.checks import only_training
 
 #: Formulation -> what `convert` is given for it.
 FORMULATIONS: dict[str, dict] = {

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from ..conditioning import Modulation, modulate
+from .modulation import Modulation, modulate
 from .base import Backbone
 
 

@@ -8,12 +8,12 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache, LogitsProcessorList
 
-from ..denoising import BRIDGES, posterior_logits, precondition
-from ..sampling import NoiseSource, PositionNoise, walk
+from ...diffusion.gaussian import BRIDGES, posterior_logits, precondition
+from ...diffusion.samplers import NoiseSource, PositionNoise, walk
 from .streams import Rows, Streams, join
 
 if TYPE_CHECKING:
-    from .causal_lm import DiffusionBlocksForCausalLM
+    from .model import DiffusionBlocksForCausalLM
 
 
 class TextWalk:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.utils import logging
 
-from . import checkpoint
-from .extras import from_extra
-from .models import DiffusionBlocksPreTrainedModel
-from .models.base import without_dropout
+from ..saving import shards
+from ..extras import from_extra
+from ..models import DiffusionBlocksPreTrainedModel
+from ..models.base import without_dropout
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -102,9 +102,9 @@ def _predecessors(model: DiffusionBlocksPreTrainedModel, block_index: int, start
     of_part: dict[int | None, dict[str, torch.Tensor]] = {}
     for name, tensor in weights.items():
         of_part.setdefault(model.block_of_parameter(name), {})[name] = tensor
-    found = dataset[0][predecessors_column_of(start)] if start else checkpoint.digest(of_part.get(None, {}))
+    found = dataset[0][predecessors_column_of(start)] if start else shards.digest(of_part.get(None, {}))
     for block in range(start, block_index):
-        found = checkpoint.digest(of_part[block], found)
+        found = shards.digest(of_part[block], found)
     return found
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import cards
-from ..features import predecessors_column_of
-from .atomic import AtomicCheckpoints
+from ..saving import cards
+from .cached_inputs import predecessors_column_of
+from .checkpoints import AtomicCheckpoints
 
 
 class RunReports(AtomicCheckpoints):

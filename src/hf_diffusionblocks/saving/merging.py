@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from . import cards, checkpoint
-from .backbones import backbone_for
-from .configuration import DiffusionBlocksConfig
-from .models import MODELS
+from . import cards
+from . import shards
+from ..backbones import backbone_for
+from ..configuration import DiffusionBlocksConfig
+from ..models import MODELS
 
 #: Fields of a config that may differ between jobs.
 OF_THE_JOB = ("training_report", "_name_or_path", "transformers_version")
@@ -75,9 +76,9 @@ def merge_blocks(jobs: Sequence[str | PathLike], output_dir: str | PathLike) -> 
 def _open(folder: Path) -> _Job:
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder")
-    checkpoint.finish_interrupted_save(folder)
-    checkpoint.check_shards(folder)
-    files = checkpoint.saved_parts(folder)
+    shards.finish_interrupted_save(folder)
+    shards.check_shards(folder)
+    files = shards.saved_parts(folder)
     if files is None:
         raise ValueError(f"{folder} is not a DiffusionBlocks checkpoint: its index names no blocks")
     return _Job(folder, DiffusionBlocksConfig.from_pretrained(folder), files)
@@ -141,9 +142,9 @@ def _check_cached(jobs: list[_Job], source_of: dict[int, _Job]) -> None:
     """The same, of jobs that have trained on what earlier blocks had made before."""
     if not jobs:
         return
-    found = [checkpoint.digest(jobs[0].load("shared") if "shared" in jobs[0].files else {})]  # by what came before a block
+    found = [shards.digest(jobs[0].load("shared") if "shared" in jobs[0].files else {})]  # by what came before a block
     for block in range(max(max(job.trained) for job in jobs)):
-        found.append(checkpoint.digest(source_of[block].load(str(block)), found[-1]))
+        found.append(shards.digest(source_of[block].load(str(block)), found[-1]))
     for job in jobs:
         block = max(job.trained)
         if job.config.training_report["predecessors"] != found[block]:
@@ -167,12 +168,12 @@ def _write(jobs: list[_Job], source_of: dict[int, _Job], output_dir: Path) -> No
     config.training_report = _merged_report(jobs)
     with torch.device("meta"):
         model = MODELS[backbone_for(config.source_config).task](config)
-    with checkpoint.atomic_save(output_dir) as staging:
+    with shards.atomic_save(output_dir) as staging:
         parts = {"shared": jobs[0]} if "shared" in jobs[0].files else {}
         parts |= {str(block): job for block, job in source_of.items()}
         for part, job in parts.items():
             shutil.copyfile(job.folder / job.files[part], staging / job.files[part])
-        checkpoint.write_index(staging, {part: job.files[part] for part, job in parts.items()})
+        shards.write_index(staging, {part: job.files[part] for part, job in parts.items()})
         for pattern in COMPANIONS:
             for path in jobs[0].folder.glob(pattern):
                 shutil.copyfile(path, staging / path.name)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .draws import Generators, draw
+from .randomness import Generators, draw
 
 
 class NoiseSchedule:

@@ -12,15 +12,15 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from ..configuration import DiffusionBlocksConfig
-from ..denoising import Preconditioning, edm_loss_weight, posterior_logits, precondition
-from ..draws import Generators, draw
-from ..losses import chunked_sum, cross_entropy
-from .base import DiffusionBlocksPreTrainedModel
+from ...configuration import DiffusionBlocksConfig
+from ...diffusion.gaussian import Preconditioning, edm_loss_weight, posterior_logits, precondition
+from ...diffusion.randomness import Generators, draw
+from ...diffusion.objectives import chunked_sum, cross_entropy
+from ..base import DiffusionBlocksPreTrainedModel
 from .generation import WalkGeneration
 from .streams import CleanKeys, Rows, Streams
-from .targets import FixedTargets
-from .text_walk import TextWalk
+from ..targets import FixedTargets
+from .walk import TextWalk
 
 IGNORED = -100  # label of a token that has no loss, everywhere in Transformers
 

@@ -10,10 +10,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .backbones import backbone_for
-from .configuration import USER_FIELDS, DiffusionBlocksConfig
+from ..backbones import backbone_for
+from ..configuration import USER_FIELDS, DiffusionBlocksConfig
 from .ledger import Ledger, Parts
-from .ways import FORMULATIONS, Way, Workload, ledger_of, ways_to_train
+from .scenarios import FORMULATIONS, Way, Workload, ledger_of, ways_to_train
 
 DTYPES = {
     "fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..ledger import Ledger, StepMemory
+from ..memory.ledger import Ledger, StepMemory
 
 if TYPE_CHECKING:
     from .trainer import DiffusionBlocksTrainer

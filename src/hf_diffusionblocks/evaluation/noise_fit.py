@@ -7,8 +7,8 @@ from itertools import islice
 
 import torch
 
-from .models import DiffusionBlocksPreTrainedModel
-from .models.base import without_dropout
+from ..models import DiffusionBlocksPreTrainedModel
+from ..models.base import without_dropout
 
 #: Share of the draws spread evenly over ln sigma, so that every level is trained and none is forgotten.
 EVEN_SHARE = 0.05

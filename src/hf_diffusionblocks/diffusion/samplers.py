@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .denoising import ancestral_step, euler_step
+from .gaussian import ancestral_step, euler_step
 
 
 class NoiseSource:

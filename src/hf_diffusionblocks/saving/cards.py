@@ -8,10 +8,10 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
-from .configuration import USER_FIELDS
+from ..configuration import USER_FIELDS
 
 if TYPE_CHECKING:
-    from .models import DiffusionBlocksPreTrainedModel
+    from ..models import DiffusionBlocksPreTrainedModel
 
 CARD = "README.md"
 #: A card with one of these may be replaced; any other was written or edited by a person.
@@ -29,7 +29,7 @@ model = {auto_class}.from_pretrained("{name}")
 {lines}"""
 USE_ADAPTERS = """\
 import hf_diffusionblocks as db  # pip install hf-diffusionblocks
-from hf_diffusionblocks import lora
+from .. import lora
 
 model = db.convert("{base_model}", preset="paper", {fields})
 lora.load_block_adapters(model, "{name}")  # an adapter a block; peft reads them into the plain model, too"""

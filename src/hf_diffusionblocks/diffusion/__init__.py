@@ -1,0 +1,1 @@
+"""The mathematics of diffusion over blocks: no model in it."""

@@ -1,0 +1,1 @@
+"""What a training step holds, measured and foretold."""
