@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from functools import partial
 
 import pytest
@@ -481,6 +482,32 @@ def test_no_more_than_a_chunk_of_logits_is_ever_held(monkeypatch):
         assert sum(sizes) == 4 * 63 * vocab * 4 and max(sizes) == sum(sizes) / 4
         loss.backward()
     assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("fields", [{}, {"sampler": "ancestral"}, {"bridge": "soft"}], ids=str)
+@pytest.mark.parametrize("num_items", [None, 7])
+def test_a_walk_is_scored_in_chunks(plain, joint, ids, fields, num_items, monkeypatch):
+    """The same loss, of padded and partly labelled texts, a quarter of the logits at a time; each is gone by the next."""
+    model = make(plain, **joint, **fields)
+    mask, labels = torch.ones_like(ids), ids.clone()
+    mask[1, :4], labels[1, :4], labels[0, 6:] = 0, -100, -100
+    made, name = [], "edm_logits" if model.config.readout == "edm" else "denoise"
+    read = getattr(model, name)
+
+    def watched(*args):
+        assert not [logits for logits, _ in made if logits() is not None]
+        logits = read(*args)
+        made.append((weakref.ref(logits), len(logits)))
+        return logits
+
+    def loss(**kwargs):
+        with torch.no_grad():
+            return model(ids, attention_mask=mask, labels=labels, num_items_in_batch=num_items, **kwargs).loss.item()
+
+    expected = loss()
+    monkeypatch.setattr(model, name, watched)
+    assert loss(return_logits=False) == pytest.approx(expected, rel=1e-6)
+    assert [rows for _, rows in made] == [8, 8, 8, 6] * 2  # of 30, at both levels
 
 
 def test_chunks_of_a_large_vocabulary_are_32_mib():

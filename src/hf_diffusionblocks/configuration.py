@@ -158,7 +158,7 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
                 f"format_version={self.format_version!r} must be {FORMAT_VERSION}: the model was saved by an earlier version "
-                "of hf-diffusionblocks, or by a later one, whose files may mean something else: convert again"
+                "of hf-diffusionblocks, or a later one, whose files may mean something else: convert again"
             )
         for name, kinds, allowed in (
             ("source_config", (dict, PreTrainedConfig), "a config, a dictionary of its fields, or None"),

@@ -106,13 +106,25 @@ def walk(
         `logits [N, V]` of the last evaluation, and `z [N, D]` at the last level, sigma_min.
     """
     levels = sigmas.tolist()
-    width = targets.shape[-1]
-    z = levels[0] * noise.normal(width)
+    z = levels[0] * noise.normal(targets.shape[-1])
     for step, (sigma, sigma_next) in enumerate(zip(levels[:-1], levels[1:])):
         logits = denoise(z, step)
-        if sampler == "euler":
-            z = euler_step(z, bridge(logits, targets), sigma, sigma_next)
-        else:
-            target = F.embedding(noise.categorical(logits), targets).float()
-            z = ancestral_step(z, target, sigma, sigma_next, noise.normal(width))
+        z = walk_on(z, logits, targets, sigma, sigma_next, noise, sampler, bridge)
     return logits, z
+
+
+def walk_on(
+    z: torch.Tensor,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    sigma: float,
+    sigma_next: float,
+    noise: NoiseSource,
+    sampler: str,
+    bridge: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """One step of [`walk`]: `z [N, D]` at `sigma_next`, of that at `sigma` and its logits. Rows do not meet."""
+    if sampler == "euler":
+        return euler_step(z, bridge(logits, targets), sigma, sigma_next)
+    target = F.embedding(noise.categorical(logits), targets).float()
+    return ancestral_step(z, target, sigma, sigma_next, noise.normal(targets.shape[-1]))

@@ -128,7 +128,8 @@ def check_cut(model: DiffusionBlocksPreTrainedModel, source: str | PathLike, **h
         if files.get(part) != file:
             raise ValueError(
                 f"{source} was cut into other blocks than its config says (num_blocks={config.num_blocks}, "
-                f"layers_per_block={config.layers_per_block}): {file} holds {name}, which the config has in the file of {part}"
+                f"layers_per_block={config.layers_per_block}): {file} holds {name}, which the config "
+                f"has in the file of {part}"
             )
 
 

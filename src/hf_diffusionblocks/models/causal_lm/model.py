@@ -84,8 +84,8 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         """
         if len(self.resident_blocks) < self.num_blocks:
             raise ValueError(
-                f"resident_blocks={self.resident_blocks} must be all {self.num_blocks} to resize token embeddings: jobs would "
-                "each draw new ones. Resize the whole model, save it, and load a part of that"
+                f"resident_blocks={self.resident_blocks} must be all {self.num_blocks} to resize token embeddings: jobs "
+                "would each draw new ones. Resize the whole model, save it, and load a part of that"
             )
         embeddings = self.backbone.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         if self.per_block:
@@ -136,7 +136,8 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
             noise: standard normal `[N, S-1, D]`; drawn when None.
             generator: of the draws; or one a sequence, N of them.
             num_items_in_batch: tokens that the summed loss is divided by; None is those of this batch.
-            return_logits: whether to hold and return all logits; None returns them unless a block is trained.
+            return_logits: whether to hold and return all logits; None returns them unless a block is trained. False: rows
+                are read out in chunks, and no more logits are held. (A walk with gradients holds what these need.)
             text_walk: what [`generate`] keeps from token to token.
             block_input: the hidden states `[N, S, D]` that enter the block, where the earlier blocks are not run but
                 their output was cached.
@@ -328,6 +329,13 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
             kept = torch.arange(inputs["position_ids"].shape[1], device=self.device)[-kept:]  # 0 keeps all
         if self.joint:
             text_walk = text_walk or TextWalk(self)
+            if labels is not None and return_logits is False:
+                following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+                nats = text_walk.losses(inputs, self._shape(inputs), attention_mask, kept, past_key_values, following)
+                # Added up as a cross-entropy is, whose last bit it then has: each token's nats are those of its one class.
+                total = F.nll_loss(-nats[:, None], following.clamp(max=0), reduction="mean" if num_items is None else "sum")
+                loss = total if num_items is None else total / num_items
+                return CausalLMOutputWithPast(loss=loss, past_key_values=past_key_values)
             logits = text_walk.logits(inputs, self._shape(inputs), attention_mask, kept, past_key_values)
         else:
             outputs = self.clean_outputs(inputs, **self._attention(inputs, attention_mask, past_key_values))

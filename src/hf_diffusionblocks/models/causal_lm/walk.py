@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from transformers import DynamicCache, LogitsProcessorList
 
 from ...diffusion.gaussian import BRIDGES, posterior_logits, precondition
-from ...diffusion.samplers import NoiseSource, PositionNoise, walk
+from ...diffusion.objectives import rows_per_chunk
+from ...diffusion.samplers import NoiseSource, PositionNoise, walk, walk_on
 from .streams import Rows, Streams, join
 
 if TYPE_CHECKING:
@@ -72,6 +73,34 @@ class TextWalk:
             run.advance_to(self.config.num_blocks)
         return logits.unflatten(0, (run.num_rows, len(kept)))
 
+    def losses(
+        self, inputs: dict, shape: torch.Tensor, attention_mask, kept: torch.Tensor, cache, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Walk as [`logits`] does, and score its end: nats of `labels [N * Q]`, float32; none where these are -100.
+
+        A chunk of rows is read out, bridged and moved on at a time: without gradients, no more logits are ever held.
+        """
+        run = _Run(self, inputs, shape, attention_mask, kept, cache)
+        size, levels = rows_per_chunk(len(labels), len(self.targets)), self.sigmas.tolist()
+        noises = [PositionNoise(positions, self.config.inference_seed) for positions in run.positions.split(size)]
+        rows = [levels[0] * noise.normal(self.targets.shape[-1]) for noise in noises]
+        nats = []
+        for step, block in enumerate(self.blocks):
+            hidden = run.hidden(torch.cat(rows), step).flatten(0, 1)
+            for part, (chunk, label) in enumerate(zip(hidden.split(size), labels.split(size))):
+                logits = run.read(block, chunk, rows[part], step)
+                if step < len(self.blocks) - 1:
+                    rows[part] = walk_on(
+                        rows[part], logits, self.targets, levels[step], levels[step + 1], noises[part],
+                        self.config.sampler, self.bridge,
+                    )  # fmt: skip
+                else:
+                    nats.append(F.cross_entropy(logits, label, reduction="none"))
+                del logits
+        if cache is not None:
+            run.advance_to(self.config.num_blocks)
+        return torch.cat(nats)
+
     def prior_logits(self, inputs: dict, shape: torch.Tensor, attention_mask) -> torch.Tensor:
         """Every block's logits at sigma_max, from keyed noise: `[N, B, S, V]`."""
         tokens = shape.shape[1]
@@ -81,7 +110,7 @@ class TextWalk:
         for block in range(self.config.num_blocks):
             run.advance_to(block + 1)
             modulations = self.model.modulations_at(block, self.levels[:1])
-            logits.append(run.read(block, run.noisy(block, z, 0, modulations), z, 0))
+            logits.append(run.read(block, run.noisy(block, z, 0, modulations).flatten(0, 1), z, 0))
         return torch.stack(logits).unflatten(1, (run.num_rows, tokens)).transpose(0, 1)
 
     def controlled(self, logits: torch.Tensor) -> torch.Tensor:
@@ -99,11 +128,11 @@ class _Run:
         self.num_rows, self.num_tokens = shape.shape[:2]
         cache = DynamicCache(config=self.model.config.source_config) if cache is None else cache
         self.streams = Streams(self.model, shape, attention_mask, inputs["position_ids"], kept, cache)
-        positions = self.streams.noisy_position_ids.expand(self.num_rows, -1).flatten()
+        self.positions = self.streams.noisy_position_ids.expand(self.num_rows, -1).flatten()
         if plan.sample:
-            self.noise = NoiseSource(len(positions), 0, torch.default_generator, positions.device)
+            self.noise = NoiseSource(len(self.positions), 0, torch.default_generator, self.positions.device)
         else:
-            self.noise = PositionNoise(positions, plan.config.inference_seed)
+            self.noise = PositionNoise(self.positions, plan.config.inference_seed)
         self._done = 0  # blocks that the clean tokens have run through
         self._embedded: torch.Tensor | None = None
         self._clean: torch.Tensor | None = None  # what left the last of these, if context is carried
@@ -129,6 +158,10 @@ class _Run:
 
     def denoise(self, z: torch.Tensor, step: int) -> torch.Tensor:
         """`z [N * Q, D]` to logits `[N * Q, V]` at one level of the walk."""
+        return self.read(self.plan.blocks[step], self.hidden(z, step).flatten(0, 1), z, step)
+
+    def hidden(self, z: torch.Tensor, step: int) -> torch.Tensor:
+        """`z [N * Q, D]` to what leaves the block of one level of the walk, `[N, Q, D]`."""
         plan, block = self.plan, self.plan.blocks[step]
         if self.num_tokens == 1 and self._done <= block:
             # One new token: clean and noisy together, in one pass over the block.
@@ -138,10 +171,9 @@ class _Run:
                 block, self._entering(block), noisy, plan.joint_modulations(step)
             )
             self._done += 1
-        else:
-            self.advance_to(block + 1)
-            hidden = self.noisy(block, z, step, plan.noisy_modulations[step])
-        return self.read(block, hidden, z, step)
+            return hidden
+        self.advance_to(block + 1)
+        return self.noisy(block, z, step, plan.noisy_modulations[step])
 
     def _embed_noisy(self, block: int, z: torch.Tensor, step: int) -> torch.Tensor:
         embeds = (self.plan.preconditioning[step].input * z).to(self.dtype).unflatten(0, (self.num_rows, len(self.kept)))
@@ -152,8 +184,8 @@ class _Run:
         return self.streams.run_noisy(block, self._embed_noisy(block, z, step), modulations)
 
     def read(self, block: int, hidden: torch.Tensor, z: torch.Tensor, step: int) -> torch.Tensor:
-        """Logits `[N * Q, V]` from what left a block, controls applied."""
-        plan, hidden = self.plan, hidden.flatten(0, 1)
+        """Logits `[R, V]` from what left a block, `[R, D]`, controls applied."""
+        plan = self.plan
         if plan.edm:
             return plan.controlled(self.model.edm_logits(block, hidden, z, plan.preconditioning[step]))
         logits = plan.controlled(self.model.denoise(block, Rows(hidden, None, None)))
