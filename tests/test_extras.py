@@ -67,7 +67,9 @@ MISSING = {
     "cache_block_inputs": ("from hf_diffusionblocks import cache_block_inputs as use; use(None, [], 1, '')", "datasets"),
     "lora": ("db.lora", "peft"),
     "lora, imported": ("from hf_diffusionblocks import lora", "peft"),
-    "plots": ("from hf_diffusionblocks import plots; plots.plot_noise_partition(db.NoiseSchedule(2), '')", "matplotlib"),
+    "plots": (
+        "from hf_diffusionblocks import plots; plots.plot_noise_partition(db.NoiseSchedule(2), '')", "matplotlib"
+    ),
 }
 
 
@@ -77,8 +79,8 @@ def others() -> set[str]:
     while new:
         needed |= new
         wanted = [Requirement(line) for name in new for line in requires(name) or ()]
-        new = {canonicalize_name(each.name) for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})}
-        new -= needed
+        wanted = [each for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})]
+        new = {canonicalize_name(each.name) for each in wanted} - needed
     return {
         package
         for package, owners in packages_distributions().items()
@@ -117,8 +119,10 @@ def test_the_command_names_what_is_missing_in_one_line():
 
 
 def test_adapters_are_reached_without_being_imported_before():
-    script = "assert 'hf_diffusionblocks.lora' not in sys.modules; db.lora.add_block_adapters; from hf_diffusionblocks import lora"
-    script = f"import sys, hf_diffusionblocks as db; {script}; assert lora is db.lora"
+    script = (
+        "import sys, hf_diffusionblocks as db; assert 'hf_diffusionblocks.lora' not in sys.modules; "
+        "db.lora.add_block_adapters; from hf_diffusionblocks import lora; assert lora is db.lora"
+    )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 

@@ -265,7 +265,8 @@ def test_blocks_that_cannot_be_dealt_out_are_refused(num_blocks, world):
 def _average_with_a_frozen_block(rank: int, folder: Path) -> None:
     """Lane 0 trains a block without trained parameters, lane 1 one that has some; gradients are the ranks' numbers."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4, timeout=timedelta(seconds=60))
+    meeting = {"init_method": f"file://{folder}/store", "timeout": timedelta(seconds=60)}
+    dist.init_process_group("gloo", rank=rank, world_size=4, **meeting)
     layout = Layout([0, 1], 4, rank, block_parallel=True)
     own, shared = [torch.nn.Parameter(torch.zeros(2)) for _ in range(layout.lane)], [torch.nn.Parameter(torch.zeros(2))]
     for parameter in (*own, *shared):

@@ -77,9 +77,8 @@ class Layout:
         Returns:
             the norm before.
         """
-        own_square, shared_square = (
-            get_total_norm(_gradients(part)).square().to(shared[0].device) for part in (own, shared)  # of nothing: on the CPU
-        )
+        device = shared[0].device  # (the norm of nothing is on the CPU)
+        own_square, shared_square = (get_total_norm(_gradients(part)).square().to(device) for part in (own, shared))
         dist.all_reduce(own_square, group=self._group("lanes", own_square.device))
         total = (own_square + shared_square).sqrt()
         clip_grads_with_norm_([*own, *shared], max_norm, total)
