@@ -15,7 +15,7 @@ from transformers import (
     AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed,
 )  # fmt: skip
 
-from hf_diffusionblocks.memory.scenarios import plain_loss
+from hf_diffusionblocks.models.causal_lm.task import plain_loss
 
 PRETRAINING_AUTHORS = 20  # of 30, in the order of their names
 FINETUNING_AUTHOR = "Swift, Jonathan"  # one of the others: another century and other matters

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_s
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.memory.scenarios import plain_loss
+from hf_diffusionblocks.models.causal_lm.task import plain_loss
 
 LAYERS = 8
 PAPER = {"denoiser": "joint", "context": "independent"}

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.memory.activations import SavedActivations, gradient_bytes
-from hf_diffusionblocks.memory.scenarios import plain_loss
+from hf_diffusionblocks.models.causal_lm.task import plain_loss
 
 FORMULATIONS = {
     "factorized, independent": {"denoiser": "factorized"},

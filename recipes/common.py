@@ -24,7 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.backbones import backbone_for
+from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.cli.arguments import BlocksArguments, config_fields, parse, preset_option
 from hf_diffusionblocks.configuration import USER_FIELDS
 from hf_diffusionblocks.conversion import plain_part

@@ -18,8 +18,9 @@ import hf_diffusionblocks as db
 from hf_diffusionblocks.diffusion import objectives as losses
 from hf_diffusionblocks.memory.activations import SavedActivations
 from hf_diffusionblocks.models.causal_lm.streams import CleanKeys, Streams, join
+from hf_diffusionblocks.models.causal_lm.text import Rows, Text
 from hf_diffusionblocks.diffusion.gaussian import precondition
-from hf_diffusionblocks.diffusion.samplers import PositionNoise
+from hf_diffusionblocks.diffusion.randomness import PositionNoise
 
 VOCAB, WIDTH, LENGTH = 48, 32, 10
 ENDS = {"bos_token_id": 0, "eos_token_id": 0}
@@ -92,6 +93,10 @@ def draw(sigma: float = 0.3) -> dict[str, torch.Tensor]:
     """Fixed noise for the batch of `ids`."""
     noise = torch.randn(3, LENGTH - 1, WIDTH, generator=torch.Generator().manual_seed(2))
     return {"sigma": torch.full((3,), sigma), "noise": noise}
+
+
+def layer_of(model, index: int):
+    return model.backbone.get_submodule(model.architecture.layers_path)[index]
 
 
 def block_logits(model, ids, block_index, labels=None, **kwargs) -> torch.Tensor:
@@ -188,20 +193,20 @@ def noisy_through_all(model, block_index: int, ids, mask=None) -> list[torch.Ten
     kept = torch.arange(LENGTH)
     z = torch.randn(3, LENGTH, WIDTH, generator=torch.Generator().manual_seed(3))
     sigma = torch.tensor([0.1, 0.7, 4.0])
-    clean_modulations, noisy_modulations = model.clean_modulations(block_index), model.modulations_at(block_index, sigma)
-    outputs = []
+    block, outputs = model.blocks[block_index], []
+    clean_modulations, noisy_modulations = block.clean_modulations(), block.modulations(sigma)
     for realisation in ("apart", "in groups", "together"):
-        hidden = model.embed(block_index, {"input_ids": ids, "position_ids": positions})
+        hidden = block.embed({"input_ids": ids, "position_ids": positions})
         streams = Streams(model, hidden, mask, positions, kept, CleanKeys())
-        noisy = model.embed_noisy(block_index, z, streams.noisy_position_ids)
+        noisy = streams.embed_noisy(block, z)
         if realisation == "together":
             joined = [join(c, n, LENGTH, LENGTH) for c, n in zip(clean_modulations, noisy_modulations)]
-            outputs.append(streams.run_together(block_index, hidden, noisy, joined)[1])
+            outputs.append(streams.run_together(block, hidden, noisy, joined)[1])
         else:
-            streams.run_clean(block_index, hidden, clean_modulations, output=False)
+            streams.run_clean(block, hidden, clean_modulations, output=False)
             in_groups = partial(streams.run_noisy_in_groups, largest=4)
             run = in_groups if realisation == "in groups" else streams.run_noisy
-            outputs.append(run(block_index, noisy, noisy_modulations))
+            outputs.append(run(block, noisy, noisy_modulations))
     return outputs
 
 
@@ -246,7 +251,7 @@ def test_the_last_clean_layer_computes_keys_and_values_only(plain, ids):
     model = make(plain)
     tokens_seen = []
     for index in (2, 3):
-        model.layer(index).get_submodule(model.architecture.mlp_name).register_forward_hook(
+        layer_of(model, index).get_submodule(model.architecture.mlp_name).register_forward_hook(
             lambda _, args, __, index=index: tokens_seen.append((index, args[0].shape[1]))
         )
     model(ids, labels=ids, block_index=1, **draw())
@@ -318,7 +323,7 @@ def test_noisy_tokens_are_scaled_by_c_in_and_stand_at_the_target_s_position(ids)
     plain = randomized(AutoModelForCausalLM.from_config(CONFIGS["gpt2"]()))
     model = make(plain)
     entered = []
-    model.layer(2).ln_1.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    layer_of(model, 2).ln_1.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
     fixed = draw(0.7)
     model(ids, labels=ids, block_index=1, **fixed)
     z = model.target_vectors()[ids[:, 1:]] + 0.7 * fixed["noise"]
@@ -329,10 +334,7 @@ def test_noisy_tokens_are_scaled_by_c_in_and_stand_at_the_target_s_position(ids)
 
 def test_sigma_is_drawn_for_every_token_or_for_every_sequence_of_a_joint_model(plain, ids):
     def spread(**fields):
-        rows, _ = make(plain, p_mean=-0.5, **fields).noised_rows(
-            1, {"input_ids": ids, "inputs_embeds": None}, None, None, ids, None, None, torch.Generator().manual_seed(0)
-        )
-        return rows.sigma.view(3, -1)
+        return make(plain, p_mean=-0.5, **fields).levels(1, ids[:, 1:], None, torch.Generator().manual_seed(0))
 
     assert spread(denoiser="factorized").unique().numel() == 3 * (LENGTH - 1)
     assert [row.unique().numel() for row in spread()] == [1, 1, 1] and spread().unique().numel() == 3
@@ -350,12 +352,12 @@ def test_posterior_readout_adds_the_likelihood_of_z_below_sigma_max(plain, ids):
 
 def test_edm_readout_at_sigma_max_is_the_network_s_own_head(plain, ids):
     model = make(plain)
-    rows, _ = model.noised_rows(
-        1, {"input_ids": ids, "inputs_embeds": None}, None, None, ids, torch.full((3,), 80.0), draw()["noise"], None
-    )
-    network = model.architecture.read_out(model.backbone, rows.hidden)
-    c_skip_part = 0.25 / (80.0**2 + 0.25) * model.architecture.head(model.backbone, rows.z) / 0.5
-    assert torch.allclose(model.denoise(1, rows), network + c_skip_part, atol=1e-3)
+    sigma = model.levels(1, ids[:, 1:], torch.full((3,), 80.0), None)
+    z = model.corrupt(ids[:, 1:], sigma, draw()["noise"], None)
+    hidden = model.denoiser.run(model.active_blocks(1, None), Text(ids), z, sigma)
+    network = model.architecture.read_out(model.backbone, hidden)
+    c_skip_part = 0.25 / (80.0**2 + 0.25) * model.architecture.head(model.backbone, z) / 0.5
+    assert torch.allclose(model.logits(1, Rows(hidden, z, sigma)), network + c_skip_part, atol=1e-3)
 
 
 def test_targets_are_unit_vectors_of_the_embeddings_or_a_fixed_table(plain):
@@ -384,7 +386,7 @@ def test_resized_embeddings_are_those_of_all_blocks_and_their_targets(plain, tex
     assert model.config.vocab_size == model.backbone.config.vocab_size == len(model.target_vectors()) == size
     if size > VOCAB:
         ids[:, 3] = VOCAB + torch.arange(3)
-        if model.per_block:  # drawn apart, since they are never trained
+        if model.sharing.fixed_targets:  # drawn apart, since they are never trained
             similar = model.target_vectors()[VOCAB:] @ model.target_vectors().T
             assert (similar > 0.9).sum() == 5 and after["target_embeddings.table"][VOCAB:].std() < 2 * WIDTH**-0.5
     assert model(ids).logits.shape == (3, LENGTH, size)
@@ -493,8 +495,8 @@ def test_no_more_than_a_chunk_of_logits_is_ever_held(monkeypatch):
         model = db.convert(config, num_blocks=2, denoiser="factorized").train()
         ids = torch.randint(vocab, (4, 64))
         sizes = []
-        denoise = model.denoise
-        monkeypatch.setattr(model, "denoise", lambda *args: sizes.append(denoise(*args).nbytes) or denoise(*args))
+        read = model.readout.logits
+        monkeypatch.setattr(model.readout, "logits", lambda *args: sizes.append(read(*args).nbytes) or read(*args))
         with SavedActivations(model.parameters()) as saved:
             loss = model(ids, labels=ids, block_index=0).loss
         kept.append(saved.bytes)
@@ -510,8 +512,7 @@ def test_a_walk_is_scored_in_chunks(plain, joint, ids, fields, num_items, monkey
     model = make(plain, **joint, **fields)
     mask, labels = torch.ones_like(ids), ids.clone()
     mask[1, :4], labels[1, :4], labels[0, 6:] = 0, -100, -100
-    made, name = [], "edm_logits" if model.config.readout == "edm" else "denoise"
-    read = getattr(model, name)
+    made, read = [], model.readout.in_walk
 
     def watched(*args):
         assert not [logits for logits, _ in made if logits() is not None]
@@ -524,7 +525,7 @@ def test_a_walk_is_scored_in_chunks(plain, joint, ids, fields, num_items, monkey
             return model(ids, attention_mask=mask, labels=labels, num_items_in_batch=num_items, **kwargs).loss.item()
 
     expected = loss()
-    monkeypatch.setattr(model, name, watched)
+    monkeypatch.setattr(model.readout, "in_walk", watched)
     assert loss(return_logits=False) == pytest.approx(expected, rel=1e-6)
     assert [rows for _, rows in made] == [8, 8, 8, 6] * 2  # of 30, at both levels
 
@@ -615,7 +616,7 @@ def test_training_on_noise_that_is_not_fitted_is_refused(plain, tmp_path):
 def test_measuring_gives_every_part_its_own_mode_back(measure, ids, tmp_path):
     """A part that was put in evaluation mode stays there; also where measuring fails halfway."""
     model = make(AutoModelForCausalLM.from_config(CONFIGS["gpt2"]()), denoiser="factorized", context="carried").train()
-    model.layer(0).eval()
+    layer_of(model, 0).eval()
     modes = [module.training for module in model.modules()]
 
     def run(tokens):

@@ -16,7 +16,8 @@ def plain_logits(model: db.DiffusionBlocksForImageClassification, batch) -> torc
     """All layers in order through the model's own block runner, unmodulated: the stock forward, rebuilt."""
     hidden = model.architecture.embed(model.backbone, pixel_values=batch["pixel_values"])
     for k in range(model.config.num_blocks):
-        hidden = model.run_block(k, hidden, model.modulations_at(k, torch.full((1,), 0.7)))
+        block = model.blocks[k]
+        hidden = block.run(hidden, block.modulations(torch.full((1,), 0.7)))
     return model.architecture.read_out(model.backbone, hidden)
 
 

@@ -13,7 +13,8 @@ import hf_diffusionblocks as db
 from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.memory.estimate import ledger_table, parse_bytes, smallest_number_of_blocks
 from hf_diffusionblocks.memory.ledger import Parts
-from hf_diffusionblocks.memory.scenarios import Way, Workload, ledger_of, ways_to_train
+from hf_diffusionblocks.memory.scenarios import Way, Workload, formulations_for, ledger_of, ways_to_train
+from hf_diffusionblocks.tasks import TASKS
 
 SIZES = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 GPT2 = GPT2Config(n_layer=4, n_embd=32, n_head=2, vocab_size=307, n_positions=32, bos_token_id=0, eos_token_id=0)
@@ -23,7 +24,7 @@ CONFIGS = {
     "qwen3": (Qwen3Config(**SIZES, vocab_size=307, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True), 24),
     "vit": (ViTConfig(**SIZES, image_size=16, patch_size=4, num_channels=1, num_labels=5), None),
 }
-WAYS = {way.name: way for way in ways_to_train()}
+WAYS = {way.name: way for way in ways_to_train(formulations_for(TASKS["text-generation"]))}
 OTHERS = {
     "local head": {"denoiser": "factorized", "context": "carried", "readout_layers": 1},
     "z is seen": {"denoiser": "factorized", "context": "independent", "prior_fraction": 0.5},

@@ -87,8 +87,8 @@ def test_carried_context_is_that_of_the_clean_earlier_blocks_without_dropout(pla
     plain_config.hidden_dropout_prob = 0.5
     model = randomized(db.convert(plain_config, num_blocks=2, context="carried")).train()
     with torch.no_grad():
-        hidden = model.block_input(block_index, {"pixel_values": batch["pixel_values"]})
-        expected = model.eval().block_inputs({"pixel_values": batch["pixel_values"]})[block_index]
+        hidden = model.entering(model.blocks[block_index], model.clean_input(batch))
+        expected = model.eval().denoiser.entering_all(model.clean_input(batch))[block_index]
     # Block 0 has no earlier block: there the embedding's own dropout acts.
     assert torch.equal(hidden, expected) is (block_index == 1)
 
@@ -105,7 +105,7 @@ def test_modes_are_given_back_after_a_carried_pass(plain_config, batch):
 def test_a_step_draws_a_sigma_of_its_block_and_noise_for_every_row(model, batch, block_index):
     """The same loss as from the draws made by hand, in this order, from the same generator."""
     generator = torch.Generator().manual_seed(3)
-    sigma = model.draw_sigma(block_index, (6,), generator)
+    sigma = model.blocks[block_index].draw_levels((6,), generator)
     noise = torch.randn(6, 32, generator=generator)
     assert sigma.unique().numel() == noise.unique(dim=0).shape[0] == 6
     model.eval()
@@ -122,7 +122,7 @@ def test_the_noisy_label_is_scaled_by_c_in_and_the_clean_tokens_are_not(plain_mo
     z = model.label_embeddings.vectors()[batch["labels"]] + sigma[:, None] * noise
     c_in = (sigma**2 + 0.25).rsqrt()[:, None]
     assert torch.allclose(entered[0][:, -1], c_in * z + model.noisy_labels[0].position[0], atol=1e-5)
-    assert torch.equal(entered[0][:, :-1], model.block_input(1, {"pixel_values": batch["pixel_values"]}))
+    assert torch.equal(entered[0][:, :-1], model.entering(model.blocks[1], model.clean_input(batch)))
 
 
 def test_targets_have_norm_one(model):
@@ -135,7 +135,7 @@ def test_posterior_readout_adds_the_likelihood_of_z(model, batch):
     logits = model(**batch, block_index=1, sigma=sigma, noise=noise).logits
     targets = model.label_embeddings.vectors()
     z = targets[batch["labels"]] + 0.4 * noise
-    network = model.network(1, model.block_input(1, {"pixel_values": batch["pixel_values"]}), z, sigma)
+    network = model.denoiser.network(model.active_blocks(1, None), model.clean_input(batch), z, sigma)
     likelihood = -(z[:, None] - targets).square().sum(-1) / (2 * 0.4**2)
     expected = network + likelihood if model.config.readout == "posterior" else network
     # A likelihood is known up to a factor of the row.
@@ -144,11 +144,11 @@ def test_posterior_readout_adds_the_likelihood_of_z(model, batch):
 
 def test_clean_stream_is_conditioned_on_sigma_min(plain_model, batch):
     model = randomized(db.convert(plain_model, num_blocks=2, context="carried")).eval()
-    hidden = model.architecture.embed(model.backbone, pixel_values=batch["pixel_values"])
+    hidden, block = model.architecture.embed(model.backbone, pixel_values=batch["pixel_values"]), model.blocks[0]
     entering = {
-        sigma: model.run_block(0, hidden, model.modulations_at(0, torch.tensor([sigma]))) for sigma in (0.002, 80.0)
+        sigma: block.run(hidden, block.modulations(torch.tensor([sigma]))) for sigma in (0.002, 80.0)
     }
-    assert torch.equal(model.block_input(1, {"pixel_values": batch["pixel_values"]}), entering[0.002])
+    assert torch.equal(model.entering(model.blocks[1], model.clean_input(batch)), entering[0.002])
     assert not torch.allclose(entering[0.002], entering[80.0])
 
 
@@ -249,9 +249,8 @@ def test_gradient_checkpointing_changes_nothing(model, batch):
 
 def test_prior_of_a_factorized_block_cannot_see_the_label(plain_model, batch):
     model = randomized(db.convert(plain_model, num_blocks=2, denoiser="factorized"))
-    hidden = model.block_input(0, {"pixel_values": batch["pixel_values"]})
-    sigma = torch.ones(6)
-    first, second = (model.network(0, hidden, torch.randn(6, 32), sigma) for _ in range(2))
+    active, x, sigma = model.active_blocks(0, None), model.clean_input(batch), torch.ones(6)
+    first, second = (model.denoiser.network(active, x, torch.randn(6, 32), sigma) for _ in range(2))
     assert torch.equal(first, second)
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, ViTConfi
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.backbones import backbone_for
+from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.cli import main
 
 CONFIGS = {
@@ -228,7 +228,7 @@ def test_a_job_evaluates_the_label_free_loss_of_its_block(texts, tmp_path):
     tokens = torch.tensor(texts["input_ids"])
     part.eval()
     embedded = part.embed(1, {"input_ids": tokens, "position_ids": torch.arange(12)[None]})
-    hidden = part.run_block(1, embedded, [None, None], attention_mask=None)
+    hidden = part.blocks[1].run(embedded, [None, None], attention_mask=None)
     expected = torch.nn.functional.cross_entropy(part.read_out(1, hidden)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     assert loss == pytest.approx(expected.item(), rel=1e-4)
 
@@ -318,7 +318,7 @@ def test_a_job_on_cached_inputs_is_the_job_around_its_predecessors(family, field
     )  # fmt: skip
     trainer = db.DiffusionBlocksTrainer(model=part, args=args, train_dataset=cached, eval_dataset=cached)
     trainer.train()
-    if whole.joint and family != "vit":
+    if whole.denoiser.modulated and family != "vit":
         # Earlier blocks run without the last token here, and with it for the cache: some CPUs round these apart. (Weights
         # have moved by 3e-2.)
         state = whole.state_dict()
@@ -449,25 +449,32 @@ def test_a_folder_that_does_not_tell_what_it_trained_must_agree_with_the_others(
         second.block_parameters(moved)[0].data += 1e-3
     folders = [tmp_path / "job0", tmp_path / "job1"]
     second.save_pretrained(folders[1])
-    change_config(folders[1], training_report={"updates_per_block": [0, 0], "steps": 0})
+    change_provenance(folders[1], {"updates": [0, 0]})
     for job in silent:
-        change_config(folders[job], training_report=None)
+        change_provenance(folders[job], None)
     for jobs in (folders, folders[::-1]):
         if moved is None:
             db.merge_blocks(jobs, tmp_path / "merged")
             merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
             assert same_weights(merged, second.state_dict())
             continue
-        message = rf"job\d does not tell what it trained \(its config has no training_report\): block {moved} differs"
+        message = rf"job\d does not tell what it trained \(its index has no provenance\): block {moved} differs"
         with pytest.raises(ValueError, match=message):
             db.merge_blocks(jobs, tmp_path / "merged")
         assert not (tmp_path / "merged").exists()
 
 
-def test_what_only_a_folder_without_a_report_holds_is_taken_from_it(jobs, tmp_path):
-    change_config(jobs[1], training_report=None)
+def test_what_only_a_folder_that_does_not_tell_holds_is_taken_from_it(jobs, tmp_path):
+    change_provenance(jobs[1], None)
     db.merge_blocks(jobs, tmp_path / "merged")
     assert same_weights(db.load_block_state_dict(tmp_path / "merged", 1), db.load_block_state_dict(jobs[1], 1))
+
+
+def change_provenance(folder, provenance: dict | None):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["metadata"]["provenance"] = provenance
+    path.write_text(json.dumps(index))
 
 
 def change_config(folder, **fields):

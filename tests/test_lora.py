@@ -266,7 +266,7 @@ def test_a_new_head_has_no_gradient_in_other_blocks_steps(tmp_path):
 def test_a_new_head_stays_on_the_device(tmp_path):
     model = adapted(CASES["vit"], config=LoraConfig(r=4, modules_to_save=["classifier"]))
     trainer_of(model, VIT, tmp_path, {"offload_inactive_blocks": "cpu"})
-    away, _ = model.residence.away()
+    away, _ = model.offload.away()
     head = set(model.backbone.classifier.modules_to_save["block_1"].parameters())
     assert not away & head and set(model.block_parameters(1)) - away == head
 

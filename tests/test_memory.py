@@ -16,7 +16,8 @@ import hf_diffusionblocks as db
 from hf_diffusionblocks.memory.ledger import PARTS, Ledger, Parts
 from hf_diffusionblocks.diffusion.objectives import rows_per_chunk
 from hf_diffusionblocks.memory.activations import SavedActivations, gradient_bytes, optimizer_state_bytes
-from hf_diffusionblocks.memory.scenarios import Way, Workload, ledger_of, steps, ways_to_train
+from hf_diffusionblocks.memory.scenarios import Way, Workload, formulations_for, ledger_of, steps, ways_to_train
+from hf_diffusionblocks.tasks import TASKS
 
 GPT2 = GPT2Config(n_layer=4, n_embd=32, n_head=2, vocab_size=307, n_positions=32, bos_token_id=0, eos_token_id=0)
 CONFIGS = {
@@ -33,7 +34,7 @@ CONFIGS = {
         None,
     ),
 }  # fmt: skip
-WAYS = {way.name: way for way in ways_to_train()}
+WAYS = {way.name: way for way in ways_to_train(formulations_for(TASKS["text-generation"]))}
 
 
 def workload(family: str) -> Workload:

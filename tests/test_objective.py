@@ -96,8 +96,7 @@ def test_and_one_layer_at_a_time_if_layers_are_checkpointed(source):
 
 def entering_bytes(model, batch) -> int:
     """Of the hidden states that enter a block."""
-    inputs, attention = model.clean_inputs(batch)
-    return model.block_input(1, inputs, **attention).nbytes
+    return model.entering(model.blocks[1], model.clean_input(batch)).nbytes
 
 
 @pytest.mark.parametrize("block, loss_block", [(1, 0), (0, 4)])

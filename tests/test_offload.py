@@ -76,7 +76,7 @@ def test_what_is_on_the_device(case, tmp_path):
     source, fields = case
     model = made(source, {"num_blocks": B, **fields})
     trainer = trainer_of(model, source, tmp_path, {"max_steps": 3 * B, "offload_inactive_blocks": "cpu"})
-    residence = model.residence
+    residence = model.offload
     assert residence.bytes_on_device() == {"parameters": 0, "optimizer": 0}
     sizes = [sum(p.nbytes for p in model.block_parameters(block)) for block in range(B)]
     def look():
@@ -102,8 +102,8 @@ def test_the_other_way_round_all_blocks_would_be_there(tmp_path):
     model = made(GPT2, {"num_blocks": B, **CARRIED})
     trainer = trainer_of(model, GPT2, tmp_path, {"offload_inactive_blocks": "cpu"})
     for block in range(B):
-        model.residence.use(block)
-        held = model.residence.bytes_on_device()["parameters"]
+        model.offload.use(block)
+        held = model.offload.bytes_on_device()["parameters"]
         assert held == sum(p.nbytes for p in model.block_parameters(block))
     assert trainer.model is model
 
@@ -156,7 +156,7 @@ def test_a_job_around_predecessors_offloads_them(tmp_path):
     job = {"train_blocks": [3], "train_shared": False}
     trainer_of(whole, GPT2, tmp_path, job).train()
     trainer = trainer_of(moved, GPT2, tmp_path, {**job, "offload_inactive_blocks": "cpu"})
-    watch = Watch(lambda: moved.residence.bytes_on_device()["parameters"])
+    watch = Watch(lambda: moved.offload.bytes_on_device()["parameters"])
     trainer.add_callback(watch)
     trainer.train()
     assert same(whole, moved)
@@ -169,7 +169,7 @@ def test_later_blocks_come_for_the_final_loss_one_by_one(tmp_path):
     model = made(GPT2, {"num_blocks": B, **CARRIED})
     arguments = {"objective": "final", "offload_inactive_blocks": "cpu", "max_steps": B, "block_schedule": "sequential"}
     trainer = trainer_of(model, GPT2, tmp_path, arguments)
-    size, residence, seen = sum(p.nbytes for p in model.block_parameters(0)), model.residence, []
+    size, residence, seen = sum(p.nbytes for p in model.block_parameters(0)), model.offload, []
     use = residence.use
 
     def watched(block):

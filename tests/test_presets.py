@@ -15,13 +15,14 @@ from transformers.utils import logging
 import hf_diffusionblocks as db
 from hf_diffusionblocks import lora
 from hf_diffusionblocks.saving import cards
-from hf_diffusionblocks.backbones import backbone_for
+from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.cli.arguments import BlocksArguments
 from hf_diffusionblocks.configuration import USER_FIELDS
 from hf_diffusionblocks.presets import PRESETS, RECOMMENDED, with_preset
 from hf_diffusionblocks.recipes import common
-from hf_diffusionblocks.memory.scenarios import FORMULATIONS
+from hf_diffusionblocks.memory.scenarios import formulations_for
+from hf_diffusionblocks.tasks import TASKS
 
 TRIPLE = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
 SOURCES = {"text-generation": GPT2, "image-classification": VIT}
@@ -98,7 +99,7 @@ def test_the_paper_s_model_has_the_class_s_defaults(config, plain):
 def test_the_memory_of_the_recommended_model_is_that_of_a_pretrained_one_of_either_task():
     for task in SOURCES:
         fields = {name: value for name, value in RECOMMENDED[task, "pretrained"].items() if name != "objective"}
-        assert FORMULATIONS["recommended"] == fields == TRIPLE
+        assert formulations_for(TASKS[task])["recommended"] == fields == TRIPLE
 
 
 @pytest.mark.parametrize("fields", [{}, {"shared": "per_block"}, {"prior_fraction": 0.5}, {"sampler": "ancestral"}])

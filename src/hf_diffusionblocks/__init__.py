@@ -5,39 +5,33 @@ Importing this package registers its models with the Auto classes.
 
 from importlib import import_module
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
+from transformers import AutoConfig
 
 from ._version import __version__
-from .saving.shards import load_block_state_dict
+from . import families  # noqa: F401  registers architectures and tasks
 from .configuration import DiffusionBlocksConfig
 from .conversion import convert
-from .memory.estimate import MemoryEstimate, estimate_memory
-from .training.cached_inputs import cache_block_inputs
-from .evaluation.noise_fit import fit_noise_schedule
-from .memory.ledger import Ledger, StepMemory, measure_memory
-from .evaluation.likelihood import LikelihoodBound, bits_per_byte, nll_bound
-from .evaluation.generated_text import generation_measures
-from .saving.merging import merge_blocks
-from .models import (
-    DiffusionBlocksForCausalLM,
-    DiffusionBlocksForImageClassification,
-    DiffusionBlocksPreTrainedModel,
-)
 from .diffusion.schedule import NoiseSchedule
+from .evaluation.generated_text import generation_measures
+from .evaluation.likelihood import LikelihoodBound, bits_per_byte, nll_bound
+from .evaluation.noise_fit import fit_noise_schedule
+from .memory.estimate import MemoryEstimate, estimate_memory
+from .memory.ledger import Ledger, StepMemory, measure_memory
+from .models.base import DiffusionBlocksPreTrainedModel
+from .models.causal_lm import DiffusionBlocksForCausalLM
+from .models.image_classification import DiffusionBlocksForImageClassification
+from .saving.merging import merge_blocks
+from .saving.shards import load_block_state_dict
 from .training import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
+from .training.cached_inputs import cache_block_inputs
 
 AutoConfig.register(DiffusionBlocksConfig.model_type, DiffusionBlocksConfig, exist_ok=True)
-AutoModelForCausalLM.register(DiffusionBlocksConfig, DiffusionBlocksForCausalLM, exist_ok=True)
-AutoModelForImageClassification.register(
-    DiffusionBlocksConfig, DiffusionBlocksForImageClassification, exist_ok=True
-)
 
 
 def __getattr__(name: str):
     if name == "lora":  # imports peft, so it is imported when it is asked for
         return import_module(".lora", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
 
 
 __all__ = [

@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .backbones.base import backbone_for
 from .diffusion.schedule import NoiseSchedule
+from .tasks import task_of
 
 #: Of saved models; to be raised when their config, names or files change their meaning.
 FORMAT_VERSION = 1
@@ -58,6 +60,8 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     tie_word_embeddings: bool | None = _field(
         None, "shared='per_block': whether a block's own head is its own token embedding, as in the plain model."
     )
+
+    task: str | None = _field(None, "What the model is for, as in pipeline(task); None is the architecture's usual task.")
 
     # The cut
     num_blocks: int = _field(4, "B, how many blocks the layers are cut into.")
@@ -143,6 +147,7 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if not labels_given:
             self.id2label, self.label2id = self.source_config.id2label, self.source_config.label2id
+        self.task = task_of(self.source_config, self.task).name
         self.problem_type = self.problem_type or self.source_config.problem_type
         if self.readout is None:
             self.readout = "edm" if self.denoiser == "joint" else "posterior"
@@ -243,11 +248,16 @@ class DiffusionBlocksConfig(PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        return self.source_config.num_hidden_layers
+        return backbone_for(self.source_config).num_layers(self.source_config)
 
     @property
     def hidden_size(self) -> int:
-        return self.source_config.hidden_size
+        return backbone_for(self.source_config).width(self.source_config)
+
+    @property
+    def formulation(self) -> str:
+        """What decides what a block sees, as errors quote it."""
+        return f"denoiser={self.denoiser!r}, context={self.context!r}"
 
     @property
     def initializer_range(self) -> float:
@@ -285,6 +295,7 @@ class DiffusionBlocksConfig(PreTrainedConfig):
             p_mean=self.p_mean,
             p_std=self.p_std,
             overlap=overlap if self.overlap is None else self.overlap,
+            prior_fraction=self.prior_fraction,
             table=self.noise_table,
         )
 
@@ -299,5 +310,5 @@ USER_FIELDS = {
     for f in fields(DiffusionBlocksConfig)
     if f.name in DiffusionBlocksConfig.__annotations__
     and f.name
-    not in ("source_config", "base_model", "training_report", "noise_table", "tie_word_embeddings", "format_version")
+    not in ("source_config", "base_model", "training_report", "noise_table", "tie_word_embeddings", "task", "format_version")
 }

@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .backbones import backbone_for
+from .backbones.base import BACKBONES, backbone_for
 from .configuration import USER_FIELDS, DiffusionBlocksConfig
-from .models import MODELS, DiffusionBlocksPreTrainedModel
-from .saving.resident import HUB_KWARGS, MODEL_KWARGS, NotLoaded, build, checked_blocks, hub_kwargs
+from .models.base import DiffusionBlocksPreTrainedModel
 from .presets import with_preset
+from .saving.resident import HUB_KWARGS, MODEL_KWARGS, NotLoaded, build, checked_blocks, hub_kwargs
+from .tasks import TASKS, task_of
 
 
 def convert(
-    source: PreTrainedModel | PreTrainedConfig | str | PathLike,
+    source: nn.Module | PreTrainedConfig | str | PathLike,
     num_blocks: int = 4,
     task: str | None = None,
     resident_blocks: Sequence[int] | None = None,
@@ -50,10 +52,7 @@ def convert(
     loading = _taken_from(fields)
     if isinstance(source, (str, PathLike)):
         return _convert_pretrained(source, num_blocks, task, resident_blocks, preset, fields, loading)
-    if not isinstance(source, (PreTrainedModel, PreTrainedConfig)):
-        raise TypeError(
-            f"source={type(source).__name__} must be a PreTrainedModel, a PreTrainedConfig, or a hub id or folder"
-        )
+    plain_config = source if isinstance(source, PreTrainedConfig) else _config_of(source)
     if hub_only := [name for name in loading if name in HUB_KWARGS]:
         raise ValueError(  # without values: one may be a token
             f"{', '.join(hub_only)} must not be given with source={type(source).__name__}: for a hub id or folder only"
@@ -61,15 +60,13 @@ def convert(
     if loading.get("dtype") == "auto":
         loading["dtype"] = source.dtype
     if isinstance(source, PreTrainedConfig):
-        model_class = _model_class(source, task)
-        config = _config(source, num_blocks, with_preset(preset, model_class.task, "fresh", fields))
-        return build(model_class, config, resident_blocks, **loading)
-    model_class = _model_class(source.config, task)
-    plain_class = backbone_for(source.config).plain_class
+        config = _config(plain_config, num_blocks, task, preset, "fresh", fields)
+        return build(TASKS[config.task].model_class, config, resident_blocks, **loading)
+    config = _config(plain_config, num_blocks, task, preset, "pretrained", fields)
+    plain_class = backbone_for(plain_config).plain_class
     if getattr(source, "part_of", type(source)) is not plain_class:
-        raise ValueError(f"source={type(source).__name__} must be {plain_class.__name__} for task {model_class.task!r}")
-    config = _config(source.config, num_blocks, with_preset(preset, model_class.task, "pretrained", fields))
-    return _convert_model(source, model_class, config, resident_blocks, **loading)
+        raise ValueError(f"source={type(source).__name__} must be {plain_class.__name__} for task {config.task!r}")
+    return _convert_model(source, config, resident_blocks, **loading)
 
 
 def _taken_from(fields: dict) -> dict:
@@ -88,26 +85,37 @@ def _taken_from(fields: dict) -> dict:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _convert_model(source, model_class, config, resident_blocks, **model_kwargs) -> DiffusionBlocksPreTrainedModel:
-    name = source.config.name_or_path
+def _config_of(source: nn.Module) -> PreTrainedConfig:
+    """The config of a stock model, of Transformers or of another library."""
+    if isinstance(source, PreTrainedModel):
+        return source.config
+    for backbone in BACKBONES.values():
+        if isinstance(source, backbone.plain_class):
+            return backbone.config_of(source)
+    raise TypeError(f"source={type(source).__name__} must be a PreTrainedModel, a PreTrainedConfig, or a hub id or folder")
+
+
+def _convert_model(source: nn.Module, config, resident_blocks, **model_kwargs) -> DiffusionBlocksPreTrainedModel:
+    name = config.source_config.name_or_path
     config.base_model = name if name and not Path(name).exists() else None  # a local path means nothing to others
-    of_source = {"dtype": source.dtype, "attn_implementation": source.config._attn_implementation}
-    model = build(model_class, config, resident_blocks, **{**of_source, **model_kwargs})
+    of_source = {
+        "dtype": next(source.parameters()).dtype, "attn_implementation": config.source_config._attn_implementation
+    }  # fmt: skip
+    model = build(TASKS[config.task].model_class, config, resident_blocks, **{**of_source, **model_kwargs})
     model.copy_weights(source)
-    if source.can_generate():
+    if model.can_generate():
         model.generation_config = copy.deepcopy(source.generation_config)
-    return model.to(source.device).train(source.training)
+    return model.to(next(source.parameters()).device).train(source.training)
 
 
 def _convert_pretrained(
     source, num_blocks, task, resident_blocks, preset, fields, loading
 ) -> DiffusionBlocksPreTrainedModel:
     plain_config = AutoConfig.from_pretrained(source, **hub_kwargs(loading))
-    model_class = _model_class(plain_config, task)
-    fields = with_preset(preset, model_class.task, "pretrained", fields)
-    config = _config(plain_config, num_blocks, fields)  # complain before any weights are loaded
+    choices = (num_blocks, task, preset, "pretrained", fields)
+    config = _config(plain_config, *choices)  # complain before any weights are loaded
     plain = plain_part(config, resident_blocks).from_pretrained(source, use_safetensors=True, **loading)
-    return _convert_model(plain, model_class, _config(plain.config, num_blocks, fields), resident_blocks)
+    return _convert_model(plain, _config(plain.config, *choices), resident_blocks)
 
 
 def plain_part(config: DiffusionBlocksConfig, resident_blocks: Sequence[int] | None) -> type[PreTrainedModel]:
@@ -138,21 +146,18 @@ def plain_part(config: DiffusionBlocksConfig, resident_blocks: Sequence[int] | N
     return Part
 
 
-def _model_class(config: PreTrainedConfig, task: str | None) -> type[DiffusionBlocksPreTrainedModel]:
-    if isinstance(config, DiffusionBlocksConfig):
+def _config(
+    source: PreTrainedConfig, num_blocks: int, task: str | None, preset: str, start: str, fields: dict
+) -> DiffusionBlocksConfig:
+    if isinstance(source, DiffusionBlocksConfig):
         raise ValueError(
-            f"source is a DiffusionBlocks model already (num_blocks={config.num_blocks}): convert the plain model"
+            f"source is a DiffusionBlocks model already (num_blocks={source.num_blocks}): convert the plain model"
         )
-    backbone = backbone_for(config)
-    if task not in (None, backbone.task):
-        raise ValueError(f"task={task!r} must be {backbone.task!r} for model_type={config.model_type!r}")
-    return MODELS[backbone.task]
-
-
-def _config(source: PreTrainedConfig, num_blocks: int, fields: dict) -> DiffusionBlocksConfig:
+    task = task_of(source, task).name
     unknown = set(fields) - set(USER_FIELDS)
     if unknown:
         raise ValueError(
             f"{', '.join(sorted(unknown))}: not a field of DiffusionBlocksConfig; fields are {', '.join(USER_FIELDS)}"
         )
-    return DiffusionBlocksConfig(source_config=source, num_blocks=num_blocks, **fields)
+    fields = with_preset(preset, task, start, fields)
+    return DiffusionBlocksConfig(source_config=source, task=task, num_blocks=num_blocks, **fields)

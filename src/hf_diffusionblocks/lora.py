@@ -13,23 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .extras import from_extra
-from .models import DiffusionBlocksPreTrainedModel
+from .models.base import DiffusionBlocksPreTrainedModel
+from .saving.adapters import BACKBONE, PEFT_PREFIX, save_block_adapters
 from .saving.resident import checked_blocks
 
 with from_extra("peft", "hf_diffusionblocks.lora"):
-    from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 
-#: Where the plain model is in ours; saved names go without.
-BACKBONE = "backbone."
-#: Before every name in a file of peft's.
-PEFT_PREFIX = "base_model.model."
 #: Fields of a LoRA config, what they have to be, and why.
 REFUSED = (
     ("layers_to_transform", None, "each block has its own layers"),
@@ -70,12 +67,12 @@ def add_block_adapters(
     present = [adapter_of(block) for block in blocks if adapter_of(block) in getattr(model, "peft_config", {})]
     if present:
         raise ValueError(f"the model has adapters already: {', '.join(present)}")
-    if model.joint:  # and GPT-2's clean stream reads its attention's weights past an adapter
+    if model.denoiser.modulated:  # and GPT-2's clean stream reads its attention's weights past an adapter
         raise ValueError(
             "denoiser='joint' has no adapters: its modulation is not the pretrained model's, and would have to be trained "
             "whole. Convert with denoiser='factorized'"
         )
-    layer = model.layer(model.block_layers(blocks[0])[0])  # of one without adapters: another may have some
+    layer = model.blocks[blocks[0]].layers[0]  # of one without adapters: another may have some
     _check(model, config)
     targets = _targets(model, layer, config)
     seed = int(torch.randint(2**62, ()))
@@ -86,7 +83,7 @@ def add_block_adapters(
         own.layers_to_transform = list(model.block_layers(block))
         own.layers_pattern = model.architecture.layers_path.rpartition(".")[2]
         whole = list(config.modules_to_save or []) if block == model.num_blocks - 1 else []
-        own.modules_to_save = [*whole, *_own_readout(model, block)] or None
+        own.modules_to_save = [*whole, *model.blocks[block].own_readout] or None
         with torch.random.fork_rng(devices=[]):  # as all fresh weights of a block: whichever others are loaded
             torch.manual_seed(int(np.random.SeedSequence([seed, block]).generate_state(1)[0]))
             _add(model, own, block)
@@ -143,16 +140,6 @@ def _ends_in(name: str, paths: Sequence[str]) -> list[str]:
     return [path for path in paths if path == name or path.endswith(f".{name}")]
 
 
-def _own_readout(model: DiffusionBlocksPreTrainedModel, block: int) -> list[str]:
-    last = block == model.num_blocks - 1
-    # (peft wraps layers, not the list of them.)
-    own = [] if last else [f"readout_heads.{block}.{layer}" for layer in range(model.config.readout_layers)]
-    if model.per_block:
-        prefix = "backbone" if last else f"block_readouts.{block}"
-        own += [f"{prefix}.{path}" for path in model.architecture.readout_paths]
-    return own
-
-
 def _add(model: DiffusionBlocksPreTrainedModel, config: LoraConfig, block: int) -> None:
     # What `model.add_adapter` does, but for making this one the active adapter of all blocks.
     config.base_model_name_or_path = model.config.base_model
@@ -168,20 +155,6 @@ def _activate(model: DiffusionBlocksPreTrainedModel) -> None:
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             block = model.block_of_parameter(f"{name}.")
             module.set_adapter(adapter_of(model.num_blocks - 1 if block is None else block))
-
-
-def save_block_adapters(model: DiffusionBlocksPreTrainedModel, folder: str | PathLike) -> None:
-    """Write each block's adapter to a folder of its own: `block_0/adapter_model.safetensors` and its config."""
-    for name, config in model.peft_config.items():
-        target = Path(folder) / name
-        target.mkdir(parents=True, exist_ok=True)
-        # (Left to itself, peft would ask the Hub whether the vocabulary has changed.)
-        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        state = {PEFT_PREFIX + key.removeprefix(BACKBONE): tensor.contiguous() for key, tensor in state.items()}
-        save_file(state, target / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        config = copy.copy(config)
-        config.modules_to_save = [path.removeprefix(BACKBONE) for path in config.modules_to_save or ()] or None
-        config.save_pretrained(target)
 
 
 def load_block_adapters(

@@ -38,4 +38,4 @@ def with_preset(preset: str, task: str, start: str, fields: Mapping[str, Any]) -
         raise ValueError(f"preset={preset!r} must be one of {', '.join(map(repr, PRESETS))}")
     if preset == "paper" or any(name in fields for name in LEAVING):
         return dict(fields)
-    return {**RECOMMENDED[task, start], **fields}
+    return {**RECOMMENDED.get((task, start), {}), **fields}

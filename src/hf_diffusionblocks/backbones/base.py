@@ -1,4 +1,5 @@
-"""What the core has to know of an architecture. A new one is one subclass, in a file of its own."""
+"""What the house has to know of an architecture, and the table of those it knows. A new one is one subclass, in a file of
+its own."""
 
 from __future__ import annotations
 
@@ -9,21 +10,20 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from .modulation import Modulation
 
 
 class Backbone(ABC):
-    """One architecture: which stock HF model it is, and how to run it piece by piece.
+    """One architecture: which stock model it is, and how to run it piece by piece. It knows no task.
 
-    A backbone holds no weights and patches nothing: it calls the sub-modules of the stock model in HF's own
-    order. Hidden states are `[N, S, D]`. Wherever a method takes the stock model, a [`Parts`] of it will do.
+    A backbone holds no weights and patches nothing: it calls the sub-modules of the stock model in their own order.
+    Hidden states are `[N, S, D]`. Wherever a method takes the stock model, a [`Parts`] of it will do.
     """
 
     model_type: ClassVar[str]  #: `model_type` of the plain model's config
-    task: ClassVar[str]  #: the task it is converted for
-    plain_class: ClassVar[type[PreTrainedModel]]  #: the stock model that is converted
+    plain_class: ClassVar[type[nn.Module]]  #: the stock model that is converted
     layers_path: ClassVar[str]  #: path of its list of layers, for example "vit.layers"
     embedding_paths: ClassVar[Sequence[str]]  #: paths of what `embed` uses
     noisy_embedding_paths: ClassVar[Sequence[str]] = ()  #: paths of those of them that noisy tokens need, too
@@ -32,6 +32,26 @@ class Backbone(ABC):
 
     def check(self, config: PreTrainedConfig) -> None:
         """Raise ValueError if this config asks for something that cannot be cut into blocks."""
+
+    def config_of(self, plain: nn.Module) -> PreTrainedConfig:
+        """The config of a stock model."""
+        return plain.config
+
+    def init_weights(self, plain: nn.Module, module: nn.Module) -> None:
+        """Give one module of this architecture fresh weights, as the stock model does."""
+        plain._init_weights(module)
+
+    def num_layers(self, config: PreTrainedConfig) -> int:
+        """How many layers there are to cut."""
+        return config.num_hidden_layers
+
+    def width(self, config: PreTrainedConfig) -> int:
+        """D, of hidden states."""
+        return config.hidden_size
+
+    @abstractmethod
+    def num_logits(self, config: PreTrainedConfig) -> int | None:
+        """V, the last dimension of what `read_out` gives; None if these are no logits."""
 
     @abstractmethod
     def make_layer(self, config: PreTrainedConfig) -> nn.Module:
@@ -47,18 +67,18 @@ class Backbone(ABC):
     ) -> torch.Tensor:
         """One layer. With no modulation, or one at its start, this is the stock layer, bit for bit.
 
-        `attention` holds what the stock attention module takes besides the hidden states (masks, positions, cache).
+        `attention` holds what the stock layer takes besides hidden states (masks, positions, cache, conditions).
         """
 
     @abstractmethod
     def read_out(self, plain: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """What the stock model makes of its last hidden states: final norm and head, to logits."""
+        """What the stock model makes of its last hidden states: final norm and head."""
 
 
 class Parts(nn.Module):
     """Copies of some of a stock model's parts under their own paths, for a block that shares them with no other."""
 
-    def __init__(self, plain: PreTrainedModel, paths: Sequence[str]):
+    def __init__(self, plain: nn.Module, paths: Sequence[str]):
         super().__init__()
         for path in paths:
             *parents, name = path.split(".")
@@ -68,3 +88,26 @@ class Parts(nn.Module):
                     node.add_module(parent, nn.Module())
                 node = node.get_submodule(parent)
             node.add_module(name, copy.deepcopy(plain.get_submodule(path)))
+
+
+#: `model_type` of a plain config -> its backbone.
+BACKBONES: dict[str, Backbone] = {}
+
+
+def register_backbone(backbone: Backbone) -> None:
+    """Add an architecture to those that can be converted."""
+    BACKBONES[backbone.model_type] = backbone
+
+
+def backbone_for(config: PreTrainedConfig) -> Backbone:
+    """The backbone of a plain model's config.
+
+    Raises:
+        ValueError: the architecture is not supported (lists those that are), or not with this config.
+    """
+    if config.model_type not in BACKBONES:
+        supported = ", ".join(f"{b.model_type} ({b.plain_class.__name__})" for b in BACKBONES.values())
+        raise ValueError(f"model_type={config.model_type!r} is not supported; supported: {supported}")
+    backbone = BACKBONES[config.model_type]
+    backbone.check(config)
+    return backbone

@@ -1,4 +1,4 @@
-"""What autoregressive text models have in common."""
+"""What decoders of text have in common."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from .modulation import Modulation, modulate
 from .base import Backbone
 
 
-class CausalBackbone(Backbone):
-    """A pre-norm decoder: norm, causal self-attention, residual; norm, MLP, residual."""
+class Decoder(Backbone):
+    """A pre-norm decoder: norm, self-attention, residual; norm, MLP, residual."""
 
-    task = "text-generation"
     attention_norm_name: ClassVar[str]  #: names of a layer's parts
     attention_name: ClassVar[str]
     mlp_norm_name: ClassVar[str]
@@ -28,6 +27,9 @@ class CausalBackbone(Backbone):
     @property
     def readout_paths(self):
         return (self.final_norm_path, "lm_head")
+
+    def num_logits(self, config: PreTrainedConfig) -> int:
+        return config.vocab_size
 
     @abstractmethod
     def embed(

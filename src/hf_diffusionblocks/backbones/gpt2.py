@@ -9,10 +9,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from .modulation import Modulation
-from .decoder import CausalBackbone, layer_beyond_the_last
+from .decoder import Decoder, layer_beyond_the_last
 
 
-class GPT2Backbone(CausalBackbone):
+class GPT2Backbone(Decoder):
     model_type = "gpt2"
     plain_class = GPT2LMHeadModel
     layers_path = "transformer.h"

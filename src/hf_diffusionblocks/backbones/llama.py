@@ -8,10 +8,10 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
 
 from .modulation import Modulation
-from .decoder import CausalBackbone, layer_beyond_the_last
+from .decoder import Decoder, layer_beyond_the_last
 
 
-class LlamaBackbone(CausalBackbone):
+class LlamaBackbone(Decoder):
     model_type = "llama"
     plain_class = LlamaForCausalLM
     layer_class = LlamaDecoderLayer

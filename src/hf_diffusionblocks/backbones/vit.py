@@ -12,11 +12,13 @@ from .base import Backbone
 
 class ViTBackbone(Backbone):
     model_type = "vit"
-    task = "image-classification"
     plain_class = ViTForImageClassification
     layers_path = "vit.layers"
     embedding_paths = ("vit.embeddings",)
     readout_paths = ("vit.layernorm", "classifier")
+
+    def num_logits(self, config: PreTrainedConfig) -> int:
+        return config.num_labels
 
     def make_layer(self, config: PreTrainedConfig) -> ViTLayer:
         return ViTLayer(config)

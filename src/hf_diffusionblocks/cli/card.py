@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from ..saving import cards
-from ..backbones import backbone_for
-from ..models import MODELS, DiffusionBlocksPreTrainedModel
+from ..tasks import TASKS
 from .inspect import read_config
 from .operands import parse_verb
 
@@ -44,8 +44,8 @@ def run(args: list[str]) -> None:
     print(f"{folder / cards.CARD}: written")
 
 
-def _empty_model(folder: Path) -> DiffusionBlocksPreTrainedModel:
+def _empty_model(folder: Path) -> PreTrainedModel:
     """The model without memory for its weights: a card is a function of its config and its parameters' shapes."""
     config = read_config(str(folder))
     with torch.device("meta"):
-        return MODELS[backbone_for(config.source_config).task](config)
+        return TASKS[config.task].model_class(config)

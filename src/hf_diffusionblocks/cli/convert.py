@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, set_seed
+from transformers import AutoConfig, set_seed
 from transformers.utils import CONFIG_NAME
 
-from ..saving import shards
 from ..conversion import convert
-from ..models import DiffusionBlocksPreTrainedModel
+from ..models.base import DiffusionBlocksPreTrainedModel
+from ..saving import shards
+from ..tasks import TASKS
 from .arguments import AllBlocksArguments, config_fields, preset_option
 from .inspect import block_table, describe
 from .operands import parse_verb
-from ..processors import load_tokenizer
 
 
 @dataclass
@@ -73,14 +73,12 @@ def _convert(source: str, fresh: bool, fields: dict) -> DiffusionBlocksPreTraine
 
 
 def _copy_processor(task: str, source: str, out_dir: str) -> None:
-    """What pipelines need beside the model: a tokenizer for text, an image processor for images."""
+    """What pipelines need beside the model."""
     # Of a config file, the one beside it: the Auto classes would read the file itself as a processor's.
     folder = Path(source).parent if Path(source).is_file() else source
-    images = task == "image-classification"
-    kind = "image processor" if images else "tokenizer"
-    try:  # (without pillow, AutoImageProcessor has not even a method)
-        processor = AutoImageProcessor.from_pretrained(folder) if images else load_tokenizer(folder)
-        processor.save_pretrained(out_dir)
+    row = TASKS[task]
+    try:
+        row.load_processor(folder).save_pretrained(out_dir)
     except (ImportError, OSError) as error:
         reason = str(error).strip().partition(". ")[0]  # without advice on the hub
-        print(f"diffusionblocks convert: note: no {kind} was copied: {reason}", file=sys.stderr)
+        print(f"diffusionblocks convert: note: no {row.processor} was copied: {reason}", file=sys.stderr)

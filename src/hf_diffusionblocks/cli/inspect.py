@@ -18,11 +18,10 @@ from huggingface_hub.utils import SafetensorsFileMetadata
 from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-from ..saving import shards
-from ..backbones import backbone_for
 from ..configuration import USER_FIELDS, DiffusionBlocksConfig
-from ..models import MODELS
 from ..models.targets import FixedTargets
+from ..saving import shards
+from ..tasks import TASKS
 from .operands import parse_verb
 
 
@@ -79,8 +78,8 @@ def describe(source: str) -> dict:
     if Path(source).is_dir():
         shards.check_shards(Path(source))
     contents = {block: _contents(source, file) for block, file in files.items()}
-    model_class = MODELS[backbone_for(config.source_config).task]
-    schedule = config.noise_schedule(model_class.default_overlap)
+    model_class = TASKS[config.task].model_class
+    schedule = model_class.schedule_for(config)
     in_force = {  # where the config leaves it to the task, or names another field
         "overlap": schedule.overlap,
         "sigma_data": config.target_scale(config.hidden_size),
@@ -91,15 +90,16 @@ def describe(source: str) -> dict:
         "model": source,
         "source_model_type": config.source_config.model_type,
         "base_model": config.base_model,
-        "task": model_class.task,
+        "task": config.task,
+        "level": schedule.level_name,
         "num_hidden_layers": config.num_hidden_layers,
         "num_blocks": config.num_blocks,
         "blocks": [
             {
                 "block": k,
                 "layers": list(config.block_layers(k)),
-                "sigma": list(schedule.interval(k)),
-                "training_sigma": list(schedule.interval(k, schedule.overlap)),
+                schedule.level_name: list(schedule.interval(k)),
+                f"training_{schedule.level_name}": list(schedule.interval(k, schedule.overlap)),
                 **contents[str(k)],
             }
             for k in range(config.num_blocks)
@@ -148,10 +148,12 @@ def _remote_header(repo_id: str, file: str) -> tuple[SafetensorsFileMetadata, in
 
 def block_table(description: dict) -> str:
     """A model's blocks as a table, from [`describe`]."""
-    header = ("block", "layers", "sigma", "trains at sigma", "parameters", "file", "bytes")
+    level = description["level"]
+    header = ("block", "layers", level, f"trains at {level}", "parameters", "file", "bytes")
     parts = [*description["blocks"], {"block": "shared", **description["shared"]}]
     total = {key: sum(part[key] for part in parts) for key in ("parameters", "bytes")}
-    rows = [header, *map(_block_row, parts), _block_row({"block": "total", "file": "", **total})]
+    parts.append({"block": "total", "file": "", **total})
+    rows = [header, *(_block_row(part, level) for part in parts)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     title = (
@@ -161,9 +163,9 @@ def block_table(description: dict) -> str:
     return "\n".join([title, "", *lines])
 
 
-def _block_row(part: dict) -> tuple[str, ...]:
+def _block_row(part: dict, level: str) -> tuple[str, ...]:
     layers = f"{part['layers'][0]}-{part['layers'][-1]}" if "layers" in part else ""
-    intervals = ["({:.4g}, {:.4g}]".format(*part[key]) if key in part else "" for key in ("sigma", "training_sigma")]
+    intervals = ["({:.4g}, {:.4g}]".format(*part[key]) if key in part else "" for key in (level, f"training_{level}")]
     return (str(part["block"]), layers, *intervals, f"{part['parameters']:,}", part["file"], f"{part['bytes']:,}")
 
 

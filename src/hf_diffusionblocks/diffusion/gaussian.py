@@ -1,7 +1,6 @@
-"""One denoising step: EDM preconditioning, readouts, bridges, and the steps of the two samplers.
+"""The Gaussian process: how a target is noised, how a network that undoes it is conditioned, how a sampler steps back.
 
-Pure functions of tensors. `N` is the batch, `V` the number of classes (or tokens), `D` the width of the
-target embeddings. Sources: EDM (arXiv 2206.00364), table 1; DiffusionBlocks (arXiv 2506.14202), appendix.
+Pure functions of tensors. `N` is the batch, `D` the width of the target. Sources: EDM (arXiv 2206.00364), table 1; DiffusionBlocks (arXiv 2506.14202), appendix.
 """
 
 from __future__ import annotations
@@ -9,7 +8,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
+
+from .randomness import Generators, draw
 
 
 class Preconditioning(NamedTuple):
@@ -37,43 +37,13 @@ def edm_loss_weight(sigma: torch.Tensor, sigma_data: float) -> torch.Tensor:
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
-def posterior_logits(
-    prior_logits: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor, targets: torch.Tensor
+def corrupt(
+    y: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor | None = None, generator: Generators = None
 ) -> torch.Tensor:
-    """Bayes' rule for a categorical target: `p(v | x, z) ∝ p(v | x) exp((<z, e_v> - ||e_v||^2 / 2) / sigma^2)`.
-
-    The likelihood is that of `z = e_v + sigma noise`, without what does not depend on v. At sigma_min it reaches 1e5, so
-    it is computed in float32, outside autocast. (A matrix product: the distances themselves would cost V x D operations
-    a row that no fast kernel does.)
-
-    Args:
-        prior_logits: the network's `f(x, ...)`, `[N, V]`.
-        z: noisy targets `[N, D]`.
-        sigma: noise levels `[N]`; at infinity z says nothing, and the prior is returned.
-        targets: the known vectors e_v, `[V, D]`.
-
-    Returns:
-        `[N, V]` float32: the network has only the prior left to learn, whatever the noise level.
-    """
-    with torch.autocast(z.device.type, enabled=False):
-        precision, targets = sigma.float() ** -2, targets.float()
-        half_norms = torch.linalg.vector_norm(targets, dim=-1) ** 2 / 2
-        # Added where the product is made, and in place: with a large vocabulary every pass over logits counts.
-        logits = torch.addmm(prior_logits.float(), z.float() * precision[:, None], targets.T)
-        return logits.addr_(precision, half_norms, alpha=-1)
-
-
-def soft_bridge(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The expected target under softmax(logits), `[N, D]`: the posterior mean. Shrinks where the model is unsure."""
-    return logits.float().softmax(-1) @ targets.float()
-
-
-def hard_bridge(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The most likely target, `[N, D]`."""
-    return F.embedding(logits.argmax(-1), targets).float()
-
-
-BRIDGES = {"soft": soft_bridge, "hard": hard_bridge}
+    """`z = y + sigma eps` for targets `[..., D]` and levels `[...]`; eps is `noise`, standard normal, or drawn."""
+    if noise is None:
+        noise = draw(torch.randn, tuple(y.shape), generator)
+    return y + sigma[..., None] * noise.to(y.device, torch.float32)
 
 
 def euler_step(z: torch.Tensor, denoised: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:

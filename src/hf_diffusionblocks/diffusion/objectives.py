@@ -1,4 +1,5 @@
-"""Cross-entropy that is cheap with many rows, many classes, and classes that z gives away."""
+"""Objectives: what makes a loss of an estimate. Cross-entropy that is cheap with many rows, many classes, and classes that
+z gives away."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+
+from .gaussian import edm_loss_weight
 
 #: A chunk has at most this many logits (32 MiB of float32), and never more than a quarter of the rows.
 CHUNK_LOGITS = 2**23
@@ -19,6 +22,11 @@ LossOfRows = Callable[..., torch.Tensor]
 #: In gradients, no probability is below e^-60: what exp makes of less are denormal numbers, which CPUs multiply a hundred
 #: times slower than others, and all the more slowly the better z is seen.
 LEAST_LOG_PROBABILITY = -60.0
+
+
+def weighted(loss: torch.Tensor, weighting: str | None, sigma: torch.Tensor, sigma_data: float) -> torch.Tensor:
+    """A loss `[N]` as `config.loss_weighting` has it at levels `[N]`: as it is, or with EDM's weight, per sample."""
+    return loss if weighting is None else loss * edm_loss_weight(sigma, sigma_data)
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -18,19 +18,23 @@ from .randomness import Generators, draw
 class NoiseSchedule:
     """A distribution over sigma in `[sigma_min, sigma_max]`, cut into B blocks of equal probability.
 
-    Block 0 holds the highest noise (and the first layers), block B-1 the lowest.
+    Block 0 holds the highest noise (and the first layers), block B-1 the lowest. Any other schedule has its `num_blocks`,
+    `level_name`, `overlap` and `interval`.
 
     Args:
         num_blocks: B.
         sigma_min, sigma_max: the range of noise levels.
         p_mean, p_std: mean and standard deviation of ln sigma, of a log-normal truncated to the range.
         overlap: a block trains on its own interval widened by this share of its log-width on both sides.
+        prior_fraction: share of the training draws made at sigma_max whatever the block: there the target is invisible.
         table: `(sigma, probability of a level below it)`, both ascending, from sigma_min at 0 to sigma_max at 1: the
             distribution in place of the log-normal, linear in ln sigma between these points.
 
     Raises:
         ValueError: the distribution has (to float64) no mass in some block's interval.
     """
+
+    level_name = "sigma"  #: what tables call a level
 
     def __init__(
         self,
@@ -40,12 +44,13 @@ class NoiseSchedule:
         p_mean: float = -1.2,
         p_std: float = 1.2,
         overlap: float = 0.0,
+        prior_fraction: float = 0.0,
         table: Sequence[tuple[float, float]] | None = None,
     ):
         self.num_blocks = num_blocks
         self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
         self.p_mean, self.p_std = float(p_mean), float(p_std)
-        self.overlap = float(overlap)
+        self.overlap, self.prior_fraction = float(overlap), float(prior_fraction)
         self._table = None if table is None else np.asarray(table, dtype=np.float64).T
         with torch.device("cpu"):  # from_pretrained builds models, and their schedules, under the meta device
             ends = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64)
@@ -118,6 +123,14 @@ class NoiseSchedule:
         cdf_low, cdf_high = self.cdf(torch.tensor([low, high], dtype=torch.float64)).tolist()
         sigma = self.quantile(cdf_low + uniform * (cdf_high - cdf_low))
         return sigma.clamp(math.nextafter(low, math.inf), high)
+
+    def training_levels(self, block_index: int, shape: tuple[int, ...], generator: Generators = None) -> torch.Tensor:
+        """What a block trains at: draws of [`sample`], of which a share of `prior_fraction` is moved to sigma_max."""
+        sigma = self.sample(block_index, shape, generator)
+        if self.prior_fraction:
+            chosen = draw(torch.rand, shape, generator) < self.prior_fraction
+            sigma = torch.where(chosen, self.sigma_max, sigma)
+        return sigma
 
     def inference_sigmas(self, num_steps: int) -> torch.Tensor:
         """`[T+1]` descending levels of equal probability for T denoiser evaluations; float64.

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.base import without_dropout
+from ..models.active import without_dropout
 
 REPEATED_LENGTH = 4  # tokens of the n-grams whose repetition is counted
 PADDING = 0  # any token will do: it stands after all that is scored

@@ -7,12 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
-from ..diffusion.objectives import rows_per_chunk
-from ..models import DiffusionBlocksForCausalLM
-from ..models.base import without_dropout
-from ..models.causal_lm.model import IGNORED
+from ..models.active import without_dropout
+from ..models.base import DiffusionBlocksPreTrainedModel
 
 
 @dataclass
@@ -36,14 +33,12 @@ class LikelihoodBound:
 
 @torch.no_grad()
 def nll_bound(
-    model: DiffusionBlocksForCausalLM, dataloader: Iterable[dict], num_samples: int = 8, seed: int = 0
+    model: DiffusionBlocksPreTrainedModel, dataloader: Iterable[dict], num_samples: int = 8, seed: int = 0
 ) -> LikelihoodBound:
     """Estimate the diffusion's likelihood bound.
 
-    For posterior mean D and targets e of norm 1, a token costs at most
-    `1/(2 sigma_max^2) + E[-ln p(v | x, z_sigma_min)] + integral of E||e - D||^2 sigma^-2 over ln sigma`, where each
-    block answers for its own disjoint interval. It bounds the continuous sampler with this D (Kingma et al. 2021,
-    arXiv 2107.00630, for unit-variance Gaussians), neither a walk of few steps nor `model(...).logits`.
+    It bounds the sampler that a task names (text: the continuous stochastic one), neither a walk of few steps nor
+    `model(...).logits`; each block answers for its own range of noise levels.
 
     Args:
         model: of text.
@@ -56,16 +51,18 @@ def nll_bound(
         TypeError: the model is not one of text.
         ValueError: nothing in the data has a label.
     """
-    if not isinstance(model, DiffusionBlocksForCausalLM):
-        raise TypeError(f"model={type(model).__name__} must be a DiffusionBlocksForCausalLM")
+    if not hasattr(model, "likelihood_terms"):
+        raise TypeError(f"model={type(model).__name__} must be of text: there is no likelihood bound for other tasks")
     generator = torch.Generator().manual_seed(seed)
     with without_dropout(model):
-        parts = [_bound_of_batch(model, batch, num_samples, generator) for batch in dataloader]
-    tokens, reconstruction, diffusion = (torch.cat(column) for column in zip(*parts)) if parts else [torch.zeros(1)] * 3
-    total = tokens.sum()
+        terms = [model.likelihood_terms(batch, num_samples, generator) for batch in dataloader]
+    total = sum(of_batch.tokens.sum() for of_batch in terms)
     if not total:
         raise ValueError("dataloader has no labelled token: there is nothing to score")
-    prior = 1 / (2 * model.config.sigma_max**2)
+    tokens, reconstruction, diffusion = (
+        torch.cat([getattr(of_batch, name) for of_batch in terms]) for name in ("tokens", "reconstruction", "diffusion")
+    )
+    prior, total = terms[0].prior, tokens.sum()
     mean = (reconstruction + diffusion).sum() / total
     residual = reconstruction + diffusion - mean * tokens  # a ratio estimator: sequences may differ in length
     return LikelihoodBound(
@@ -81,58 +78,3 @@ def nll_bound(
 def bits_per_byte(nats_per_token: float, num_tokens: int, num_bytes: int) -> float:
     """Nats a token to bits a byte of text; `num_bytes` is the UTF-8 length of what the scored tokens spell."""
     return nats_per_token * num_tokens / (math.log(2) * num_bytes)
-
-
-def _bound_of_batch(
-    model: DiffusionBlocksForCausalLM, batch: dict, num_samples: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Labelled tokens, and summed nats of the two parts that need the model, of each sequence `[N]`; float64."""
-    config, schedule = model.config, model.noise_schedule
-    labels = batch["labels"]
-    at_the_end = torch.full((len(labels),), config.sigma_min)
-    last_block = int(schedule.block_of(config.sigma_min))
-    reconstruction = _sum_of_rows(model, last_block, batch, at_the_end, generator, _cross_entropy)
-    diffusion = torch.zeros_like(reconstruction)
-    strata = max(1, num_samples // config.num_blocks)
-    for block in range(config.num_blocks):
-        low, high = map(math.log, schedule.interval(block))
-        width = (high - low) / strata
-        for stratum in range(strata):
-            uniform = torch.rand(len(labels), generator=generator, dtype=torch.float64)
-            sigma = (low + (stratum + uniform) * width).exp()
-            error = _sum_of_rows(model, block, batch, sigma, generator, _squared_error)
-            diffusion += width * error / sigma.to(error.device) ** 2
-    tokens = (labels[:, 1:] != IGNORED).sum(1).double()
-    return tokens.cpu(), reconstruction.cpu(), diffusion.cpu()
-
-
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits, targets, reduction="none")
-
-
-def _squared_error(logits: torch.Tensor, targets: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    return (logits.softmax(-1) @ vectors - vectors[targets]).square().sum(-1)
-
-
-def _sum_of_rows(model, block: int, batch: dict, sigma: torch.Tensor, generator, measure) -> torch.Tensor:
-    """A measure of one block's denoising at `sigma [N]`, summed over the labelled tokens of each sequence; `[N]`."""
-    batch = {name: value.to(model.device) for name, value in batch.items()}
-    rows, targets = model.noised_rows(
-        block,
-        {"input_ids": batch["input_ids"], "inputs_embeds": None},
-        batch.get("attention_mask"),
-        batch.get("position_ids"),
-        batch["labels"],
-        sigma,
-        None,
-        generator,
-    )
-    vectors, size = model.target_vectors(), rows_per_chunk(len(targets), model.config.vocab_size)
-    values = torch.zeros(len(targets), dtype=torch.float64, device=model.device)
-    for start in range(0, len(targets), size):
-        part = slice(start, start + size)
-        chunk = type(rows)(*(tensor if tensor is None else tensor[part] for tensor in rows))
-        logits = model.denoise(block, chunk, vectors)
-        values[part] = measure(logits, targets[part].clamp(min=0), vectors).double()
-    values[targets == IGNORED] = 0
-    return values.unflatten(0, (len(sigma), -1)).sum(1)

@@ -7,8 +7,8 @@ from itertools import islice
 
 import torch
 
-from ..models import DiffusionBlocksPreTrainedModel
-from ..models.base import without_dropout
+from ..models.active import without_dropout
+from ..models.base import DiffusionBlocksPreTrainedModel
 
 #: Share of the draws spread evenly over ln sigma, so that every level is trained and none is forgotten.
 EVEN_SHARE = 0.05
@@ -66,7 +66,7 @@ def fit_noise_schedule(
     shares[-1] = 1.0
     config.noise_distribution = "information"
     config.noise_table = torch.stack([levels, shares], 1).tolist()
-    model.noise_schedule = config.noise_schedule(model.default_overlap)
+    model.noise_schedule = model.schedule_for(config)
     return torch.stack([levels, torch.tensor(losses, dtype=torch.float64)], 1)
 
 

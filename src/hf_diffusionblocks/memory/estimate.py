@@ -10,10 +10,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..backbones import backbone_for
 from ..configuration import USER_FIELDS, DiffusionBlocksConfig
+from ..tasks import Task, task_of
 from .ledger import Ledger, Parts
-from .scenarios import FORMULATIONS, Way, Workload, ledger_of, ways_to_train
+from .scenarios import Way, Workload, formulations_for, ledger_of, ways_to_train
 
 DTYPES = {
     "fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
@@ -88,17 +88,21 @@ def estimate_memory(
     config = getattr(model_or_config, "config", model_or_config)
     if dtype is None:
         dtype = getattr(model_or_config, "dtype", None) if isinstance(model_or_config, PreTrainedModel) else None
-    formulations: Mapping[str, Mapping] = FORMULATIONS
+    task = None
     if isinstance(config, DiffusionBlocksConfig):
+        task = config.task
         num_blocks = num_blocks or config.num_blocks
         # (Both objectives are among the ways to train.)
         others = ("num_blocks", "sigma_data", "objective")
         of_model = {name: getattr(config, name) for name in USER_FIELDS if name not in others}
         config_fields, config = of_model | config_fields, config.source_config
+    task = task_of(config, task)
+    formulations = formulations_for(task)
     if config_fields:
-        checked = DiffusionBlocksConfig(source_config=config, num_blocks=num_blocks or 4, **_known(config_fields))
-        formulations = {f"{checked.denoiser}, {checked.context}": config_fields}
-    workload = _workload(config, 4 if num_blocks is None else num_blocks, batch_size, sequence_length, dtype)
+        fields = _known(config_fields)
+        checked = DiffusionBlocksConfig(source_config=config, task=task.name, num_blocks=num_blocks or 4, **fields)
+        formulations = {checked.formulation: config_fields}
+    workload = _workload(config, task, 4 if num_blocks is None else num_blocks, batch_size, sequence_length, dtype)
     limit = None if budget is None else parse_bytes(budget)
     ways = ways_to_train(formulations)
     ledgers = {way.name: _followed(way, workload) for way in ways}
@@ -118,13 +122,15 @@ def _known(config_fields: Mapping) -> Mapping:
     return config_fields
 
 
-def _workload(config: PreTrainedConfig, num_blocks: int, batch_size, sequence_length, dtype) -> Workload:
-    text = backbone_for(config).task == "text-generation"
-    DiffusionBlocksConfig(source_config=config, num_blocks=num_blocks)  # complains of num_blocks
+def _workload(
+    config: PreTrainedConfig, task: Task, num_blocks: int, batch_size, sequence_length, dtype
+) -> Workload:
+    text = task.takes_sequence_length
+    DiffusionBlocksConfig(source_config=config, task=task.name, num_blocks=num_blocks)  # complains of num_blocks
     for name, value in {"batch_size": batch_size, "sequence_length": sequence_length}.items():
         if name == "sequence_length" and not text:
             if value is not None:
-                raise ValueError(f"sequence_length={value!r} must be None for images: the config says their size")
+                raise ValueError(f"sequence_length={value!r} must be None for task {task.name!r}: the config says the size of its inputs")
         elif not isinstance(value, int) or value < (2 if name == "sequence_length" else 1):
             raise ValueError(f"{name}={value!r} must be a whole number from {2 if name == 'sequence_length' else 1}")
     longest = getattr(config, "max_position_embeddings", None)
@@ -134,7 +140,7 @@ def _workload(config: PreTrainedConfig, num_blocks: int, batch_size, sequence_le
         if (dtype or "fp32") not in DTYPES:
             raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype or "fp32"]
-    return Workload(config, num_blocks, batch_size, sequence_length, dtype)
+    return Workload(config, num_blocks, batch_size, sequence_length, dtype, task.name)
 
 
 def parse_bytes(size: int | str) -> int:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..backbones import backbone_for
+from ..backbones.base import backbone_for
 from .activations import state_tensors
 
 #: What the bytes of a training step are, in the order in which tables list them.
@@ -99,8 +99,9 @@ class StepMemory(TorchDispatchMode):
         super().__init__()
         self.model, self.optimizer = model, optimizer
         config = model.config
-        self._layers = f"{backbone_for(getattr(config, 'source_config', config)).layers_path}."
-        self._num_logits = getattr(config, "vocab_size", None) or config.num_labels
+        config = getattr(config, "source_config", config)
+        self._layers = f"{backbone_for(config).layers_path}."
+        self._num_logits = backbone_for(config).num_logits(config)
         self._known: dict[int, tuple[int, weakref.ref]] = {}  # address of a living storage -> its number
         self._sizes: list[int] = []
         self._kinds: list[str] = []
@@ -167,8 +168,8 @@ class StepMemory(TorchDispatchMode):
 
     def _away(self) -> tuple[set, set]:
         """Parameters that wait in host memory, and those whose optimizer state does: not of this device."""
-        residence = getattr(self.model, "residence", None)
-        return (set(), set()) if residence is None else residence.away()
+        offload = getattr(self.model, "offload", None)
+        return (set(), set()) if offload is None else offload.away()
 
     def _state_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in state_tensors(self.optimizer, self._away()[1]))

@@ -18,24 +18,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_peft_available
 
-from ..backbones import backbone_for
+from ..backbones.base import backbone_for
 from ..configuration import DiffusionBlocksConfig
 from ..conversion import convert
-from .ledger import Ledger, measure_memory
-from ..diffusion.objectives import chunked_sum, cross_entropy
-from ..models import DiffusionBlocksPreTrainedModel
-from ..models.offload import BlockResidence
+from ..models.active import TrainedParameters
+from ..models.base import DiffusionBlocksPreTrainedModel
+from ..models.offload import OffloadedBlocks
 from ..presets import RECOMMENDED
-from ..training.checks import only_training
+from ..tasks import Task, task_of
+from .ledger import Ledger, measure_memory
 
-#: Formulation -> what `convert` is given for it.
-FORMULATIONS: dict[str, dict] = {
-    # Of a pretrained model, whatever the task; both objectives are ways to train it.
-    "recommended": {
-        name: value for name, value in RECOMMENDED["text-generation", "pretrained"].items() if name != "objective"
-    },
-    "joint (paper)": {"denoiser": "joint", "context": "independent"},
-}
+#: What `convert` is given for the paper's formulation.
+PAPER = {"denoiser": "joint", "context": "independent"}
 LORA_RANK = 16
 
 
@@ -49,6 +43,7 @@ class Workload:
         batch_size: sequences or images of a step.
         sequence_length: tokens a sequence; None for images.
         dtype: of parameters, hence of gradients, optimizer state and activations.
+        task_name: as in `pipeline(task)`; None is the architecture's usual one.
     """
 
     config: PreTrainedConfig
@@ -56,26 +51,22 @@ class Workload:
     batch_size: int
     sequence_length: int | None
     dtype: torch.dtype = torch.float32
+    task_name: str | None = None
+
+    @property
+    def task(self) -> Task:
+        """The row of what it is trained for."""
+        return task_of(self.config, self.task_name)
 
     def batch(self) -> dict[str, torch.Tensor]:
         """Random inputs and labels."""
-        if self.sequence_length is None:
-            side = self.config.image_size
-            height, width = (side, side) if isinstance(side, int) else side
-            images = torch.randn(self.batch_size, self.config.num_channels, height, width).to(self.dtype)
-            return {"pixel_values": images, "labels": torch.randint(self.config.num_labels, (self.batch_size,))}
-        tokens = torch.randint(self.config.vocab_size, (self.batch_size, self.sequence_length))
-        return {"input_ids": tokens, "labels": tokens}
+        batch = self.task.example(self.config, self.batch_size, self.sequence_length)
+        return {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in batch.items()}
 
     def hidden(self) -> torch.Tensor:
         """What enters a block, as a cache would hold it."""
-        length = self.sequence_length
-        if length is None:
-            patch = self.config.patch_size
-            height, width = self.batch()["pixel_values"].shape[-2:]
-            rows, columns = (patch, patch) if isinstance(patch, int) else patch
-            length = 1 + (height // rows) * (width // columns)
-        return torch.randn(self.batch_size, length, self.config.hidden_size).to(self.dtype)
+        positions = self.task.num_positions(self.config, self.sequence_length)
+        return torch.randn(self.batch_size, positions, backbone_for(self.config).width(self.config)).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -117,7 +108,15 @@ class Step(NamedTuple):
     loss: Callable[[], torch.Tensor]
 
 
-def ways_to_train(formulations: Mapping[str, Mapping] = FORMULATIONS) -> list[Way]:
+def formulations_for(task: Task) -> dict[str, dict]:
+    """Formulation -> what `convert` is given for it: what is recommended for a pretrained model, and the paper's. (Both
+    objectives are ways to train.)"""
+    recommended = dict(RECOMMENDED.get((task.name, "pretrained"), {}))
+    recommended.pop("objective", None)
+    return ({"recommended": recommended} if recommended else {}) | {"joint (paper)": PAPER}
+
+
+def ways_to_train(formulations: Mapping[str, Mapping]) -> list[Way]:
     """End to end, and each formulation in each mode."""
     ways = [Way("end to end"), Way("end to end, checkpointing", checkpointing=True)]
     if is_peft_available():
@@ -163,7 +162,9 @@ def steps(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = None)
     if way.fields is None:
         yield _plain_step(way, workload, fake_mode)
         return
-    config = DiffusionBlocksConfig(source_config=workload.config, num_blocks=workload.num_blocks, **way.fields)
+    config = DiffusionBlocksConfig(
+        source_config=workload.config, task=workload.task.name, num_blocks=workload.num_blocks, **way.fields
+    )
     blocks = _blocks_that_differ(config)
     if way.job:
         for block in blocks:
@@ -191,7 +192,7 @@ def _plain_step(way: Way, workload: Workload, fake_mode) -> Step:
     if way.checkpointing:
         model.activation_checkpointing_enable()
     batch = workload.batch()
-    return Step(model, _optimizer(model), lambda: plain_loss(model, **batch))
+    return Step(model, _optimizer(model), lambda: workload.task.plain_loss(model, **batch))
 
 
 def _steps_in_turn(way: Way, workload: Workload, blocks: list[int], fake_mode) -> Iterator[Step]:
@@ -201,18 +202,18 @@ def _steps_in_turn(way: Way, workload: Workload, blocks: list[int], fake_mode) -
         _offload(model, optimizer)
     for block in range(workload.num_blocks):  # as if each had been trained
         if way.offload:
-            model.residence.activate(block)
+            model.offload.activate(block)
         _make_state(optimizer, (*model.block_parameters(block), *model.shared_parameters()))
     for block in blocks:
         if way.offload:
             following = (block + 1) % workload.num_blocks
-            model.residence.activate(block, following if following != block else None)
+            model.offload.activate(block, following if following != block else None)
         entering = {}
         if fake_mode is not None and way.carried and block:
             entering = _entering(workload, fake_mode)
-            model.use_block(block - 1)
+            model.blocks[block - 1].fetch()
         arguments = {**batch, **entering, "block_index": block, "loss_block": way.loss_block(workload)}
-        with only_training(model, [block] if way.final else range(workload.num_blocks), train_shared=True):
+        with TrainedParameters(model, [block] if way.final else range(workload.num_blocks), train_shared=True):
             yield Step(model, optimizer, lambda: model(**arguments).loss)
 
 
@@ -224,11 +225,11 @@ def _job_step(way: Way, workload: Workload, block: int, fake_mode) -> Iterator[S
         batch |= _entering(workload, fake_mode)
     if way.checkpointing:
         model.activation_checkpointing_enable()
-    with only_training(model, [block], way.train_shared):
+    with TrainedParameters(model, [block], way.train_shared):
         optimizer = _optimizer(model)
         if way.offload:
             _offload(model, optimizer)
-            model.residence.activate(block)
+            model.offload.activate(block)
         yield Step(model, optimizer, lambda: model(**batch, block_index=block, loss_block=way.loss_block(workload)).loss)
 
 
@@ -237,13 +238,13 @@ def _converted(
 ) -> Callable[[], DiffusionBlocksPreTrainedModel]:
     """What makes the model of a way; what its fields do not say is the paper's."""
     return lambda: convert(
-        workload.config, workload.num_blocks, resident_blocks=resident_blocks, preset="paper", **way.fields
+        workload.config, workload.num_blocks, workload.task.name, resident_blocks, preset="paper", **way.fields
     )
 
 
 def _offload(model: DiffusionBlocksPreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    model.residence = BlockResidence(model, model.device)
-    model.residence.optimizer = optimizer
+    model.offload = OffloadedBlocks(model, model.device)
+    model.offload.optimizer = optimizer
 
 
 def _entering(workload: Workload, fake_mode: FakeTensorMode | None) -> dict[str, torch.Tensor]:
@@ -277,20 +278,6 @@ def _add_adapters(model: PreTrainedModel) -> None:
     transposed = any(isinstance(module, Conv1D) for module in matrices.values())
     config = LoraConfig(r=LORA_RANK, target_modules=list(matrices), fan_in_fan_out=transposed)
     inject_adapter_in_model(config, model)
-
-
-def plain_loss(model: PreTrainedModel, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of a plain model; text is read out in chunks as ours is: memory and time compare fairly."""
-    if "input_ids" not in inputs:
-        return model(**inputs, labels=labels).loss
-    architecture = backbone_for(model.config)
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-
-    def loss_of_rows(hidden, targets):
-        return cross_entropy(architecture.head(model, hidden).float(), targets).sum()
-
-    rows, head = [hidden, labels[:, 1:].flatten()], list(model.lm_head.parameters())
-    return chunked_sum(loss_of_rows, rows, head, model.config.vocab_size) / len(hidden)
 
 
 # ---- without memory

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from .base import DiffusionBlocksPreTrainedModel
 
-
-class BlockResidence:
+class OffloadedBlocks:
     """Keeps blocks in host memory, and copies to the device what is needed there, and no more.
 
     That is the active block with its optimizer state; the next one, copied ahead while the active one trains; and of
@@ -27,7 +23,7 @@ class BlockResidence:
         device: where blocks run.
     """
 
-    def __init__(self, model: DiffusionBlocksPreTrainedModel, device: torch.device):
+    def __init__(self, model: nn.Module, device: torch.device):
         self.device = device
         self.optimizer: torch.optim.Optimizer | None = None  #: whose state moves with a block
         stays = set(_new_head(model))
@@ -148,7 +144,7 @@ class BlockResidence:
         return (parameter for parameters in self._parameters.values() for parameter in parameters)
 
 
-def _new_head(model: DiffusionBlocksPreTrainedModel) -> Iterator[nn.Parameter]:
+def _new_head(model: nn.Module) -> Iterator[nn.Parameter]:
     """What is trained whole beside the last block's adapter, in place of what all blocks read."""
     for name, parameter in model.named_parameters():
         replaced, whole, _ = name.partition("modules_to_save.")

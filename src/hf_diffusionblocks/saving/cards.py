@@ -6,21 +6,16 @@ import os
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel
 
 from ..configuration import USER_FIELDS
-
-if TYPE_CHECKING:
-    from ..models import DiffusionBlocksPreTrainedModel
+from ..tasks import TASKS
 
 CARD = "README.md"
 #: A card with one of these may be replaced; any other was written or edited by a person.
 GENERATED_BY = ("Written by hf-diffusionblocks with every save", "This model card has been automatically generated")
 
-AUTO_CLASSES = {
-    "image-classification": "AutoModelForImageClassification",
-    "text-generation": "AutoModelForCausalLM",
-}
 USE = """\
 import hf_diffusionblocks  # pip install hf-diffusionblocks; registers the Auto classes
 from transformers import {auto_class}, pipeline
@@ -33,31 +28,13 @@ from .. import lora
 
 model = db.convert("{base_model}", preset="paper", {fields})
 lora.load_block_adapters(model, "{name}")  # an adapter a block; peft reads them into the plain model, too"""
-USE_LINES = {
-    "text-generation": (
-        'write = pipeline("text-generation", model="{name}")\n'
-        'write("Once upon a time", max_new_tokens=50, do_sample=True, top_p=0.9)'
-    ),
-    "image-classification": (
-        'classify = pipeline("image-classification", model="{name}")  # label-free logits, like any classifier\n'
-        "model.predict(pixel_values).trajectory  # the walk from noise to a label, block by block"
-    ),
-}
 FORMULATION_FIELDS = (
     "denoiser", "context", "readout", "readout_layers", "sampler", "bridge", "prior_fraction", "overlap",
     "noise_distribution", "p_mean", "p_std", "sigma_data", "shared",
 )  # fmt: skip
-EVALUATION_SENTENCES = {
-    ("factorized", "carried"): "`model(...).logits` are the last block's, with all layers as context: no diffusion "
-    "runs at inference.",
-    ("factorized", "independent"): "`model(...).logits` are the mean of the blocks' log-probabilities, each with the "
-    "input as its only context.",
-    ("joint", "independent"): "`model(...).logits` are the end of a walk from noise that is the same for every input.",
-    ("joint", "carried"): "`model(...).logits` are the end of a walk from noise that is the same for every input.",
-}
 
 
-def write(model: DiffusionBlocksPreTrainedModel, folder: Path, keep_from: Path) -> bool:
+def write(model: PreTrainedModel, folder: Path, keep_from: Path) -> bool:
     """Write the card to `folder`, unless a person wrote or edited the one in `keep_from`; whether it was written."""
     existing = keep_from / CARD
     if existing.is_file() and not any(mark in existing.read_text() for mark in GENERATED_BY):
@@ -66,7 +43,7 @@ def write(model: DiffusionBlocksPreTrainedModel, folder: Path, keep_from: Path) 
     return True
 
 
-def replace(model: DiffusionBlocksPreTrainedModel, folder: Path, name: str) -> None:
+def replace(model: PreTrainedModel, folder: Path, name: str) -> None:
     """Write the card to `folder`, whatever is there; aside first, so that a failure leaves the old one whole."""
     aside = folder / f".{CARD}"
     try:
@@ -76,11 +53,11 @@ def replace(model: DiffusionBlocksPreTrainedModel, folder: Path, name: str) -> N
         aside.unlink(missing_ok=True)
 
 
-def render(model: DiffusionBlocksPreTrainedModel, name: str) -> str:
+def render(model: PreTrainedModel, name: str) -> str:
     """The card's text; `name` is the title and the name it is loaded by."""
     config = model.config
     report = config.training_report or {}
-    evaluation_sentence = EVALUATION_SENTENCES[config.denoiser, config.context]
+    evaluation_sentence = TASKS[config.task].logits.get((config.denoiser, config.context), "")
     objective = report.get("objective", config.objective)  # a run may have had one of its own
     if (config.denoiser, config.context) == ("factorized", "carried") and objective != "final":
         evaluation_sentence += " This is block-local training with a noise-tempered loss."
@@ -97,6 +74,7 @@ def render(model: DiffusionBlocksPreTrainedModel, name: str) -> str:
         datasets_yaml=f"datasets:\n- {report['dataset']}\n" if report.get("dataset") else "",
         source=source,
         num_blocks=config.num_blocks,
+        level=model.noise_schedule.level_name,
         block_rows="\n".join(_block_row(model, k) for k in range(config.num_blocks)),
         shared_parameters=f"{sum(p.numel() for p in model.shared_parameters()):,}",
         formulation_rows="\n".join(f"| {field} | {_formulation_value(model, field)} |" for field in FORMULATION_FIELDS),
@@ -105,10 +83,10 @@ def render(model: DiffusionBlocksPreTrainedModel, name: str) -> str:
     )
 
 
-def _use_code(model: DiffusionBlocksPreTrainedModel, name: str) -> str:
+def _use_code(model: PreTrainedModel, name: str) -> str:
     if not model.has_adapters:
-        lines = USE_LINES[model.task].format(name=name)
-        return USE.format(auto_class=AUTO_CLASSES[model.task], name=name, lines=lines)
+        task = TASKS[model.task]
+        return USE.format(auto_class=task.auto_class.__name__, name=name, lines=task.usage.format(name=name))
     # Every field that is not the class's default: whatever the presets of another version, this is the model.
     values = {field: getattr(model.config, field) for field in USER_FIELDS}
     given = [f"{field}={value!r}" for field, value in values.items() if value != USER_FIELDS[field].default]
@@ -116,7 +94,7 @@ def _use_code(model: DiffusionBlocksPreTrainedModel, name: str) -> str:
     return USE_ADAPTERS.format(base_model=base_model, fields=", ".join(given), name=name)
 
 
-def _block_row(model: DiffusionBlocksPreTrainedModel, block_index: int) -> str:
+def _block_row(model: PreTrainedModel, block_index: int) -> str:
     layers = model.block_layers(block_index)
     low, high = model.noise_schedule.interval(block_index)
     count = "not loaded"
@@ -125,7 +103,7 @@ def _block_row(model: DiffusionBlocksPreTrainedModel, block_index: int) -> str:
     return f"| {block_index} | {layers[0]}-{layers[-1]} | ({low:.4g}, {high:.4g}] | {count} |"
 
 
-def _formulation_value(model: DiffusionBlocksPreTrainedModel, field: str):
+def _formulation_value(model: PreTrainedModel, field: str):
     # What is in force, where the config leaves it to the task.
     in_force = {
         "overlap": model.noise_schedule.overlap, "sigma_data": f"{model.sigma_data:.4g}", "bridge": model.bridge

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
-from . import cards
-from . import shards
-from ..backbones import backbone_for
 from ..configuration import DiffusionBlocksConfig
-from ..models import MODELS
+from ..tasks import TASKS
+from . import cards, shards
+from .shards import Provenance
 
 #: Fields of a config that may differ between jobs.
 OF_THE_JOB = ("training_report", "_name_or_path", "transformers_version")
@@ -31,6 +31,7 @@ class _Job:
     folder: Path
     config: DiffusionBlocksConfig
     files: dict[str, str]  # "shared" and the numbers of its blocks -> file
+    provenance: Provenance | None  # None: it does not tell what it trained
 
     @property
     def blocks(self) -> list[int]:
@@ -39,8 +40,7 @@ class _Job:
     @property
     def trained(self) -> list[int]:
         """The blocks that moved, as the Trainer has noted them."""
-        updates = (self.config.training_report or {}).get("updates_per_block") or []
-        return [block for block, count in enumerate(updates) if count]
+        return [] if self.provenance is None else self.provenance.trained
 
     def load(self, part: str) -> dict[str, torch.Tensor]:
         return load_file(self.folder / self.files[part])
@@ -49,8 +49,8 @@ class _Job:
 def merge_blocks(jobs: Sequence[str | PathLike], output_dir: str | PathLike) -> None:
     """Join the saved models of jobs that trained different blocks, and save the whole one.
 
-    A block comes from the job that trained it; one that none trained, from any that holds it. A folder without a report
-    (trained by hand, or only converted) may have trained whatever it holds: where others hold that too, it must be equal.
+    A block comes from the job that trained it; one that none trained, from any that holds it. A folder that does not
+    tell (trained by hand, or only converted) may have trained whatever it holds: where others hold that too, it must be equal.
     Two files are in memory at a time.
 
     Args:
@@ -69,8 +69,10 @@ def merge_blocks(jobs: Sequence[str | PathLike], output_dir: str | PathLike) -> 
     _check_configs(opened)
     source_of = _sources(opened)
     _check_shared(opened)
-    _check_predecessors(opened, source_of)
-    _write(opened, source_of, Path(output_dir))
+    with torch.device("meta"):
+        model = TASKS[opened[0].config.task].model_class(opened[0].config)
+    _check_predecessors(opened, source_of, model.blocks)
+    _write(opened, source_of, model, Path(output_dir))
 
 
 def _open(folder: Path) -> _Job:
@@ -81,7 +83,7 @@ def _open(folder: Path) -> _Job:
     files = shards.saved_parts(folder)
     if files is None:
         raise ValueError(f"{folder} is not a DiffusionBlocks checkpoint: its index names no blocks")
-    return _Job(folder, DiffusionBlocksConfig.from_pretrained(folder), files)
+    return _Job(folder, DiffusionBlocksConfig.from_pretrained(folder), files, shards.saved_provenance(folder))
 
 
 def _check_configs(jobs: list[_Job]) -> None:
@@ -109,9 +111,9 @@ def _sources(jobs: list[_Job]) -> dict[int, _Job]:
             raise ValueError(f"block {block} was trained by both {trainers[0].folder} and {trainers[1].folder}")
         sources[block] = source = (trainers or holders)[0]
         for other in (job for job in holders if job is not source):
-            silent = next((job for job in (source, other) if not job.config.training_report), None)
+            silent = next((job for job in (source, other) if job.provenance is None), None)
             if silent:
-                what = f"{silent.folder} does not tell what it trained (its config has no training_report): block {block}"
+                what = f"{silent.folder} does not tell what it trained (its index has no provenance): block {block}"
                 _check_equal(source, other, str(block), what)
             elif not trainers:
                 _check_equal(source, other, str(block), f"block {block}, which neither trained,")
@@ -126,14 +128,13 @@ def _check_shared(jobs: list[_Job]) -> None:
             _check_equal(jobs[0], job, "shared", "what all blocks share (parameters, target embeddings)")
 
 
-def _check_predecessors(jobs: list[_Job], source_of: dict[int, _Job]) -> None:
+def _check_predecessors(jobs: list[_Job], source_of: dict[int, _Job], blocks: Sequence) -> None:
     """Carried context: a block was trained on what the earlier blocks made of the input, so on these very blocks."""
-    if jobs[0].config.context != "carried":
-        return
-    _check_cached([job for job in jobs if (job.config.training_report or {}).get("predecessors")], source_of)
+    _check_cached([job for job in jobs if job.provenance and job.provenance.predecessors], source_of)
     for job in jobs:
-        for block in job.blocks:
-            if job.trained and block < max(job.trained) and source_of[block] is not job:
+        last = max(job.trained, default=0)
+        for block in sorted(set(blocks[last].predecessors).intersection(job.blocks)):
+            if job.trained and source_of[block] is not job:
                 what = f"block {block}, around which {job.folder} trained block {max(job.trained)},"
                 _check_equal(source_of[block], job, str(block), what)
 
@@ -147,7 +148,7 @@ def _check_cached(jobs: list[_Job], source_of: dict[int, _Job]) -> None:
         found.append(shards.digest(source_of[block].load(str(block)), found[-1]))
     for job in jobs:
         block = max(job.trained)
-        if job.config.training_report["predecessors"] != found[block]:
+        if job.provenance.predecessors != found[block]:
             folders = dict.fromkeys(str(source_of[earlier].folder) for earlier in range(block))
             raise ValueError(
                 f"{job.folder} trained block {block} on cached inputs that other versions of the earlier blocks had made "
@@ -163,21 +164,19 @@ def _check_equal(one: _Job, other: _Job, part: str, what: str) -> None:
         raise ValueError(f"{what} differs between {one.folder} and {other.folder}: {min(differing)}")
 
 
-def _write(jobs: list[_Job], source_of: dict[int, _Job], output_dir: Path) -> None:
-    config = jobs[0].config
-    config.training_report = _merged_report(jobs)
-    with torch.device("meta"):
-        model = MODELS[backbone_for(config.source_config).task](config)
+def _write(jobs: list[_Job], source_of: dict[int, _Job], model: PreTrainedModel, output_dir: Path) -> None:
+    model.config.training_report = _merged_report(jobs)
     with shards.atomic_save(output_dir) as staging:
         parts = {"shared": jobs[0]} if "shared" in jobs[0].files else {}
         parts |= {str(block): job for block, job in source_of.items()}
         for part, job in parts.items():
             shutil.copyfile(job.folder / job.files[part], staging / job.files[part])
-        shards.write_index(staging, {part: job.files[part] for part, job in parts.items()})
+        files = {part: job.files[part] for part, job in parts.items()}
+        shards.write_index(staging, files, Provenance.of_all([job.provenance for job in jobs]))
         for pattern in COMPANIONS:
             for path in jobs[0].folder.glob(pattern):
                 shutil.copyfile(path, staging / path.name)
-        config.save_pretrained(staging)
+        model.config.save_pretrained(staging)
         cards.write(model, staging, keep_from=output_dir)
 
 

@@ -10,13 +10,16 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from . import cards
-from . import shards
-from . import resident
+from . import cards, resident, shards
+from .adapters import save_block_adapters
+from .shards import Provenance
 
 
 class SavedByBlock(PreTrainedModel):
     """The part of every DiffusionBlocks model that saves and loads it."""
+
+    #: Which blocks the last run of training moved, and on what: written beside the weights, for `merge_blocks`
+    provenance: Provenance | None = None
 
     def to_plain(self) -> PreTrainedModel:
         """A copy of the stock HF model inside, with the trained weights: it gives the same logits.
@@ -25,11 +28,10 @@ class SavedByBlock(PreTrainedModel):
             ValueError: the formulation is not the stock model's function (anything but factorized and carried), blocks
                 are missing, or adapters are not merged.
         """
-        formulation = (self.config.denoiser, self.config.context)
-        if formulation != ("factorized", "carried"):
+        if not self.computes_plain_model:
             raise ValueError(
-                f"to_plain() needs denoiser='factorized' and context='carried', this model has "
-                f"denoiser={formulation[0]!r} and context={formulation[1]!r}: no stock model computes its logits"
+                "to_plain() needs denoiser='factorized' and context='carried', this model has "
+                f"{self.config.formulation}: no stock model computes its logits"
             )
         if len(self.resident_blocks) < self.num_blocks:
             raise ValueError(f"to_plain() needs all {self.num_blocks} blocks: resident_blocks={self.resident_blocks}")
@@ -67,13 +69,11 @@ class SavedByBlock(PreTrainedModel):
             with shards.atomic_save(Path(save_directory)) as staging:
                 # Current parameter names, not HF's older ones: block files and Trainer resume go by them.
                 kwargs |= {"max_shard_size": "1000TB", "save_original_format": False}
-                if self.has_adapters:  # the adapters alone; peft is imported where it is used
-                    from .. import lora
-
-                    lora.save_block_adapters(self, staging)
+                if self.has_adapters:
+                    save_block_adapters(self, staging)
                 else:
                     super().save_pretrained(staging, state_dict=state_dict, **kwargs)
-                    shards.split_by_block(staging, self.block_of_parameter, self.num_blocks)
+                    shards.split_by_block(staging, self.block_of_parameter, self.num_blocks, self.provenance)
                 cards.write(self, staging, keep_from=Path(save_directory))
         if push_to_hub:
             self.push_to_hub(hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs)
@@ -106,6 +106,7 @@ class SavedByBlock(PreTrainedModel):
             hub_kwargs = resident.hub_kwargs(kwargs)
             resident.check_cut(model, pretrained_model_name_or_path, **hub_kwargs)
             resident.check_whole(model, pretrained_model_name_or_path, **hub_kwargs)
+            model.provenance = shards.saved_provenance(pretrained_model_name_or_path, **hub_kwargs)
         shards.align(model)
         return loaded
 

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
-from . import shards
 from ..configuration import DiffusionBlocksConfig
-
-if TYPE_CHECKING:
-    from ..models.base import DiffusionBlocksPreTrainedModel
+from . import shards
 
 #: Arguments of `from_pretrained` that say where on the Hub, and how, to find a file.
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -32,11 +28,11 @@ class NotLoaded(nn.Module):
 
 
 def build(
-    model_class: type[DiffusionBlocksPreTrainedModel],
+    model_class: type[PreTrainedModel],
     config: DiffusionBlocksConfig,
     resident_blocks: Sequence[int] | None = None,
     **kwargs,
-) -> DiffusionBlocksPreTrainedModel:
+) -> PreTrainedModel:
     """A model with fresh weights, of which only `resident_blocks` (None: all) ever take memory.
 
     A block's weights follow from PyTorch's global seed and its own index: they are the same whichever others are built.
@@ -60,20 +56,19 @@ def build(
 
 
 def build_empty(
-    model_class: type[DiffusionBlocksPreTrainedModel],
+    model_class: type[PreTrainedModel],
     config: DiffusionBlocksConfig,
     resident_blocks: Sequence[int] | None,
     **kwargs,
-) -> DiffusionBlocksPreTrainedModel:
+) -> PreTrainedModel:
     """The same, with memory for weights, but none in it yet. (Buffers that are not saved have their values.)"""
     with torch.device("meta"):
         model = model_class._from_config(config, **kwargs)
     if resident_blocks is not None:
         model.resident_blocks = checked_blocks(resident_blocks, config.num_blocks, "resident_blocks")
         _remove(model, [block for block in range(config.num_blocks) if block not in model.resident_blocks])
-        if model.per_block:
-            model._tied_weights_keys = model.ties_within_blocks()
-            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        model.tie_within_blocks()
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     device = torch.get_default_device()
     if device.type != "meta":
         model.to_empty(device="cpu").tie_weights()
@@ -83,8 +78,8 @@ def build_empty(
 
 
 def load(
-    model_class: type[DiffusionBlocksPreTrainedModel], source: str | PathLike, resident_blocks: Sequence[int], **kwargs
-) -> DiffusionBlocksPreTrainedModel:
+    model_class: type[PreTrainedModel], source: str | PathLike, resident_blocks: Sequence[int], **kwargs
+) -> PreTrainedModel:
     """What `from_pretrained(source, resident_blocks=...)` does; reads the files of these blocks and of what is shared."""
     hub = hub_kwargs(kwargs)
     config = kwargs.pop("config", None) or DiffusionBlocksConfig.from_pretrained(source, **hub)
@@ -104,6 +99,7 @@ def load(
     if missing:
         raise ValueError(f"{source} lacks {', '.join(sorted(missing)[:3])}, {len(missing)} weights in all")
     model.load_state_dict(weights, strict=False)
+    model.provenance = shards.saved_provenance(source, **hub)
     if model.can_generate() and cached_file(
         source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub
     ):
@@ -116,7 +112,7 @@ def hub_kwargs(kwargs: dict) -> dict:
     return {name: kwargs[name] for name in HUB_KWARGS if kwargs.get(name) is not None}
 
 
-def check_cut(model: DiffusionBlocksPreTrainedModel, source: str | PathLike, **hub_kwargs) -> None:
+def check_cut(model: PreTrainedModel, source: str | PathLike, **hub_kwargs) -> None:
     """Raise ValueError if the files of this checkpoint were cut into other blocks than the model's config says."""
     index = shards.saved_index(source, **hub_kwargs)
     if index is None or "blocks" not in index["metadata"]:  # of a plain model
@@ -133,7 +129,7 @@ def check_cut(model: DiffusionBlocksPreTrainedModel, source: str | PathLike, **h
             )
 
 
-def check_whole(model: DiffusionBlocksPreTrainedModel, source: str | PathLike, **hub_kwargs) -> None:
+def check_whole(model: PreTrainedModel, source: str | PathLike, **hub_kwargs) -> None:
     """Raise ValueError if this checkpoint, which all of the model was loaded from, holds some of the blocks only."""
     parts = shards.saved_parts(source, **hub_kwargs)
     missing = [block for block in range(model.num_blocks) if parts is not None and str(block) not in parts]
@@ -159,7 +155,7 @@ def checked_blocks(blocks: Iterable[int], num_blocks: int, field: str) -> list[i
     return sorted(blocks)
 
 
-def _remove(model: DiffusionBlocksPreTrainedModel, blocks: Sequence[int]) -> None:
+def _remove(model: PreTrainedModel, blocks: Sequence[int]) -> None:
     """Replace every module all of whose parameters belong to these blocks."""
 
     def replace_within(module: nn.Module, prefix: str) -> None:
@@ -178,7 +174,7 @@ def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-def _initialize(model: DiffusionBlocksPreTrainedModel, names: set[str]) -> None:
+def _initialize(model: PreTrainedModel, names: set[str]) -> None:
     """Run Transformers' initialisation, of these parameters and saved buffers alone, and of buffers that are not saved."""
     saved = model.state_dict().keys()
     for name, tensor in _tensors(model):

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +27,31 @@ HUB_KWARGS = ("repo_id", "commit_message", "private", "token", "create_pr", "rev
 # killed in STAGED never happened; one killed in COMPLETE is finished by whoever reads or writes the folder next, by
 # several at a time if they come together. (There is one writer at a time.)
 STAGED, COMPLETE = ".saving", ".saved"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Who trained what, as it lies beside the weights.
+
+    Args:
+        updates: of each block, in the run that saved them.
+        predecessors: fingerprint of the earlier blocks that had made a job's inputs, if these were cached.
+    """
+
+    updates: Sequence[int]
+    predecessors: str | None = None
+
+    @property
+    def trained(self) -> list[int]:
+        """The blocks that moved."""
+        return [block for block, count in enumerate(self.updates) if count]
+
+    @staticmethod
+    def of_all(jobs: Sequence[Provenance | None]) -> Provenance | None:
+        """Of jobs together; None if one of them does not tell."""
+        if None in jobs:
+            return None
+        return Provenance([sum(counts) for counts in zip(*(job.updates for job in jobs))])
 
 
 @contextmanager
@@ -97,7 +123,9 @@ def check_overwrite(folder: Path, blocks: Sequence[int]) -> None:
         )
 
 
-def split_by_block(folder: Path, block_of_parameter: Callable[[str], int | None], num_blocks: int) -> None:
+def split_by_block(
+    folder: Path, block_of_parameter: Callable[[str], int | None], num_blocks: int, provenance: Provenance | None = None
+) -> None:
     """Replace the one weights file that HF wrote to `folder` by a file for what is shared and one for each block in it."""
     whole = folder / SAFE_WEIGHTS_NAME
     total = num_blocks + 1
@@ -109,11 +137,11 @@ def split_by_block(folder: Path, block_of_parameter: Callable[[str], int | None]
             if tensors:  # not of a block that is not loaded
                 save_file(tensors, folder / file, metadata={"format": "pt"})
                 written["shared" if block is None else str(block)] = file
-    write_index(folder, written)
+    write_index(folder, written, provenance)
     whole.unlink()
 
 
-def write_index(folder: Path, files: dict[str, str]) -> None:
+def write_index(folder: Path, files: dict[str, str], provenance: Provenance | None = None) -> None:
     """Index the files in `folder` of "shared" and of the blocks, by their headers."""
     weight_map, total_size = {}, 0
     for file in files.values():
@@ -122,7 +150,10 @@ def write_index(folder: Path, files: dict[str, str]) -> None:
         with (folder / file).open("rb") as stream:
             header_size = int.from_bytes(stream.read(8), "little")
         total_size += (folder / file).stat().st_size - 8 - header_size
-    index = {"metadata": {"total_size": total_size, "blocks": files}, "weight_map": dict(sorted(weight_map.items()))}
+    metadata = {"total_size": total_size, "blocks": files}
+    if provenance is not None:
+        metadata["provenance"] = asdict(provenance)
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -236,3 +267,10 @@ def saved_index(pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs) 
         pretrained_model_name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs
     )
     return None if index is None else read_index(Path(index))
+
+
+def saved_provenance(pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs) -> Provenance | None:
+    """Who trained what a folder or hub id holds; None where it does not tell."""
+    index = saved_index(pretrained_model_name_or_path, **hub_kwargs)
+    told = None if index is None else index["metadata"].get("provenance")
+    return None if told is None else Provenance(**told)

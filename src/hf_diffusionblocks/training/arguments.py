@@ -74,6 +74,10 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
             "processes train the same block, on different rows."
         },
     )
+    measure_memory: bool = field(
+        default=True,
+        metadata={"help": "Follow the memory of the first two steps of each block, for log and model card; slows these steps."},
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from ..saving import shards
 from ..extras import from_extra
-from ..models import DiffusionBlocksPreTrainedModel
-from ..models.base import without_dropout
+from ..models.active import without_dropout
+from ..models.base import DiffusionBlocksPreTrainedModel
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 FILE = "data.arrow"
-#: Columns that the clean input of a model is made of.
-INPUTS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
 
 
 def column_of(block_index: int) -> str:
@@ -112,13 +110,12 @@ def _inputs_of(
     rows: dict, model: DiffusionBlocksPreTrainedModel, block_index: int, start: int, predecessors: str
 ) -> dict:
     batch = {}
-    for name in (*INPUTS, column_of(start)):
+    for name in (*model.clean_columns, column_of(start)):
         if name in rows:
             if not isinstance(rows[name], torch.Tensor):
                 raise ValueError(f"column {name!r}: rows must have one shape, to be packed or cut before")
             batch[name] = rows[name].to(model.device)
-    inputs, attention = model.clean_inputs(batch)
-    hidden = model.carried_input(block_index, start, batch.get(column_of(start)), inputs, **attention)
+    hidden = model.passed_on(model.blocks[block_index], model.clean_input(batch), batch.get(column_of(start)), start)
     return {
         column_of(block_index): hidden.float().cpu().numpy(),
         predecessors_column_of(block_index): [predecessors] * len(hidden),
@@ -135,8 +132,8 @@ def _check_room(folder: Path, block_index: int, size: int) -> None:
 
 def _start(model: DiffusionBlocksPreTrainedModel, dataset: Dataset, block_index: int) -> int:
     """The block whose input the data set holds already; 0 where it is to be embedded."""
-    if not model.carried:
-        raise ValueError(f"context={model.config.context!r} must be 'carried': nothing is passed on between blocks")
+    if not model.context.passes_on:
+        raise ValueError(f"context='carried' is needed, this model has {model.config.formulation}: blocks pass nothing on")
     if not 1 <= block_index < model.num_blocks:
         raise ValueError(f"block_index={block_index} must lie in 1..{model.num_blocks - 1}")
     held = [k for k in range(1, block_index) if column_of(k) in dataset.column_names]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from inspect import signature
 
 import numpy as np
@@ -11,10 +10,10 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
-from .cached_inputs import column_of, predecessors_column_of
-from ..models import DiffusionBlocksPreTrainedModel
+from ..models.base import DiffusionBlocksPreTrainedModel
 from ..saving.resident import checked_blocks
 from .arguments import DiffusionBlocksTrainingArguments
+from .cached_inputs import column_of, predecessors_column_of
 from .parallel import Layout
 
 
@@ -38,21 +37,20 @@ def blocks_to_train(
     absent = sorted(set(blocks) - set(resident))
     if absent:
         raise ValueError(f"train_blocks={blocks} must be loaded, and {absent} are not: resident_blocks={resident}")
-    earlier = sorted(set(range(max(blocks))) - set(resident)) if model.carried else []
+    earlier = sorted(set(model.blocks[max(blocks)].predecessors) - set(resident))
     if earlier and cached_column(blocks, columns) is None:
         raise ValueError(
             f"train_blocks={blocks} with context='carried' needs the earlier blocks {earlier}, which run forward: "
             f"load them too, as they are at the end of their training (resident_blocks={resident}), or train one block "
             "on what cache_block_inputs made"
         )
-    moves_shared = args.train_shared and any(parameter.requires_grad for parameter in model.shared_parameters())
-    if moves_shared and not model.per_block:
+    if args.train_shared and any(parameter.requires_grad for parameter in model.shared_parameters()):
         check_one_job(blocks, model.num_blocks)
     if args.objective == "final":
-        if model.joint or not model.carried:
+        if model.num_blocks - 1 not in model.blocks[min(blocks)].readers:
             raise ValueError(
                 "objective='final' needs denoiser='factorized' and context='carried', so that a block's output runs on "
-                f"through the later ones; this model has {model.config.denoiser!r} and {model.config.context!r}"
+                f"through the later ones; this model has {model.config.formulation}"
             )
         later = sorted(set(range(min(blocks), model.num_blocks)) - set(resident))
         if later:
@@ -96,7 +94,7 @@ def check_processes(trainer: Trainer, layout: Layout) -> None:
         raise ValueError("DeepSpeed is not supported: use FSDP2, for a job that trains one block")
     if trainer.is_fsdp_enabled:
         _check_sharding(trainer)
-    if layout.num_lanes > 1 and args.fp16 and args.train_shared and not model.per_block:
+    if layout.num_lanes > 1 and args.fp16 and args.train_shared and model.shared_parameters():
         raise ValueError(
             "fp16=True cannot be combined with block_parallel=True and common trained parameters: each block would scale "
             "its loss, and their gradients with it, by itself. bf16=True needs no scale"
@@ -127,7 +125,7 @@ def _check_sharding(trainer: Trainer) -> None:
     names = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is embedding]
     if len(names) > 1:
         raise ValueError(f"FSDP with embeddings tied to the head ({', '.join(names)}): Accelerate shards them apart")
-    if model.joint:
+    if model.denoiser.embeds_noisy:
         raise ValueError(
             "FSDP with denoiser='joint': its streams call parts of the attention module, which FSDP gathers as a whole"
         )
@@ -136,7 +134,7 @@ def _check_sharding(trainer: Trainer) -> None:
             f"FSDP with offload_inactive_blocks={args.offload_inactive_blocks!r}: sharded parameters stay where they are"
         )
     # A layer is run through its parts, so these are what FSDP gathers as they are called.
-    layer = model.layer(model.block_layers(trainer.train_blocks[0])[0])
+    layer = model.blocks[trainer.train_blocks[0]].layers[0]
     plugin.transformer_cls_names_to_wrap = [type(part).__name__ for part in layer.children() if any(part.children())]
 
 
@@ -151,23 +149,3 @@ class WithBlockInput:
         hidden = torch.stack([torch.as_tensor(np.asarray(row[self.column], np.float32)) for row in rows])
         others = [{name: value for name, value in row.items() if name not in self.dropped} for row in rows]
         return {**self.collator(others), "block_input": hidden}
-
-
-@contextmanager
-def only_training(
-    model: DiffusionBlocksPreTrainedModel, blocks: Sequence[int], train_shared: bool
-) -> Iterator[None]:
-    """Ask for no gradients of what the job does not train, until it ends."""
-
-    def is_trained(name: str) -> bool:
-        owner = model.block_of_parameter(name)
-        return train_shared if owner is None else owner in blocks
-
-    asked = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for name, parameter in asked.items():
-        parameter.requires_grad_(is_trained(name))
-    try:
-        yield
-    finally:
-        for parameter in asked.values():
-            parameter.requires_grad_(True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..saving import cards
+from ..saving.shards import Provenance
 from .cached_inputs import predecessors_column_of
 from .checkpoints import AtomicCheckpoints
 
@@ -14,10 +15,16 @@ from .checkpoints import AtomicCheckpoints
 class RunReports(AtomicCheckpoints):
     """The part of the Trainer that notes in config and model card what it has done."""
 
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+    def save_model(self, *args, **kwargs) -> None:
         if self.state.global_step:
+            self.model.provenance = Provenance(self._updates(), self._predecessors())
             self.model.config.training_report = self._training_report()
-        super()._save(output_dir, state_dict)
+        super().save_model(*args, **kwargs)
+
+    def _updates(self) -> list[int]:
+        """Of each block, in this run."""
+        step = self.state.global_step
+        return [sum(schedule.updates_before(step, k) for schedule in self._schedules) for k in range(self.num_blocks)]
 
     def _training_report(self) -> dict:
         """What the model card says of this run; JSON-able."""
@@ -27,13 +34,9 @@ class RunReports(AtomicCheckpoints):
             **(self.model.config.training_report or {}),
             "train_examples": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
             "steps": self.state.global_step,
-            "updates_per_block": [
-                sum(schedule.updates_before(self.state.global_step, k) for schedule in self._schedules)
-                for k in range(self.num_blocks)
-            ],
+            "updates_per_block": self._updates(),
             "block_schedule": self.args.block_schedule,
             "objective": self.args.objective,
-            "predecessors": self._predecessors(),
             "batch_size": self.get_total_train_batch_size(self.args),
             "learning_rate": self.args.learning_rate,
             "seed": self.args.seed,
@@ -42,7 +45,7 @@ class RunReports(AtomicCheckpoints):
                 for key, value in results.items()
                 if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second")) and np.isscalar(value)
             },
-            "memory": self._ledgers.report(),
+            "memory": self._ledgers.report() if self._ledgers else {},
         }
 
     def _predecessors(self) -> str | None:

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..memory.ledger import Ledger, StepMemory
-
-if TYPE_CHECKING:
-    from .trainer import DiffusionBlocksTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -36,7 +32,7 @@ class StepLedgers(TrainerCallback):
     Not in sharded runs, whose parameters come and go unseen, nor through compiled layers, which are not followed.
     """
 
-    def __init__(self, trainer: DiffusionBlocksTrainer):
+    def __init__(self, trainer: Trainer):
         self._trainer = trainer
         self._steps: dict[int, int] = {}
         self._followed: StepMemory | None = None

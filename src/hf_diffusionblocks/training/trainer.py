@@ -7,22 +7,23 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from accelerate.utils import TorchDynamoPlugin
+from accelerate.utils import TorchDynamoPlugin, find_batch_size
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import get_scheduler
 from transformers.utils import logging
 
-from ..saving import shards
 from ..diffusion.randomness import keyed_generators
 from ..memory.ledger import Ledger
-from ..models import DiffusionBlocksForCausalLM, DiffusionBlocksPreTrainedModel
-from ..models.offload import BlockResidence
+from ..models.active import ActiveBlocks, TrainedParameters
+from ..models.base import DiffusionBlocksPreTrainedModel
+from ..models.offload import OffloadedBlocks
+from ..saving import shards
 from .arguments import DiffusionBlocksTrainingArguments
 from .block_schedule import BlockSchedule
-from .step_ledgers import StepLedgers
-from .checks import WithBlockInput, blocks_to_train, cached_column, check_processes, columns_to_keep, only_training
+from .checks import WithBlockInput, blocks_to_train, cached_column, check_processes, columns_to_keep
 from .parallel import Layout, all_states, broadcast
 from .run_report import RunReports
+from .step_ledgers import StepLedgers
 
 logger = logging.get_logger(__name__)
 
@@ -87,20 +88,21 @@ class DiffusionBlocksTrainer(RunReports):
         check_processes(self, self.layout)
         if args.torch_compile:
             model.compile_layers(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        if model.residence is not None:  # `evaluate` would move the whole model to the device, to prepare it
+        if model.offload is not None:  # `evaluate` would move the whole model to the device, to prepare it
             self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         if self._cached_column:
             self.data_collator = WithBlockInput(self.data_collator, self.train_blocks[0])
         self._learning_rate_curve(num_updates=1)  # complain before training
         self.block_schedule: BlockSchedule | None = None  # known once training knows its number of steps
-        self.active_block = self.layout.blocks[0]
-        self._parameters: dict[int | None, list[torch.nn.Parameter]] = {}  # of each block, and of none; once training
+        self.active = self._active(self.layout.blocks[0])
+        self._trained = TrainedParameters(model, self.train_blocks, args.train_shared)  # known once training begins
         self._schedules: list[BlockSchedule] = []  # of all lanes
         self._stale: set[int] = set()  # blocks that other lanes may have moved since this one saw them
         self._micro_batch = 0
         self._block_losses = torch.zeros(self.num_blocks, 2, device=args.device)  # sum and count since the last log
-        self._ledgers = StepLedgers(self)
-        self.add_callback(self._ledgers)
+        self._ledgers = StepLedgers(self) if args.measure_memory else None
+        if self._ledgers:
+            self.add_callback(self._ledgers)
 
     def _build_accelerator_args(self, **kwargs) -> dict:
         # Compiled as a whole, the model would be a graph for each block, broken at every draw.
@@ -108,43 +110,44 @@ class DiffusionBlocksTrainer(RunReports):
 
     # ---- which block
 
+    @property
+    def active_block(self) -> int:
+        """The block that trains now."""
+        return self.active.first
+
+    def _active(self, block: int) -> ActiveBlocks:
+        reader = self.num_blocks - 1 if self.args.objective == "final" else block
+        return ActiveBlocks(range(block, block + 1), reader)
+
     def get_batch_samples(self, *args, **kwargs):
         # The Trainer calls this once for each optimizer step, before its micro-batches.
         step, before = self.state.global_step, self.active_block
-        self.active_block = self.block_schedule.block_at(step)
+        self.active = self._active(self.block_schedule.block_at(step))
         if self.args.block_schedule == "sequential" and self.active_block != before:
             for parameter in self._parameters.get(before, ()):  # this block's turn will not come again
                 self.optimizer.state.pop(parameter, None)
         self._micro_batch = 0
-        if self.model.carried or self.model.has_adapters:  # (all blocks may read out by the last adapter's new head)
+        # (With adapters all blocks may read out by the last one's new head.)
+        if self.model.context.passes_on or self.model.has_adapters:
             self._exchange_blocks()
         if self.layout.num_lanes > 1:
             self._stale |= {schedule.block_at(step) for schedule in self._schedules}
-        if self.args.objective == "final" or self.model.has_adapters:
-            # Later blocks pass gradients on, and the last adapter's new head may be read by all: they get none.
-            for block in self.train_blocks:
-                for parameter in self._parameters[block]:
-                    parameter.requires_grad_(block == self.active_block)
-        if self.model.residence is not None:
-            self.model.residence.activate(self.active_block, self.block_schedule.block_to_fetch(step))
+        self._trained.activate(self.active)
+        if self.model.offload is not None:
+            self.model.offload.activate(self.active_block, self.block_schedule.block_to_fetch(step))
         return super().get_batch_samples(*args, **kwargs)
 
     @property
-    def _loss_block(self) -> int | None:
-        """The block that is read out for the loss of another; None: each reads out itself."""
-        return self.num_blocks - 1 if self.args.objective == "final" else None
+    def _parameters(self) -> dict[int | None, list[torch.nn.Parameter]]:
+        """Those that train, of each block, and of none."""
+        return self._trained.of_block
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        if "labels" not in inputs:
-            raise ValueError(
-                f"a batch of {', '.join(inputs)} has no labels, which a block learns to denoise: for text, "
-                "DataCollatorForLanguageModeling(tokenizer, mlm=False) as data_collator makes them"
-            )
-        generators = self._noise_generators(len(inputs["labels"]))
+        generators = self._noise_generators(find_batch_size(inputs))
         inputs = {
-            **inputs, "block_index": self.active_block, "generator": generators, "loss_block": self._loss_block,
+            **inputs, "block_index": self.active_block, "generator": generators, "loss_block": self.active.reader,
         }  # fmt: skip
         self._micro_batch += 1
         return super().compute_loss(model, inputs, *args, **kwargs)
@@ -158,23 +161,23 @@ class DiffusionBlocksTrainer(RunReports):
         if len(self.model.resident_blocks) < self.num_blocks:
             return self._block_prediction_step(inputs)
         inputs = {name: value for name, value in inputs.items() if name != "block_input"}  # the whole model runs
-        if prediction_loss_only and isinstance(self.model, DiffusionBlocksForCausalLM):
+        if prediction_loss_only:
             inputs = {**inputs, "return_logits": False}
         return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
     @torch.no_grad()
     def _block_prediction_step(self, inputs: dict) -> tuple[torch.Tensor, None, None]:
         """Where blocks are missing there are no label-free logits of the model: the mean of what the trained blocks are
-        trained on, at sigma_max, where z says nothing of the label."""
+        trained on, where z says nothing of the target."""
         inputs = self._prepare_inputs(inputs)
         num_items = self._get_num_items_in_batch([inputs], self.args.device)
-        inputs["sigma"] = torch.full((len(inputs["labels"]),), self.model.config.sigma_max)
-        inputs["loss_block"] = self._loss_block
+        inputs |= self.model.levels_without_target(find_batch_size(inputs))
         losses = []
-        for block in self.train_blocks:
-            inputs["generator"] = torch.Generator().manual_seed(self.model.config.inference_seed)
+        for active in map(self._active, self.train_blocks):
+            generator = torch.Generator().manual_seed(self.model.config.inference_seed)
+            inputs |= {"generator": generator, "block_index": active.first, "loss_block": active.reader}
             with self.compute_loss_context_manager():
-                losses.append(self.compute_loss(self.model, {**inputs, "block_index": block}, num_items_in_batch=num_items))
+                losses.append(self.compute_loss(self.model, dict(inputs), num_items_in_batch=num_items))
         return torch.stack(losses).mean().detach(), None, None
 
     def _noise_generators(self, num_rows: int) -> list[torch.Generator]:
@@ -183,7 +186,7 @@ class DiffusionBlocksTrainer(RunReports):
         return keyed_generators([self.args.seed, self.state.global_step], range(first, first + num_rows))
 
     def training_step(self, *args, **kwargs):
-        with self._ledgers.following() if self.accelerator.sync_gradients else nullcontext():
+        with self._ledgers.following() if self._ledgers and self.accelerator.sync_gradients else nullcontext():
             loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients and self._averages_gradients:
             self.layout.average_gradients(*self._trained_now())
@@ -214,7 +217,7 @@ class DiffusionBlocksTrainer(RunReports):
 
     def _prepare_for_training(self, *args, **kwargs):
         # A model that "owns placement and gradient reduction" is not wrapped in DDP, nor moved to the device.
-        if not self.is_fsdp_enabled and self.model.residence is None:
+        if not self.is_fsdp_enabled and self.model.offload is None:
             self._move_model_to_device(self.model, self.args.device)
         self.is_distributed_loading_by_transformers = not self.is_fsdp_enabled
         try:
@@ -230,7 +233,7 @@ class DiffusionBlocksTrainer(RunReports):
 
     def _move_model_to_device(self, model, device: torch.device) -> None:
         if self.args.offload_inactive_blocks == "cpu":
-            model.residence = BlockResidence(model, device)
+            model.offload = OffloadedBlocks(model, device)
         else:
             super()._move_model_to_device(model, device)
 
@@ -246,10 +249,10 @@ class DiffusionBlocksTrainer(RunReports):
         self._stale.clear()
 
     def _broadcast_block(self, block: int, parameters: list[torch.nn.Parameter], source: int) -> None:
-        self.model.use_block(block)
+        self.model.blocks[block].fetch()
         broadcast(parameters, source)
-        if self.model.residence is not None:
-            self.model.residence.write_back(block)
+        if self.model.offload is not None:
+            self.model.offload.write_back(block)
 
     def evaluate(self, *args, **kwargs):
         self._exchange_blocks()
@@ -273,8 +276,8 @@ class DiffusionBlocksTrainer(RunReports):
                     params = [p for p in group["params"] if owner.get(id(p)) == block]
                     groups.append({**group, "params": params, "block": block})
             optimizer.param_groups = [group for group in groups if group["params"]]
-        if self.model.residence is not None:
-            self.model.residence.optimizer = optimizer
+        if self.model.offload is not None:
+            self.model.offload.optimizer = optimizer
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -329,7 +332,7 @@ class DiffusionBlocksTrainer(RunReports):
     @property
     def ledgers(self) -> dict[int, Ledger]:
         """What a step of each block that this process has trained holds in memory; print one for a table."""
-        return dict(self._ledgers.of_block)
+        return dict(self._ledgers.of_block) if self._ledgers else {}
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
@@ -340,29 +343,25 @@ class DiffusionBlocksTrainer(RunReports):
 
     def train(self, *args, **kwargs):
         for k in self.train_blocks:
-            low, high = self.model.noise_schedule.interval(k, self.model.noise_schedule.overlap)
-            layers = self.model.block_layers(k)
+            block, schedule = self.model.blocks[k], self.model.noise_schedule
+            low, high = block.interval(schedule.overlap)
             logger.info(
-                f"block {k}: layers {layers[0]}-{layers[-1]}, trains at sigma ({low:.4g}, {high:.4g}], "
-                f"{sum(p.numel() for p in self.model.block_parameters(k)):,} parameters"
+                f"block {k}: layers {block.layer_indices[0]}-{block.layer_indices[-1]}, trains at {schedule.level_name} "
+                f"({low:.4g}, {high:.4g}], {sum(p.numel() for p in block.parameters()):,} parameters"
             )
-        with only_training(self.model, self.train_blocks, self.args.train_shared):
-            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            owner = {id(p): block for block in self.train_blocks for p in self.model.block_parameters(block)}
-            self._parameters = {
-                block: [parameter for parameter in trained if owner.get(id(parameter)) == block]
-                for block in (None, *self.train_blocks)
-            }
+        self._trained = TrainedParameters(self.model, self.train_blocks, self.args.train_shared)
+        with self._trained:
             result = super().train(*args, **kwargs)
         self._exchange_blocks()
-        if self.model.residence is not None:
-            self.model.residence.activate(None)
-        self._ledgers.log()
+        if self.model.offload is not None:
+            self.model.offload.activate(None)
+        if self._ledgers:
+            self._ledgers.log()
         return result
 
     def _load_best_model(self) -> None:
-        if self.model.residence is not None:
-            self.model.residence.activate(None)
+        if self.model.offload is not None:
+            self.model.offload.activate(None)
         if self.model.has_adapters:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:

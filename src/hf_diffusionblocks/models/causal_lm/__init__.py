@@ -1,1 +1,5 @@
 """Autoregressive text."""
+
+from .model import DiffusionBlocksForCausalLM
+
+__all__ = ["DiffusionBlocksForCausalLM"]

@@ -26,8 +26,6 @@ def _no_such_search(asked: str) -> ValueError:
 class WalkGeneration(GenerationMixin):
     """The part of a text model that generates."""
 
-    joint: bool  #: whether its denoiser is
-
     def generate(self, *args, **kwargs):
         """As in Transformers. A joint model walks to one token a row at a time: it has greedy search and sampling.
 
@@ -37,23 +35,23 @@ class WalkGeneration(GenerationMixin):
         Raises:
             ValueError: a joint model is asked for another search; names the argument.
         """
-        if self.joint and kwargs.get("assistant_model") is not None:
+        if self.denoiser.walks and kwargs.get("assistant_model") is not None:
             raise _no_such_search(f"assistant_model={type(kwargs['assistant_model']).__name__}")
         return super().generate(*args, **kwargs)
 
     def _prepare_generation_config(self, *args, **kwargs):
         config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
-        if self.joint and config.get_generation_mode() not in JOINT_SEARCHES:
+        if self.denoiser.walks and config.get_generation_mode() not in JOINT_SEARCHES:
             asked = {name: getattr(config, name, None) for name in OTHER_SEARCHES}
             if asked["num_beams"] == 1:
                 asked["num_beams"] = None
             raise _no_such_search(", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None))
-        if self.joint and config.do_sample and config.top_k == 1:
+        if self.denoiser.walks and config.do_sample and config.top_k == 1:
             config.do_sample = False  # nothing is left to draw but noise: this is greedy search
         return config, model_kwargs
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **model_kwargs):
-        if self.joint:
+        if self.denoiser.walks:
             # Sampling controls act inside the walk, where they still can: its last logits are next to a point mass.
             model_kwargs["text_walk"] = TextWalk(self, logits_processor, generation_config.do_sample)
             logits_processor = LogitsProcessorList()

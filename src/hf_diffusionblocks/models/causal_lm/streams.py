@@ -9,26 +9,15 @@ from __future__ import annotations
 
 from functools import cached_property
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from ...backbones.modulation import Modulation
-
-if TYPE_CHECKING:
-    from .model import DiffusionBlocksForCausalLM
-
+from ..base import DiffusionBlocksPreTrainedModel
+from ..block import Block
 
 #: Noisy tokens of a group, where they run in groups: fewer copy the clean keys more often, more have more idle scores.
 GROUP = 128
-
-
-class Rows(NamedTuple):
-    """What one token's logits are read from: R of them, of any sequences and positions."""
-
-    hidden: torch.Tensor  #: `[R, D]`, what left the block
-    z: torch.Tensor | None  #: `[R, D]`, the noisy targets; None where the target is out of sight
-    sigma: torch.Tensor | None  #: `[R]`
 
 
 class CleanKeys:
@@ -125,7 +114,7 @@ class Streams:
 
     def __init__(
         self,
-        model: DiffusionBlocksForCausalLM,
+        model: DiffusionBlocksPreTrainedModel,
         hidden: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
@@ -173,29 +162,29 @@ class Streams:
             **self._positions(torch.cat([self._position_ids, self.noisy_position_ids], 1)),
         }
 
-    def run_clean(self, block_index: int, hidden: torch.Tensor, modulations, output: bool) -> torch.Tensor | None:
+    def embed_noisy(self, block: Block, embeds: torch.Tensor) -> torch.Tensor:
+        """`c_in z` `[N, Q, D]`, as tokens at their positions."""
+        return self.architecture.embed_noisy(block.embedding_parts, embeds, self.noisy_position_ids)
+
+    def run_clean(self, block: Block, hidden: torch.Tensor, modulations, output: bool) -> torch.Tensor | None:
         """Clean tokens `[N, S, D]` through a block. Without `output`, the last layer computes keys and values only."""
-        model, attention = self.model, {"attention_mask": self._clean_mask, **self._clean_positions}
-        model.use_block(block_index)
-        *first, last = model.block_layers(block_index)
-        for index, modulation in zip(first, modulations):
-            hidden = model.run_layer(model.layer(index), hidden, modulation, past_key_values=self.cache, **attention)
+        attention = {"attention_mask": self._clean_mask, "past_key_values": self.cache, **self._clean_positions}
         if output:
-            return model.run_layer(
-                model.layer(last), hidden, modulations[-1], past_key_values=self.cache, **attention
-            )
-        keys, values = self.architecture.keys_and_values(
-            model.layer(last), hidden, modulations[-1], **self._clean_positions
-        )
-        self.cache.update(keys, values, last)
+            return block.run(hidden, modulations, **attention)
+        block.fetch()
+        *first, last = block.layers
+        for layer, modulation in zip(first, modulations):
+            hidden = self.model.run_layer(layer, hidden, modulation, **attention)
+        keys, values = self.architecture.keys_and_values(last, hidden, modulations[-1], **self._clean_positions)
+        self.cache.update(keys, values, block.layer_indices[-1])
         return None
 
-    def run_noisy(self, block_index: int, hidden: torch.Tensor, modulations) -> torch.Tensor:
+    def run_noisy(self, block: Block, hidden: torch.Tensor, modulations) -> torch.Tensor:
         """Noisy tokens `[N, Q, D]` through a block that the clean ones have run through."""
-        return self.model.run_block(block_index, hidden, modulations, **self._noisy_attention)
+        return block.run(hidden, modulations, **self._noisy_attention)
 
     def run_noisy_in_groups(
-        self, block_index: int, hidden: torch.Tensor, modulations, largest: int = GROUP
+        self, block: Block, hidden: torch.Tensor, modulations, largest: int = GROUP
     ) -> torch.Tensor:
         """The same, with each group of noisy tokens as a row of its own: a token sees the clean ones, and of the noisy
         ones itself alone, so there need be no scores with other groups. Each group copies the clean keys and values."""
@@ -218,12 +207,12 @@ class Streams:
             **self._positions(grouped(self.noisy_position_ids, 1)),
         }
         modulations = [Modulation(*(_each_row(field, groups) for field in each)) for each in modulations]
-        hidden = self.model.run_block(block_index, grouped(hidden, 1), modulations, **attention)
+        hidden = block.run(grouped(hidden, 1), modulations, **attention)
         return hidden.view(rows, groups * size, -1)[:, :length]
 
     def run_together(
-        self, block_index: int, clean: torch.Tensor, noisy: torch.Tensor, modulations
+        self, block: Block, clean: torch.Tensor, noisy: torch.Tensor, modulations
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Both, `[N, S, D]` and `[N, Q, D]`, through a block in one pass; modulations from [`join`]."""
-        hidden = self.model.run_block(block_index, torch.cat([clean, noisy], 1), modulations, **self._joint_attention)
+        hidden = block.run(torch.cat([clean, noisy], 1), modulations, **self._joint_attention)
         return hidden.split((clean.shape[1], noisy.shape[1]), 1)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch.nn import functional as F
 from transformers import DynamicCache, LogitsProcessorList
 
-from ...diffusion.gaussian import BRIDGES, posterior_logits, precondition
+from ...diffusion.categorical import BRIDGES
+from ...diffusion.gaussian import precondition
 from ...diffusion.objectives import rows_per_chunk
-from ...diffusion.samplers import NoiseSource, PositionNoise, walk, walk_on
-from .streams import Rows, Streams, join
-
-if TYPE_CHECKING:
-    from .model import DiffusionBlocksForCausalLM
+from ...diffusion.randomness import NoiseSource, PositionNoise
+from ...diffusion.samplers import walk, walk_on
+from ..base import DiffusionBlocksPreTrainedModel
+from ..block import Block
+from .readouts import WalkLevel
+from .streams import Streams, join
+from .text import Text
 
 
 class TextWalk:
@@ -31,64 +32,59 @@ class TextWalk:
     """
 
     def __init__(
-        self, model: DiffusionBlocksForCausalLM, logits_processor: LogitsProcessorList | None = None, sample: bool = False
+        self,
+        model: DiffusionBlocksPreTrainedModel,
+        logits_processor: LogitsProcessorList | None = None,
+        sample: bool = False,
     ):
         self.model, self.config, self.logits_processor, self.sample = model, model.config, logits_processor, sample
         self.generated: torch.Tensor | None = None  # all tokens so far, for the controls
-        self.edm = self.config.readout == "edm"
         self.bridge = _drawn_bridge if sample else BRIDGES[model.bridge]
         self.targets = model.target_vectors()
         self.sigmas = model.noise_schedule.inference_sigmas(self.config.num_inference_steps or self.config.num_blocks)
-        self.blocks = model.noise_schedule.block_of(self.sigmas[:-1]).tolist()
-        self.levels = self.sigmas.to(model.device, torch.float32)
-        self.preconditioning = [precondition(level[None], model.sigma_data) for level in self.levels]
-        self.clean_modulations = [model.clean_modulations(k) for k in range(self.config.num_blocks)]
-        self.noisy_modulations = [
-            model.modulations_at(block, self.levels[step : step + 1]) for step, block in enumerate(self.blocks)
+        self.blocks = [model.blocks[k] for k in model.noise_schedule.block_of(self.sigmas[:-1]).tolist()]
+        levels = self.sigmas.to(model.device, torch.float32).split(1)
+        self.levels = [
+            WalkLevel(level, precondition(level, model.sigma_data), is_first=step == 0) for step, level in enumerate(levels)
         ]
+        self.clean_modulations = [block.clean_modulations() for block in model.blocks]
+        self.noisy_modulations = [block.modulations(level.sigma) for block, level in zip(self.blocks, self.levels)]
         self._joint_modulations = {}
 
     def joint_modulations(self, step: int) -> list:
         """For one clean and one noisy token."""
         if step not in self._joint_modulations:
-            pairs = zip(self.clean_modulations[self.blocks[step]], self.noisy_modulations[step])
+            pairs = zip(self.clean_modulations[self.blocks[step].index], self.noisy_modulations[step])
             self._joint_modulations[step] = [join(clean, noisy, 1, 1) for clean, noisy in pairs]
         return self._joint_modulations[step]
 
-    def logits(self, inputs: dict, shape: torch.Tensor, attention_mask, kept: torch.Tensor, cache) -> torch.Tensor:
-        """Walk the tokens after the clean tokens `kept`, `[Q]` of the S given.
-
-        Args:
-            inputs: what embeds the clean tokens.
-            shape: their hidden states without width, `[N, S, 0]`, for dtype and device.
-            attention_mask: `[N, P + S]` or None.
-            cache: of the P earlier tokens, which these are added to; None if none is kept.
+    def logits(self, text: Text, kept: torch.Tensor) -> torch.Tensor:
+        """Walk the tokens after the clean tokens `kept`, `[Q]` of the S given. Clean tokens are added to the text's cache,
+        if it has one.
 
         Returns:
             Logits of the last evaluation, `[N, Q, V]`.
         """
-        run = _Run(self, inputs, shape, attention_mask, kept, cache)
+        run = _Run(self, text, kept)
         logits, _ = walk(run.denoise, self.targets, self.sigmas, run.noise, self.config.sampler, self.bridge)
-        if cache is not None:  # blocks that the walk did not visit have clean tokens to remember, too
+        if text.past_key_values is not None:  # blocks that the walk did not visit have clean tokens to remember, too
             run.advance_to(self.config.num_blocks)
         return logits.unflatten(0, (run.num_rows, len(kept)))
 
-    def losses(
-        self, inputs: dict, shape: torch.Tensor, attention_mask, kept: torch.Tensor, cache, labels: torch.Tensor
-    ) -> torch.Tensor:
-        """Walk as [`logits`] does, and score its end: nats of `labels [N * Q]`, float32; none where these are -100.
+    def losses(self, text: Text, labels: torch.Tensor) -> torch.Tensor:
+        """Walk as [`logits`] does, and score its end: nats of `labels [N * S]`, float32; none where these are -100.
 
         A chunk of rows is read out, bridged and moved on at a time: without gradients, no more logits are ever held.
         """
-        run = _Run(self, inputs, shape, attention_mask, kept, cache)
+        run = _Run(self, text, torch.arange(text.num_tokens, device=self.model.device))
         size, levels = rows_per_chunk(len(labels), len(self.targets)), self.sigmas.tolist()
         noises = [PositionNoise(positions, self.config.inference_seed) for positions in run.positions.split(size)]
         rows = [levels[0] * noise.normal(self.targets.shape[-1]) for noise in noises]
         nats = []
-        for step, block in enumerate(self.blocks):
+        for step, (block, level) in enumerate(zip(self.blocks, self.levels)):
             hidden = run.hidden(torch.cat(rows), step).flatten(0, 1)
             for part, (chunk, label) in enumerate(zip(hidden.split(size), labels.split(size))):
-                logits = run.read(block, chunk, rows[part], step)
+                logits = run.read(block, chunk, rows[part], level)
                 if step < len(self.blocks) - 1:
                     rows[part] = walk_on(
                         rows[part], logits, self.targets, levels[step], levels[step + 1], noises[part],
@@ -97,21 +93,20 @@ class TextWalk:
                 else:
                     nats.append(F.cross_entropy(logits, label, reduction="none"))
                 del logits
-        if cache is not None:
+        if text.past_key_values is not None:
             run.advance_to(self.config.num_blocks)
         return torch.cat(nats)
 
-    def prior_logits(self, inputs: dict, shape: torch.Tensor, attention_mask) -> torch.Tensor:
+    def prior_logits(self, text: Text) -> torch.Tensor:
         """Every block's logits at sigma_max, from keyed noise: `[N, B, S, V]`."""
-        tokens = shape.shape[1]
-        run = _Run(self, inputs, shape, attention_mask, torch.arange(tokens, device=self.levels.device), None)
-        z = self.levels[0] * run.noise.normal(self.targets.shape[-1])
+        run, first = _Run(self, text, torch.arange(text.num_tokens, device=self.model.device)), self.levels[0]
+        z = first.sigma * run.noise.normal(self.targets.shape[-1])
         logits = []
-        for block in range(self.config.num_blocks):
-            run.advance_to(block + 1)
-            modulations = self.model.modulations_at(block, self.levels[:1])
-            logits.append(run.read(block, run.noisy(block, z, 0, modulations).flatten(0, 1), z, 0))
-        return torch.stack(logits).unflatten(1, (run.num_rows, tokens)).transpose(0, 1)
+        for block in self.model.blocks:
+            run.advance_to(block.index + 1)
+            hidden = run.noisy(block, z, first, block.modulations(first.sigma))
+            logits.append(run.read(block, hidden.flatten(0, 1), z, first))
+        return torch.stack(logits).unflatten(1, (run.num_rows, text.num_tokens)).transpose(0, 1)
 
     def controlled(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits `[N * Q, V]`, after the controls of generation."""
@@ -123,11 +118,13 @@ class TextWalk:
 class _Run:
     """One batch on its walk: how far its clean tokens have come through the blocks."""
 
-    def __init__(self, plan: TextWalk, inputs: dict, shape: torch.Tensor, attention_mask, kept: torch.Tensor, cache):
-        self.plan, self.model, self.inputs, self.kept, self.dtype = plan, plan.model, inputs, kept, shape.dtype
-        self.num_rows, self.num_tokens = shape.shape[:2]
+    def __init__(self, plan: TextWalk, text: Text, kept: torch.Tensor):
+        self.plan, self.model, self.kept = plan, plan.model, kept
+        self.inputs, shape = text.positioned(), text.shape_in(plan.model.dtype)
+        self.dtype, (self.num_rows, self.num_tokens) = shape.dtype, shape.shape[:2]
+        cache = text.past_key_values
         cache = DynamicCache(config=self.model.config.source_config) if cache is None else cache
-        self.streams = Streams(self.model, shape, attention_mask, inputs["position_ids"], kept, cache)
+        self.streams = Streams(self.model, shape, text.attention_mask, self.inputs["position_ids"], kept, cache)
         self.positions = self.streams.noisy_position_ids.expand(self.num_rows, -1).flatten()
         if plan.sample:
             self.noise = NoiseSource(len(self.positions), 0, torch.default_generator, self.positions.device)
@@ -135,63 +132,56 @@ class _Run:
             self.noise = PositionNoise(self.positions, plan.config.inference_seed)
         self._done = 0  # blocks that the clean tokens have run through
         self._embedded: torch.Tensor | None = None
-        self._clean: torch.Tensor | None = None  # what left the last of these, if context is carried
+        self._clean: torch.Tensor | None = None  # what left the last of these, if it is passed on
 
-    def _entering(self, block: int) -> torch.Tensor:
-        if block > 0 and self.model.carried:
+    def _entering(self, block: Block) -> torch.Tensor:
+        if block.predecessors:
             return self._clean
-        if self._embedded is None or self.model.per_block:
-            self._embedded = self.model.embed(block, self.inputs)
+        if self._embedded is None or block.embeds_apart:
+            self._embedded = block.embed(self.inputs)
         return self._embedded
 
-    def advance_to(self, block: int) -> None:
+    def advance_to(self, block_index: int) -> None:
         """Run the clean tokens through all blocks before this one."""
-        while self._done < block:
+        while self._done < block_index:
+            block = self.model.blocks[self._done]
             last = self._done == self.model.num_blocks - 1
             self._clean = self.streams.run_clean(
-                self._done,
-                self._entering(self._done),
-                self.plan.clean_modulations[self._done],
-                output=self.model.carried and not last,
-            )
+                block, self._entering(block), self.plan.clean_modulations[block.index],
+                output=self.model.context.passes_on and not last,
+            )  # fmt: skip
             self._done += 1
 
     def denoise(self, z: torch.Tensor, step: int) -> torch.Tensor:
         """`z [N * Q, D]` to logits `[N * Q, V]` at one level of the walk."""
-        return self.read(self.plan.blocks[step], self.hidden(z, step).flatten(0, 1), z, step)
+        return self.read(self.plan.blocks[step], self.hidden(z, step).flatten(0, 1), z, self.plan.levels[step])
 
     def hidden(self, z: torch.Tensor, step: int) -> torch.Tensor:
         """`z [N * Q, D]` to what leaves the block of one level of the walk, `[N, Q, D]`."""
-        plan, block = self.plan, self.plan.blocks[step]
-        if self.num_tokens == 1 and self._done <= block:
+        plan, block, level = self.plan, self.plan.blocks[step], self.plan.levels[step]
+        if self.num_tokens == 1 and self._done <= block.index:
             # One new token: clean and noisy together, in one pass over the block.
-            self.advance_to(block)
-            noisy = self._embed_noisy(block, z, step)
+            self.advance_to(block.index)
+            noisy = self._embed_noisy(block, z, level)
             self._clean, hidden = self.streams.run_together(
                 block, self._entering(block), noisy, plan.joint_modulations(step)
             )
             self._done += 1
             return hidden
-        self.advance_to(block + 1)
-        return self.noisy(block, z, step, plan.noisy_modulations[step])
+        self.advance_to(block.index + 1)
+        return self.noisy(block, z, level, plan.noisy_modulations[step])
 
-    def _embed_noisy(self, block: int, z: torch.Tensor, step: int) -> torch.Tensor:
-        embeds = (self.plan.preconditioning[step].input * z).to(self.dtype).unflatten(0, (self.num_rows, len(self.kept)))
-        return self.model.embed_noisy(block, embeds, self.streams.noisy_position_ids)
+    def _embed_noisy(self, block: Block, z: torch.Tensor, level: WalkLevel) -> torch.Tensor:
+        embeds = (level.c.input * z).to(self.dtype).unflatten(0, (self.num_rows, len(self.kept)))
+        return self.streams.embed_noisy(block, embeds)
 
-    def noisy(self, block: int, z: torch.Tensor, step: int, modulations) -> torch.Tensor:
+    def noisy(self, block: Block, z: torch.Tensor, level: WalkLevel, modulations) -> torch.Tensor:
         """Noisy tokens through a block, `[N, Q, D]`."""
-        return self.streams.run_noisy(block, self._embed_noisy(block, z, step), modulations)
+        return self.streams.run_noisy(block, self._embed_noisy(block, z, level), modulations)
 
-    def read(self, block: int, hidden: torch.Tensor, z: torch.Tensor, step: int) -> torch.Tensor:
+    def read(self, block: Block, hidden: torch.Tensor, z: torch.Tensor, level: WalkLevel) -> torch.Tensor:
         """Logits `[R, V]` from what left a block, `[R, D]`, controls applied."""
-        plan = self.plan
-        if plan.edm:
-            return plan.controlled(self.model.edm_logits(block, hidden, z, plan.preconditioning[step]))
-        logits = plan.controlled(self.model.denoise(block, Rows(hidden, None, None)))
-        if step > 0:  # at sigma_max z says nothing
-            logits = posterior_logits(logits, z, plan.levels[step].expand(len(z)), plan.targets)
-        return logits
+        return self.model.readout.in_walk(block, hidden, z, level, self.plan.targets, self.plan.controlled)
 
 
 def _drawn_bridge(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

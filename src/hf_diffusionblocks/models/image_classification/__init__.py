@@ -1,1 +1,5 @@
 """Image classification."""
+
+from .model import DiffusionBlocksForImageClassification, WalkClassifierOutput
+
+__all__ = ["DiffusionBlocksForImageClassification", "WalkClassifierOutput"]

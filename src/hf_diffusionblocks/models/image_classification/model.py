@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,11 +14,15 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ...configuration import DiffusionBlocksConfig
-from ...diffusion.gaussian import BRIDGES, edm_loss_weight, posterior_logits, precondition
-from ...diffusion.randomness import Generators, draw
-from ...diffusion.samplers import NoiseSource, walk
-from ..base import DiffusionBlocksPreTrainedModel, without_dropout
+from ...diffusion.categorical import BRIDGES
+from ...diffusion.gaussian import corrupt
+from ...diffusion.objectives import weighted
+from ...diffusion.randomness import Generators, NoiseSource
+from ...diffusion.samplers import walk
+from ..active import without_dropout
+from ..base import Clean, DiffusionBlocksPreTrainedModel
 from ..targets import FixedTargets, TargetEmbedding
+from .denoisers import READOUTS, FactorizedImage, JointImage, NoisyLabelToken
 
 
 @dataclass
@@ -39,18 +42,6 @@ class WalkClassifierOutput(ModelOutput):
     sigmas: torch.DoubleTensor | None = None
 
 
-class NoisyLabelToken(nn.Module):
-    """The noisy label as one more token of the sequence: `c_in z` plus a learned position."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.position = nn.Parameter(torch.zeros(1, 1, width))
-
-    def forward(self, z: torch.Tensor, c_in: torch.Tensor) -> torch.Tensor:
-        """`z [N, D]`, `c_in [N]` -> `[N, 1, D]`."""
-        return (c_in[:, None] * z)[:, None, :].to(self.position.dtype) + self.position
-
-
 class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
     """A ViT whose blocks are denoisers of the label embedding (arXiv 2506.14202, appendix on image classification).
 
@@ -60,8 +51,11 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
 
     main_input_name = "pixel_values"
     task = "image-classification"
+    DENOISERS = {"joint": JointImage, "factorized": FactorizedImage}
+    clean_columns = ("pixel_values",)
     default_overlap = 0.05
     default_bridge = "soft"
+    copied_modules = ("noisy_labels",)
 
     def __init__(self, config: DiffusionBlocksConfig):
         if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
@@ -70,11 +64,12 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
                 "'single_label_classification' with at least 2 labels: the target is the embedding of one label"
             )
         super().__init__(config)
-        targets = FixedTargets if self.per_block else TargetEmbedding
+        self.readout = READOUTS[config.readout](self)
+        targets = FixedTargets if self.sharing.fixed_targets else TargetEmbedding
         self.label_embeddings = targets(config.num_labels, config.hidden_size)
-        if config.denoiser == "joint":
-            copies = config.num_blocks if self.per_block else 1
-            self.noisy_labels = nn.ModuleList(NoisyLabelToken(config.hidden_size) for _ in range(copies))
+        if self.denoiser.modulated:
+            copies = range(self.sharing.num_copies)
+            self.noisy_labels = nn.ModuleList(NoisyLabelToken(config.hidden_size) for _ in copies)
         self.post_init()
 
     @torch.no_grad()
@@ -82,31 +77,6 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, NoisyLabelToken):
             init.zeros_(module.position)
-
-    # ---- one block
-
-    def network(
-        self, block_index: int, hidden: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor, loss_block: int | None = None
-    ) -> torch.Tensor:
-        """F: logits `[N, V]` of one block's layers, given the hidden states that enter it, z `[N, D]`, sigma `[N]`."""
-        if self.joint:
-            self.use_block(block_index)
-            c_in = precondition(sigma, self.sigma_data).input
-            noisy_label = self.noisy_labels[block_index if self.per_block else 0]
-            hidden = torch.cat([hidden, noisy_label(z, c_in)], dim=1)
-        hidden = self.run_block(block_index, hidden, self.modulations_at(block_index, sigma))
-        if loss_block not in (None, block_index):
-            hidden, block_index = self.carry_on(hidden, block_index, loss_block), loss_block
-        return self.read_out(block_index, self.run_local_head(block_index, hidden))
-
-    def denoise(
-        self, block_index: int, hidden: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor, loss_block: int | None = None
-    ) -> torch.Tensor:
-        """Logits `[N, V]` of p(label | x, z) by one block: the network's, or their posterior given z."""
-        logits = self.network(block_index, hidden, z, sigma, loss_block)
-        if self.config.readout == "posterior":
-            logits = posterior_logits(logits, z, sigma, self.label_embeddings.vectors())
-        return logits
 
     # ---- training and evaluation
 
@@ -120,6 +90,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         noise: torch.Tensor | None = None,
         generator: Generators = None,
         interpolate_pos_encoding: bool = False,
+        return_logits: bool | None = None,
         block_input: torch.Tensor | None = None,
         loss_block: int | None = None,
     ) -> ImageClassifierOutput:
@@ -134,6 +105,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
             noise: standard normal `[N, D]`; drawn when None.
             generator: of the draws; or one an image, N of them.
             interpolate_pos_encoding: as in the plain model.
+            return_logits: for all tasks alike; logits of images are always returned.
             block_input: the hidden states `[N, S, D]` that enter the block, where the earlier blocks are not run but
                 their output was cached.
             loss_block: the block that is read out, after those between have run, too (factorized, carried); None is
@@ -147,40 +119,41 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         Raises:
             ValueError: labels are missing for a block, or a block for training.
         """
+        x = self._clean(pixel_values, interpolate_pos_encoding)
         if block_index is None:
             if self.training and labels is not None:
                 raise ValueError(
                     "block_index=None in training: pass the block to train (DiffusionBlocksTrainer does), "
                     "or call model.eval() for the label-free loss"
                 )
-            logits = self._label_free_logits(pixel_values, interpolate_pos_encoding)
+            logits = self.denoiser.logits(x)
             loss = None if labels is None else F.cross_entropy(logits.float(), labels)
             return ImageClassifierOutput(loss=loss, logits=logits)
         if labels is None:
             raise ValueError(f"labels=None with block_index={block_index}: a block is trained on the noised label")
 
-        loss_block = self.loss_block_of(block_index, loss_block)
-        sigma, z = self._noised_labels(block_index, labels, sigma, noise, generator)
-        inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
-        hidden = self.block_input(block_index, {**inputs, "block_input": block_input})
-        logits = self.denoise(block_index, hidden, z, sigma, loss_block)
-        loss = F.cross_entropy(logits.float(), labels, reduction="none")
-        if self.config.loss_weighting == "edm":
-            loss = loss * edm_loss_weight(sigma, self.sigma_data)
-        return ImageClassifierOutput(loss=loss.mean(), logits=logits)
+        active = self.active_blocks(block_index, loss_block)
+        sigma = self.levels(active.last, labels, sigma, generator)
+        z = corrupt(F.embedding(labels, self.label_embeddings.vectors()), sigma, noise, generator)
+        logits = self.readout(self.denoiser.network(active, x, z, sigma, block_input), z, sigma)
+        loss = self._objective(logits, labels, sigma)
+        return ImageClassifierOutput(loss=loss, logits=logits)
 
-    def clean_inputs(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
-        return {"pixel_values": batch["pixel_values"]}, {}
-
-    def _noised_labels(self, block_index, labels, sigma, noise, generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """`sigma [N]` and `z = y + sigma eps [N, D]`, drawing what is not given."""
+    def levels(self, block_index: int, labels: torch.Tensor, sigma: torch.Tensor | None, generator) -> torch.Tensor:
+        """Noise levels `[N]` float32: those given, or drawn for the block."""
         if sigma is None:
-            sigma = self.draw_sigma(block_index, (len(labels),), generator)
-        if noise is None:
-            shape = (len(labels), self.config.hidden_size)
-            noise = draw(torch.randn, shape, generator)
-        sigma, noise = (t.to(self.device, torch.float32) for t in (sigma, noise))
-        return sigma, F.embedding(labels, self.label_embeddings.vectors()) + sigma[:, None] * noise
+            sigma = self.blocks[block_index].draw_levels((len(labels),), generator)
+        return sigma.to(self.device, torch.float32)
+
+    def _objective(self, logits: torch.Tensor, labels: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        loss = F.cross_entropy(logits.float(), labels, reduction="none")
+        return weighted(loss, self.config.loss_weighting, sigma, self.sigma_data).mean()
+
+    def clean_input(self, batch: Mapping[str, torch.Tensor]) -> Clean:
+        return self._clean(batch["pixel_values"], False)
+
+    def _clean(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> Clean:
+        return Clean({"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}, {})
 
     def prior_logits(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         """Label-free logits of every block at sigma_max, `[N, B, num_labels]`.
@@ -188,31 +161,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         A joint network is fed the walk's (keyed) starting noise. Only block 0 trains at sigma_max by itself; the
         others do for `prior_fraction` of their draws.
         """
-        inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
-        if self.joint:
-            start = self._noise_source(len(pixel_values), None).normal(self.config.hidden_size)
-            sigma = torch.full((len(pixel_values),), self.config.sigma_max, device=self.device)
-            entering = self.block_inputs(inputs)
-            logits = [self.network(k, hidden, sigma[:, None] * start, sigma) for k, hidden in enumerate(entering)]
-        else:
-            logits = [
-                self.read_out(k, self.run_local_head(k, hidden)) for k, hidden in enumerate(self.clean_outputs(inputs))
-            ]
-        return torch.stack(logits, dim=1)
-
-    def block_inputs(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
-        """Inference: the hidden states that enter each block, first block first."""
-        if self.carried:
-            return [self.embed(0, inputs), *self.clean_outputs(inputs)[:-1]]
-        return [self.embed(k, inputs) for k in range(self.config.num_blocks)]
-
-    def _label_free_logits(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
-        if self.joint:
-            return self._walk(pixel_values, interpolate_pos_encoding)[0]
-        if self.carried:
-            inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
-            return self.read_out(self.config.num_blocks - 1, self.clean_outputs(inputs)[-1])
-        return self.prior_logits(pixel_values, interpolate_pos_encoding).log_softmax(-1).mean(1)
+        return self.denoiser.prior_logits(self._clean(pixel_values, interpolate_pos_encoding))
 
     # ---- the walk
 
@@ -236,38 +185,32 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
             interpolate_pos_encoding: as in the plain model.
         """
         with without_dropout(self):
-            logits, trajectory, sigmas = self._walk(
-                pixel_values, interpolate_pos_encoding, num_inference_steps, generator
-            )
+            x = self._clean(pixel_values, interpolate_pos_encoding)
+            logits, trajectory, sigmas = self.walk(x, num_inference_steps, generator)
         return WalkClassifierOutput(
             logits=logits, probabilities=logits.float().softmax(-1), trajectory=trajectory, sigmas=sigmas
         )
 
-    def _noise_source(self, num_rows: int, generator: torch.Generator | None) -> NoiseSource:
+    def noise_source(self, num_rows: int, generator: torch.Generator | None = None) -> NoiseSource:
+        """Where the noise of a walk comes from: keyed, or of a generator."""
         return NoiseSource(num_rows, self.config.inference_seed, generator, self.device)
 
-    def _walk(self, pixel_values, interpolate_pos_encoding, num_inference_steps=None, generator=None):
-        config, targets = self.config, self.label_embeddings.vectors()
-        if num_inference_steps is None:
-            num_inference_steps = config.num_inference_steps or config.num_blocks
-        sigmas = self.noise_schedule.inference_sigmas(num_inference_steps)
-        if config.denoiser == "factorized":
-            priors = self.prior_logits(pixel_values, interpolate_pos_encoding)
-        else:
-            inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
-            entering = self.block_inputs(inputs)
-        trajectory = []
+    def walk(
+        self, x: Clean, num_inference_steps: int | None = None, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits, trajectory and sigmas of [`WalkClassifierOutput`]."""
+        config, num_rows, trajectory = self.config, len(x.inputs["pixel_values"]), []
+        sigmas = self.noise_schedule.inference_sigmas(
+            config.num_inference_steps or config.num_blocks if num_inference_steps is None else num_inference_steps
+        )
+        evaluate = self.denoiser.walk_denoiser(x)
 
         def denoise(z: torch.Tensor, step: int) -> torch.Tensor:
-            block_index = int(self.noise_schedule.block_of(sigmas[step]))
-            level = torch.full((len(z),), sigmas[step].item(), device=z.device)
-            if config.denoiser == "factorized":  # the network does not depend on z: each block has run already
-                logits = posterior_logits(priors[:, block_index], z, level, targets)
-            else:
-                logits = self.denoise(block_index, entering[block_index], z, level)
+            level = torch.full((num_rows,), sigmas[step].item(), device=z.device)
+            logits = evaluate(int(self.noise_schedule.block_of(sigmas[step])), z, level)
             trajectory.append(logits.float().softmax(-1))
             return logits
 
-        noise = self._noise_source(len(pixel_values), generator)
+        noise, targets = self.noise_source(num_rows, generator), self.label_embeddings.vectors()
         logits, _ = walk(denoise, targets, sigmas, noise, config.sampler, BRIDGES[self.bridge])
         return logits, torch.stack(trajectory, dim=1), sigmas

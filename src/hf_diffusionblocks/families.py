@@ -1,0 +1,16 @@
+"""All that is registered: the architectures that can be converted, and the tasks they are converted for."""
+
+from .backbones.base import register_backbone
+from .backbones.gpt2 import GPT2Backbone
+from .backbones.llama import LlamaBackbone
+from .backbones.qwen3 import Qwen3Backbone
+from .backbones.vit import ViTBackbone
+from .configuration import DiffusionBlocksConfig
+from .models.causal_lm.task import TEXT_GENERATION
+from .models.image_classification.task import IMAGE_CLASSIFICATION
+from .tasks import register_task
+
+for backbone in (GPT2Backbone(), LlamaBackbone(), Qwen3Backbone(), ViTBackbone()):
+    register_backbone(backbone)
+for task in (TEXT_GENERATION, IMAGE_CLASSIFICATION):
+    register_task(task, DiffusionBlocksConfig)

@@ -1,0 +1,140 @@
+"""A block as a thing: its layers, its ways in and out, its range of noise levels, its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backbones.modulation import Modulation
+from ..diffusion.gaussian import precondition
+from ..diffusion.randomness import Generators
+
+
+class Block:
+    """A view of one block of a model.
+
+    It holds no tensors, and looks modules up when it is called: no key doubles, and peft may replace modules.
+
+    Args:
+        model: whose block.
+        index: 0 for the first layers and the highest noise.
+        layers: global indices of its layers.
+        predecessors: blocks whose clean output is its input: they run before it, without gradient.
+        readers: blocks that can be read out for its loss: itself, and later ones that its output runs on through.
+        embeddings, readout: paths of what holds the modules that embed its input, and that read it out: the stock model,
+            or parts of its own.
+        sigma_embedding: path of what embeds sigma for its layers; None where nothing modulates them.
+        local_head: path of the layers of its local head, if it has one.
+        own_readout: paths of the modules that read out this block alone.
+        prefixes: how the names of its parameters begin.
+    """
+
+    def __init__(
+        self, model: nn.Module, index: int, layers: range, predecessors: range, readers: range, embeddings: str,
+        readout: str, sigma_embedding: str | None, local_head: str | None, own_readout: Sequence[str],
+        prefixes: Sequence[str],
+    ):  # fmt: skip
+        self.model, self.index, self.layer_indices = model, index, layers
+        self.predecessors, self.readers = predecessors, readers
+        self.own_readout, self.prefixes = list(own_readout), tuple(prefixes)
+        self._embeddings, self._readout = embeddings, readout
+        self._sigma_embedding, self._local_head = sigma_embedding, local_head
+
+    # ---- what it is
+
+    @property
+    def is_loaded(self) -> bool:
+        return self.index in self.model.resident_blocks
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Its layers, of the stock model's."""
+        layers = self._part("backbone").get_submodule(self.model.architecture.layers_path)
+        return [layers[index] for index in self.layer_indices]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters of this block, and of no other."""
+        named = self.model.named_parameters()
+        return [parameter for name, parameter in named if self.model.block_of_parameter(name) == self.index]
+
+    def interval(self, overlap: float = 0.0) -> tuple[float, float]:
+        """`(low, high)`, its range of noise levels; see [`NoiseSchedule.interval`]."""
+        return self.model.noise_schedule.interval(self.index, overlap)
+
+    def draw_levels(self, shape: tuple[int, ...], generator: Generators) -> torch.Tensor:
+        """Noise levels to train at, on the model's device."""
+        return self.model.noise_schedule.training_levels(self.index, shape, generator).to(self.model.device, torch.float32)
+
+    # ---- its ways in and out
+
+    def embed(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The hidden states `[N, S, D]` that a block starts from, where none are passed on to it."""
+        return self.model.architecture.embed(self.embedding_parts, **inputs)
+
+    @property
+    def embeds_apart(self) -> bool:
+        """Whether it starts from embeddings of its own, which the stock model has not."""
+        return self._embeddings != "backbone" and not self.predecessors
+
+    @property
+    def embedding_parts(self) -> nn.Module:
+        """What holds the modules that embed its input."""
+        return self._part(self._embeddings)
+
+    @property
+    def readout_parts(self) -> nn.Module:
+        """What holds its final norm and head."""
+        return self._part(self._readout)
+
+    def read_out(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What has left a block and its local head, through final norm and head."""
+        return self.model.architecture.read_out(self.readout_parts, hidden)
+
+    def run_local_head(self, hidden: torch.Tensor, **attention) -> torch.Tensor:
+        """What has left the block through the layers of its local head, if it has one."""
+        for layer in self._part(self._local_head) if self._local_head else ():
+            hidden = self.model.run_layer(layer, hidden, None, **attention)
+        return hidden
+
+    # ---- its layers
+
+    def modulations(self, sigma: torch.Tensor | None) -> list[Modulation | None]:
+        """What sigma `[N]` (or `[1]`, for the whole batch) does to each layer; None where nothing modulates them."""
+        if self._sigma_embedding is None:
+            return [None] * len(self.layer_indices)
+        embedded = self._part(self._sigma_embedding)(precondition(sigma, self.model.sigma_data).noise)
+        return [self.model.modulations[index](embedded) for index in self.layer_indices]
+
+    def clean_modulations(self) -> list[Modulation | None]:
+        """The clean input is conditioned on sigma_min, whatever the noise level of the target."""
+        if self._sigma_embedding is None:
+            return self.modulations(None)
+        return self.modulations(torch.full((1,), self.model.config.sigma_min, device=self.model.device))
+
+    def run(self, hidden: torch.Tensor, modulations: Sequence[Modulation | None], **attention) -> torch.Tensor:
+        """`[N, S, D]` through its layers; `attention` as in [`Backbone.run_layer`].
+
+        Raises:
+            ValueError: the block is not loaded.
+        """
+        if not self.is_loaded:
+            raise ValueError(f"block {self.index} is not loaded: resident_blocks={self.model.resident_blocks}")
+        for layer, modulation in zip(self.layers, modulations):
+            hidden = self.model.run_layer(layer, hidden, modulation, **attention)
+        return hidden
+
+    def run_clean(self, hidden: torch.Tensor, **attention) -> torch.Tensor:
+        """The clean input through its layers: for the next block, or to be read out."""
+        return self.run(hidden, self.clean_modulations(), **attention)
+
+    def fetch(self) -> None:
+        """To be called before its parameters are used: they may be in host memory."""
+        if self.model.offload is not None:
+            self.model.offload.use(self.index)
+
+    def _part(self, path: str) -> nn.Module:
+        self.fetch()
+        return self.model.get_submodule(path)

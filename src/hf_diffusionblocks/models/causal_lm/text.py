@@ -1,0 +1,61 @@
+"""A batch of text as the model takes it, and the rows that its logits are read from."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+IGNORED = -100  # label of a token that has no loss, everywhere in Transformers
+
+
+class Text(NamedTuple):
+    """x: clean tokens, by id or embedded."""
+
+    input_ids: torch.Tensor | None  #: `[N, S]`
+    inputs_embeds: torch.Tensor | None = None  #: `[N, S, D]`
+    attention_mask: torch.Tensor | None = None  #: `[N, P + S]`, 0 for padding
+    position_ids: torch.Tensor | None = None  #: `[N or 1, S]`
+    past_key_values: Any = None  #: of the P tokens before
+    block_input: torch.Tensor | None = None  #: `[N, S, D]`, what enters the block that trains, from a cache
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        return self.input_ids if self.inputs_embeds is None else self.inputs_embeds
+
+    @property
+    def num_tokens(self) -> int:
+        """S."""
+        return self.tokens.shape[1]
+
+    def shape_in(self, dtype: torch.dtype) -> torch.Tensor:
+        """Hidden states of no width, for their shape, dtype and device."""
+        return torch.empty((*self.tokens.shape[:2], 0), dtype=dtype, device=self.tokens.device)
+
+    def positioned(self) -> dict[str, torch.Tensor | None]:
+        """What embeds these tokens: with their positions."""
+        position_ids = self.position_ids
+        if position_ids is None:
+            past = 0 if self.past_key_values is None else self.past_key_values.get_seq_length()
+            position_ids = torch.arange(past, past + self.num_tokens, device=self.tokens.device)[None]
+        return {"input_ids": self.input_ids, "inputs_embeds": self.inputs_embeds, "position_ids": position_ids}
+
+    def without_last(self) -> Text:
+        """All tokens but the last, which is no context of any target."""
+        return Text(*(tensor if tensor is None else tensor[:, :-1] for tensor in self))
+
+
+class Rows(NamedTuple):
+    """What tokens' logits are read from: of any sequences and positions, or `[N, S-1, ...]`."""
+
+    hidden: torch.Tensor  #: `[..., D]`, what left the block
+    z: torch.Tensor | None  #: `[..., D]`, the noisy targets; None where the target is out of sight
+    sigma: torch.Tensor | None  #: `[...]`
+
+    def flat(self) -> Rows:
+        """`[R, ...]`."""
+        return Rows(self.hidden.flatten(0, 1), None if self.z is None else self.z.flatten(0, 1), self.sigma.flatten())
+
+    def where(self, chosen: torch.Tensor) -> Rows:
+        """Some of the rows: a mask `[R]`, or a slice."""
+        return Rows(*(tensor if tensor is None else tensor[chosen] for tensor in self))

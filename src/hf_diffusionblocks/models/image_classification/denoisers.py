@@ -1,0 +1,128 @@
+"""How the noisy label meets the image: `config.denoiser`, as an object."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ...diffusion.categorical import posterior_logits
+from ...diffusion.gaussian import precondition
+from ..active import ActiveBlocks
+from ..base import Clean, DiffusionBlocksPreTrainedModel
+
+
+class NoisyLabelToken(nn.Module):
+    """The noisy label as one more token of the sequence: `c_in z` plus a learned position."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(1, 1, width))
+
+    def forward(self, z: torch.Tensor, c_in: torch.Tensor) -> torch.Tensor:
+        """`z [N, D]`, `c_in [N]` -> `[N, 1, D]`."""
+        return (c_in[:, None] * z)[:, None, :].to(self.position.dtype) + self.position
+
+
+class JointImage:
+    """The paper's: the sequence is [CLS, patches, noisy label], and sigma modulates the layers."""
+
+    modulated = True
+    embeds_noisy = False
+
+    def __init__(self, model: DiffusionBlocksPreTrainedModel):
+        self.model = model
+
+    def network(
+        self, active: ActiveBlocks, x: Clean, z: torch.Tensor, sigma: torch.Tensor, cached: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """F: logits `[N, V]` of one block, given the image, z `[N, D]` and sigma `[N]`."""
+        return self._read(active.first, self.model.entering(self.model.blocks[active.first], x, cached), z, sigma)
+
+    def _read(self, block_index: int, hidden: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        model, block = self.model, self.model.blocks[block_index]
+        block.fetch()
+        noisy_label = model.noisy_labels[model.sharing.copy(block_index)]
+        hidden = torch.cat([hidden, noisy_label(z, precondition(sigma, model.sigma_data).input)], dim=1)
+        return block.read_out(block.run_local_head(block.run(hidden, block.modulations(sigma))))
+
+    def walk_denoiser(self, x: Clean):
+        """`(block, z [N, D], sigma [N]) -> logits [N, V]`: what a walk evaluates."""
+        entering = self.entering_all(x)
+        return lambda block_index, z, sigma: self.model.readout(
+            self._read(block_index, entering[block_index], z, sigma), z, sigma
+        )
+
+    def entering_all(self, x: Clean) -> list[torch.Tensor]:
+        """Inference: the hidden states that enter each block, first block first."""
+        if self.model.context.passes_on:
+            return [self.model.blocks[0].embed(x.inputs), *self.model.clean_outputs(x)[:-1]]
+        return [block.embed(x.inputs) for block in self.model.blocks]
+
+    def prior_logits(self, x: Clean) -> torch.Tensor:
+        """Every block's logits at sigma_max, `[N, B, V]`, where the layers see keyed noise alone."""
+        start = self.model.noise_source(len(x.inputs["pixel_values"])).normal(self.model.config.hidden_size)
+        sigma = torch.full((len(start),), self.model.config.sigma_max, device=self.model.device)
+        entering = enumerate(self.entering_all(x))
+        return torch.stack([self._read(k, hidden, sigma[:, None] * start, sigma) for k, hidden in entering], dim=1)
+
+    def logits(self, x: Clean) -> torch.Tensor:
+        """Label-free logits `[N, V]`: the end of a walk from keyed noise."""
+        return self.model.walk(x)[0]
+
+
+class FactorizedImage:
+    """The layers see [CLS, patches] alone: the noise enters by Bayes' rule in the readout."""
+
+    modulated = False
+    embeds_noisy = False
+
+    def __init__(self, model: DiffusionBlocksPreTrainedModel):
+        self.model = model
+
+    def network(
+        self, active: ActiveBlocks, x: Clean, z: torch.Tensor, sigma: torch.Tensor, cached: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """F: logits `[N, V]` of one block, given the image: its prior."""
+        return self.model.blocks[active.reader].read_out(self.model.training_output(active, x, cached))
+
+    def walk_denoiser(self, x: Clean):
+        """`(block, z [N, D], sigma [N]) -> logits [N, V]`: what a walk evaluates. Each block runs once, whatever z is."""
+        priors = self.prior_logits(x)
+        return lambda block_index, z, sigma: self.model.readout(priors[:, block_index], z, sigma)
+
+    def prior_logits(self, x: Clean) -> torch.Tensor:
+        """Every block's, `[N, B, V]`."""
+        pairs = zip(self.model.blocks, self.model.clean_outputs(x))
+        return torch.stack([block.read_out(block.run_local_head(out)) for block, out in pairs], dim=1)
+
+    def logits(self, x: Clean) -> torch.Tensor:
+        """Label-free logits `[N, V]`: the priors of the blocks that have a say."""
+        outputs, model = self.model.clean_outputs(x), self.model
+        return model.context.answer(
+            [model.blocks[k].read_out(outputs[k]) for k in model.context.answering(model.num_blocks)]
+        )
+
+
+class NetworkReadout:
+    """The paper's: the layers have read z, and what they say is all."""
+
+    def __init__(self, model: DiffusionBlocksPreTrainedModel):
+        pass
+
+    def __call__(self, logits: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Logits `[N, V]` of p(label | x, z) from the network's."""
+        return logits
+
+
+class PosteriorReadout:
+    """The network gives the prior, and z its likelihood, by Bayes' rule."""
+
+    def __init__(self, model: DiffusionBlocksPreTrainedModel):
+        self.model = model
+
+    def __call__(self, logits: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Logits `[N, V]` of p(label | x, z) from the network's."""
+        return posterior_logits(logits, z, sigma, self.model.label_embeddings.vectors())
+
+
+READOUTS = {"edm": NetworkReadout, "posterior": PosteriorReadout}

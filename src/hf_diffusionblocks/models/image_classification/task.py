@@ -1,0 +1,48 @@
+"""The row of image classification in the table of tasks."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+
+from ...backbones.vit import ViTBackbone
+from ...tasks import LABEL_FREE_LOGITS, Task
+from .model import DiffusionBlocksForImageClassification
+
+
+def example(config: PreTrainedConfig, num_rows: int, sequence_length: None) -> dict[str, torch.Tensor]:
+    """Random images `[N, C, H, W]` and labels `[N]`."""
+    images = torch.randn(num_rows, config.num_channels, *_pair(config.image_size))
+    return {"pixel_values": images, "labels": torch.randint(config.num_labels, (num_rows,))}
+
+
+def num_positions(config: PreTrainedConfig, sequence_length: None) -> int:
+    """CLS, and the patches."""
+    (height, width), (rows, columns) = _pair(config.image_size), _pair(config.patch_size)
+    return 1 + (height // rows) * (width // columns)
+
+
+def plain_loss(model: PreTrainedModel, **batch: torch.Tensor) -> torch.Tensor:
+    """The plain model's own."""
+    return model(**batch).loss
+
+
+def _pair(size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+IMAGE_CLASSIFICATION = Task(
+    name=DiffusionBlocksForImageClassification.task,
+    model_class=DiffusionBlocksForImageClassification,
+    auto_class=AutoModelForImageClassification,
+    backbones=(ViTBackbone,),
+    example=example,
+    num_positions=num_positions,
+    takes_sequence_length=False,
+    plain_loss=plain_loss,
+    processor="image processor",
+    load_processor=lambda source: AutoImageProcessor.from_pretrained(source),  # (without pillow it has no such method)
+    usage='classify = pipeline("image-classification", model="{name}")  # label-free logits, like any classifier\n'
+    "model.predict(pixel_values).trajectory  # the walk from noise to a label, block by block",
+    logits=LABEL_FREE_LOGITS,
+)

@@ -1,0 +1,106 @@
+"""Which blocks read in and out by the same parameters: `config.shared`, as an object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..backbones.base import Backbone, Parts
+
+
+class CommonParts:
+    """All blocks read and train the same embeddings, final norm and head: the stock model's."""
+
+    own_modules = ()  #: names of the modules that `modules` makes
+    fixed_targets = False  #: whether targets are a table that is never trained
+    num_copies = 1  #: of what the stock model has not: sigma embeddings and the like
+
+    def __init__(self, backbone: Backbone, num_blocks: int, later_embeddings: Sequence[str]):
+        pass
+
+    def modules(self, plain: nn.Module) -> dict[str, nn.Module]:
+        """Modules of the blocks' own, by their names in the model."""
+        return {}
+
+    def embeddings(self, block_index: int) -> str:
+        """Path of what holds the modules that embed a block's input."""
+        return "backbone"
+
+    def readout(self, block_index: int) -> str:
+        """Path of what holds a block's final norm and head."""
+        return "backbone"
+
+    def own_readout(self, block_index: int) -> list[str]:
+        """Paths of the modules of its own that a block is read out by."""
+        return []
+
+    def copy(self, block_index: int) -> int:
+        """Which of the copies a block uses."""
+        return 0
+
+    def prefixes(self, block_index: int, copied: Sequence[str]) -> list[str]:
+        """How the names of the parameters begin that are one block's, beside its layers'. `copied` has copies."""
+        return []
+
+    def ties(self, resident_blocks: Sequence[int]) -> dict[str, str] | None:
+        """Heads that are their block's token embedding, by name; None leaves that to the stock model."""
+        return None
+
+
+class OwnParts:
+    """Each block has its own, around one fixed table of targets, so that blocks can be trained apart.
+
+    The stock model's embeddings are then block 0's, and its final norm and head the last block's, so that these and the
+    layers still make up the stock model. Where the plain model ties its head to its token embedding, so does each block
+    that has both; no two blocks share a weight.
+
+    Args:
+        later_embeddings: paths of what embeds for blocks after the first: nothing, where these embed nothing.
+    """
+
+    own_modules = ("block_embeddings", "block_readouts")
+    fixed_targets = True
+
+    def __init__(self, backbone: Backbone, num_blocks: int, later_embeddings: Sequence[str]):
+        self._backbone, self._later_embeddings = backbone, later_embeddings
+        self.num_copies = num_blocks
+        self._last = num_blocks - 1
+
+    def modules(self, plain: nn.Module) -> dict[str, nn.Module]:
+        return {
+            "block_embeddings": nn.ModuleList(Parts(plain, self._later_embeddings) for _ in range(self._last)),
+            "block_readouts": nn.ModuleList(Parts(plain, self._backbone.readout_paths) for _ in range(self._last)),
+        }
+
+    def embeddings(self, block_index: int) -> str:
+        return f"block_embeddings.{block_index - 1}" if block_index > 0 else "backbone"
+
+    def readout(self, block_index: int) -> str:
+        return f"block_readouts.{block_index}" if block_index < self._last else "backbone"
+
+    def own_readout(self, block_index: int) -> list[str]:
+        return [f"{self.readout(block_index)}.{path}" for path in self._backbone.readout_paths]
+
+    def copy(self, block_index: int) -> int:
+        return block_index
+
+    def prefixes(self, block_index: int, copied: Sequence[str]) -> list[str]:
+        found = [f"{name}.{block_index}." for name in (*copied, "block_readouts")] + [f"block_embeddings.{block_index - 1}."]
+        if block_index == 0:
+            found += [f"backbone.{path}." for path in self._backbone.embedding_paths]
+        if block_index == self._last:
+            found += [f"backbone.{path}." for path in self._backbone.readout_paths]
+        return found
+
+    def ties(self, resident_blocks: Sequence[int]) -> dict[str, str]:
+        tied = getattr(self._backbone.plain_class, "_tied_weights_keys", None) or {}
+        return {
+            f"{self.readout(block)}.{head}": f"{self.embeddings(block)}.{embedding}"
+            for head, embedding in tied.items()
+            for block in resident_blocks
+            if block == 0 or embedding.rpartition(".")[0] in self._later_embeddings
+        }
+
+
+SHARINGS = {"common": CommonParts, "per_block": OwnParts}

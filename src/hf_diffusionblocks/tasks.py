@@ -1,0 +1,90 @@
+"""The table of tasks: what a family of models brings, and what the rest of the house asks of it.
+
+A family is its own files and a row here. Training, saving, memory, cards and the command line ask the row; none of them
+knows a family. Rows are registered by [`families`](families.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .backbones.base import BACKBONES, Backbone, backbone_for
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row of the table.
+
+    Args:
+        name: as in `pipeline(name)`.
+        model_class: the DiffusionBlocks model.
+        auto_class: what loads it by `from_pretrained`, of transformers.
+        backbones: kinds of architectures that serve it. An architecture's usual task is the first row that it serves.
+        example: `(plain config, rows, tokens a row or None) -> batch` of random inputs and labels, to measure memory with.
+        num_positions: `(plain config, tokens a row or None)` -> positions S of the hidden states of one row.
+        takes_sequence_length: whether the caller says how many tokens a row has; otherwise the config does.
+        plain_loss: `(plain model, **batch)` -> its loss, end to end.
+        processor: what prepares its inputs, as users call it; it is saved beside the model.
+        load_processor: `folder or hub id -> processor`.
+        usage: lines of a model card's example, with `{name}` for the model's.
+        logits: (denoiser, context) -> what `model(...).logits` are, for the card.
+    """
+
+    name: str
+    model_class: type[PreTrainedModel]
+    auto_class: type
+    backbones: tuple[type[Backbone], ...]
+    example: Callable[[PreTrainedConfig, int, int | None], dict[str, torch.Tensor]]
+    num_positions: Callable[[PreTrainedConfig, int | None], int]
+    takes_sequence_length: bool
+    plain_loss: Callable[..., torch.Tensor]
+    processor: str
+    load_processor: Callable[[str], Any]
+    usage: str
+    logits: Mapping[tuple[str, str], str] = field(default_factory=dict)
+
+    def serves(self, backbone: Backbone) -> bool:
+        """Whether models of this architecture can be converted for this task."""
+        return isinstance(backbone, self.backbones)
+
+
+#: `Task.logits` where the target is one of many known vectors, a label's or a token's.
+LABEL_FREE_LOGITS = {
+    ("factorized", "carried"): "`model(...).logits` are the last block's, with all layers as context: no diffusion "
+    "runs at inference.",
+    ("factorized", "independent"): "`model(...).logits` are the mean of the blocks' log-probabilities, each with the "
+    "input as its only context.",
+    ("joint", "independent"): "`model(...).logits` are the end of a walk from noise that is the same for every input.",
+    ("joint", "carried"): "`model(...).logits` are the end of a walk from noise that is the same for every input.",
+}
+TASKS: dict[str, Task] = {}
+
+
+def register_task(task: Task, config_class: type[PreTrainedConfig]) -> None:
+    """Add a row, and have its Auto class load its models."""
+    TASKS[task.name] = task
+    task.auto_class.register(config_class, task.model_class, exist_ok=True)
+
+
+def task_of(config: PreTrainedConfig, name: str | None = None) -> Task:
+    """The row of a task; None is the usual one of the config's architecture.
+
+    Args:
+        config: of the plain model.
+
+    Raises:
+        ValueError: the architecture is not supported, or does not serve the task; says what is.
+    """
+    backbone = backbone_for(config)
+    served = {task.name: task for task in TASKS.values() if task.serves(backbone)}
+    if name is None:
+        return next(iter(served.values()))
+    if name not in served:
+        allowed = ", ".join(map(repr, served))
+        raise ValueError(f"task={name!r} must be {allowed} for model_type={config.model_type!r}")
+    return served[name]
