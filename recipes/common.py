@@ -266,7 +266,7 @@ def load_model(
     training_args: db.DiffusionBlocksTrainingArguments,
     new_head: str | None = None,
 ) -> PreTrainedModel:
-    """The plain model, or the DiffusionBlocks model if `fields`, of [`blocks_fields`], are given: what this job trains of it.
+    """The plain model, or the DiffusionBlocks model if `fields` ([`blocks_fields`]) are given: what this job trains of it.
 
     `new_head` is the path of a pretrained linear head that starts anew, although its shape fits.
     """

@@ -399,7 +399,7 @@ def test_resized_embeddings_are_those_of_all_blocks_and_their_targets(plain, tex
 
 @pytest.mark.parametrize("fields", [{"denoiser": "factorized"}, {}], ids=["factorized", "joint"])
 def test_heads_tied_within_blocks_are_tied_when_resized(fields):
-    model = db.convert(CONFIGS["gpt2"](), num_blocks=2, shared="per_block", **fields)
+    model = db.convert(CONFIGS["gpt2"](), num_blocks=2, preset="paper", shared="per_block", **fields)
     assert model.config.tie_word_embeddings
     model.resize_token_embeddings(VOCAB + 5)
     first, second = model.backbone.transformer.wte, model.block_embeddings[0].transformer.wte

@@ -378,7 +378,8 @@ def test_a_joint_model_names_the_search_it_lacks(ids, arguments, named):
 def test_a_new_token_of_a_joint_model_costs_one_call_of_each_layer(model, ids):
     """Two tokens a call: the one before it, clean, and itself, noisy."""
     calls = []
-    attentions = [getattr(model.layer(index), model.architecture.attention_name) for index in range(4)]
+    layers = [layer for block in model.blocks for layer in block.layers]
+    attentions = [getattr(layer, model.architecture.attention_name) for layer in layers]
     hooks = [
         attention.register_forward_hook(lambda _, args, out, index=index: calls.append((index, args[0].shape[1])))
         for index, attention in enumerate(attentions)

@@ -213,7 +213,7 @@ def test_draws_come_from_the_generator_alone(model, batch):
 
 def test_sigma_is_drawn_in_the_block_and_at_sigma_max_for_the_prior_fraction(plain_config):
     model = db.convert(plain_config, num_blocks=2, prior_fraction=0.25, preset="paper")
-    sigma = model.draw_sigma(1, (4000,), torch.Generator().manual_seed(0))
+    sigma = model.blocks[1].draw_levels((4000,), torch.Generator().manual_seed(0))
     at_top = sigma == 80.0
     assert at_top.float().mean().item() == pytest.approx(0.25, abs=0.03)
     low, high = model.noise_schedule.interval(1, 0.05)

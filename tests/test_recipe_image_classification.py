@@ -105,6 +105,16 @@ def test_diffusionblocks_from_a_fresh_config(tmp_path, digits, data):
     assert json.loads((tmp_path / "all_results.json").read_text())["eval_accuracy"] == metrics["eval_accuracy"]
 
 
+@pytest.mark.parametrize("preset", ["recommended", "paper"])
+def test_preset(tmp_path, data, preset):
+    run = [*MODEL, *TRAINING, *data, "--preset", preset, "--overlap", "0.2", "--output_dir", str(tmp_path)]
+    train_image_classification.main(run)
+    config = load(tmp_path).config
+    assert config.overlap == 0.2
+    formulation = (config.denoiser, config.context, config.prior_fraction)
+    assert formulation == (("factorized", "carried", 1.0) if preset == "recommended" else ("joint", "independent", 0.0))
+
+
 def test_end_to_end_takes_as_many_updates_as_a_block(tmp_path, digits, data):
     metrics = train_image_classification.main(
         [*MODEL, *TRAINING, *data, "--end_to_end", "--output_dir", str(tmp_path)]
@@ -225,7 +235,8 @@ def test_accelerate_launch_with_a_yaml_file(tmp_path, data):
     config = tmp_path / "tiny.yaml"
     config.write_text(
         f"config_name: vit\nconfig_overrides: >-\n  {OVERRIDES}\nnum_blocks: 2\ndenoiser: factorized\n"
-        "context: carried\nprior_fraction: 1.0\nupdates_per_block: 9\nper_device_train_batch_size: 8\nlearning_rate: 1.0e-3\n"
+        "context: carried\nprior_fraction: 1.0\nupdates_per_block: 9\nper_device_train_batch_size: 8\n"
+        "learning_rate: 1.0e-3\n"
     )
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     options = ["--config", str(config), *data, "--updates_per_block", "3", "--output_dir", str(tmp_path / "out")]

@@ -73,8 +73,8 @@ def _taken_from(fields: dict) -> dict:
     """Those that are for `from_pretrained`, which the fields then lack; None stands for none."""
     if "trust_remote_code" in fields:
         raise ValueError(
-            f"trust_remote_code={fields['trust_remote_code']!r} must not be given: only architectures of Transformers itself "
-            "can be cut into blocks"
+            f"trust_remote_code={fields['trust_remote_code']!r} must not be given: only architectures of Transformers "
+            "itself can be cut into blocks"
         )
     if "device_map" in fields:
         raise ValueError(
@@ -96,10 +96,11 @@ def _config_of(source: nn.Module) -> PreTrainedConfig:
 
 
 def _convert_model(source: nn.Module, config, resident_blocks, **model_kwargs) -> DiffusionBlocksPreTrainedModel:
-    name = config.source_config.name_or_path
+    plain_config = _config_of(source)
+    name = plain_config.name_or_path
     config.base_model = name if name and not Path(name).exists() else None  # a local path means nothing to others
     of_source = {
-        "dtype": next(source.parameters()).dtype, "attn_implementation": config.source_config._attn_implementation
+        "dtype": next(source.parameters()).dtype, "attn_implementation": plain_config._attn_implementation
     }  # fmt: skip
     model = build(TASKS[config.task].model_class, config, resident_blocks, **{**of_source, **model_kwargs})
     model.copy_weights(source)

@@ -14,7 +14,8 @@ RECOMMENDED: dict[tuple[str, str], dict[str, Any]] = {
     # Fresh blocks change under one another: each is trained on its own readout. Where depth counts, as it does for text, a
     # local head keeps early blocks from throwing away what later ones need.
     ("text-generation", "fresh"): {**_LOSSLESS, "readout_layers": 1, "objective": "local"},
-    ("image-classification", "fresh"): {**_LOSSLESS, "objective": "local"},
+    # (p_mean places the blocks' boundaries, which the walk to one of few labels wants higher.)
+    ("image-classification", "fresh"): {**_LOSSLESS, "p_mean": 0.5, "objective": "local"},
 }
 PRESETS = ("recommended", "paper")
 #: Naming one of these leaves the preset: the other fields of the table are chosen for its formulation, not for another.
@@ -28,8 +29,8 @@ def with_preset(preset: str, task: str, start: str, fields: Mapping[str, Any]) -
         preset: "recommended", or "paper": the class's own defaults.
         task: what the model is for, as in `pipeline(task)`.
         start: of the weights, "pretrained" or "fresh".
-        fields: override the preset's; if they name `denoiser`, `context` or `readout`, whatever the value, nothing is added,
-            and what they do not say is the paper's.
+        fields: override the preset's; if they name `denoiser`, `context` or `readout`, whatever the value, nothing is
+            added, and what they do not say is the paper's.
 
     Raises:
         ValueError: there is no such preset.

@@ -43,9 +43,9 @@ def preset_option() -> str:
     return dataclasses.field(
         default="recommended",
         metadata={
-            "help": "Which formulation: 'recommended', what measured best for the task and for pretrained or fresh weights, "
-            "or 'paper'. Other options override it; denoiser, context or readout leave it: what is not given is then the "
-            "paper's.",
+            "help": "Which formulation: 'recommended', what measured best for the task and for pretrained or fresh "
+            "weights, or 'paper'. Other options override it; denoiser, context or readout leave it: what is not given is "
+            "then the paper's.",
             "choices": list(PRESETS),
         },
     )
