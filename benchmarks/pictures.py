@@ -4,8 +4,8 @@
     python benchmarks/pictures.py memory                      # one of: partition, memory, walk
 
 - `noise_partition.png`: how the noise is cut into four blocks, with the config's own defaults.
-- `memory_8b.svg`: what a training step of Llama-3.1-8B holds at its peak, by `db.estimate_memory`: the step is followed on
-  tensors without memory, so any machine will do. Prints the whole table, too.
+- `memory_8b.svg`: what a training step of Llama-3.1-8B holds at its peak, by `db.estimate_memory`: the step is followed
+  on tensors without memory, so any machine will do. Prints the whole table, too.
 - `walk.png`: a walk from noise to a label, by the model that the demo trained.
 """
 
@@ -113,8 +113,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = ["partition", "memory", "walk"]
     parser.add_argument("pictures", nargs="*", default=every, help=f"of {', '.join(every)}; all, if none is named")
-    parser.add_argument("--demo", type=Path, default=Path("outputs/demo"), help="what `make demo` wrote (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the pictures (default: %(default)s)")
+    parser.add_argument("--demo", type=Path, default=Path("outputs/demo"), help="what `make demo` wrote")
+    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the pictures")
     options = parser.parse_args()
     if unknown := set(options.pictures) - set(every):
         parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(every)}")
