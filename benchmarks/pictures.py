@@ -86,7 +86,7 @@ def draw_memory(ledgers: Mapping[str, db.Ledger], file: Path) -> None:
     axes.spines["bottom"].set_color(QUIET)
     axes.legend(frameon=False, fontsize=9, loc="lower right", labelcolor=INK)
     axes.set_title("Llama-3.1-8B, 1 x 2048 tokens, bf16, AdamW", fontsize=11, color=INK, loc="left")
-    figure.savefig(file)
+    figure.savefig(file, metadata={"Date": None})
 
 
 def walk(folder: Path, demo: Path) -> None:
