@@ -132,7 +132,6 @@ def report(folder: Path) -> None:
     chosen = [int(order[int(share * len(order))]) for share in (0, 0.02, 0.05, 0.1, 0.2)]
     walk = blocks.predict(pixel_values[chosen], num_inference_steps=2 * blocks.config.num_blocks)
     plot_walk([images[i] for i in chosen], labels[chosen], walk, blocks.config.id2label, folder / "walk.png")
-    print(f"Pictures: {folder / 'noise_partition.png'}, {folder / 'walk.png'}")
 
 
 def percent(logits, labels) -> float:
@@ -172,6 +171,24 @@ def print_table(models: dict, accuracy: dict, memory: dict, training: dict, num_
     )
 
 
+def what_next(folder: Path) -> str:
+    python = Path(os.path.relpath(sys.executable))  # of this environment, as one would type it
+    command = python.with_name("diffusionblocks")
+    return f"""
+Pictures
+  {folder / 'noise_partition.png'}: how the noise is cut into blocks
+  {folder / 'walk.png'}: predictions that sharpen along a walk from noise to a label
+
+Try next
+  {command} inspect {folder / BLOCKS}
+      what each block holds, and in which file
+  {command} estimate --model {folder / END_TO_END} --num-blocks 3 --batch-size 32
+      what other ways to train this model would hold in memory
+  {python} recipes/train_image_classification.py --help
+      the same on images of your own; finetune_causal_lm.py, beside it, tunes a pretrained text model
+  README.md: the quick start in Python, and when (not) to use this"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the data, models, logs and pictures")
@@ -193,6 +210,7 @@ def main() -> None:
         command = [sys.executable, __file__, "--output_dir", str(folder), "--report"]
         run(command, folder / "report.log", stderr=log)
     print(f"Total: {time.perf_counter() - start:.0f} s")
+    print(what_next(folder))
 
 
 if __name__ == "__main__":

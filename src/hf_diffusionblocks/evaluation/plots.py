@@ -98,7 +98,7 @@ def _draw_density(axes: Axes, schedule: NoiseSchedule, colors: list) -> None:
         axes.fill_between(log_sigma, density, where=inside, color=color, linewidth=0)
         middle = 1 - (block + 0.5) / schedule.num_blocks  # the block's median
         middle = float(schedule.quantile(torch.tensor(middle)).log())
-        name = f"block {block}" if schedule.num_blocks <= 4 else str(block)
+        name = f"block {block}" if schedule.num_blocks <= 3 else str(block)
         axes.text(middle, 0.06 * density.max(), name, color="white", fontsize=10, ha="center", weight="bold")
     axes.plot(log_sigma, density, color=INK, linewidth=1.2)
     _bare(axes)
