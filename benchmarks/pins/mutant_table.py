@@ -113,7 +113,7 @@ STREAMS = [
     Mutant(
         "noisy tokens of a walk are not scaled by c_in", "models/text_walk.py",
         "embeds = (self.plan.preconditioning[step].input * z).to", "embeds = z.to",
-        "tests/test_causal_lm.py tests/test_generation.py -k 'gpt2 or walk or prior'",
+        "tests/test_generation.py -k 'entropy_grows and per_block'",
     ),
     Mutant(
         "noisy labels are not scaled by c_in", "models/image_classification.py",
