@@ -208,7 +208,7 @@ def test_a_save_that_fails_leaves_the_old_model(saved, monkeypatch):
     def fail(*args):
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr(checkpoint, "split_by_block", fail)
+    monkeypatch.setattr(shards, "split_by_block", fail)
     with pytest.raises(RuntimeError, match="disk full"):
         model.save_pretrained(folder)
     assert states_equal(type(model).from_pretrained(folder).state_dict(), old)

@@ -135,7 +135,7 @@ def test_bad_input_is_named(arguments, message):
 
 
 def test_images_have_no_sequence_length():
-    with pytest.raises(ValueError, match="sequence_length=24 must be None for images"):
+    with pytest.raises(ValueError, match="sequence_length=24 must be None for task 'image-classification'"):
         db.estimate_memory(CONFIGS["vit"][0], 2, 3, 24)
 
 

@@ -178,9 +178,9 @@ def test_a_head_is_tied_to_the_embedding_of_its_own_block(fields, tied, resident
     model = made(CONFIGS["gpt2"], fields, resident)
     model.save_pretrained(tmp_path)
     for each in (model, type(model).from_pretrained(tmp_path, resident_blocks=model.resident_blocks)):
-        heads = {block: each.readout_parts(block).lm_head.weight for block in each.resident_blocks}
+        heads = {block: each.blocks[block].readout_parts.lm_head.weight for block in each.resident_blocks}
         for block in set(tied) & set(heads):
-            assert heads[block] is each.embedding_parts(block).transformer.wte.weight
+            assert heads[block] is each.blocks[block].embedding_parts.transformer.wte.weight
         assert len({id(weight) for weight in heads.values()}) == len(heads)
         assert len(each.all_tied_weights_keys) == len(set(tied) & set(heads))
     for block in model.resident_blocks:  # a tied weight is in the file once
@@ -227,9 +227,9 @@ def test_a_job_evaluates_the_label_free_loss_of_its_block(texts, tmp_path):
     loss = trainer.evaluate()["eval_loss"]
     tokens = torch.tensor(texts["input_ids"])
     part.eval()
-    embedded = part.embed(1, {"input_ids": tokens, "position_ids": torch.arange(12)[None]})
+    embedded = part.blocks[1].embed({"input_ids": tokens, "position_ids": torch.arange(12)[None]})
     hidden = part.blocks[1].run(embedded, [None, None], attention_mask=None)
-    expected = torch.nn.functional.cross_entropy(part.read_out(1, hidden)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    expected = torch.nn.functional.cross_entropy(part.blocks[1].read_out(hidden)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     assert loss == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -348,7 +348,7 @@ def test_cached_inputs_chain_from_block_to_block(texts, tmp_path):
 @pytest.mark.parametrize(
     "fields, resident, block, message",
     [
-        (INDEPENDENT, None, 1, "context='independent' must be 'carried'"),
+        (INDEPENDENT, None, 1, "context must be 'carried', and this model is factorized, independent"),
         (CARRIED, None, 0, r"block_index=0 must lie in 1\.\.1"),
         (CARRIED, [1], 1, r"needs the blocks \[0\]"),
     ],

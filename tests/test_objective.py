@@ -148,7 +148,7 @@ def test_dropout_is_that_of_the_active_block_alone(checkpointing):
 @pytest.mark.parametrize(
     "fields, arguments, resident, message",
     [
-        ({}, {}, None, r"objective='final' needs .*; this model has 'joint' and 'independent'"),
+        ({}, {}, None, r"objective='final' needs .*; this model is joint, independent"),
         ({"denoiser": "factorized"}, {}, None, "objective='final' needs denoiser='factorized' and context='carried'"),
         (
             {"denoiser": "factorized", "context": "carried"}, {"train_blocks": [0], "train_shared": False}, [0],

@@ -186,7 +186,7 @@ def test_a_run_has_the_model_s_objective_unless_another_is_given(own, given, tmp
     trainer = trainer_of(model, GPT2, tmp_path, {"objective": given, "max_steps": 2})
     expected = given or own
     assert trainer.args.objective == expected
-    assert trainer._loss_block == (1 if expected == "final" else None)
+    assert trainer.active.reader == (1 if expected == "final" else 0)
     trainer.train()
     trainer.save_model()
     assert model.config.objective == own

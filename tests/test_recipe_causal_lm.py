@@ -25,6 +25,7 @@ from transformers import (
 )  # fmt: skip
 
 import hf_diffusionblocks as db
+from hf_diffusionblocks.saving import shards
 from hf_diffusionblocks.cli import train as train_verb
 from hf_diffusionblocks.recipes import common, train_causal_lm
 
@@ -149,7 +150,7 @@ def test_one_block_a_job_then_merged(tmp_path, data, origin):
     for block, job in enumerate(jobs):
         run = [*model, *TRAINING, *data, *apart, "--train_blocks", str(block), "--output_dir", job]
         metrics = train_causal_lm.main(run)
-        assert set(db.checkpoint.saved_parts(job)) == {"shared", str(block)}
+        assert set(shards.saved_parts(job)) == {"shared", str(block)}
     db.merge_blocks(jobs, tmp_path / "whole")
     assert load(tmp_path / "whole").config.training_report["updates_per_block"] == [4, 4]
     assert cross_entropy(tmp_path / "whole", paragraphs(120, 150)) == pytest.approx(metrics["eval_loss"], rel=0.05)

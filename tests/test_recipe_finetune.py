@@ -26,6 +26,7 @@ from transformers import (
 )  # fmt: skip
 
 import hf_diffusionblocks as db
+from hf_diffusionblocks.saving import shards
 from hf_diffusionblocks import lora
 from hf_diffusionblocks.cli import train as train_verb
 from hf_diffusionblocks.recipes import (
@@ -172,9 +173,9 @@ def test_one_block_is_trained_alone(tmp_path, files, model, plain, objective):
     options = ["--train_blocks", "0", "--train_shared", "false", "--objective", objective]
     finetune_causal_lm.main([*model, *TRAINING, *files, *options, "--output_dir", str(tmp_path)])
     before = AutoModelForCausalLM.from_pretrained(plain).state_dict()
-    after = db.checkpoint.load_block_state_dict(tmp_path, 0)
+    after = shards.load_block_state_dict(tmp_path, 0)
     assert all(not torch.equal(after[name], before[name.removeprefix("backbone.")]) for name in after)
-    saved = set(db.checkpoint.saved_parts(tmp_path))
+    saved = set(shards.saved_parts(tmp_path))
     assert saved == ({"shared", "0"} if objective == "local" else {"shared", "0", "1"})
 
 

@@ -256,8 +256,8 @@ class DiffusionBlocksConfig(PreTrainedConfig):
 
     @property
     def formulation(self) -> str:
-        """What decides what a block sees, as errors quote it."""
-        return f"denoiser={self.denoiser!r}, context={self.context!r}"
+        """What decides what a block sees, in words."""
+        return f"{self.denoiser}, {self.context}"
 
     @property
     def initializer_range(self) -> float:

@@ -41,6 +41,10 @@ class Backbone(ABC):
         """Give one module of this architecture fresh weights, as the stock model does."""
         plain._init_weights(module)
 
+    def checkpoint_layers(self, plain: nn.Module) -> None:
+        """Have the stock model compute the activations of its layers again in the backward pass."""
+        plain.activation_checkpointing_enable()
+
     def num_layers(self, config: PreTrainedConfig) -> int:
         """How many layers there are to cut."""
         return config.num_hidden_layers

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..models.image_classification.model import WalkClassifierOutput
+    from transformers.utils import ModelOutput
+
     from ..diffusion.schedule import NoiseSchedule
 
 INK, MUTED, QUIET, RIGHT, WRONG = "#22303c", "#66727e", "#c3ccd4", "#2a9d6f", "#d1495b"
@@ -123,7 +124,7 @@ def _draw_interval(axes: Axes, schedule: NoiseSchedule, block: int, color) -> No
 def plot_walk(
     images: Sequence[Any],
     labels: Sequence[int],
-    prediction: WalkClassifierOutput,
+    prediction: ModelOutput,
     id2label: Mapping[int, str],
     path: str | PathLike,
 ) -> None:

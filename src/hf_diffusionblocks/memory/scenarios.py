@@ -190,7 +190,7 @@ def _plain_step(way: Way, workload: Workload, fake_mode) -> Step:
 
     model = _built(make, workload.dtype, fake_mode)
     if way.checkpointing:
-        model.activation_checkpointing_enable()
+        backbone_for(workload.config).checkpoint_layers(model)
     batch = workload.batch()
     return Step(model, _optimizer(model), lambda: workload.task.plain_loss(model, **batch))
 
@@ -273,8 +273,10 @@ def _add_adapters(model: PreTrainedModel) -> None:
     matrices = {
         name: module
         for name, module in model.named_modules()
-        if layers in name and ("attn" in name or "attention" in name) and isinstance(module, (nn.Linear, Conv1D))
+        if name.startswith(layers) and isinstance(module, (nn.Linear, Conv1D))
     }
+    attention = {name: matrix for name, matrix in matrices.items() if "attn" in name or "attention" in name}
+    matrices = attention or matrices  # (a layer may have none)
     transposed = any(isinstance(module, Conv1D) for module in matrices.values())
     config = LoraConfig(r=LORA_RANK, target_modules=list(matrices), fan_in_fan_out=transposed)
     inject_adapter_in_model(config, model)
@@ -292,7 +294,8 @@ def _built(
         model = make().to(dtype)
     with fake_mode:
         model.to_empty(device="cpu")
-    model.tie_weights()
+    if isinstance(model, PreTrainedModel):  # not of another library
+        model.tie_weights()
     return model.train()
 
 

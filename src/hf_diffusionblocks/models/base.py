@@ -59,6 +59,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     clean_columns: ClassVar[tuple[str, ...]]  #: of a batch, what `clean_input` makes x of
     copied_modules: ClassVar[tuple[str, ...]] = ()  #: lists of modules with a copy a block if it has its own
 
+    gradient_checkpointing = False  #: Transformers' switch, of all layers
     #: While training keeps inactive blocks in host memory: what brings a block's parameters to the device
     offload: OffloadedBlocks | None = None
 
@@ -160,9 +161,9 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
                     parameter.copy_(weights[path])
         if self.config.readout_layers:
             last_layers = plain.get_submodule(self.architecture.layers_path)[-self.config.readout_layers :]
-            for head in self.readout_heads:
-                if isinstance(head, nn.ModuleList):  # else its block is not loaded
-                    head.load_state_dict(last_layers.state_dict())
+            for block in self.blocks[:-1]:
+                if block.is_loaded:
+                    self.readout_heads[block.index].load_state_dict(last_layers.state_dict())
 
     def tie_within_blocks(self) -> None:
         """Say which weights are tied, of the blocks that are loaded; Transformers ties them if
@@ -214,7 +215,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     ) -> torch.Tensor:
         """One layer, checkpointed where gradient checkpointing is on; `attention` as in [`Backbone.run_layer`]."""
         # (By the model's mode: in training, layers that carry a gradient on are in evaluation mode, without dropout.)
-        if not (layer.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
             return self._run_layer(layer, hidden, modulation, **attention)
         training = layer.training
 
@@ -222,7 +223,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             with nullcontext() if training else without_dropout(layer):  # also where the layer runs again
                 return self._run_layer(layer, hidden, modulation, **attention)
 
-        return layer._gradient_checkpointing_func(run, hidden, modulation)
+        return self._gradient_checkpointing_func(run, hidden, modulation)
 
     def compile_layers(self, **kwargs) -> None:
         """Have layers compiled as they first run: one graph for all layers of all blocks, since they are alike.

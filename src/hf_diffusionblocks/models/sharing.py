@@ -94,13 +94,18 @@ class OwnParts:
         return found
 
     def ties(self, resident_blocks: Sequence[int]) -> dict[str, str]:
-        tied = getattr(self._backbone.plain_class, "_tied_weights_keys", None) or {}
-        return {
-            f"{self.readout(block)}.{head}": f"{self.embeddings(block)}.{embedding}"
-            for head, embedding in tied.items()
-            for block in resident_blocks
-            if block == 0 or embedding.rpartition(".")[0] in self._later_embeddings
-        }
+        ties = {}
+        for target, source in (getattr(self._backbone.plain_class, "_tied_weights_keys", None) or {}).items():
+            for block in resident_blocks:
+                if _within(source, self._backbone.readout_paths):  # of one head
+                    ties[f"{self.readout(block)}.{target}"] = f"{self.readout(block)}.{source}"
+                elif block == 0 or _within(source, self._later_embeddings):
+                    ties[f"{self.readout(block)}.{target}"] = f"{self.embeddings(block)}.{source}"
+        return ties
+
+
+def _within(name: str, paths: Sequence[str]) -> bool:
+    return name.startswith(tuple(f"{path}." for path in paths))
 
 
 SHARINGS = {"common": CommonParts, "per_block": OwnParts}

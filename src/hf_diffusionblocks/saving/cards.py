@@ -24,7 +24,7 @@ model = {auto_class}.from_pretrained("{name}")
 {lines}"""
 USE_ADAPTERS = """\
 import hf_diffusionblocks as db  # pip install hf-diffusionblocks
-from .. import lora
+from hf_diffusionblocks import lora
 
 model = db.convert("{base_model}", preset="paper", {fields})
 lora.load_block_adapters(model, "{name}")  # an adapter a block; peft reads them into the plain model, too"""

@@ -30,7 +30,7 @@ class SavedByBlock(PreTrainedModel):
         """
         if not self.computes_plain_model:
             raise ValueError(
-                "to_plain() needs denoiser='factorized' and context='carried', this model has "
+                "to_plain() needs denoiser='factorized' and context='carried', this model is "
                 f"{self.config.formulation}: no stock model computes its logits"
             )
         if len(self.resident_blocks) < self.num_blocks:

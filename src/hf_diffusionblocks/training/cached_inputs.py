@@ -133,7 +133,7 @@ def _check_room(folder: Path, block_index: int, size: int) -> None:
 def _start(model: DiffusionBlocksPreTrainedModel, dataset: Dataset, block_index: int) -> int:
     """The block whose input the data set holds already; 0 where it is to be embedded."""
     if not model.context.passes_on:
-        raise ValueError(f"context='carried' is needed, this model has {model.config.formulation}: blocks pass nothing on")
+        raise ValueError(f"context must be 'carried', and this model is {model.config.formulation}: blocks pass nothing on")
     if not 1 <= block_index < model.num_blocks:
         raise ValueError(f"block_index={block_index} must lie in 1..{model.num_blocks - 1}")
     held = [k for k in range(1, block_index) if column_of(k) in dataset.column_names]

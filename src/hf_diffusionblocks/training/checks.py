@@ -50,7 +50,7 @@ def blocks_to_train(
         if model.num_blocks - 1 not in model.blocks[min(blocks)].readers:
             raise ValueError(
                 "objective='final' needs denoiser='factorized' and context='carried', so that a block's output runs on "
-                f"through the later ones; this model has {model.config.formulation}"
+                f"through the later ones; this model is {model.config.formulation}"
             )
         later = sorted(set(range(min(blocks), model.num_blocks)) - set(resident))
         if later:
