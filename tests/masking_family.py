@@ -75,8 +75,7 @@ class WholeInput:
 class MaskedLM(DiffusionBlocksPreTrainedModel):
     main_input_name = "input_ids"
     task = "fill-mask"
-    DENOISERS = {"joint": WholeInput}
-    default_overlap = 0.1
+    DENOISERS, default_overlap = {"joint": WholeInput}, 0.1
 
     def __init__(self, config: DiffusionBlocksConfig):
         super().__init__(config)
@@ -126,10 +125,10 @@ class MaskedLM(DiffusionBlocksPreTrainedModel):
 
     def _seen(self, z: torch.Tensor, attention_mask: torch.Tensor | None) -> Clean:
         shape = torch.empty(*z.shape, 0, dtype=self.dtype, device=z.device)
-        mask = create_bidirectional_mask(config=self.backbone.config, inputs_embeds=shape, attention_mask=attention_mask)
+        mask = create_bidirectional_mask(self.backbone.config, shape, attention_mask)
         return Clean({"input_ids": z}, {"attention_mask": mask})
 
-    def levels_without_target(self, num_rows: int) -> dict:
+    def levels_without_target(self, num_rows):
         return {}
 
 
@@ -144,7 +143,8 @@ def register() -> None:
         Task(
             name=MaskedLM.task, model_class=MaskedLM, auto_class=AutoModelForMaskedLM, backbones=(BertBackbone,),
             example=example, num_positions=lambda config, length: length, takes_sequence_length=True,
-            plain_loss=lambda model, **batch: model(**batch).loss, processor="tokenizer", load_processor=str, usage="{name}",
+            plain_loss=lambda model, **batch: model(**batch).loss, processor="tokenizer", load_processor=str,
+            usage='pipeline("fill-mask", model="{name}")',
         ),
         DiffusionBlocksConfig,
     )  # fmt: skip

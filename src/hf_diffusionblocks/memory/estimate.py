@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..backbones.base import backbone_for
 from ..configuration import USER_FIELDS, DiffusionBlocksConfig
 from ..tasks import Task, task_of
 from .ledger import Ledger, Parts
@@ -47,7 +48,7 @@ class MemoryEstimate:
             f"{workload.batch_size} x {workload.sequence_length} tokens"
         )
         title = (
-            f"{config.model_type}, {config.num_hidden_layers} layers, B={workload.num_blocks}, {size}, "
+            f"{config.model_type}, {backbone_for(config).num_layers(config)} layers, B={workload.num_blocks}, {size}, "
             f"{str(workload.dtype).removeprefix('torch.')}, AdamW"
         )
         columns = {}
@@ -166,7 +167,7 @@ def smallest_number_of_blocks(way: Way, workload: Workload, budget: int) -> int 
 
     More blocks never hold more, since the largest has no more layers.
     """
-    layers = workload.config.num_hidden_layers
+    layers = backbone_for(workload.config).num_layers(workload.config)
     numbers = sorted({-(-layers // size) for size in range(1, layers + 1)})  # the smallest for each size of the largest
     way = replace(way, fields={**way.fields, "layers_per_block": None})
     low, high = 0, len(numbers)
