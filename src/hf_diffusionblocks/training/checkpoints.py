@@ -31,6 +31,7 @@ class AtomicCheckpoints(Trainer):
             self._aside = None
 
     def _get_output_dir(self, trial) -> str:
+        # Where the Trainer asks for the folder that it makes checkpoints in.
         return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
 
     def _save_checkpoint(self, model, trial) -> None:

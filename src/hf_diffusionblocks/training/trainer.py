@@ -153,6 +153,7 @@ class DiffusionBlocksTrainer(RunReports):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
+        # The only word that the Trainer takes on which columns to keep: it has no argument for them.
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             self._signature_columns = columns_to_keep(self.model, self._signature_columns, self._cached_column)
@@ -226,18 +227,21 @@ class DiffusionBlocksTrainer(RunReports):
             self.is_distributed_loading_by_transformers = False
 
     def _sync_replicated_trainable_parameters(self, model) -> None:
+        # The Trainer's would broadcast parameters that are in host memory.
         if self._averages_gradients:  # as DDP does: all start from rank 0's weights
             broadcast((*self.model.shared_parameters(), *self.model.buffers()), source=0)
             for block in self.model.resident_blocks:
                 self._broadcast_block(block, self.model.block_parameters(block), source=0)
 
     def _move_model_to_device(self, model, device: torch.device) -> None:
+        # Where the Trainer would move all of the model.
         if self.args.offload_inactive_blocks == "cpu":
             model.offload = OffloadedBlocks(model, device)
         else:
             super()._move_model_to_device(model, device)
 
     def _clip_grad_norm(self, model):
+        # By the norm over the blocks of all lanes; the Trainer knows those of one process.
         if self.layout.num_lanes > 1 and self._parameters[None]:
             return self.layout.clip_gradients(*self._trained_now(), self.args.max_grad_norm)
         return super()._clip_grad_norm(model)
@@ -322,7 +326,7 @@ class DiffusionBlocksTrainer(RunReports):
             )
         return scheduler.lr_lambdas[0]
 
-    def _get_learning_rate(self) -> float:
+    def _learning_rate_of_active_block(self) -> float:
         rates = zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr())
         own = {group.get("block"): rate for group, rate in rates}
         return float(own.get(self.active_block, next(iter(own.values()))))
@@ -335,6 +339,8 @@ class DiffusionBlocksTrainer(RunReports):
         return dict(self._ledgers.of_block) if self._ledgers else {}
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "learning_rate" in logs:  # the Trainer's is the first group's
+            logs["learning_rate"] = self._learning_rate_of_active_block()
         if "loss" in logs:
             totals = self.accelerator.reduce(self._block_losses, "sum").tolist()
             logs |= {f"loss_block_{k}": total / count for k, (total, count) in enumerate(totals) if count}
@@ -360,6 +366,7 @@ class DiffusionBlocksTrainer(RunReports):
         return result
 
     def _load_best_model(self) -> None:
+        # The Trainer's would load weights into blocks on the device that go back to host memory, and knows no adapters.
         if self.model.offload is not None:
             self.model.offload.activate(None)
         if self.model.has_adapters:
@@ -370,18 +377,21 @@ class DiffusionBlocksTrainer(RunReports):
     # ---- checkpoints
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # Each lane has the state of its own blocks alone.
         if self.layout.num_lanes == 1:
             return super()._save_optimizer_and_scheduler(output_dir)
         with all_states(self.optimizer, self._parameters, self.layout):  # one file, as if one process had trained all
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # And takes that alone out of the file of all.
         super()._load_optimizer_and_scheduler(checkpoint)
         for block in set(self.train_blocks) - set(self.layout.blocks):
             for parameter in self._parameters[block]:
                 self.optimizer.state.pop(parameter, None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        # The Trainer's reads what is there: a save that is not finished, shards that are not whole, no adapters.
         shards.finish_interrupted_save(Path(resume_from_checkpoint))
         saved = any(Path(resume_from_checkpoint).glob("block_*/adapter_config.json"))
         if saved != self.model.has_adapters:
