@@ -22,7 +22,7 @@ from transformers import LlamaConfig
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.diffusion.schedule import NoiseSchedule
-from hf_diffusionblocks.evaluation.plots import plot_noise_partition, plot_walk
+from hf_diffusionblocks.recipes.plots import plot_noise_partition, plot_walk
 
 LLAMA_8B = LlamaConfig(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,

@@ -95,7 +95,7 @@ def report(folder: Path) -> None:
     from transformers.utils import logging
 
     import hf_diffusionblocks  # noqa: F401  registers the Auto classes
-    from hf_diffusionblocks.evaluation.plots import plot_noise_partition, plot_walk
+    from hf_diffusionblocks.recipes.plots import plot_noise_partition, plot_walk
 
     logging.set_verbosity_error()
     test = load_dataset("parquet", data_files=str(folder / "test.parquet"), split="train")

@@ -68,7 +68,7 @@ MISSING = {
     "lora": ("db.lora", "peft"),
     "lora, imported": ("from hf_diffusionblocks import lora", "peft"),
     "plots": (
-        "from hf_diffusionblocks.evaluation import plots; plots.plot_noise_partition(db.NoiseSchedule(2), '')", "matplotlib"
+        "from hf_diffusionblocks.recipes import plots; plots.plot_noise_partition(db.NoiseSchedule(2), '')", "matplotlib"
     ),
 }
 

@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.evaluation import plots
+from hf_diffusionblocks.recipes import plots
 from hf_diffusionblocks.recipes import demo_digits, train_image_classification
 
 RECIPE = Path(train_image_classification.__file__)

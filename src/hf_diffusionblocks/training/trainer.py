@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import TorchDynamoPlugin, find_batch_size
-from torch.optim.lr_scheduler import LambdaLR
-from transformers.optimization import get_scheduler
 from transformers.utils import logging
 
 from ..diffusion.randomness import keyed_generators
@@ -19,6 +17,7 @@ from ..models.base import DiffusionBlocksPreTrainedModel
 from ..models.offload import OffloadedBlocks
 from ..saving import shards
 from .arguments import DiffusionBlocksTrainingArguments
+from .block_optimizer import learning_rate_curve, scheduler_by_block, split_by_block
 from .block_schedule import BlockSchedule
 from .checks import WithBlockInput, blocks_to_train, cached_column, check_processes, columns_to_keep
 from .parallel import Layout, all_states, broadcast
@@ -92,7 +91,7 @@ class DiffusionBlocksTrainer(RunReports):
             self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         if self._cached_column:
             self.data_collator = WithBlockInput(self.data_collator, self.train_blocks[0])
-        self._learning_rate_curve(num_updates=1)  # complain before training
+        learning_rate_curve(args, num_updates=1)  # complain before training
         self.block_schedule: BlockSchedule | None = None  # known once training knows its number of steps
         self.active = self._active(self.layout.blocks[0])
         self._trained = TrainedParameters(model, self.train_blocks, args.train_shared)  # known once training begins
@@ -273,13 +272,7 @@ class DiffusionBlocksTrainer(RunReports):
         made_here = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if made_here:
-            owner = {id(p): k for k in range(self.num_blocks) for p in self.model.block_parameters(k)}
-            groups = []
-            for group in optimizer.param_groups:
-                for block in [None, *range(self.num_blocks)]:
-                    params = [p for p in group["params"] if owner.get(id(p)) == block]
-                    groups.append({**group, "params": params, "block": block})
-            optimizer.param_groups = [group for group in groups if group["params"]]
+            split_by_block(optimizer, self.model)
         if self.model.offload is not None:
             self.model.offload.optimizer = optimizer
         return optimizer
@@ -292,39 +285,12 @@ class DiffusionBlocksTrainer(RunReports):
             )
             for blocks in self.layout.lanes
         ]
-        self.block_schedule = schedule = self._schedules[self.layout.lane]
+        self.block_schedule = self._schedules[self.layout.lane]
         if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
-            curve = self._learning_rate_curve(schedule.updates_per_block)
-
-            def curve_of_block(block):
-                if block is None:  # shared parameters move at every step: the curve spans the whole run
-                    return lambda step: curve(step * schedule.updates_per_block // num_training_steps)
-                # Also of other lanes' blocks: what rank 0 saves holds for all ranks.
-                own = next((each for each in self._schedules if block in each.blocks), schedule)
-                return lambda step: curve(own.updates_before(step, block))
-
-            self.lr_scheduler = LambdaLR(
-                optimizer, [curve_of_block(group.get("block")) for group in optimizer.param_groups]
-            )
+            self.lr_scheduler = scheduler_by_block(self.args, optimizer, self.block_schedule, self._schedules)
             self._created_lr_scheduler = True
         return self.lr_scheduler
-
-    def _learning_rate_curve(self, num_updates: int):
-        stand_in = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-        scheduler = get_scheduler(
-            self.args.lr_scheduler_type,
-            optimizer=stand_in,
-            num_warmup_steps=self.args.get_warmup_steps(num_updates),
-            num_training_steps=num_updates,
-            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
-        )
-        if not isinstance(scheduler, LambdaLR):
-            raise ValueError(
-                f"lr_scheduler_type={self.args.lr_scheduler_type.value!r} is not a function of the step: it cannot run on "
-                "each block's own update count; 'linear', 'cosine', 'constant_with_warmup' and the like can"
-            )
-        return scheduler.lr_lambdas[0]
 
     def _learning_rate_of_active_block(self) -> float:
         rates = zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr())

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..extras import from_extra
+from hf_diffusionblocks.extras import from_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
     from transformers.utils import ModelOutput
 
-    from ..diffusion.schedule import NoiseSchedule
+    from hf_diffusionblocks.diffusion.schedule import NoiseSchedule
 
 INK, MUTED, QUIET, RIGHT, WRONG = "#22303c", "#66727e", "#c3ccd4", "#2a9d6f", "#d1495b"
 MOST_CLASSES = 10  # bars in a panel that can still be read
