@@ -26,7 +26,7 @@ MOST_CLASSES = 10  # bars in a panel that can still be read
 
 
 def _figure(width: float, height: float) -> Figure:
-    with from_extra("matplotlib", "hf_diffusionblocks.evaluation.plots"):
+    with from_extra("matplotlib", "hf_diffusionblocks.recipes.plots"):
         from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")

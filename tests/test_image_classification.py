@@ -407,3 +407,12 @@ def test_unusual_image_size(plain_config, batch):
     with pytest.raises(ValueError, match="image size"):
         model(pixel_values=batch["pixel_values"])
     assert model(pixel_values=batch["pixel_values"], interpolate_pos_encoding=True).logits.shape == (6, 5)
+
+
+def test_at_sigma_max_z_is_left_out_of_the_readout(plain_model, batch):
+    """As for text: it says 1/80 of a label there, and its noise would be all that differs."""
+    model = randomized(db.convert(plain_model, num_blocks=2, preset="paper", denoiser="factorized")).eval()
+    prior = model.prior_logits(batch["pixel_values"])[:, 1]
+    for sigma, equal in ((80.0, True), (79.0, False)):
+        logits = model(**batch, block_index=1, sigma=torch.full((6,), sigma), noise=torch.randn(6, 32)).logits
+        assert torch.equal(logits, prior) is equal

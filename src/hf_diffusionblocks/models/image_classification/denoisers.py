@@ -121,8 +121,9 @@ class PosteriorReadout:
         self.model = model
 
     def __call__(self, logits: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """Logits `[N, V]` of p(label | x, z) from the network's."""
-        return posterior_logits(logits, z, sigma, self.model.label_embeddings.vectors())
+        """Logits `[N, V]` of p(label | x, z) from the network's; at sigma_max z says nothing."""
+        visible = torch.where(sigma < self.model.config.sigma_max, sigma, torch.inf)
+        return posterior_logits(logits, z, visible, self.model.label_embeddings.vectors())
 
 
 READOUTS = {"edm": NetworkReadout, "posterior": PosteriorReadout}
