@@ -96,13 +96,14 @@ class PeakMemory(TrainerCallback):
 class Near:
     """Of a model class: adds the distance of the active block's output from the pretrained block's on the same input."""
 
-    def run_block(self, block_index, hidden, modulations, **attention):
-        output = super().run_block(block_index, hidden, modulations, **attention)
-        if self.training and torch.is_grad_enabled():
-            with torch.no_grad():
-                goal = self.pretrained[0].run_block(block_index, hidden, modulations, **attention)
-            self.distance = F.mse_loss(output, goal) / goal.square().mean()
-        return output
+    def training_output(self, active, x, cached=None):
+        block = self.blocks[active.first]
+        hidden = self.entering(block, x, cached)
+        output = block.run_clean(hidden, **x.attention)
+        with torch.no_grad():
+            goal = self.pretrained[0].blocks[active.first].run_clean(hidden, **x.attention)
+        self.distance = F.mse_loss(output, goal) / goal.square().mean()
+        return block.run_local_head(output, **x.attention)
 
     def forward(self, *args, **kwargs):
         result = super().forward(*args, **kwargs)

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_s
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
+from hf_diffusionblocks.models.active import ActiveBlocks
 from hf_diffusionblocks.models.causal_lm.task import plain_loss
 
 LAYERS = 8
@@ -66,11 +67,20 @@ BOUND_BATCHES = 8  # of 8 sequences: the bound costs ten passes a sequence
 class TwoBlocks(db.DiffusionBlocksForCausalLM):
     """Trains the active block and the one before it, on the active block's loss."""
 
-    def block_input(self, block_index, inputs, **attention):
-        if block_index == 0:
-            return super().block_input(block_index, inputs, **attention)
-        hidden = super().block_input(block_index - 1, inputs, **attention)
-        return self.carry(block_index - 1, hidden, **attention)
+    def active_blocks(self, block_index, loss_block):
+        return neighbours(block_index)
+
+
+class TwoBlocksTrainer(db.DiffusionBlocksTrainer):
+    """The Trainer of these."""
+
+    def _active(self, block):
+        return neighbours(block)
+
+
+def neighbours(block: int) -> ActiveBlocks:
+    """A block and the one before it."""
+    return ActiveBlocks(range(max(block - 1, 0), block + 1), block)
 
 
 class ChunkedTrainer(Trainer):
@@ -95,9 +105,9 @@ class Sequences(torch.utils.data.Dataset):
 
 def make_model(spec: dict, config):
     fields = {"num_blocks": 4, **spec}
-    neighbours = fields.pop("neighbours", False)
+    two_blocks = fields.pop("neighbours", False)
     model = db.convert(config, preset="paper", **fields)
-    return TwoBlocks(model.config) if neighbours else model
+    return TwoBlocks(model.config) if two_blocks else model
 
 
 def train_and_read(row: str, family: str, seed: int, settings: dict) -> dict[str, float]:
@@ -125,7 +135,8 @@ def train_and_read(row: str, family: str, seed: int, settings: dict) -> dict[str
         if model.config.noise_distribution == "information":
             db.fit_noise_schedule(model, torch.utils.data.DataLoader(train_set, settings["batch_size"]))
         args = db.DiffusionBlocksTrainingArguments(updates_per_block=settings["updates"], **shared_args)
-        trainer = db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=train_set)
+        trainer_class = TwoBlocksTrainer if isinstance(model, TwoBlocks) else db.DiffusionBlocksTrainer
+        trainer = trainer_class(model=model, args=args, train_dataset=train_set)
     start = time.process_time()
     trainer.train()
     seconds = time.process_time() - start
