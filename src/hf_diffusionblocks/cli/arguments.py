@@ -1,10 +1,11 @@
-"""Options from a YAML file and the command line, shared by the command and the recipes."""
+"""Options from a YAML file and the command line, shared by the command and the recipes; and what a verb takes without a name
+(SOURCE, OUT_DIR)."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import yaml
@@ -120,3 +121,41 @@ def _take_defaults(parser: Parser, config_file: str) -> None:
             parser.error(f"--config {config_file}: {name}={value!r} must be one of {known[name].choices}")
         known[name].required = False
     parser.set_defaults(**options)
+
+
+class _Operand(argparse.Action):
+    """Keeps its value itself: `parse` returns the dataclasses alone."""
+
+    value: str | list[str]
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        self.value = values
+
+
+def parse_verb(
+    verb: str, dataclass_types: Sequence[type], operands: Mapping[str, str], args: Sequence[str], description: str
+) -> tuple:
+    """An instance of each dataclass, then the operands.
+
+    Args:
+        operands: name -> help. A name that ends in "..." takes one or more, and gives a list.
+        the rest: as in [`parse`].
+    """
+    parent = argparse.ArgumentParser(add_help=False)
+    actions = [
+        parent.add_argument(name, action=_Operand, help=text, nargs="+" if name.endswith("...") else None)
+        for name, text in operands.items()
+    ]
+    args = _explicit_flags(dataclass_types, args)
+    usage = f"%(prog)s {' '.join(operands)} {OPTIONS_USAGE}"
+    parsed = parse(
+        dataclass_types, args, prog=f"diffusionblocks {verb}", usage=usage, description=description, parents=[parent]
+    )
+    return (*parsed, *(action.value for action in actions))
+
+
+def _explicit_flags(dataclass_types: Sequence[type], args: Sequence[str]) -> list[str]:
+    # HfArgumentParser's flags take an optional value: `--json FOLDER` would read the folder as the flag's.
+    fields = [field for dataclass_type in dataclass_types for field in dataclasses.fields(dataclass_type)]
+    flags = {f"--{field.name}" for field in fields if isinstance(field.default, bool)}
+    return [f"{arg}=true" if arg in flags else arg for arg in args]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..saving import cards
 from ..tasks import TASKS
 from .inspect import read_config
-from .operands import parse_verb
+from .arguments import parse_verb
 
 
 @dataclass

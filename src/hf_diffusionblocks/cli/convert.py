@@ -14,9 +14,8 @@ from ..conversion import convert
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..saving import shards
 from ..tasks import TASKS
-from .arguments import AllBlocksArguments, config_fields, preset_option
+from .arguments import AllBlocksArguments, config_fields, parse_verb, preset_option
 from .inspect import block_table, describe
-from .operands import parse_verb
 
 
 @dataclass

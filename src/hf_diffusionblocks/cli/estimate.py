@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from transformers import AutoConfig
 
 from ..memory.estimate import DTYPES, estimate_memory
-from .arguments import BlocksArguments, config_fields
-from .operands import parse_verb
+from .arguments import BlocksArguments, config_fields, parse_verb
 
 
 @dataclass

@@ -22,7 +22,7 @@ from ..configuration import USER_FIELDS, DiffusionBlocksConfig
 from ..models.targets import FixedTargets
 from ..saving import shards
 from ..tasks import TASKS
-from .operands import parse_verb
+from .arguments import parse_verb
 
 
 @dataclass

@@ -9,7 +9,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..saving.merging import merge_blocks
 from .inspect import block_table, describe
-from .operands import parse_verb
+from .arguments import parse_verb
 
 
 @dataclass
