@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import randomized
-from transformers import BertConfig, ViTConfig, ViTForImageClassification, ViTModel
+from transformers import RobertaConfig, ViTConfig, ViTForImageClassification, ViTModel
 
 import hf_diffusionblocks as db
 
@@ -134,7 +134,7 @@ def test_task_is_taken_from_the_source_or_named(plain_config):
 @pytest.mark.parametrize(
     "source, fields, error, message",
     [
-        (lambda c: BertConfig(), {}, ValueError, r"model_type='bert' is not supported; supported: gpt2 .*llama .*vit"),
+        (lambda c: RobertaConfig(), {}, ValueError, r"model_type='roberta' is not supported; supported: gpt2 .*llama .*vit"),
         (lambda c: db.convert(c, 2, preset="paper"), {}, ValueError, r"DiffusionBlocks model already \(num_blocks=2\)"),
         (lambda c: db.DiffusionBlocksConfig(source_config=c), {}, ValueError, r"DiffusionBlocks model already"),
         (lambda c: ViTModel(c), {}, ValueError, r"source=ViTModel must be ViTForImageClassification"),
