@@ -288,10 +288,11 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     def _through_later(self, active: ActiveBlocks, hidden: torch.Tensor, x: Clean) -> torch.Tensor:
         """With gradient and without dropout. Each block keeps what enters it alone, and runs again in the backward pass:
         the activations of one at a time are held."""
+        attention = x.attention  # what is kept for the backward pass; what embeds x is not
 
         def run(k: int, hidden: torch.Tensor) -> torch.Tensor:
             with without_dropout(self.backbone):
-                return self.blocks[k].run_clean(hidden, **x.attention)
+                return self.blocks[k].run_clean(hidden, **attention)
 
         for k in active.passed_through:
             hidden = checkpoint_activations(run, k, hidden, use_reentrant=False, preserve_rng_state=False)
