@@ -173,7 +173,7 @@ BLOCKS = [
         "the next block sees the local head, inference of images", "models/base.py",
         "outputs.append(block.run_clean(hidden, **x.attention))",
         "outputs.append(block.run_local_head(block.run_clean(hidden, **x.attention), **x.attention))",
-        "tests/test_image_classification.py tests/test_conversion.py",
+        "tests/test_lora.py -k vit-head",
     ),
     Mutant(
         "the next block sees the local head, inference of text", "models/base.py",
@@ -359,7 +359,7 @@ PROVENANCE = [
     Mutant(
         "a run does not note which blocks moved", "training/run_report.py",
         "Provenance(self._updates(), self._predecessors())", "Provenance([0] * self.num_blocks, self._predecessors())",
-        "tests/test_jobs.py -k one_run_after_the_other",
+        "tests/test_families.py -k merged_into_one",
     ),
     Mutant(
         "a run does not note what made its inputs", "training/run_report.py",
