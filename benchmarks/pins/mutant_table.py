@@ -169,12 +169,7 @@ BLOCKS = [
         "                hidden = self.blocks[earlier].run_local_head(hidden, **x.attention)",
         "tests/test_image_classification.py tests/test_causal_lm.py -k 'head and not llama and not qwen3'",
     ),
-    Mutant(
-        "the next block sees the local head, inference of images", "models/base.py",
-        "outputs.append(block.run_clean(hidden, **x.attention))",
-        "outputs.append(block.run_local_head(block.run_clean(hidden, **x.attention), **x.attention))",
-        "tests/test_lora.py -k vit-head",
-    ),
+    # (One place serves images and text, and the tests of text alone notice: no mutant of its own for images.)
     Mutant(
         "the next block sees the local head, inference of text", "models/base.py",
         "outputs.append(block.run_clean(hidden, **x.attention))",
@@ -397,14 +392,15 @@ UNNOTICED = [
         "weighted(loss, self.config.loss_weighting, sigma, self.sigma_data)", "loss",
         "tests/test_causal_lm.py -k 'block_loss or num_items'",
     ),
-    # (Blocks of a test on earlier ones are two, mostly.)
+    # (Jobs of tests that need earlier blocks have one such block.)
     Mutant(
         "a block's only predecessor is the nearest", "models/context.py",
-        "return range(block_index)", "return range(max(block_index - 1, 0), block_index)", "tests/test_jobs.py -k 'merge or cannot'",
+        "return range(block_index)", "return range(max(block_index - 1, 0), block_index)", "tests/test_jobs.py",
     ),
     Mutant(
         "levels are the reader's", "models/causal_lm/model.py",
-        "self.levels(active.last,", "self.levels(active.reader,", "tests/test_objective.py",
+        "self.levels(active.last,", "self.levels(active.reader,",
+        "tests/test_objective.py tests/test_jobs.py tests/test_offload.py -k final",
     ),
     # (Models of tests have fewer layers.)
     Mutant(
