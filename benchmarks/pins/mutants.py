@@ -3,7 +3,7 @@
     python benchmarks/pins/mutants.py [--only NAME ...] [--list]
 
 Each mutant of `mutant_table.py` is applied to a copy of the tree, and the tests that are to kill it are run there. Fails
-if one survives, or if its old text is not found.
+if one survives, or if its old text is not found. (Those of UNNOTICED are run by name only.)
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from mutant_table import MUTANTS, Mutant
+from mutant_table import MUTANTS, UNNOTICED, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "src/hf_diffusionblocks"
 COPIED = ("src", "tests", "recipes", "model_cards", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 #: In an installed package these are part of it; from the source tree they have to be put there.
 INSIDE = ("recipes", "model_cards")
+
+NAMED = {mutant.name: mutant for mutant in (*MUTANTS, *UNNOTICED)}
 
 #: A pytest plugin: an editable install must not answer for the copy.
 PLUGIN = """
@@ -84,10 +86,10 @@ def said(output: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=[mutant.name for mutant in MUTANTS])
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=NAMED)
     parser.add_argument("--list", action="store_true", help="names alone")
     args = parser.parse_args()
-    chosen = [mutant for mutant in MUTANTS if not args.only or mutant.name in args.only]
+    chosen = [NAMED[name] for name in args.only] if args.only else MUTANTS
     if args.list:
         print("\n".join(mutant.name for mutant in chosen))
         return
