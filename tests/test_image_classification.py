@@ -157,8 +157,9 @@ def test_overlap_defaults_to_the_task_s(plain_config):
     assert db.convert(plain_config, 2, overlap=0.0, preset="paper").noise_schedule.overlap == 0.0
 
 
-def test_targets_of_blocks_trained_apart_are_saved_but_not_trained(plain_config):
-    targets = db.convert(plain_config, 2, shared="per_block", preset="paper").label_embeddings
+@pytest.mark.parametrize("shared", ["common", "per_block"])
+def test_targets_are_saved_but_not_trained(plain_config, shared):
+    targets = db.convert(plain_config, 2, shared=shared, preset="paper").label_embeddings
     assert not list(targets.parameters()) and list(targets.state_dict()) == ["table"]
 
 

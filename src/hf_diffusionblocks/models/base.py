@@ -21,7 +21,7 @@ from .block import Block
 from .context import CONTEXTS
 from .offload import OffloadedBlocks
 from .sharing import SHARINGS
-from .targets import FixedTargets, TargetEmbedding
+from .targets import FixedTargets
 
 
 class Clean(NamedTuple):
@@ -142,8 +142,6 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         if isinstance(module, AdaLNModulation):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, TargetEmbedding):
-            init.normal_(module.weight, std=module.embedding_dim**-0.5)
         elif isinstance(module, FixedTargets):
             init.normal_(module.table, std=module.table.shape[-1] ** -0.5)
         else:

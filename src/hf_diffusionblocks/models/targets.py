@@ -7,16 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 
-class TargetEmbedding(nn.Embedding):
-    """A table of target vectors, L2-normalised on use: without that, training can shrink them all to zero noise."""
-
-    def vectors(self) -> torch.Tensor:
-        """All targets e_v, `[V, D]` float32 of norm 1."""
-        return F.normalize(self.weight.float(), dim=-1)
-
-
 class FixedTargets(nn.Module):
-    """A table of target vectors that is never trained, so that blocks trained apart aim at the same points."""
+    """A table of target vectors that is never trained: what a loss is measured against does not move with it, and blocks
+    trained apart aim at the same points. (Tokens' targets are input embeddings, which their other role trains.)"""
 
     SUFFIX = "_embeddings.table"  #: how its name ends in a state dict: it is saved, and no parameter
 

@@ -42,7 +42,7 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
     train_shared: bool = field(
         default=True,
         metadata={
-            "help": "Whether to train what all blocks share (embeddings, final norm, head, sigma and target "
+            "help": "Whether to train what all blocks share (embeddings, final norm, head and sigma "
             "embeddings). A job that trains some of the blocks leaves it as it is, or has shared='per_block'."
         },
     )

@@ -21,7 +21,7 @@ from ...diffusion.randomness import Generators, NoiseSource
 from ...diffusion.samplers import walk
 from ..active import without_dropout
 from ..base import Clean, DiffusionBlocksPreTrainedModel
-from ..targets import FixedTargets, TargetEmbedding
+from ..targets import FixedTargets
 from .denoisers import READOUTS, FactorizedImage, JointImage, NoisyLabelToken
 
 
@@ -65,8 +65,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
             )
         super().__init__(config)
         self.readout = READOUTS[config.readout](self)
-        targets = FixedTargets if self.sharing.fixed_targets else TargetEmbedding
-        self.label_embeddings = targets(config.num_labels, config.hidden_size)
+        self.label_embeddings = FixedTargets(config.num_labels, config.hidden_size)
         if self.denoiser.modulated:
             copies = range(self.sharing.num_copies)
             self.noisy_labels = nn.ModuleList(NoisyLabelToken(config.hidden_size) for _ in copies)
