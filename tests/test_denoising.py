@@ -38,9 +38,10 @@ def test_edm_weight_makes_the_effective_weight_one():
 
 
 @pytest.mark.parametrize("level", [0.002, 0.05, 0.7, 5.0, 80.0])
-def test_posterior_readout_is_bayes_rule(level):
+@pytest.mark.parametrize("norms", [(1, 1, 1, 1), (0.2, 0.9, 1.5, 3)], ids=["of norm 1", "of other norms"])
+def test_posterior_readout_is_bayes_rule(level, norms):
     """Against the densities themselves, in float64."""
-    targets, sigma = unit_targets(), torch.full((64,), level)
+    targets, sigma = unit_targets() * torch.tensor(norms)[:, None], torch.full((64,), level)
     z = targets[torch.arange(64) % 4] + level * torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
     posterior = posterior_logits(PRIOR.log().expand(64, 4), z, sigma, targets).softmax(-1)
     log_density = stats.norm.logpdf(z.double()[:, None], targets.double()[None], level).sum(-1)

@@ -1,151 +1,380 @@
-"""What every family does: the library's, and two that only the tests have, to show what a new one has to bring (a masking
-family whose z is the input, and one whose estimate is a point and whose stock model is no `PreTrainedModel`)."""
+"""What every family does in every formulation: the library's, and two that only the tests have, to show what a new one has to
+bring (a masking family whose z is the input, and one whose estimate is a point and whose stock model is no `PreTrainedModel`).
+
+What it takes training to see is in test_families_training.py.
+"""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+import copy
+from collections import Counter
 
 import masking_family
 import point_family
 import pytest
 import torch
 from conftest import randomized
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification, BertConfig
-from transformers.utils import logging
+from families import CASES, estimate_of, grid, labelled, reloaded, same, seeded
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.cli import main
-from hf_diffusionblocks.memory.scenarios import Way, Workload, ledger_of
-from hf_diffusionblocks.tasks import TASKS, task_of
-from process_scenarios import GPT2, VIT
+from hf_diffusionblocks.backbones.base import backbone_for
+from hf_diffusionblocks.diffusion.gaussian import edm_loss_weight
+from hf_diffusionblocks.tasks import TASKS
 
-masking_family.register()
-point_family.register()
-
-BERT = BertConfig(
-    vocab_size=48, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48, max_position_embeddings=16
-)
-FACTORIZED = {"denoiser": "factorized", "prior_fraction": 1.0}
+BLOCKS = [0, 1]
+everywhere = pytest.mark.parametrize(**grid())
+with_known_targets = pytest.mark.parametrize(**grid(lambda case: case.has_known_targets))
+of_each_block = pytest.mark.parametrize("block_index", BLOCKS)
 
 
-@dataclass
-class Case:
-    """A tiny model and its formulation."""
-
-    config: object
-    fields: dict = field(default_factory=dict)
-
-    @property
-    def length(self) -> int | None:
-        return 12 if task_of(self.config).takes_sequence_length else None
-
-    def rows(self, count: int) -> dict[str, torch.Tensor]:
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            return task_of(self.config).example(self.config, count, self.length)
-
-    def dataset(self) -> Dataset:
-        return Dataset.from_dict({name: tensor.tolist() for name, tensor in self.rows(16).items()})
-
-    def model(self, **fields):
-        torch.manual_seed(0)
-        return randomized(db.convert(self.config, 2, preset="paper", **{**self.fields, **fields}))
+def test_both_families_of_the_tests_fit_a_screen_or_two():
+    for family in (masking_family, point_family):
+        assert len(open(family.__file__).readlines()) <= 150
 
 
-CASES = {
-    "text, joint": Case(GPT2, {"denoiser": "joint"}),
-    "text, carried": Case(GPT2, {**FACTORIZED, "context": "carried"}),
-    "images, joint": Case(VIT, {"denoiser": "joint"}),
-    "images, carried": Case(VIT, {**FACTORIZED, "context": "carried"}),
-    "masking": Case(BERT),
-    "masking, carried": Case(BERT, {"context": "carried"}),
-    "point": Case(point_family.TinyConfig()),
-}
+# ---- the cut
 
 
-@pytest.fixture(params=CASES)
-def case(request) -> Case:
-    return CASES[request.param]
-
-
-def trainer_of(model, case: Case, folder, **arguments) -> db.DiffusionBlocksTrainer:
-    logging.set_verbosity_error()
-    arguments = {"learning_rate": 1e-2, "save_strategy": "no", "updates_per_block": 3, **arguments}
-    args = db.DiffusionBlocksTrainingArguments(
-        str(folder), per_device_train_batch_size=4, weight_decay=0.1, report_to=[], use_cpu=True, disable_tqdm=True,
-        **arguments,
-    )  # fmt: skip
-    return db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=case.dataset(), eval_dataset=case.dataset())
-
-
-def same(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-
-
+@everywhere
 def test_parameters_of_blocks_and_shared_ones_are_disjoint_and_complete(case):
-    for shared in ("common", "per_block"):
-        model = case.model(shared=shared)
-        parts = [model.shared_parameters(), *(model.block_parameters(k) for k in range(2))]
-        found = [id(parameter) for part in parts for parameter in part]
-        assert sorted(found) == sorted(map(id, model.parameters())) and all(parts[1:])
-        assert bool(parts[0]) is (shared == "common")
+    model = case.model()
+    parts = [model.shared_parameters(), *(model.block_parameters(k) for k in BLOCKS)]
+    found = [id(parameter) for part in parts for parameter in part]
+    assert sorted(found) == sorted(map(id, model.parameters())) and all(parts[1:])
+    assert bool(parts[0]) is not case.is_own
 
 
-@pytest.mark.parametrize("block_index", [0, 1])
-def test_a_step_has_gradients_of_its_block_and_of_what_is_shared_alone(case, block_index):
+@everywhere
+@of_each_block
+def test_every_parameter_of_the_active_block_and_no_other_has_a_gradient(case, block_index):
     model = case.model().train()
-    model(**case.rows(4), block_index=block_index, generator=torch.Generator().manual_seed(0)).loss.backward()
-    reached = {model.block_of_parameter(name) for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert reached - {None} == {block_index}
+    model(**case.rows(), block_index=block_index, generator=seeded()).loss.backward()
+    for name, parameter in model.named_parameters():
+        owner = model.block_of_parameter(name)
+        if owner == block_index:
+            assert parameter.grad is not None and parameter.grad.any(), name
+        elif owner is not None:
+            assert parameter.grad is None, name
 
 
-def test_training_resumes_bit_equal(case, tmp_path):
-    whole, cut, resumed = case.model(), case.model(), case.model(inference_seed=1)
-    trainer_of(whole, case, tmp_path / "whole").train()
-    trainer_of(cut, case, tmp_path / "cut", save_strategy="steps", save_steps=3).train()
-    trainer_of(resumed, case, tmp_path / "cut").train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
-    assert same(whole.state_dict(), resumed.state_dict()) and same(whole.state_dict(), cut.state_dict())
-    assert not same(whole.state_dict(), case.model().state_dict())
-
-
-def test_offload_changes_nothing(case, tmp_path):
-    models = [case.model(), case.model()]
-    trainer_of(models[0], case, tmp_path / "here").train()
-    trainer_of(models[1], case, tmp_path / "away", offload_inactive_blocks="cpu").train()
-    assert same(models[0].state_dict(), models[1].state_dict())
-
-
-def test_jobs_are_merged_into_one_model(case, tmp_path):
-    jobs = [tmp_path / "job0", tmp_path / "job1"]
-    for block, folder in enumerate(jobs):
-        model = case.model(shared="per_block")
-        if block:  # around the first block, as it is at the end
-            model.load_state_dict(TASKS[model.task].auto_class.from_pretrained(jobs[0]).state_dict())
-        trainer = trainer_of(model, case, folder, train_blocks=[block])
-        trainer.train()
-        trainer.save_model()
-    db.merge_blocks(jobs, tmp_path / "merged")
-    merged = TASKS[model.task].auto_class.from_pretrained(tmp_path / "merged")
-    for block, folder in enumerate(jobs):
-        assert same(
-            db.load_block_state_dict(tmp_path / "merged", block), db.load_block_state_dict(folder, block)
-        )
-    assert merged.provenance.updates == [3, 3] and torch.isfinite(merged(**case.rows(4)).loss)
-
-
-def test_a_reloaded_model_evaluates_the_same(case, tmp_path):
-    model, batch = case.model().eval(), case.rows(4)
-    trainer = trainer_of(model, case, tmp_path)
-    trainer.save_model()
-    again = TASKS[model.task].auto_class.from_pretrained(tmp_path)
+@pytest.mark.parametrize(**grid(lambda case: case.is_own))
+def test_a_block_starts_from_its_own_embeddings_and_ends_in_its_own_head(case):
+    """Moving another block's parameters changes nothing."""
+    model, batch = case.model().eval(), case.rows()
+    before = model(**batch, block_index=0, generator=seeded()).loss
     with torch.no_grad():
-        assert torch.equal(again(**batch).loss, model(**batch).loss)
-    assert trainer.evaluate()["eval_loss"] > 0
-    assert again.config.task == model.task
+        for parameter in model.block_parameters(1):
+            parameter += 1
+    assert torch.equal(model(**batch, block_index=0, generator=seeded()).loss, before)
 
 
+@pytest.mark.parametrize(**grid(lambda case: case.is_factorized))
+@torch.no_grad()
+def test_own_parts_of_a_converted_model_start_as_the_model_s(case):
+    plain, inputs = case.plain(), case.inputs()
+    own, common = (db.convert(plain, 2, **{**case.fields, "shared": shared}) for shared in ("per_block", "common"))
+    assert torch.equal(own.prior_logits(**inputs), common.prior_logits(**inputs))
+
+
+# ---- refused
+
+
+@everywhere
+def test_a_block_that_does_not_exist_is_refused(case):
+    model = case.model()
+    with pytest.raises(ValueError, match=r"block_index=2 must lie in 0\.\.1"):
+        model.block_parameters(2)
+    with pytest.raises(ValueError, match=r"block_index=2 must lie in 0\.\.1"):
+        model(**case.rows(), block_index=2)
+
+
+@with_known_targets
+def test_training_without_a_block_is_refused(case):
+    with pytest.raises(ValueError, match="block_index=None in training"):
+        case.model().train()(**case.rows())
+
+
+@with_known_targets
+def test_a_block_without_labels_is_refused(case):
+    with pytest.raises(ValueError, match="labels=None with block_index=0"):
+        case.model()(**case.inputs(), block_index=0)
+
+
+# ---- training one block
+
+
+def inputs_of_layer(model, index: int, run) -> list[torch.Tensor]:
+    """What enters a layer, each time that it runs."""
+    layer, entered, run_layer = model.backbone.get_submodule(model.architecture.layers_path)[index], [], model._run_layer
+
+    def watched(given, hidden, *args, **kwargs):
+        if given is layer:
+            entered.append(hidden.detach().clone())
+        return run_layer(given, hidden, *args, **kwargs)
+
+    model._run_layer = watched
+    run()
+    model._run_layer = run_layer
+    return entered
+
+
+WITH_DROPOUT = ("vit", "gpt2", "bert")
+
+
+@pytest.mark.parametrize(**grid(lambda case: case.is_carried and case.config.model_type in WITH_DROPOUT))
+@of_each_block
+def test_carried_context_is_that_of_the_earlier_blocks_without_dropout(case, block_index):
+    """And every part gets its own mode back."""
+    model, batch = case.with_dropout(0.5).model().train(), case.rows()
+    model.backbone.get_submodule(model.architecture.layers_path)[0].eval()
+    modes = [module.training for module in model.modules()]
+
+    def entering():
+        return inputs_of_layer(
+            model, 2 * block_index, lambda: model(**batch, block_index=block_index, generator=seeded())
+        )[0]
+
+    found = entering()
+    assert [module.training for module in model.modules()] == modes
+    model.eval()
+    # Block 0 has no earlier block: there the embedding's own dropout acts.
+    assert torch.equal(found, entering()) is (block_index == 1)
+
+
+@pytest.mark.parametrize(**grid(lambda case: "readout_layers" in case.fields))
+def test_the_next_block_does_not_see_a_local_head(case):
+    """In training and in inference: it reads what it does in a model of the same weights without heads."""
+    model, without, batch, inputs = case.model(), case.model(readout_layers=0), case.rows(), case.inputs()
+    without.load_state_dict(model.state_dict(), strict=False)
+
+    def entering_second_block(each) -> list[torch.Tensor]:
+        trained = inputs_of_layer(each.train(), 2, lambda: each(**batch, block_index=1, generator=seeded()))
+        return trained + inputs_of_layer(each.eval(), 2, lambda: each(**inputs))
+
+    found, expected = entering_second_block(model), entering_second_block(without)
+    clean = min(hidden.shape[1] for hidden in expected)  # (a noisy label is last: it has come by way of the head's logits)
+    assert len(found) == len(expected) >= 2
+    assert all(torch.equal(one[:, :clean], other[:, :clean]) for one, other in zip(found, expected))
+    if case.is_factorized:
+        assert torch.equal(model(**inputs).logits, without(**inputs).logits)
+    own, other = (each(**batch, block_index=0, generator=seeded()).loss for each in (model, without))
+    assert not torch.allclose(own, other)  # positive control: its own block's readout does
+
+
+@everywhere
+def test_draws_come_from_the_generator_alone(case):
+    model, batch, state = case.model().eval(), case.rows(), torch.get_rng_state()
+    losses = [model(**batch, block_index=1, generator=seeded(seed)).loss for seed in (3, 3, 4)]
+    assert losses[0] == losses[1] != losses[2]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(**grid(lambda case: case.config.model_type != "bert"))
+@pytest.mark.parametrize("generator", [seeded, lambda: None], ids=["a generator", "the global one"])
+def test_every_row_has_noise_of_its_own(case, generator):
+    """Of equal rows at one level, no two have the same estimate."""
+    model = case.model().eval()
+    batch = {name: tensor[:1].expand(4, *tensor.shape[1:]) for name, tensor in case.rows().items()}
+    kwargs = {"return_logits": True, "sigma": torch.full((4,), 0.3), "generator": generator()}
+    rows = estimate_of(model(**batch, block_index=1, **kwargs)).flatten(1)
+    assert all(not torch.allclose(rows[i], rows[j], atol=1e-3) for i in range(4) for j in range(i))
+
+
+@with_known_targets
+def test_targets_have_norm_one(case):
+    model = case.model()
+    vectors = model.label_embeddings.vectors() if hasattr(model, "label_embeddings") else model.target_vectors()
+    assert torch.allclose(vectors.norm(dim=-1), torch.ones(len(vectors)))
+
+
+@with_known_targets
+@of_each_block
+def test_the_loss_is_the_mean_cross_entropy_of_labelled_logits(case, block_index):
+    batch = case.rows()
+    if batch["labels"].dim() == 2:
+        batch["labels"] = batch["labels"].clone()
+        batch["labels"][0, 2:6] = -100
+    out = case.model().train()(**batch, block_index=block_index, return_logits=True, generator=seeded())
+    expected = F.cross_entropy(out.logits.flatten(0, -2), labelled(batch["labels"]).flatten())
+    assert torch.allclose(out.loss, expected, atol=1e-5)
+
+
+@with_known_targets
+def test_edm_weight_is_that_of_each_row_s_own_level(case):
+    """An outer product would weigh all alike."""
+    batch, sigma = case.rows(), torch.logspace(-1, 1, 4)
+    if batch["labels"].dim() == 2:
+        batch["labels"] = batch["labels"].clone()
+        batch["labels"][0, 2:6] = -100  # so that a chunk of the readout has tokens of several rows
+    targets = labelled(batch["labels"])
+    call = {"block_index": 0, "sigma": sigma, "return_logits": True}
+    unweighted, weighted = (case.model(loss_weighting=weighting).eval() for weighting in (None, "edm"))
+    logits = unweighted(**batch, **call, generator=seeded()).logits
+    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(4, -1)
+    weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+    assert torch.allclose(edm_loss_weight(sigma, 0.5), weight)
+    expected = (weight[:, None] * losses).sum() / (targets != -100).sum()
+    assert torch.allclose(weighted(**batch, **call, generator=seeded()).loss, expected)
+
+
+@everywhere
+def test_gradient_checkpointing_changes_nothing(case):
+    """But how often a layer runs: once more, in the backward pass."""
+    model, batch = case.model().train(), case.rows()
+    gradients, counts = [], []
+    for enable in (None, model.gradient_checkpointing_enable):
+        if enable is not None:
+            enable()
+        runs, run_layer = Counter(), backbone_for(case.config).run_layer
+
+        def counted(layer, *args, **kwargs):
+            runs.update([layer])
+            return run_layer(layer, *args, **kwargs)
+
+        model._run_layer = counted
+        model.zero_grad()
+        model(**batch, block_index=1, generator=seeded()).loss.backward()
+        counts.append(runs[model.blocks[1].layers[-1]])
+        gradients.append([parameter.grad for parameter in model.block_parameters(1)])
+    assert all(map(torch.equal, *gradients))
+    assert counts[1] == 2 * counts[0] > 0
+
+
+@pytest.mark.parametrize(**grid(lambda case: case.config.model_type != "tiny-denoiser"))
+def test_bfloat16_is_as_close_to_float32_as_it_rounds(case):
+    """Loss, gradients and priors, with the same weights and noise: bfloat16 rounds by up to 0.4 % at every step."""
+    half, batch, found = case.model().to(torch.bfloat16).train(), case.rows(), []
+    for model in (half, copy.deepcopy(half).float()):
+        loss = model(**batch, block_index=1, generator=seeded()).loss
+        loss.backward()
+        gradients = [parameter.grad for parameter in model.block_parameters(1)]
+        assert {gradient.dtype for gradient in gradients} == {model.dtype}
+        with torch.no_grad():
+            prior = None
+            if case.has_known_targets:
+                prior = model.eval().prior_logits(**case.inputs()).float().log_softmax(-1)
+                assert model(**batch).loss.isfinite()  # of a walk, decided by single tokens
+        found.append((loss.item(), torch.cat([gradient.float().flatten() for gradient in gradients]), prior))
+    (loss, gradient, prior), (exact_loss, exact_gradient, exact_prior) = found
+    assert loss == pytest.approx(exact_loss, abs=0.02)
+    assert 0.002 < (gradient - exact_gradient).norm() / exact_gradient.norm() < 0.05
+    if prior is not None:
+        assert 0.002 < (prior - exact_prior).abs().max() < 0.2
+
+
+# ---- what logits know
+
+
+@with_known_targets
+@of_each_block
+def test_training_logits_see_the_target_through_z(case, block_index):
+    """Positive control: the label's only way in is z, and it is open; to the logits of that label alone."""
+    model, batch = case.model().eval(), case.rows()
+    labels = batch["labels"].clone()
+    changed = labels[:, 4] if labels.dim() == 2 else labels[2:3]
+    changed.copy_((changed + 1) % 5)
+    moved = labelled(labels) != labelled(batch["labels"])
+    call = {"block_index": block_index, "return_logits": True, "sigma": torch.full((4,), 0.3)}
+    first, second = (
+        model(**{**batch, "labels": given}, **call, generator=seeded()).logits for given in (batch["labels"], labels)
+    )
+    assert moved.any() and all(not torch.allclose(*pair) for pair in zip(first[moved], second[moved]))
+    assert torch.equal(first[~moved], second[~moved])
+
+
+@with_known_targets
+@torch.no_grad()
+def test_evaluation_logits_do_not_depend_on_the_labels(case):
+    model, batch = case.model().eval(), case.rows()
+    first = model(**batch)
+    second = model(**{**batch, "labels": (batch["labels"] + 1) % 5})
+    assert torch.equal(first.logits, second.logits) and torch.equal(first.logits, model(**case.inputs()).logits)
+    assert first.loss != second.loss
+
+
+@with_known_targets
+@pytest.mark.parametrize("return_logits", [None, False])
+@torch.no_grad()
+def test_evaluation_loss_is_the_cross_entropy_of_label_free_logits(case, return_logits):
+    model, batch = case.model().eval(), case.rows()
+    logits = model(**case.inputs()).logits
+    logits = logits[:, :-1] if logits.dim() == 3 else logits
+    expected = F.cross_entropy(logits.flatten(0, -2), labelled(batch["labels"]).flatten())
+    found = model(**batch, return_logits=return_logits).loss
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(**grid(lambda case: case.config.model_type != "tiny-denoiser"))
+@torch.no_grad()
+def test_evaluation_repeats_and_no_row_depends_on_others(case):
+    """And leaves the global generator alone."""
+    model, inputs, state = case.model().eval(), case.inputs(), torch.get_rng_state()
+    whole, again = (model(**inputs).logits for _ in range(2))
+    assert torch.equal(whole, again) and torch.equal(torch.get_rng_state(), state)
+    rows = [{name: tensor[k : k + 1] for name, tensor in inputs.items()} for k in range(4)]
+    assert torch.allclose(whole, torch.cat([model(**row).logits for row in rows]), atol=1e-5)
+
+
+# ---- the plain model
+
+
+@pytest.mark.parametrize(**grid(lambda case: case.has_known_targets and case.is_factorized and case.is_carried))
+def test_one_factorized_block_that_sees_no_target_trains_as_the_plain_model(case):
+    """B=1 is end-to-end training: the same loss and gradients."""
+    plain, batch = case.plain(), case.rows()
+    fields = {**case.fields, "shared": "common", "readout_layers": 0}
+    model = db.convert(plain, num_blocks=1, **fields).train()
+    loss = model(**batch, block_index=0, sigma=torch.full((4,), 1e9)).loss
+    plain_loss = plain.train()(**batch).loss
+    assert loss.item() == pytest.approx(plain_loss.item(), abs=1e-5)
+    loss.backward()
+    plain_loss.backward()
+    for own, other in zip(model.backbone.parameters(), plain.parameters()):
+        assert torch.allclose(own.grad, other.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize(**grid(lambda case: case.has_known_targets and case.is_factorized and case.is_carried))
+@pytest.mark.parametrize("layers_per_block", [None, [1, 3], [3, 1]], ids=str)
+@torch.no_grad()
+def test_factorized_and_carried_is_lossless(case, layers_per_block):
+    """There and, moved, back again."""
+    plain, inputs = case.plain(), case.inputs()
+    model = db.convert(plain, 2, layers_per_block=layers_per_block, **case.fields)
+    assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
+    back = randomized(model).to_plain()
+    assert type(back) is type(plain) and not back.training
+    assert torch.equal(back(**inputs).logits, model(**inputs).logits)
+    assert not torch.equal(back(**inputs).logits, plain(**inputs).logits)
+
+
+@pytest.mark.parametrize(**grid(lambda case: case.has_known_targets and not (case.is_factorized and case.is_carried)))
+def test_what_no_plain_model_computes_has_none(case):
+    with pytest.raises(ValueError, match=r"to_plain\(\) needs denoiser='factorized' and context='carried'"):
+        case.model().to_plain()
+
+
+# ---- saved
+
+
+@everywhere
+@torch.no_grad()
+def test_a_reloaded_model_is_the_same(case, tmp_path):
+    model, batch = case.model().eval(), case.rows()
+    model.save_pretrained(tmp_path)
+    again = reloaded(model, tmp_path)
+    assert type(again) is type(model) and again.config.task == model.task
+    assert torch.equal(again(**batch).loss, model(**batch).loss)
+    if "logits" in (outputs := model(**batch)):
+        assert torch.equal(again(**batch).logits, outputs.logits)
+    for k in BLOCKS:
+        kept = db.load_block_state_dict(tmp_path, k)
+        assert kept and all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in kept.items())
+    assert same(again.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize(**grid(lambda case: case.trained and not case.is_own))
 @pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, AutoModelForImageClassification])
 def test_an_auto_class_of_another_task_names_the_saved_one(case, auto_class, tmp_path):
     model = case.model()
@@ -157,42 +386,7 @@ def test_an_auto_class_of_another_task_names_the_saved_one(case, auto_class, tmp
         auto_class.from_pretrained(tmp_path)
 
 
-def test_a_job_that_lacks_blocks_is_evaluated_on_its_own(case, tmp_path):
-    case.model().save_pretrained(tmp_path / "whole")
-    model_class = TASKS[task_of(case.config).name].model_class
-    blocks = [0] if case.fields.get("context") == "carried" else [1]
-    part = model_class.from_pretrained(tmp_path / "whole", resident_blocks=blocks)
-    trainer = trainer_of(part, case, tmp_path / "job", train_shared=False)
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] > 0
-
-
-def test_the_estimate_is_what_a_step_holds(case):
-    """Of all blocks in turn, to the byte: what is followed without memory, and what is taken."""
-    workload = Workload(case.config, 2, batch_size=3, sequence_length=case.length)
-    way = Way("in turn", {**case.fields, "shared": "common"})
-    estimate = db.estimate_memory(case.config, 2, batch_size=3, sequence_length=case.length, **case.fields)
-    followed = next(ledger for name, ledger in estimate.ledgers.items() if name.endswith("all blocks in turn"))
-    torch.manual_seed(0)
-    measured = ledger_of(way, workload)
-    assert followed.parts.total == pytest.approx(measured.parts.total, rel=0.02)
-    assert str(estimate).count("\n") > 5
-
-
-def test_card_and_inspect_say_what_it_is(case, tmp_path, capsys):
-    model = case.model()
-    model.save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    level = model.noise_schedule.level_name
-    assert f"pipeline_tag: {model.task}" in card and f"| block | layers | {level} |" in card
-    main(["inspect", str(tmp_path), "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert found["task"] == model.task and len(found["blocks"]) == 2
-    assert found["blocks"][0][level] == list(model.noise_schedule.interval(0))
-    main(["card", str(tmp_path), "--stdout"])
-    assert capsys.readouterr().out.strip() == card.strip()
-
-
-def test_both_families_of_the_tests_fit_a_screen_or_two():
-    for family in (masking_family, point_family):
-        assert len(open(family.__file__).readlines()) <= 150
+def test_the_grid_has_every_family_and_formulation():
+    assert {task.name for task in TASKS.values()} == {case.task.name for case in CASES.values()}
+    for field in ("context", "shared", "denoiser", "readout"):
+        assert len({getattr(case.model().config, field) for case in CASES.values() if case.trained}) == 2

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 
 import pytest
 import torch
-from conftest import FORMULATIONS, NUM_LABELS, randomized
-from torch.nn import functional as F
+from conftest import FORMULATIONS, randomized
 from transformers import AutoModelForImageClassification, ViTConfig, ViTImageProcessorPil, pipeline
 
 import hf_diffusionblocks as db
@@ -25,34 +23,7 @@ def count_layer_runs(model) -> Counter:
     return runs
 
 
-# ---- the cut
-
-
-def test_parameters_of_blocks_and_shared_are_disjoint_and_complete(model):
-    shared, *blocks = model.shared_parameters(), *(model.block_parameters(k) for k in BLOCKS)
-    ids = [id(p) for part in (shared, *blocks) for p in part]
-    assert len(ids) == len(set(ids))
-    assert set(ids) == {id(p) for p in model.parameters()}
-    assert all(blocks)
-    assert bool(shared) is (model.config.shared == "common")
-
-
-def test_block_that_does_not_exist_is_named(model):
-    with pytest.raises(ValueError, match=r"block_index=2 must lie in 0\.\.1"):
-        model.block_parameters(2)
-
-
 # ---- training one block
-
-
-@pytest.mark.parametrize("block_index", BLOCKS)
-def test_only_the_active_block_and_shared_parameters_get_gradients(model, batch, block_index):
-    model.train()(**batch, block_index=block_index).loss.backward()
-    for name, parameter in model.named_parameters():
-        if model.block_of_parameter(name) not in (None, block_index):
-            assert parameter.grad is None, name
-        elif model.block_of_parameter(name) == block_index:
-            assert parameter.grad is not None and parameter.grad.any(), name
 
 
 @pytest.mark.parametrize("block_index", BLOCKS)
@@ -83,25 +54,6 @@ def test_activations_are_stored_for_the_active_block_only(plain_config, batch, f
 
 
 @pytest.mark.parametrize("block_index", BLOCKS)
-def test_carried_context_is_that_of_the_clean_earlier_blocks_without_dropout(plain_config, batch, block_index):
-    plain_config.hidden_dropout_prob = 0.5
-    model = randomized(db.convert(plain_config, num_blocks=2, context="carried")).train()
-    with torch.no_grad():
-        hidden = model.entering(model.blocks[block_index], model.clean_input(batch))
-        expected = model.eval().denoiser.entering_all(model.clean_input(batch))[block_index]
-    # Block 0 has no earlier block: there the embedding's own dropout acts.
-    assert torch.equal(hidden, expected) is (block_index == 1)
-
-
-def test_modes_are_given_back_after_a_carried_pass(plain_config, batch):
-    model = db.convert(plain_config, num_blocks=2, context="carried").train()
-    model.backbone.vit.embeddings.eval()
-    before = [m.training for m in model.modules()]
-    model(**batch, block_index=1)
-    assert [m.training for m in model.modules()] == before
-
-
-@pytest.mark.parametrize("block_index", BLOCKS)
 def test_a_step_draws_a_sigma_of_its_block_and_noise_for_every_row(model, batch, block_index):
     """The same loss as from the draws made by hand, in this order, from the same generator."""
     generator = torch.Generator().manual_seed(3)
@@ -123,10 +75,6 @@ def test_the_noisy_label_is_scaled_by_c_in_and_the_clean_tokens_are_not(plain_mo
     c_in = (sigma**2 + 0.25).rsqrt()[:, None]
     assert torch.allclose(entered[0][:, -1], c_in * z + model.noisy_labels[0].position[0], atol=1e-5)
     assert torch.equal(entered[0][:, :-1], model.entering(model.blocks[1], model.clean_input(batch)))
-
-
-def test_targets_have_norm_one(model):
-    assert torch.allclose(model.label_embeddings.vectors().norm(dim=-1), torch.ones(NUM_LABELS))
 
 
 def test_posterior_readout_adds_the_likelihood_of_z(model, batch):
@@ -172,46 +120,6 @@ def test_the_last_block_has_no_local_head(plain_model, batch):
         assert len(model.readout_heads) == 1 and runs["head"] == expected
 
 
-def test_loss_is_the_mean_cross_entropy_of_the_logits(model, batch):
-    out = model.train()(**batch, block_index=1)
-    assert torch.allclose(out.loss, F.cross_entropy(out.logits, batch["labels"]))
-
-
-def test_one_factorized_block_at_sigma_max_trains_as_the_plain_model(plain_model, batch):
-    """B=1 and the target out of sight is end-to-end training: the same loss and gradients."""
-    model = db.convert(plain_model, num_blocks=1, denoiser="factorized", context="carried")
-    draw = {"sigma": torch.full((6,), 80.0), "noise": torch.zeros(6, 32)}
-    loss, plain_loss = model.train()(**batch, block_index=0, **draw).loss, plain_model.train()(**batch).loss
-    assert loss.item() == pytest.approx(plain_loss.item(), abs=2e-4)
-    loss.backward()
-    plain_loss.backward()
-    for own, plain in zip(model.backbone.parameters(), plain_model.parameters()):
-        assert torch.allclose(own.grad, plain.grad, atol=2e-4 * plain.grad.abs().max().item() + 1e-6)
-
-
-def test_edm_weight_is_per_sample(plain_model, batch):
-    """Each sample weighted by its own w(sigma): an outer product would weigh all alike."""
-    sigma = torch.logspace(-1, 1, 6)
-    draw = {"sigma": sigma, "noise": torch.randn(6, 32, generator=torch.Generator().manual_seed(0))}
-    plain, weighted = (
-        db.convert(plain_model, num_blocks=2, loss_weighting=weighting, preset="paper") for weighting in (None, "edm")
-    )
-    weighted.load_state_dict(plain.state_dict())
-    logits = plain(**batch, block_index=0, **draw).logits
-    weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
-    expected = (weight * F.cross_entropy(logits, batch["labels"], reduction="none")).mean()
-    assert torch.allclose(weighted(**batch, block_index=0, **draw).loss, expected)
-
-
-def test_draws_come_from_the_generator_alone(model, batch):
-    state = torch.get_rng_state()
-    losses = [
-        model.eval()(**batch, block_index=1, generator=torch.Generator().manual_seed(seed)).loss for seed in (3, 3, 4)
-    ]
-    assert losses[0] == losses[1] != losses[2]
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 def test_sigma_is_drawn_in_the_block_and_at_sigma_max_for_the_prior_fraction(plain_config):
     model = db.convert(plain_config, num_blocks=2, prior_fraction=0.25, preset="paper")
     sigma = model.blocks[1].draw_levels((4000,), torch.Generator().manual_seed(0))
@@ -219,30 +127,6 @@ def test_sigma_is_drawn_in_the_block_and_at_sigma_max_for_the_prior_fraction(pla
     assert at_top.float().mean().item() == pytest.approx(0.25, abs=0.03)
     low, high = model.noise_schedule.interval(1, 0.05)
     assert low < sigma[~at_top].min() and sigma[~at_top].max() <= high
-
-
-def test_training_without_a_block_is_refused(model, batch):
-    with pytest.raises(ValueError, match="block_index=None in training"):
-        model.train()(**batch)
-
-
-def test_a_block_without_labels_is_refused(model, batch):
-    with pytest.raises(ValueError, match="labels=None with block_index=0"):
-        model(pixel_values=batch["pixel_values"], block_index=0)
-
-
-def test_gradient_checkpointing_changes_nothing(model, batch):
-    model.train()
-    runs = count_layer_runs(model)
-    gradients = []
-    for runs_of_a_layer in (1, 2):  # with checkpointing, once more in the backward pass
-        runs.clear()
-        model.zero_grad()
-        model(**batch, block_index=1, generator=torch.Generator().manual_seed(0)).loss.backward()
-        assert runs[3] == runs_of_a_layer
-        gradients.append([p.grad for p in model.block_parameters(1)])
-        model.activation_checkpointing_enable()
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
 # ---- what logits know
@@ -253,41 +137,6 @@ def test_prior_of_a_factorized_block_cannot_see_the_label(plain_model, batch):
     active, x, sigma = model.active_blocks(0, None), model.clean_input(batch), torch.ones(6)
     first, second = (model.denoiser.network(active, x, torch.randn(6, 32), sigma) for _ in range(2))
     assert torch.equal(first, second)
-
-
-def test_training_logits_see_the_label_through_z(model, batch):
-    """Positive control: the noisy target does reach the denoiser's logits."""
-    noise, sigma = torch.zeros(6, 32), torch.full((6,), 0.1)
-    first = model.eval()(**batch, block_index=1, sigma=sigma, noise=noise).logits
-    batch["labels"] = (batch["labels"] + 1) % 5
-    second = model(**batch, block_index=1, sigma=sigma, noise=noise).logits
-    assert not torch.allclose(first, second)
-
-
-def test_evaluation_logits_do_not_depend_on_the_labels(model, batch):
-    model.eval()
-    first = model(**batch)
-    second = model(pixel_values=batch["pixel_values"], labels=(batch["labels"] + 1) % 5)
-    assert torch.equal(first.logits, second.logits)
-    assert torch.equal(first.logits, model(pixel_values=batch["pixel_values"]).logits)
-    assert torch.equal(first.loss, F.cross_entropy(first.logits, batch["labels"]))
-    assert first.loss != second.loss
-
-
-def test_evaluation_does_not_depend_on_the_rest_of_the_batch(model, batch):
-    model.eval()
-    with torch.no_grad():
-        whole = model(pixel_values=batch["pixel_values"]).logits
-        alone = torch.cat([model(pixel_values=image[None]).logits for image in batch["pixel_values"]])
-    assert torch.allclose(whole, alone, atol=1e-5)
-
-
-def test_evaluation_is_reproducible_and_leaves_the_global_generator_alone(model, batch):
-    model.eval()
-    state = torch.get_rng_state()
-    with torch.no_grad():
-        assert torch.equal(*(model(pixel_values=batch["pixel_values"]).logits for _ in range(2)))
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_what_evaluation_logits_are(model, batch):
@@ -383,24 +232,6 @@ def test_attention_implementation_reaches_the_layers(model, batch):
         model.set_attn_implementation("eager")
         assert model.backbone.config._attn_implementation == "eager"
         assert torch.allclose(model(pixel_values=batch["pixel_values"]).logits, sdpa, atol=1e-4)
-
-
-def test_bfloat16_is_as_close_to_float32_as_it_rounds(plain_model, batch, formulation):
-    """Loss, gradients and priors, with the same weights and noise: bfloat16 rounds by up to 0.4 % at every step."""
-    half = randomized(db.convert(plain_model.to(torch.bfloat16), num_blocks=2, preset="paper", **formulation)).train()
-    found = []
-    for model in (half, copy.deepcopy(half).float()):
-        loss = model(**batch, block_index=0, generator=torch.Generator().manual_seed(0)).loss
-        loss.backward()
-        gradients = [parameter.grad for parameter in model.block_parameters(0)]
-        assert {gradient.dtype for gradient in gradients} == {model.dtype}
-        with torch.no_grad():
-            prior = model.eval().prior_logits(batch["pixel_values"]).float().log_softmax(-1)
-        found.append((loss.item(), torch.cat([gradient.float().flatten() for gradient in gradients]), prior))
-    (loss, gradient, prior), (exact_loss, exact_gradient, exact_prior) = found
-    assert loss == pytest.approx(exact_loss, abs=0.02)
-    assert 0.002 < (gradient - exact_gradient).norm() / exact_gradient.norm() < 0.05
-    assert 0.002 < (prior - exact_prior).abs().max() < 0.2
 
 
 def test_unusual_image_size(plain_config, batch):

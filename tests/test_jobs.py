@@ -1,78 +1,20 @@
-"""Jobs that hold and train some of the blocks, and joining them."""
+"""Jobs that hold and train some of the blocks. (Joining them: test_merging.py.)"""
 
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, ViTConfig
+from job_models import CARRIED, CONFIGS, FORMULATIONS, INDEPENDENT, made, same_weights, trained
+from job_models import config, fields, images, texts  # noqa: F401
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.cli import main
-
-CONFIGS = {
-    "gpt2": GPT2Config(
-        n_layer=4, n_embd=32, n_head=2, vocab_size=64, n_positions=16, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0
-    ),
-    "llama": LlamaConfig(
-        num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=64,
-        max_position_embeddings=16,
-    ),
-    "vit": ViTConfig(
-        num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, image_size=8, patch_size=4,
-        num_channels=1, num_labels=5,
-    ),
-}  # fmt: skip
-FORMULATIONS = {
-    "joint": {},
-    "joint-own": {"shared": "per_block"},
-    "carried": {"denoiser": "factorized", "context": "carried"},
-    "carried-own": {"denoiser": "factorized", "context": "carried", "shared": "per_block"},
-}
-INDEPENDENT = {"denoiser": "factorized", "shared": "per_block"}
-CARRIED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0, "shared": "per_block"}
-
-
-@pytest.fixture(params=CONFIGS)
-def config(request):
-    return CONFIGS[request.param]
-
-
-@pytest.fixture(params=FORMULATIONS)
-def fields(request) -> dict:
-    return FORMULATIONS[request.param]
-
-
-@pytest.fixture
-def texts() -> Dataset:
-    tokens = torch.randint(64, (16, 12), generator=torch.Generator().manual_seed(0)).tolist()
-    return Dataset.from_dict({"input_ids": tokens, "labels": tokens})
-
-
-def made(source, fields: dict, resident_blocks=None):
-    torch.manual_seed(0)
-    return db.convert(source, 2, resident_blocks=resident_blocks, preset="paper", **fields)
-
-
-def trained(model, folder, texts, **arguments):
-    """The trainer of a job, run."""
-    args = db.DiffusionBlocksTrainingArguments(
-        str(folder), updates_per_block=3, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True, report_to=[],
-        disable_tqdm=True, save_strategy="no", **arguments,
-    )  # fmt: skip
-    trainer = db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=texts, eval_dataset=texts)
-    trainer.train()
-    trainer.save_model()
-    return trainer
-
-
-def same_weights(part: dict, whole: dict) -> bool:
-    return all(torch.equal(tensor, whole[name]) for name, tensor in part.items())
 
 
 # ---- what is loaded
@@ -101,6 +43,21 @@ def test_local_heads_start_as_the_last_layers(config, origin, resident, tmp_path
     model = made(tmp_path if origin == "folder" else plain, fields, resident)
     layers = plain.get_submodule(backbone_for(config).layers_path)[-2:]
     assert same_weights(layers.state_dict(), model.readout_heads[0].state_dict())
+
+
+@pytest.mark.parametrize("origin", ["pretrained", "folder"])
+@pytest.mark.parametrize("num_blocks, resident", [(2, [1]), (3, [0, 2]), (3, [1])], ids=str)
+def test_a_part_has_the_local_heads_of_its_own_blocks(config, num_blocks, resident, origin, tmp_path):
+    """The last block has none."""
+    source = backbone_for(config).plain_class(config)
+    if origin == "folder":
+        source.save_pretrained(tmp_path)
+        source = tmp_path
+    fields = {"denoiser": "factorized", "context": "carried", "readout_layers": 1, "num_blocks": num_blocks}
+    whole, part = made(source, fields), made(source, fields, resident)
+    expected = {name for name in whole.state_dict() if whole.block_of_parameter(name) in (None, *resident)}
+    assert part.state_dict().keys() == expected
+    assert same_weights(part.state_dict(), whole.state_dict())
 
 
 def test_nothing_of_a_part_is_on_the_meta_device(config, fields):
@@ -195,16 +152,6 @@ def test_what_the_plain_model_does_not_tie_is_not_tied():
 # ---- training
 
 
-@pytest.mark.parametrize("fields", [INDEPENDENT, {"shared": "per_block"}, CARRIED], ids=["factorized", "joint", "carried"])
-def test_only_the_blocks_of_the_job_move(fields, texts, tmp_path):
-    model = made(CONFIGS["gpt2"], fields)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    trained(model, tmp_path, texts, train_blocks=[1])
-    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert moved and {model.block_of_parameter(name) for name in moved} == {1}
-    assert all(parameter.requires_grad for parameter in model.parameters())  # as before the job
-
-
 @pytest.mark.parametrize("fields", [INDEPENDENT, {"shared": "per_block"}], ids=["factorized", "joint"])
 def test_a_job_trains_its_block_as_the_whole_model_would(fields, texts, tmp_path):
     whole, part = made(CONFIGS["gpt2"], fields), made(CONFIGS["gpt2"], fields, resident_blocks=[1])
@@ -297,14 +244,6 @@ def test_a_column_of_the_data_is_not_taken_for_an_argument_of_ours(family, kind,
 # ---- carried context from a cache
 
 
-@pytest.fixture
-def images() -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-    return Dataset.from_dict(
-        {"pixel_values": torch.randn(16, 1, 8, 8, generator=generator).tolist(), "labels": [k % 5 for k in range(16)]}
-    )
-
-
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("fields", [CARRIED, {**CARRIED, "denoiser": "joint", "prior_fraction": 0.0}], ids=["factorized", "joint"])
 def test_a_job_on_cached_inputs_is_the_job_around_its_predecessors(family, fields, texts, images, tmp_path):
@@ -366,152 +305,9 @@ def test_rows_of_different_length_are_refused(tmp_path):
     assert not (tmp_path / "data.arrow").exists()
 
 
-# ---- joining
-
-
 def test_inspect_shows_what_a_job_holds(tmp_path, capsys):
     made(CONFIGS["gpt2"], INDEPENDENT, [1]).save_pretrained(tmp_path)
     main(["inspect", "--json", str(tmp_path)])
     described = json.loads(capsys.readouterr().out)
     assert [block["block"] for block in described["blocks"]] == [1]
     assert "| not loaded |" in (tmp_path / "README.md").read_text()
-
-
-@pytest.fixture
-def jobs(texts, tmp_path) -> list:
-    """Two jobs, each with a block of its own."""
-    folders = [tmp_path / "job0", tmp_path / "job1"]
-    for block, folder in enumerate(folders):
-        trained(made(CONFIGS["gpt2"], INDEPENDENT, [block]), folder, texts)
-    return folders
-
-
-def test_jobs_merge_to_what_one_run_after_the_other_makes(jobs, texts, tmp_path):
-    db.merge_blocks(jobs, tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    whole = made(CONFIGS["gpt2"], INDEPENDENT)
-    for block in (0, 1):
-        trained(whole, tmp_path / "whole", texts, train_blocks=[block])
-    assert merged.state_dict().keys() == whole.state_dict().keys()
-    assert same_weights(merged.state_dict(), whole.state_dict())
-    assert merged.config.training_report["updates_per_block"] == [3, 3]
-
-
-def test_carried_jobs_merge_in_order(texts, tmp_path):
-    trained(made(CONFIGS["llama"], CARRIED, [0]), tmp_path / "job0", texts)
-    second = made(CONFIGS["llama"], CARRIED)
-    second.load_state_dict(db.load_block_state_dict(tmp_path / "job0", 0), strict=False)
-    trained(second, tmp_path / "job1", texts, train_blocks=[1])
-    db.merge_blocks([tmp_path / "job1", tmp_path / "job0"], tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert same_weights(merged.state_dict(), second.state_dict())
-
-
-def test_a_block_trained_around_another_predecessor_is_refused(texts, tmp_path):
-    trained(made(CONFIGS["llama"], CARRIED, [0]), tmp_path / "job0", texts)
-    trained(made(CONFIGS["llama"], CARRIED), tmp_path / "job1", texts, train_blocks=[1])  # around a fresh block 0
-    with pytest.raises(ValueError, match=r"block 0, around which .*job1 trained block 1, differs"):
-        db.merge_blocks([tmp_path / "job0", tmp_path / "job1"], tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
-
-
-@pytest.mark.parametrize("moved", [False, True])
-@pytest.mark.parametrize("fields", [CARRIED, {**CARRIED, "shared": "per_block"}], ids=["common", "own"])
-@pytest.mark.parametrize("family", CONFIGS)
-def test_a_block_trained_on_what_another_predecessor_made_is_refused(family, fields, moved, texts, images, tmp_path):
-    data = images if family == "vit" else texts
-    job = {"train_shared": fields is not CARRIED}
-    first = made(CONFIGS[family], fields, [0])
-    trained(first, tmp_path / "job0", data, **job)
-    if moved:  # after it was saved
-        first.block_parameters(0)[0].data[..., 0] += 1e-6
-    cached = db.cache_block_inputs(first, data, 1, tmp_path / "cache")
-    trained(made(CONFIGS[family], fields, [1]), tmp_path / "job1", cached, **job)
-    folders = [tmp_path / "job0", tmp_path / "job1"]
-    if not moved:
-        db.merge_blocks(folders, tmp_path / "merged")
-        return
-    with pytest.raises(ValueError, match="job1 trained block 1 on cached inputs that other versions of the earlier blocks"):
-        db.merge_blocks(folders, tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
-
-
-@pytest.mark.parametrize("fields", [INDEPENDENT, CARRIED], ids=["independent", "carried"])
-@pytest.mark.parametrize("silent", [(0,), (1,), (0, 1)], ids=str)
-@pytest.mark.parametrize("moved", [None, 0, 1])
-def test_a_folder_that_does_not_tell_what_it_trained_must_agree_with_the_others(moved, silent, fields, texts, tmp_path):
-    """Trained by hand and saved, for example: what it holds besides may be what its block was trained around."""
-    first = made(CONFIGS["llama"], fields)
-    trained(first, tmp_path / "job0", texts, train_blocks=[0])
-    second = made(CONFIGS["llama"], fields)
-    second.load_state_dict(first.state_dict())
-    if moved is not None:
-        second.block_parameters(moved)[0].data += 1e-3
-    folders = [tmp_path / "job0", tmp_path / "job1"]
-    second.save_pretrained(folders[1])
-    change_provenance(folders[1], {"updates": [0, 0]})
-    for job in silent:
-        change_provenance(folders[job], None)
-    for jobs in (folders, folders[::-1]):
-        if moved is None:
-            db.merge_blocks(jobs, tmp_path / "merged")
-            merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
-            assert same_weights(merged, second.state_dict())
-            continue
-        message = rf"job\d does not tell what it trained \(its index has no provenance\): block {moved} differs"
-        with pytest.raises(ValueError, match=message):
-            db.merge_blocks(jobs, tmp_path / "merged")
-        assert not (tmp_path / "merged").exists()
-
-
-def test_what_only_a_folder_that_does_not_tell_holds_is_taken_from_it(jobs, tmp_path):
-    change_provenance(jobs[1], None)
-    db.merge_blocks(jobs, tmp_path / "merged")
-    assert same_weights(db.load_block_state_dict(tmp_path / "merged", 1), db.load_block_state_dict(jobs[1], 1))
-
-
-def change_provenance(folder, provenance: dict | None):
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    index["metadata"]["provenance"] = provenance
-    path.write_text(json.dumps(index))
-
-
-def change_config(folder, **fields):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def test_jobs_that_do_not_fit_are_refused(jobs, tmp_path):
-    first, second = jobs
-    output = tmp_path / "merged"
-    with pytest.raises(ValueError, match="at least one folder"):
-        db.merge_blocks([], output)
-    with pytest.raises(ValueError, match="block 1 is in none of"):
-        db.merge_blocks([first], output)
-    with pytest.raises(NotADirectoryError, match="nowhere is not a folder"):
-        db.merge_blocks([first, tmp_path / "nowhere"], output)
-    shutil.copytree(second, tmp_path / "twice")
-    with pytest.raises(ValueError, match="block 1 was trained by both"):
-        db.merge_blocks([first, second, tmp_path / "twice"], output)
-    change_config(second, sigma_max=70.0)
-    with pytest.raises(ValueError, match=r"sigma_max=80.0 in .*job0, 70.0 in .*job1"):
-        db.merge_blocks([first, second], output)
-    assert not output.exists()
-
-
-def test_jobs_with_other_targets_are_refused(jobs, texts, tmp_path):
-    torch.manual_seed(1)  # other fresh weights
-    other = db.convert(CONFIGS["gpt2"], 2, resident_blocks=[1], preset="paper", **INDEPENDENT)
-    trained(other, tmp_path / "other", texts)
-    with pytest.raises(ValueError, match=r"what all blocks share .* differs .*target_embeddings.table"):
-        db.merge_blocks([jobs[0], tmp_path / "other"], tmp_path / "merged")
-
-
-def test_merge_on_the_command_line(jobs, tmp_path, capsys):
-    main(["merge", str(tmp_path / "merged"), *map(str, jobs)])
-    assert "block" in capsys.readouterr().out
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").resident_blocks == [0, 1]
-    with pytest.raises(SystemExit):
-        main(["merge", str(tmp_path / "merged"), *map(str, jobs)])
-    assert "holds a model already: --overwrite replaces it" in capsys.readouterr().err

@@ -1,10 +1,11 @@
 """A pretrained model, converted, is that model: logits in float32 bit for bit, and back again without this package.
 
-(Images are checked in test_conversion.py, whole generations in test_generation.py.)
+(Images are checked in test_families.py, whole generations in test_generation.py.)
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import sys
 import pytest
 import torch
 from conftest import randomized
-from test_causal_lm import CONFIGS
+from families import TEXT_CONFIGS
 from transformers import AutoModelForCausalLM, DynamicCache, ViTConfig, ViTForImageClassification
 
 import hf_diffusionblocks as db
@@ -33,9 +34,9 @@ def fields(request) -> dict:
     return request.param
 
 
-@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.fixture(params=TEXT_CONFIGS.values(), ids=TEXT_CONFIGS.keys())
 def text_config(request):
-    return request.param()
+    return copy.deepcopy(request.param)
 
 
 @pytest.fixture(params=ATTENTION)
@@ -125,7 +126,7 @@ assert not any(name.split(".")[0] == "hf_diffusionblocks" for name in sys.module
 
 
 def test_the_plain_model_generates_as_the_source_was_told_to():
-    source = AutoModelForCausalLM.from_config(CONFIGS["gpt2"]())
+    source = AutoModelForCausalLM.from_config(TEXT_CONFIGS["gpt2"])
     source.generation_config.update(eos_token_id=[5, 6, 7], do_sample=True, top_k=3)
     model = db.convert(source, preset="paper", **next(iter(FIELDS.values())))
     plain = model.to_plain()
@@ -141,7 +142,7 @@ def test_stock_transformers_reads_the_trained_model_in_a_process_without_this_pa
         num_channels=1, num_labels=5,
     )  # fmt: skip
     images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    sources = {name: (AutoModelForCausalLM.from_config(make()), ids) for name, make in CONFIGS.items()}
+    sources = {name: (AutoModelForCausalLM.from_config(config), ids) for name, config in TEXT_CONFIGS.items()}
     sources["vit"] = (ViTForImageClassification(vit), images)
     jobs, expected = [], []
     for name, (plain, batch) in sources.items():

@@ -371,10 +371,14 @@ def test_accelerate_launch(tmp_path, files, model, processes):
     assert loss == pytest.approx(cross_entropy(exported, rows), abs=1e-5)
 
 
-@pytest.mark.parametrize("tuned", [[], ["--peft", "lora"]], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "tuned",
+    [["--updates_per_block", "60", "--learning_rate", "2e-3"], ["--updates_per_block", "30", "--peft", "lora"]],
+    ids=["whole", "lora"],
+)
 def test_blocks_are_tuned_in_parallel(tmp_path, digits, plain_vit, tuned):
     """Each in a process of its own, on the whole model's loss; the exported model has what both have trained."""
-    options = ["--model_name_or_path", str(plain_vit), "--updates_per_block", "30", "--block_parallel", "true", *tuned]
+    options = ["--model_name_or_path", str(plain_vit), "--block_parallel", "true", *tuned]
     folders = ["--output_dir", str(tmp_path / "out"), "--export_plain", str(tmp_path / "plain")]
     launch(TWO_PROCESSES, finetune_image_classification, *TRAINING, *options, *digits["second"], *folders)
     results = json.loads((tmp_path / "out" / "eval_results.json").read_text())

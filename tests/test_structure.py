@@ -31,7 +31,7 @@ def overridden() -> dict[str, object]:
 
 
 def test_private_methods_that_are_overridden_are_few():
-    assert len(overridden()) <= 13
+    assert len(overridden()) <= 14
 
 
 @pytest.mark.parametrize("name", overridden())

@@ -292,7 +292,8 @@ class DiffusionBlocksTrainer(RunReports):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def _learning_rate_of_active_block(self) -> float:
+    def _get_learning_rate(self) -> float:
+        # Of the active block, before the step that is logged; `log` comes after it. The Trainer's is the first group's.
         rates = zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr())
         own = {group.get("block"): rate for group, rate in rates}
         return float(own.get(self.active_block, next(iter(own.values()))))
@@ -305,8 +306,6 @@ class DiffusionBlocksTrainer(RunReports):
         return dict(self._ledgers.of_block) if self._ledgers else {}
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if "learning_rate" in logs:  # the Trainer's is the first group's
-            logs["learning_rate"] = self._learning_rate_of_active_block()
         if "loss" in logs:
             totals = self.accelerator.reduce(self._block_losses, "sum").tolist()
             logs |= {f"loss_block_{k}": total / count for k, (total, count) in enumerate(totals) if count}

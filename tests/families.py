@@ -1,0 +1,176 @@
+"""The one grid of tests: every family of models in every formulation, tiny, with rows to train it on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import masking_family
+import point_family
+import torch
+from conftest import FORMULATIONS, randomized
+from datasets import Dataset
+from process_scenarios import VIT
+from transformers import BertConfig, GPT2Config, LlamaConfig, Qwen3Config
+from transformers.utils import logging
+
+import hf_diffusionblocks as db
+from hf_diffusionblocks.backbones.base import backbone_for
+from hf_diffusionblocks.tasks import TASKS, Task, task_of
+
+masking_family.register()
+point_family.register()
+
+VOCAB, WIDTH = 48, 32
+ENDS = {"bos_token_id": 0, "eos_token_id": 0}
+LLAMA = dict(
+    num_hidden_layers=4, hidden_size=WIDTH, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=VOCAB, max_position_embeddings=32, **ENDS,
+)  # fmt: skip
+TEXT_CONFIGS = {
+    "gpt2": GPT2Config(
+        n_layer=4, n_embd=WIDTH, n_head=4, vocab_size=VOCAB, n_positions=32, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
+        **ENDS,
+    ),
+    "llama": LlamaConfig(**LLAMA),
+    "qwen3": Qwen3Config(head_dim=8, **LLAMA),
+}  # fmt: skip
+BERT = BertConfig(
+    vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48,
+    max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+JOINT_TEXT = {
+    "joint-edm-independent": {},
+    "joint-posterior-carried": {"readout": "posterior", "context": "carried"},
+    "joint-edm-carried-own": {"context": "carried", "shared": "per_block"},
+    "joint-posterior-independent-own": {"readout": "posterior", "shared": "per_block"},
+}
+FACTORIZED_TEXT = {
+    "factorized-independent": {"denoiser": "factorized"},
+    "factorized-independent-own": {"denoiser": "factorized", "shared": "per_block"},
+    "factorized-carried": {"denoiser": "factorized", "context": "carried"},
+    "factorized-carried-own": {"denoiser": "factorized", "context": "carried", "shared": "per_block"},
+    "factorized-carried-head": {"denoiser": "factorized", "context": "carried", "readout_layers": 1},
+}
+TEXT_FORMULATIONS = {**JOINT_TEXT, **FACTORIZED_TEXT}
+
+
+@dataclass
+class Case:
+    """A tiny model and its formulation."""
+
+    config: object
+    fields: dict = field(default_factory=dict)
+    trained: bool = True  #: whether claims that train it (slow) are checked on it
+
+    @property
+    def task(self) -> Task:
+        return task_of(self.config)
+
+    @property
+    def length(self) -> int | None:
+        return 12 if self.task.takes_sequence_length else None
+
+    @property
+    def is_carried(self) -> bool:
+        return self.fields.get("context") == "carried"
+
+    @property
+    def is_own(self) -> bool:
+        return self.fields.get("shared") == "per_block"
+
+    @property
+    def is_factorized(self) -> bool:
+        return self.fields.get("denoiser") == "factorized"
+
+    @property
+    def has_known_targets(self) -> bool:
+        """Whether the target is one of many known vectors, a label's or a token's, and z a noisy one."""
+        return self.config.model_type in ("vit", *TEXT_CONFIGS)
+
+    def rows(self, count: int = 4) -> dict[str, torch.Tensor]:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            return self.task.example(self.config, count, self.length)
+
+    def inputs(self, count: int = 4) -> dict[str, torch.Tensor]:
+        """Rows without labels."""
+        return {name: tensor for name, tensor in self.rows(count).items() if name != "labels"}
+
+    def dataset(self) -> Dataset:
+        return Dataset.from_dict({name: tensor.tolist() for name, tensor in self.rows(16).items()})
+
+    def plain(self):
+        torch.manual_seed(0)
+        return randomized(backbone_for(self.config).plain_class(self.config)).eval()
+
+    def model(self, **fields):
+        """Cut into two blocks, every parameter away from its start."""
+        torch.manual_seed(0)
+        return randomized(db.convert(self.config, **{"num_blocks": 2, "preset": "paper", **self.fields, **fields}))
+
+    def with_dropout(self, rate: float) -> Case:
+        config = copy.deepcopy(self.config)
+        for name in ("resid_pdrop", "embd_pdrop", "hidden_dropout_prob"):
+            if hasattr(config, name):
+                setattr(config, name, rate)
+        return Case(config, self.fields)
+
+
+#: A formulation of text is trained in one architecture.
+TRAINED = dict(zip(TEXT_FORMULATIONS, [*TEXT_CONFIGS] * 3))
+CASES = {
+    **{f"vit, {name}": Case(VIT, fields) for name, fields in FORMULATIONS.items()},
+    **{
+        f"{family}, {name}": Case(config, fields, TRAINED[name] == family)
+        for family, config in TEXT_CONFIGS.items()
+        for name, fields in TEXT_FORMULATIONS.items()
+    },
+    "masking": Case(BERT),
+    "masking, carried": Case(BERT, {"context": "carried"}),
+    "masking, own": Case(BERT, {"shared": "per_block"}, trained=False),
+    "point": Case(point_family.TinyConfig()),
+    "point, carried, own": Case(point_family.TinyConfig(), {"context": "carried", "shared": "per_block"}, trained=False),
+}
+
+
+def grid(chosen: Callable[[Case], bool] = lambda case: True) -> dict:
+    """Arguments of `pytest.mark.parametrize`: the cases that a claim is about."""
+    cases = {name: case for name, case in CASES.items() if chosen(case)}
+    return {"argnames": "case", "argvalues": cases.values(), "ids": cases.keys()}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def estimate_of(output) -> torch.Tensor:
+    """What a block says of its target: logits, or a point."""
+    return output.logits if "logits" in output else output.estimate
+
+
+def labelled(labels: torch.Tensor) -> torch.Tensor:
+    """The labels that logits are of: text's are of the next token."""
+    return labels[:, 1:] if labels.dim() == 2 else labels
+
+
+def trainer_of(model, case: Case, folder, callbacks=None, **arguments) -> db.DiffusionBlocksTrainer:
+    logging.set_verbosity_error()
+    arguments = {"learning_rate": 1e-2, "save_strategy": "no", **arguments}
+    if "max_steps" not in arguments:
+        arguments.setdefault("updates_per_block", 3)
+    args = db.DiffusionBlocksTrainingArguments(
+        str(folder), per_device_train_batch_size=4, per_device_eval_batch_size=16, weight_decay=0.1, report_to=[], use_cpu=True,
+        disable_tqdm=True, **arguments,
+    )  # fmt: skip
+    data = case.dataset()
+    return db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=data, eval_dataset=data, callbacks=callbacks)
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def reloaded(model, folder, **kwargs):
+    return TASKS[model.task].auto_class.from_pretrained(folder, **kwargs)

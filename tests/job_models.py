@@ -1,0 +1,77 @@
+"""Tiny models that jobs train block by block, and their data; its fixtures are imported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import GPT2Config, LlamaConfig, ViTConfig
+
+import hf_diffusionblocks as db
+
+CONFIGS = {
+    "gpt2": GPT2Config(
+        n_layer=4, n_embd=32, n_head=2, vocab_size=64, n_positions=16, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0
+    ),
+    "llama": LlamaConfig(
+        num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=64,
+        max_position_embeddings=16,
+    ),
+    "vit": ViTConfig(
+        num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, image_size=8, patch_size=4,
+        num_channels=1, num_labels=5,
+    ),
+}  # fmt: skip
+FORMULATIONS = {
+    "joint": {},
+    "joint-own": {"shared": "per_block"},
+    "carried": {"denoiser": "factorized", "context": "carried"},
+    "carried-own": {"denoiser": "factorized", "context": "carried", "shared": "per_block"},
+}
+INDEPENDENT = {"denoiser": "factorized", "shared": "per_block"}
+CARRIED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0, "shared": "per_block"}
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request):
+    return CONFIGS[request.param]
+
+
+@pytest.fixture(params=FORMULATIONS)
+def fields(request) -> dict:
+    return FORMULATIONS[request.param]
+
+
+@pytest.fixture
+def texts() -> Dataset:
+    tokens = torch.randint(64, (16, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    return Dataset.from_dict({"input_ids": tokens, "labels": tokens})
+
+
+@pytest.fixture
+def images() -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    return Dataset.from_dict(
+        {"pixel_values": torch.randn(16, 1, 8, 8, generator=generator).tolist(), "labels": [k % 5 for k in range(16)]}
+    )
+
+
+def made(source, fields: dict, resident_blocks=None):
+    torch.manual_seed(0)
+    return db.convert(source, resident_blocks=resident_blocks, preset="paper", **{"num_blocks": 2, **fields})
+
+
+def trained(model, folder, texts, **arguments):
+    """The trainer of a job, run."""
+    args = db.DiffusionBlocksTrainingArguments(
+        str(folder), updates_per_block=3, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True, report_to=[],
+        disable_tqdm=True, save_strategy="no", **arguments,
+    )  # fmt: skip
+    trainer = db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=texts, eval_dataset=texts)
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+def same_weights(part: dict, whole: dict) -> bool:
+    return all(torch.equal(tensor, whole[name]) for name, tensor in part.items())
