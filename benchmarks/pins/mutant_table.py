@@ -380,9 +380,7 @@ PROVENANCE = [
     ),
 ]  # fmt: skip
 
-#: Bugs that no test notices yet, with the tests that are nearest: `--only` runs them.
-UNNOTICED = [
-    # (All targets in use have norm 1, where it adds the same to each class: a test would need others.)
+NOTICED_SINCE = [
     Mutant(
         "posterior without the norm of the target", "diffusion/categorical.py",
         "return logits.addr_(precision, half_norms, alpha=-1)", "return logits", "tests/test_denoising.py",
@@ -390,27 +388,24 @@ UNNOTICED = [
     Mutant(
         "text takes no weights", "models/causal_lm/model.py",
         "weighted(loss, self.config.loss_weighting, sigma, self.sigma_data)", "loss",
-        "tests/test_causal_lm.py -k 'block_loss or num_items'",
+        "tests/test_families.py -k 'edm or weight'",
     ),
-    # (Jobs of tests that need earlier blocks have one such block.)
     Mutant(
         "a block's only predecessor is the nearest", "models/context.py",
-        "return range(block_index)", "return range(max(block_index - 1, 0), block_index)", "tests/test_jobs.py",
+        "return range(block_index)", "return range(max(block_index - 1, 0), block_index)", "tests/test_blocks.py",
     ),
-    Mutant(
-        "levels are the reader's", "models/causal_lm/model.py",
-        "self.levels(active.last,", "self.levels(active.reader,",
-        "tests/test_objective.py tests/test_jobs.py tests/test_offload.py -k final",
-    ),
-    # (Models of tests have fewer layers.)
     Mutant(
         "layer 1 owns layers 10 to 19", "models/base.py",
-        'layers_path}.{layer}." for', 'layers_path}.{layer}" for', "tests/test_causal_lm.py -k disjoint",
+        'layers_path}.{layer}." for', 'layers_path}.{layer}" for', "tests/test_blocks.py",
     ),
     Mutant(
         "a loaded part forgets who trained it", "saving/resident.py",
-        "    model.provenance = shards.saved_provenance(source, **hub)\n", "", "tests/test_jobs.py -k 'part or merge'",
+        "    model.provenance = shards.saved_provenance(source, **hub)\n", "", "tests/test_blocks.py",
+    ),
+    Mutant(
+        "levels are the reader's", "models/causal_lm/model.py",
+        "self.levels(active.last,", "self.levels(active.reader,", "tests/test_blocks.py",
     ),
 ]  # fmt: skip
 
-MUTANTS = [*NOISE, *DENOISING, *STREAMS, *BLOCKS, *TRAINING, *FILES, *RELATIONS, *PROVENANCE]
+MUTANTS = [*NOISE, *DENOISING, *STREAMS, *BLOCKS, *TRAINING, *FILES, *RELATIONS, *PROVENANCE, *NOTICED_SINCE]

@@ -3,7 +3,7 @@
     python benchmarks/pins/mutants.py [--only NAME ...] [--list]
 
 Each mutant of `mutant_table.py` is applied to a copy of the tree, and the tests that are to kill it are run there. Fails
-if one survives, or if its old text is not found. (Those of UNNOTICED are run by name only.)
+if one survives, or if its old text is not found.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from mutant_table import MUTANTS, UNNOTICED, Mutant
+from mutant_table import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "src/hf_diffusionblocks"
@@ -27,7 +27,7 @@ COPIED = ("src", "tests", "recipes", "model_cards", "setup.cfg", "pyproject.toml
 #: In an installed package these are part of it; from the source tree they have to be put there.
 INSIDE = ("recipes", "model_cards")
 
-NAMED = {mutant.name: mutant for mutant in (*MUTANTS, *UNNOTICED)}
+NAMED = {mutant.name: mutant for mutant in MUTANTS}
 
 #: A pytest plugin: an editable install must not answer for the copy.
 PLUGIN = """

@@ -1,0 +1,75 @@
+"""A block as a thing: which parameters are its own, which blocks run before it, and which can be read out for its loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from process_scenarios import GPT2, VIT
+
+import hf_diffusionblocks as db
+from hf_diffusionblocks.models.active import ActiveBlocks, TrainedParameters
+from hf_diffusionblocks.saving.shards import Provenance
+
+
+def model_of(**fields) -> db.DiffusionBlocksForCausalLM:
+    return db.convert(type(GPT2)(**{**GPT2.to_dict(), "n_layer": 12}), 3, preset="paper", **fields)
+
+
+def test_a_block_owns_its_layers_and_no_others():
+    """Also where a layer's number begins with another's."""
+    model = model_of(layers_per_block=[2, 8, 2])
+    for layer in range(12):
+        owner = model.block_of_parameter(f"backbone.transformer.h.{layer}.ln_1.weight")
+        assert owner == next(k for k in range(3) if layer in model.block_layers(k))
+    assert [model.blocks[k].layers[0] is model.backbone.transformer.h[first] for k, first in enumerate((0, 2, 10))] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    "fields, predecessors, readers",
+    [
+        ({"denoiser": "factorized", "context": "carried"}, [[], [0], [0, 1]], [[0, 1, 2], [1, 2], [2]]),
+        ({"denoiser": "factorized", "context": "independent"}, [[], [], []], [[0], [1], [2]]),
+        ({"denoiser": "joint", "context": "carried"}, [[], [0], [0, 1]], [[0], [1], [2]]),
+    ],
+    ids=["factorized-carried", "factorized-independent", "joint-carried"],
+)
+def test_which_blocks_run_before_and_after_it(fields, predecessors, readers):
+    model = model_of(**fields)
+    assert [list(block.predecessors) for block in model.blocks] == predecessors
+    assert [list(block.readers) for block in model.blocks] == readers
+
+
+def test_active_blocks_alone_ask_for_gradients_and_all_do_again_at_the_end():
+    """Neighbours may train together; a block that reads out for them does not."""
+    model = model_of(denoiser="factorized", context="carried")
+    with TrainedParameters(model, [0, 1], train_shared=False) as trained:
+        for active in (ActiveBlocks(range(0, 2), 2), ActiveBlocks(range(1, 2), 1)):
+            trained.activate(active)
+            asking = {model.block_of_parameter(name) for name, p in model.named_parameters() if p.requires_grad}
+            assert asking == set(active.blocks)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_block_holds_no_tensor_of_its_own_and_finds_what_replaces_a_module():
+    model = db.convert(VIT, 2)
+    assert len(model.state_dict()) == len(set(model.state_dict())) and "blocks" not in dict(model.named_children())
+    model.backbone.vit.layers[0] = torch.nn.Identity()
+    assert model.blocks[0].layers[0] is model.backbone.vit.layers[0]
+
+
+@pytest.mark.parametrize("resident", [None, [1]])
+def test_a_loaded_model_knows_who_trained_it(tmp_path, resident):
+    model = db.convert(GPT2, 2)
+    model.provenance = Provenance([0, 3], "fingerprint")
+    model.save_pretrained(tmp_path)
+    assert type(model).from_pretrained(tmp_path, resident_blocks=resident).provenance == model.provenance
+
+
+def test_noise_levels_are_those_of_the_block_that_trains_whichever_reads_out():
+    model = model_of(denoiser="factorized", context="carried").eval()
+    ids, generator = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(3)
+    sigma = model.blocks[0].draw_levels((2, 7), generator)
+    noise = torch.randn(2, 7, model.config.hidden_size, generator=generator)
+    arguments = {"input_ids": ids, "labels": ids, "block_index": 0, "loss_block": 2}
+    by_hand = model(**arguments, sigma=sigma, noise=noise).loss
+    assert torch.equal(model(**arguments, generator=generator.manual_seed(3)).loss, by_hand)
