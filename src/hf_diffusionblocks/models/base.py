@@ -296,10 +296,10 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             hidden = checkpoint_activations(run, k, hidden, use_reentrant=False, preserve_rng_state=False)
         return hidden
 
-    def clean_outputs(self, x: Clean) -> list[torch.Tensor]:
-        """Inference: what leaves each block when x runs through all of them, first block first."""
+    def clean_outputs(self, x: Clean, without_last: bool = False) -> list[torch.Tensor]:
+        """Inference: what leaves each block when x runs through all of them, or all but the last, first block first."""
         outputs: list[torch.Tensor] = []
-        for block in self.blocks:
+        for block in self.blocks[:-1] if without_last else self.blocks:
             hidden = outputs[-1] if block.predecessors else block.embed(x.inputs)
             outputs.append(block.run_clean(hidden, **x.attention))
         return outputs

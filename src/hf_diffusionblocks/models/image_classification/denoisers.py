@@ -55,7 +55,7 @@ class JointImage:
     def entering_all(self, x: Clean) -> list[torch.Tensor]:
         """Inference: the hidden states that enter each block, first block first."""
         if self.model.context.passes_on:
-            return [self.model.blocks[0].embed(x.inputs), *self.model.clean_outputs(x)[:-1]]
+            return [self.model.blocks[0].embed(x.inputs), *self.model.clean_outputs(x, without_last=True)]
         return [block.embed(x.inputs) for block in self.model.blocks]
 
     def prior_logits(self, x: Clean) -> torch.Tensor:
