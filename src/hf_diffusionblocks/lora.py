@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .extras import from_extra
 from .models.base import DiffusionBlocksPreTrainedModel
-from .saving.adapters import BACKBONE, PEFT_PREFIX, save_block_adapters
+from .saving.adapters import BACKBONE, PEFT_PREFIX, save_block_adapters  # noqa: F401  (the last is public here)
 from .saving.resident import checked_blocks
 
 with from_extra("peft", "hf_diffusionblocks.lora"):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .backbones.base import BACKBONES, Backbone, backbone_for
+from .backbones.base import Backbone, backbone_for
 
 
 @dataclass(frozen=True)
