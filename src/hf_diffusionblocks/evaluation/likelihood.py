@@ -56,8 +56,7 @@ def nll_bound(
     generator = torch.Generator().manual_seed(seed)
     with without_dropout(model):
         terms = [model.likelihood_terms(batch, num_samples, generator) for batch in dataloader]
-    total = sum(of_batch.tokens.sum() for of_batch in terms)
-    if not total:
+    if not any(of_batch.tokens.any() for of_batch in terms):
         raise ValueError("dataloader has no labelled token: there is nothing to score")
     tokens, reconstruction, diffusion = (
         torch.cat([getattr(of_batch, name) for of_batch in terms]) for name in ("tokens", "reconstruction", "diffusion")
