@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from datasets import Dataset
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import GPT2Config, LlamaConfig, ViTConfig
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -179,8 +180,8 @@ def run_sharded(family: str, output: Path) -> None:
     torch.save({"held": held, "whole": whole}, output / f"{family}.{os.environ['RANK']}.pt")
 
 
-if __name__ == "__main__":
-    output, *names = sys.argv[1:]
+@record  # the launcher then prints the traceback of a process that failed
+def main(output: str, *names: str) -> None:
     if names[0] == "--saving":
         run_saving(names[1], Path(output))
     elif names[0] == "--sharded":
@@ -189,4 +190,9 @@ if __name__ == "__main__":
     else:
         for scenario in names:
             run(scenario, Path(output))
+    dist.barrier()  # a process that ends while another still saves would close its connections
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
