@@ -271,7 +271,8 @@ def load_model(
     `new_head` is the path of a pretrained linear head that starts anew, although its shape fits.
     """
     resident = None
-    plain_class = backbone_for(config).plain_class
+    backbone = backbone_for(config)
+    plain_class = backbone.plain_class
     if fields is not None and training_args.train_blocks is not None:
         if training_args.objective_of(fields["objective"]) != "final":  # with which all blocks run
             blocks = db.DiffusionBlocksConfig(source_config=config, **fields)
@@ -280,9 +281,7 @@ def load_model(
                 resident = list(range(max(resident) + 1))
             plain_class = plain_part(blocks, resident)
     if args.model_name_or_path:
-        source = plain_class.from_pretrained(
-            args.model_name_or_path, config=config, use_safetensors=True, ignore_mismatched_sizes=True
-        )
+        source = backbone.load_plain(plain_class, args.model_name_or_path, config, ignore_mismatched_sizes=True)
         if new_head is not None:
             torch.nn.init.normal_(source.get_submodule(new_head).weight, std=config.initializer_range)
             torch.nn.init.zeros_(source.get_submodule(new_head).bias)

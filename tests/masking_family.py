@@ -128,7 +128,7 @@ class MaskedLM(DiffusionBlocksPreTrainedModel):
         mask = create_bidirectional_mask(self.backbone.config, shape, attention_mask)
         return Clean({"input_ids": z}, {"attention_mask": mask})
 
-    def levels_without_target(self, num_rows):
+    def evaluation_levels(self, block_index, num_rows):
         return {}
 
 

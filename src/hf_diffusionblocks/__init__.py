@@ -20,6 +20,7 @@ from .memory.ledger import Ledger, StepMemory, measure_memory
 from .models.base import DiffusionBlocksPreTrainedModel
 from .models.causal_lm import DiffusionBlocksForCausalLM
 from .models.image_classification import DiffusionBlocksForImageClassification
+from .models.image_generation import DiffusionBlocksForImageGeneration
 from .saving.merging import merge_blocks
 from .saving.shards import load_block_state_dict
 from .training import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
@@ -38,6 +39,7 @@ __all__ = [
     "DiffusionBlocksConfig",
     "DiffusionBlocksForCausalLM",
     "DiffusionBlocksForImageClassification",
+    "DiffusionBlocksForImageGeneration",
     "DiffusionBlocksPreTrainedModel",
     "DiffusionBlocksTrainer",
     "DiffusionBlocksTrainingArguments",

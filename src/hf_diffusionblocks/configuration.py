@@ -124,6 +124,10 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         "stay as they are (for fine-tuning; factorized and carried; they run twice).",
     )
 
+    label_dropout: float = _field(
+        0.1, "Image generation: share of training images whose class is hidden, for classifier-free guidance."
+    )
+
     # The walk
     sampler: str = _field("euler", "'euler' (the paper's) or 'ancestral'.")
     bridge: str | None = _field(
@@ -190,6 +194,7 @@ class DiffusionBlocksConfig(PreTrainedConfig):
             self._check_number("overlap", float, "from 0, or None", lambda v: v >= 0)
         self._check_number("readout_layers", int, "a whole number from 0", lambda v: v >= 0)
         self._check_number("prior_fraction", float, "from 0 to 1", lambda v: 0 <= v <= 1)
+        self._check_number("label_dropout", float, "from 0 to 1", lambda v: 0 <= v <= 1)
         if self.num_inference_steps is not None:
             self._check_number("num_inference_steps", int, "a whole number from 1, or None", lambda v: v >= 1)
         self._check_number("inference_seed", int, "a whole number from 0", lambda v: v >= 0)

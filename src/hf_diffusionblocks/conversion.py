@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -16,6 +17,12 @@ from .models.base import DiffusionBlocksPreTrainedModel
 from .presets import with_preset
 from .saving.resident import HUB_KWARGS, MODEL_KWARGS, NotLoaded, build, checked_blocks, hub_kwargs
 from .tasks import TASKS, task_of
+
+#: Why most models of diffusers cannot be converted.
+OF_DIFFUSERS = (
+    "cannot be cut into blocks: of diffusers, DiTTransformer2DModel can. (A U-Net, and any stack with long skips, hands on more "
+    "than one layer's output; a stack of two kinds of layers has no blocks that are alike.)"
+)
 
 
 def convert(
@@ -89,10 +96,33 @@ def _config_of(source: nn.Module) -> PreTrainedConfig:
     """The config of a stock model, of Transformers or of another library."""
     if isinstance(source, PreTrainedModel):
         return source.config
+    names = {parent.__name__ for parent in type(source).__mro__}
     for backbone in BACKBONES.values():
-        if isinstance(source, backbone.plain_class):
+        if backbone.plain_name in names:
             return backbone.config_of(source)
+    if type(source).__module__.startswith("diffusers."):
+        raise ValueError(f"source={type(source).__name__} {OF_DIFFUSERS}")
     raise TypeError(f"source={type(source).__name__} must be a PreTrainedModel, a PreTrainedConfig, or a hub id or folder")
+
+
+def read_config(source: str | PathLike, **hub: Any) -> PreTrainedConfig:
+    """The config of a saved stock model, of Transformers or of diffusers.
+
+    Args:
+        source: hub id, folder, or config file.
+        hub: where on the Hub, and how, to find it.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is of a model of diffusers that cannot be cut.
+    """
+    fields, _ = PreTrainedConfig.get_config_dict(source, **hub)
+    if "_class_name" not in fields:
+        return AutoConfig.from_pretrained(source, **hub)
+    for backbone in BACKBONES.values():
+        if backbone.plain_name == fields["_class_name"]:
+            return backbone.config_from(fields)
+    raise ValueError(f"source={str(source)!r}: a {fields['_class_name']} {OF_DIFFUSERS}")
 
 
 def _convert_model(source: nn.Module, config, resident_blocks, **model_kwargs) -> DiffusionBlocksPreTrainedModel:
@@ -112,18 +142,19 @@ def _convert_model(source: nn.Module, config, resident_blocks, **model_kwargs) -
 def _convert_pretrained(
     source, num_blocks, task, resident_blocks, preset, fields, loading
 ) -> DiffusionBlocksPreTrainedModel:
-    plain_config = AutoConfig.from_pretrained(source, **hub_kwargs(loading))
+    plain_config = read_config(source, **hub_kwargs(loading))
     choices = (num_blocks, task, preset, "pretrained", fields)
     config = _config(plain_config, *choices)  # complain before any weights are loaded
-    plain = plain_part(config, resident_blocks).from_pretrained(source, use_safetensors=True, **loading)
-    return _convert_model(plain, _config(plain.config, *choices), resident_blocks)
+    backbone, part = backbone_for(plain_config), plain_part(config, resident_blocks)
+    plain = backbone.load_plain(part, source, plain_config, **loading)
+    return _convert_model(plain, _config(_config_of(plain), *choices), resident_blocks)
 
 
 def plain_part(config: DiffusionBlocksConfig, resident_blocks: Sequence[int] | None) -> type[PreTrainedModel]:
     """The stock class for `from_pretrained`: without the layers of other blocks, which it then never reads. (The last ones
     are, where local heads start as they do.)"""
     plain_class = backbone_for(config.source_config).plain_class
-    if resident_blocks is None:
+    if resident_blocks is None or not issubclass(plain_class, PreTrainedModel):  # another library's are read whole
         return plain_class
     resident = checked_blocks(resident_blocks, config.num_blocks, "resident_blocks")
     absent = (config.block_layers(block) for block in range(config.num_blocks) if block not in resident)

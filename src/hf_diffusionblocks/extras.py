@@ -1,4 +1,4 @@
-"""Packages that the extra `recipes` installs, and the library alone does not: imported where they are used."""
+"""Packages that an extra installs, and the library alone does not: imported where they are used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class MissingExtraError(ImportError):
 
 
 @contextmanager
-def from_extra(package: str, what: str) -> Iterator[None]:
+def from_extra(package: str, what: str, extra: str = "recipes") -> Iterator[None]:
     """Around the import of a package, for the sake of `what`.
 
     Raises:
@@ -20,4 +20,4 @@ def from_extra(package: str, what: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise MissingExtraError(f"{what} needs {package}: pip install hf-diffusionblocks[recipes]") from error
+        raise MissingExtraError(f"{what} needs {package}: pip install hf-diffusionblocks[{extra}]") from error

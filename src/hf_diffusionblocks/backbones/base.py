@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -33,9 +34,37 @@ class Backbone(ABC):
     def check(self, config: PreTrainedConfig) -> None:
         """Raise ValueError if this config asks for something that cannot be cut into blocks."""
 
+    # ---- the stock model as a whole
+
+    @property
+    def plain_name(self) -> str:
+        """The name of `plain_class`, known where the library that has it is missing, too."""
+        return self.plain_class.__name__
+
     def config_of(self, plain: nn.Module) -> PreTrainedConfig:
         """The config of a stock model."""
         return plain.config
+
+    def config_from(self, fields: Mapping[str, Any]) -> PreTrainedConfig:
+        """The config that a saved stock model's `config.json` says, where Transformers cannot read it."""
+        raise NotImplementedError
+
+    def make_plain(self, config: PreTrainedConfig) -> nn.Module:
+        """A stock model, with weights as its class leaves them."""
+        return self.plain_class(config)
+
+    def load_plain(
+        self, plain_class: type[nn.Module], source: str | PathLike, config: PreTrainedConfig, **loading
+    ) -> nn.Module:
+        """A saved stock model, from safetensors.
+
+        Args:
+            plain_class: `plain_class`, or one of it that leaves layers out.
+            source: hub id or folder.
+            config: of the model.
+            loading: `dtype`, `attn_implementation`, and what the Hub takes.
+        """
+        return plain_class.from_pretrained(source, config=config, use_safetensors=True, **loading)
 
     def init_weights(self, plain: nn.Module, module: nn.Module) -> None:
         """Give one module of this architecture fresh weights, as the stock model does."""
@@ -44,6 +73,8 @@ class Backbone(ABC):
     def checkpoint_layers(self, plain: nn.Module) -> None:
         """Have the stock model compute the activations of its layers again in the backward pass."""
         plain.activation_checkpointing_enable()
+
+    # ---- sizes
 
     def num_layers(self, config: PreTrainedConfig) -> int:
         """How many layers there are to cut."""
@@ -56,6 +87,8 @@ class Backbone(ABC):
     @abstractmethod
     def num_logits(self, config: PreTrainedConfig) -> int | None:
         """V, the last dimension of what `read_out` gives; None if these are no logits."""
+
+    # ---- its pieces
 
     @abstractmethod
     def make_layer(self, config: PreTrainedConfig) -> nn.Module:
@@ -75,7 +108,7 @@ class Backbone(ABC):
         """
 
     @abstractmethod
-    def read_out(self, plain: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def read_out(self, plain: nn.Module, hidden: torch.Tensor, **conditions) -> torch.Tensor:
         """What the stock model makes of its last hidden states: final norm and head."""
 
 
@@ -110,7 +143,7 @@ def backbone_for(config: PreTrainedConfig) -> Backbone:
         ValueError: the architecture is not supported (lists those that are), or not with this config.
     """
     if config.model_type not in BACKBONES:
-        supported = ", ".join(f"{b.model_type} ({b.plain_class.__name__})" for b in BACKBONES.values())
+        supported = ", ".join(f"{b.model_type} ({b.plain_name})" for b in BACKBONES.values())
         raise ValueError(f"model_type={config.model_type!r} is not supported; supported: {supported}")
     backbone = BACKBONES[config.model_type]
     backbone.check(config)

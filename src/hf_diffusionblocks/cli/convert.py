@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import AutoConfig, set_seed
+from transformers import set_seed
 from transformers.utils import CONFIG_NAME
 
-from ..conversion import convert
+from ..conversion import convert, read_config
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..saving import shards
 from ..tasks import TASKS
@@ -66,7 +66,7 @@ def _check_weights(source: Path) -> None:
 
 def _convert(source: str, fresh: bool, fields: dict) -> DiffusionBlocksPreTrainedModel:
     try:
-        return convert(AutoConfig.from_pretrained(source) if fresh else source, **fields)
+        return convert(read_config(source) if fresh else source, **fields)
     except (OSError, SafetensorError) as error:  # "header too large", "couldn't connect": of what?
         raise OSError(f"SOURCE={source}: {error}") from error
 

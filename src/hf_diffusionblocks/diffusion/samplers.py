@@ -1,6 +1,6 @@
-"""The walk: from pure noise at sigma_max down the inference levels, one denoiser evaluation a level.
+"""From pure noise at sigma_max down the inference levels: the walk to a categorical target, and the flow to a point.
 
-Knows no model: a denoiser is any function `(z, step) -> logits`.
+They know no model: a denoiser is any function of z.
 """
 
 from __future__ import annotations
@@ -59,3 +59,24 @@ def walk_on(
         return euler_step(z, bridge(logits, targets), sigma, sigma_next)
     target = F.embedding(noise.categorical(logits), targets).float()
     return ancestral_step(z, target, sigma, sigma_next, noise.normal(targets.shape[-1]))
+
+
+def flow_on(
+    denoise: Callable[[torch.Tensor, float], torch.Tensor], z: torch.Tensor, sigma: float, sigma_next: float, order: int
+) -> torch.Tensor:
+    """One step down the probability-flow ODE, where the estimate is a point.
+
+    Args:
+        denoise: `(z, sigma) -> D`, like z.
+        z: at `sigma`.
+        order: 1 is Euler's method; 2 is Heun's, which evaluates at `sigma_next`, too (EDM, arXiv 2206.00364, algorithm 1).
+
+    Returns:
+        z at `sigma_next`.
+    """
+    estimate = denoise(z, sigma)
+    z_next = euler_step(z, estimate, sigma, sigma_next)
+    if order == 1:
+        return z_next
+    slope, slope_next = (z - estimate) / sigma, (z_next - denoise(z_next, sigma_next)) / sigma_next
+    return z + (sigma_next - sigma) * (slope + slope_next) / 2

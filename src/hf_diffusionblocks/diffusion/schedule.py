@@ -14,6 +14,10 @@ import torch
 
 from .randomness import Generators, draw
 
+#: How the levels of a sampler are spaced.
+GRIDS = ("equal", "karras")
+KARRAS_RHO = 7
+
 
 class NoiseSchedule:
     """A distribution over sigma in `[sigma_min, sigma_max]`, cut into B blocks of equal probability.
@@ -132,15 +136,39 @@ class NoiseSchedule:
             sigma = torch.where(chosen, self.sigma_max, sigma)
         return sigma
 
-    def inference_sigmas(self, num_steps: int) -> torch.Tensor:
-        """`[T+1]` descending levels of equal probability for T denoiser evaluations; float64.
+    def stratified(self, block_index: int, num_levels: int, generator: Generators = None) -> torch.Tensor:
+        """One level in each of `num_levels` parts of equal probability of a block's own interval, ascending; float64."""
+        low, high = self.cdf(torch.tensor(self.interval(block_index), dtype=torch.float64)).tolist()
+        part = torch.arange(num_levels, dtype=torch.float64)
+        within = (part + draw(torch.rand, (num_levels,), generator, dtype=torch.float64)) / num_levels
+        return self.quantile(low + within * (high - low))
 
-        The last (sigma_min) is where the last step ends and is never evaluated. Fractions are `(T-i)/T`, never
-        `1 - i/T`: so a level that is a block boundary is that boundary bit for bit, and falls into the right block.
+    def inference_sigmas(self, num_steps: int, grid: str = "equal") -> torch.Tensor:
+        """`[T+1]` descending levels for T denoiser evaluations; float64.
+
+        The last (sigma_min) is where the last step ends and is never evaluated.
+
+        Args:
+            num_steps: T.
+            grid: "equal" probability between levels, so that all blocks run equally often; or "karras", EDM's ramp with
+                rho = 7 (arXiv 2206.00364, equation 5).
+
+        Raises:
+            ValueError: names the argument, its value and what is allowed.
         """
         if num_steps < 1:
             raise ValueError(f"num_steps={num_steps} must be at least 1")
-        return self.quantile(torch.arange(num_steps, -1, -1, dtype=torch.float64) / num_steps)
+        if grid not in GRIDS:
+            raise ValueError(f"grid={grid!r} must be one of {', '.join(map(repr, GRIDS))}")
+        # Fractions are `(T-i)/T`, never `1 - i/T`: a level that is a block's boundary is that boundary bit for bit, and falls
+        # into the right block.
+        fraction = torch.arange(num_steps, -1, -1, dtype=torch.float64) / num_steps
+        if grid == "equal":
+            return self.quantile(fraction)
+        low, high = self.sigma_min ** (1 / KARRAS_RHO), self.sigma_max ** (1 / KARRAS_RHO)
+        sigmas = (low + fraction * (high - low)) ** KARRAS_RHO
+        sigmas[0], sigmas[-1] = self.sigma_max, self.sigma_min  # exactly
+        return sigmas
 
 
 def _interpolate(x: torch.Tensor, xs: np.ndarray, ys: np.ndarray) -> torch.Tensor:

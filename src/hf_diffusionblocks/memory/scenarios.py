@@ -183,7 +183,7 @@ def _blocks_that_differ(config: DiffusionBlocksConfig) -> list[int]:
 
 def _plain_step(way: Way, workload: Workload, fake_mode) -> Step:
     def make() -> PreTrainedModel:
-        model = backbone_for(workload.config).plain_class(workload.config)
+        model = backbone_for(workload.config).make_plain(workload.config)
         if way.lora:
             _add_adapters(model)
         return model

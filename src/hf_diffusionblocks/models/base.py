@@ -70,7 +70,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         # `from_pretrained(..., num_labels=...)` and the like reach the outer config only.
         config.source_config.id2label, config.source_config.label2id = config.id2label, config.label2id
         self._run_layer = self.architecture.run_layer
-        self.backbone = self.architecture.plain_class(config.source_config)
+        self.backbone = self.architecture.make_plain(config.source_config)
         self._no_split_modules = getattr(self.backbone, "_no_split_modules", None)
 
         denoiser = self.DENOISERS[config.denoiser]
@@ -249,8 +249,8 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             )
         return ActiveBlocks(range(block_index, block_index + 1), reader)
 
-    def levels_without_target(self, num_rows: int) -> dict[str, torch.Tensor]:
-        """What to give `forward` for z to say nothing of the target: to evaluate a block while others are missing."""
+    def evaluation_levels(self, block_index: int, num_rows: int) -> dict[str, torch.Tensor]:
+        """What to give `forward` to evaluate one block while others are missing: levels where z says nothing of the target."""
         return {"sigma": torch.full((num_rows,), self.config.sigma_max)}
 
     def clean_input(self, batch: Mapping[str, torch.Tensor]) -> Clean:

@@ -89,9 +89,9 @@ class Block:
         """What holds its final norm and head."""
         return self._part(self._readout)
 
-    def read_out(self, hidden: torch.Tensor) -> torch.Tensor:
+    def read_out(self, hidden: torch.Tensor, **conditions) -> torch.Tensor:
         """What has left a block and its local head, through final norm and head."""
-        return self.model.architecture.read_out(self.readout_parts, hidden)
+        return self.model.architecture.read_out(self.readout_parts, hidden, **conditions)
 
     def run_local_head(self, hidden: torch.Tensor, **attention) -> torch.Tensor:
         """What has left the block through the layers of its local head, if it has one."""

@@ -80,7 +80,8 @@ def columns_to_keep(model: DiffusionBlocksPreTrainedModel, accepted: Sequence[st
     """Columns of the data that a batch is made of, of those with a name that `forward` has: not what `forward` has beside
     the stock model's, since a data set's `noise` or `sigma` is its own. And what enters the block, if it is cached."""
     ours, stock = (signature(each.forward).parameters for each in (model, model.architecture.plain_class))
-    return [name for name in accepted if name not in ours or name in stock] + ([cached] if cached else [])
+    of_data = {*stock, model.main_input_name}  # (which the stock model may call otherwise)
+    return [name for name in accepted if name not in ours or name in of_data] + ([cached] if cached else [])
 
 
 def check_processes(trainer: Trainer, layout: Layout) -> None:

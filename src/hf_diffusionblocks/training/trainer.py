@@ -171,11 +171,11 @@ class DiffusionBlocksTrainer(RunReports):
         trained on, where z says nothing of the target."""
         inputs = self._prepare_inputs(inputs)
         num_items = self._get_num_items_in_batch([inputs], self.args.device)
-        inputs |= self.model.levels_without_target(find_batch_size(inputs))
-        losses = []
+        num_rows, losses = find_batch_size(inputs), []
         for active in map(self._active, self.train_blocks):
             generator = torch.Generator().manual_seed(self.model.config.inference_seed)
             inputs |= {"generator": generator, "block_index": active.first, "loss_block": active.reader}
+            inputs |= self.model.evaluation_levels(active.first, num_rows)
             with self.compute_loss_context_manager():
                 losses.append(self.compute_loss(self.model, dict(inputs), num_items_in_batch=num_items))
         return torch.stack(losses).mean().detach(), None, None

@@ -1,0 +1,5 @@
+"""Image generation: a diffusion model of images whose blocks are denoisers of their own ranges of noise."""
+
+from .model import DiffusionBlocksForImageGeneration
+
+__all__ = ["DiffusionBlocksForImageGeneration"]

@@ -1,0 +1,291 @@
+"""Image generation: x is the class, y the image or latent, and z, the noisy image, is what a block reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+from ...configuration import DiffusionBlocksConfig
+from ...diffusion.gaussian import corrupt, edm_loss_weight, precondition
+from ...diffusion.randomness import Generators, draw, keyed_generators
+from ...diffusion.samplers import flow_on
+from ..active import ActiveBlocks, without_dropout
+from ..base import Clean, DiffusionBlocksPreTrainedModel
+
+#: Sampler -> order of its method.
+SAMPLERS = {"euler": 1, "heun": 2}
+#: Denoiser evaluations if not told: the paper's.
+DEFAULT_STEPS = 50
+
+
+@dataclass
+class ImageDenoiserOutput(ModelOutput):
+    """What [`DiffusionBlocksForImageGeneration`] returns.
+
+    Args:
+        loss: w(sigma) L2, mean over the images; in evaluation, over all noise levels.
+        block_losses: `[B]`, of each block's own range (evaluation).
+        estimate: `[N, C, H, W]`, what the block takes the images for (training).
+    """
+
+    loss: torch.FloatTensor | None = None
+    block_losses: torch.FloatTensor | None = None
+    estimate: torch.FloatTensor | None = None
+
+
+@dataclass
+class GeneratedImages(ModelOutput):
+    """What [`DiffusionBlocksForImageGeneration.predict`] returns.
+
+    Args:
+        images: `[N, C, H, W]`, on the scale of the training images, or latents.
+        sigmas: `[T+1]` float64, the levels walked; the last one is not evaluated.
+    """
+
+    images: torch.FloatTensor | None = None
+    sigmas: torch.DoubleTensor | None = None
+
+
+class NoisyImage:
+    """z is what the layers read: nothing meets it, and they know its noise level by themselves."""
+
+    modulated = False
+    embeds_noisy = False
+
+    def __init__(self, model: DiffusionBlocksPreTrainedModel):
+        self.model = model
+
+    def estimate(
+        self, active: ActiveBlocks, z: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor,
+        cached: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """EDM's `D = c_skip z + c_out F(c_in z, c_noise)`, `[N, C, H, W]` float32, of z and levels `[N]`."""
+        model, block = self.model, self.model.blocks[active.reader]
+        c = precondition(sigma[:, None, None, None], model.sigma_data)
+        # (Sinusoids of diffusers are made for 0 to 1000; c_noise spans [-1.6, 1.1].)
+        conditions = {"timestep": 1000 * c.noise.flatten(), "class_labels": class_labels}
+        hidden = model.training_output(active, Clean({"pixel_values": c.input * z}, conditions), cached)
+        condition = model.architecture.condition(block.layers[0], **conditions)
+        patches = block.read_out(hidden, condition=condition)
+        network = model.architecture.unpatchify(model.config.source_config, patches)
+        return c.skip * z + c.out * network[:, : z.shape[1]].float()  # (a learned variance comes after the image)
+
+
+class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
+    """A DiT whose blocks are denoisers of images, each of its own range of noise (arXiv 2506.14202).
+
+    A block gets the noisy image itself, and gives an image: nothing is handed from block to block but the image that a
+    sampler improves, and a step of sampling runs one block.
+
+    Raises:
+        ValueError: context, readout or sigma_data ask for what has no meaning here.
+    """
+
+    main_input_name = "pixel_values"
+    task = "image-generation"
+    DENOISERS = {"joint": NoisyImage}
+    clean_columns = ("pixel_values", "class_labels")
+    default_overlap = 0.05
+
+    def __init__(self, config: DiffusionBlocksConfig):
+        for name, allowed in (("context", "independent"), ("readout", "edm"), ("loss_weighting", None), ("prior_fraction", 0.0)):
+            if (value := getattr(config, name)) != allowed:
+                raise ValueError(f"{name}={value!r} must be {allowed!r} for task {self.task!r}: a block's input is the image")
+        if config.sigma_data == "auto":
+            raise ValueError("sigma_data='auto' must be a number for task 'image-generation': the images' standard deviation")
+        super().__init__(config)
+        self.post_init()
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are; a label of this number stands for none."""
+        return self.config.source_config.num_embeds_ada_norm
+
+    # ---- training and evaluation
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        block_index: int | None = None,
+        sigma: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        generator: Generators = None,
+        return_logits: bool | None = None,
+        block_input: torch.Tensor | None = None,
+        loss_block: int | None = None,
+        return_loss: bool = True,
+    ) -> ImageDenoiserOutput:
+        """Train one block (`block_index` given), or evaluate all of them.
+
+        Args:
+            pixel_values: `[N, C, H, W]` images or latents, of mean near 0 and standard deviation `config.sigma_data`.
+            class_labels: `[N]`, or None for no class. In training a share of `config.label_dropout` is hidden.
+            block_index: the block to train.
+            sigma: noise levels `[N]` to train at; drawn for the block when None.
+            noise: standard normal, like the images; drawn when None.
+            generator: of the draws; or one an image, N of them.
+            return_logits, return_loss: for all tasks alike; there are no logits.
+            block_input: None, since a block's input is the noisy image.
+            loss_block: None, or `block_index`.
+
+        Returns:
+            `loss` and `estimate` of the block. Without `block_index`, `loss` and `block_losses` on held-out images: each
+            is denoised once by every block, at levels stratified over the batch and with noise that repeats.
+
+        Raises:
+            ValueError: the images are of another size, or a label beyond the table.
+        """
+        self._check_images(pixel_values)
+        class_labels = self.checked_labels(class_labels, len(pixel_values))
+        if block_index is None:
+            return self._held_out(pixel_values, class_labels)
+        active = self.active_blocks(block_index, loss_block)
+        if sigma is None:
+            sigma = self.blocks[active.last].draw_levels((len(pixel_values),), generator)
+        if self.training and self.config.label_dropout:
+            hidden = draw(torch.rand, (len(pixel_values),), generator) < self.config.label_dropout
+            class_labels = torch.where(hidden.to(self.device), self.num_classes, class_labels)
+        loss, estimate = self._loss(active, pixel_values, class_labels, sigma, noise, generator, block_input)
+        return ImageDenoiserOutput(loss=loss, estimate=estimate)
+
+    def _loss(self, active, images, class_labels, sigma, noise, generator, cached=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """EDM's w(sigma) L2, each image with the weight of its own level, and the estimate."""
+        sigma = sigma.to(self.device, torch.float32)
+        images = images.to(self.device, torch.float32)
+        flat_noise = None if noise is None else noise.flatten(1)
+        z = corrupt(images.flatten(1), sigma, flat_noise, generator).unflatten(1, images.shape[1:])
+        estimate = self.denoiser.estimate(active, z, sigma, class_labels, cached)
+        loss = edm_loss_weight(sigma, self.sigma_data) * (estimate - images).square().mean((1, 2, 3))
+        return loss.mean(), estimate
+
+    def _held_out(self, images: torch.Tensor, class_labels: torch.Tensor) -> ImageDenoiserOutput:
+        losses = []
+        for block in self.blocks:
+            rows = keyed_generators([self.config.inference_seed, block.index], range(len(images)))
+            sigma = self.evaluation_levels(block.index, len(images))["sigma"]
+            losses.append(self._loss(self.active_blocks(block.index, None), images, class_labels, sigma, None, rows)[0])
+        losses = torch.stack(losses)
+        return ImageDenoiserOutput(loss=losses.mean(), block_losses=losses)
+
+    def evaluation_levels(self, block_index: int, num_rows: int) -> dict[str, torch.Tensor]:
+        """The block's own range, stratified over the batch."""
+        generator = keyed_generators([self.config.inference_seed], [block_index])[0]
+        return {"sigma": self.noise_schedule.stratified(block_index, num_rows, generator).float()}
+
+    def _check_images(self, pixel_values: torch.Tensor) -> None:
+        size, channels = self.config.source_config.sample_size, self.config.source_config.in_channels
+        if tuple(pixel_values.shape[1:]) != (channels, size, size):
+            raise ValueError(f"pixel_values of {list(pixel_values.shape)} must be [N, {channels}, {size}, {size}]")
+
+    def checked_labels(self, class_labels: torch.Tensor | Sequence[int] | None, num_rows: int) -> torch.Tensor:
+        """Labels `[N]` on the model's device; the number of classes stands for none.
+
+        Raises:
+            ValueError: a label is beyond the table, or there are not N.
+        """
+        if class_labels is None:
+            return torch.full((num_rows,), self.num_classes, device=self.device)
+        labels = torch.as_tensor(class_labels, device="cpu" if not torch.is_tensor(class_labels) else None)
+        if labels.shape != (num_rows,):
+            raise ValueError(f"class_labels of {list(labels.shape)} must be [{num_rows}], one an image")
+        if labels.device.type == "cpu" and bool(((labels < 0) | (labels > self.num_classes)).any()):  # (no wait for a device)
+            raise ValueError(
+                f"class_labels={labels.tolist()} must lie in 0..{self.num_classes - 1}, or be {self.num_classes} for no class"
+            )
+        return labels.to(self.device)
+
+    def clean_input(self, batch: Mapping[str, torch.Tensor]) -> Clean:
+        raise ValueError("inputs of blocks cannot be cached for task 'image-generation': a block's input is the noisy image")
+
+    # ---- sampling
+
+    @torch.no_grad()
+    def denoise(
+        self, z: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None, guidance_scale: float = 1.0
+    ) -> torch.Tensor:
+        """What the blocks take noisy images for: each row by the block that owns its noise level.
+
+        Args:
+            z: `[N, C, H, W]`.
+            sigma: `[N]`, or a number; float64 for levels that are boundaries.
+            class_labels: `[N]`, or None for no class.
+            guidance_scale: of classifier-free guidance, `D = D(none) + scale * (D(class) - D(none))`; 1 is none.
+
+        Returns:
+            `[N, C, H, W]` float32.
+        """
+        sigma = torch.as_tensor(sigma, dtype=torch.float64, device="cpu").expand(len(z)).contiguous()
+        class_labels, estimate = self.checked_labels(class_labels, len(z)), torch.empty_like(z, dtype=torch.float32)
+        owners = self.noise_schedule.block_of(sigma)
+        for k in owners.unique().tolist():
+            rows = (owners == k).nonzero().squeeze(1).to(z.device)
+            levels = sigma[owners == k].to(z.device, torch.float32)
+            estimate[rows] = self._guided(k, z[rows].float(), levels, class_labels[rows], guidance_scale)
+        return estimate
+
+    def _guided(self, k: int, z, sigma, class_labels, guidance_scale: float) -> torch.Tensor:
+        active = self.active_blocks(k, None)
+        if guidance_scale == 1.0:
+            return self.denoiser.estimate(active, z, sigma, class_labels)
+        twice = torch.cat([class_labels, torch.full_like(class_labels, self.num_classes)])
+        of_class, of_none = self.denoiser.estimate(active, torch.cat([z, z]), sigma.repeat(2), twice).chunk(2)
+        return of_none + guidance_scale * (of_class - of_none)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        class_labels: torch.Tensor | Sequence[int] | None = None,
+        num_images: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        sampler: str = "euler",
+        grid: str = "equal",
+        generator: Generators = None,
+        on_step: Callable[[int, torch.Tensor], torch.Tensor | None] | None = None,
+    ) -> GeneratedImages:
+        """Make images from noise. A step runs one block: 1/B of the layers.
+
+        Args:
+            class_labels: `[N]`; None makes `num_images` of no class.
+            num_images: N where there are no labels.
+            num_inference_steps: T; None is the config's, and then 50.
+            guidance_scale: of classifier-free guidance; 1 is none. Above 1, a block denoises twice the rows.
+            sampler: "euler", or "heun": of second order, two evaluations a step (the second by the next level's block).
+            grid: "equal" (all blocks run equally often) or "karras" (more steps at low noise).
+            generator: of the first noise; or one an image. None: noise that is a function of `config.inference_seed` and an
+                image's number.
+            on_step: called with the step's number from 0 and z `[N, C, H, W]` float64 after it; may return another z.
+
+        Raises:
+            ValueError: names the argument, its value and what is allowed.
+        """
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler={sampler!r} must be one of {', '.join(map(repr, SAMPLERS))}")
+        num_images = num_images if class_labels is None else len(class_labels)
+        class_labels = self.checked_labels(class_labels, num_images)
+        steps = num_inference_steps if num_inference_steps is not None else self.config.num_inference_steps or DEFAULT_STEPS
+        sigmas = self.noise_schedule.inference_sigmas(steps, grid)
+        levels, order = sigmas.tolist(), SAMPLERS[sampler]
+
+        def denoise(z: torch.Tensor, sigma: float) -> torch.Tensor:
+            return self.denoise(z, sigma, class_labels, guidance_scale).double()
+
+        with without_dropout(self):
+            z = levels[0] * self._first_noise(num_images, generator)
+            for step, (sigma, sigma_next) in enumerate(zip(levels[:-1], levels[1:])):
+                z = flow_on(denoise, z, sigma, sigma_next, order if step < steps - 1 else 1)  # sigma_min is never evaluated
+                changed = on_step(step, z) if on_step is not None else None
+                z = z if changed is None else changed
+        return GeneratedImages(images=z.float(), sigmas=sigmas)
+
+    def _first_noise(self, num_images: int, generator: Generators) -> torch.Tensor:
+        """`[N, C, H, W]` standard normal, float64."""
+        config = self.config.source_config
+        if generator is None:
+            generator = keyed_generators([self.config.inference_seed], range(num_images))
+        shape = (num_images, config.in_channels, config.sample_size, config.sample_size)
+        return draw(torch.randn, shape, generator).to(self.device, torch.float64)

@@ -1,0 +1,49 @@
+"""The row of image generation in the table of tasks."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoModel
+
+from ...backbones.dit import DiTBackbone, DiTConfig
+from ...tasks import Task
+from .model import DiffusionBlocksForImageGeneration
+
+
+def example(config: DiTConfig, num_rows: int, sequence_length: None) -> dict[str, torch.Tensor]:
+    """Random images `[N, C, H, W]` and classes `[N]`."""
+    images = torch.randn(num_rows, config.in_channels, config.sample_size, config.sample_size)
+    return {"pixel_values": images, "class_labels": torch.randint(config.num_embeds_ada_norm, (num_rows,))}
+
+
+def num_positions(config: DiTConfig, sequence_length: None) -> int:
+    """The patches."""
+    return (config.sample_size // config.patch_size) ** 2
+
+
+def plain_loss(model: nn.Module, pixel_values: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+    """An L2 loss of the network's output, which holds what any diffusion loss holds."""
+    timestep = torch.zeros(len(pixel_values), device=pixel_values.device)
+    output = model(pixel_values, timestep, class_labels).sample
+    return (output[:, : pixel_values.shape[1]] - pixel_values).square().mean()
+
+
+def no_processor(source: str):
+    """Images are prepared by the recipe, and put out by the pipeline."""
+    raise OSError("image generation needs none")
+
+
+IMAGE_GENERATION = Task(
+    name=DiffusionBlocksForImageGeneration.task,
+    model_class=DiffusionBlocksForImageGeneration,
+    auto_class=AutoModel,
+    backbones=(DiTBackbone,),
+    example=example,
+    num_positions=num_positions,
+    takes_sequence_length=False,
+    plain_loss=plain_loss,
+    processor="processor",
+    load_processor=no_processor,
+    usage="images = model.predict(class_labels=[0, 1], num_inference_steps=50).images  # [N, C, H, W]",
+)
