@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.base import backbone_for
+from hf_diffusionblocks.backbones.dit import DiTConfig
 from hf_diffusionblocks.tasks import TASKS, Task, task_of
 
 masking_family.register()
@@ -39,6 +40,9 @@ TEXT_CONFIGS = {
 BERT = BertConfig(
     vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48,
     max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+DIT = DiTConfig(
+    num_layers=4, num_attention_heads=2, attention_head_dim=8, in_channels=2, sample_size=8, patch_size=4, num_embeds_ada_norm=5,
 )  # fmt: skip
 JOINT_TEXT = {
     "joint-edm-independent": {},
@@ -85,6 +89,10 @@ class Case:
         return self.fields.get("denoiser") == "factorized"
 
     @property
+    def gives_logits(self) -> bool:
+        return backbone_for(self.config).num_logits(self.config) is not None
+
+    @property
     def has_known_targets(self) -> bool:
         """Whether the target is one of many known vectors, a label's or a token's, and z a noisy one."""
         return self.config.model_type in ("vit", *TEXT_CONFIGS)
@@ -103,7 +111,7 @@ class Case:
 
     def plain(self):
         torch.manual_seed(0)
-        return randomized(backbone_for(self.config).plain_class(self.config)).eval()
+        return randomized(backbone_for(self.config).make_plain(self.config)).eval()
 
     def model(self, **fields):
         """Cut into two blocks, every parameter away from its start."""
@@ -127,6 +135,8 @@ CASES = {
         for family, config in TEXT_CONFIGS.items()
         for name, fields in TEXT_FORMULATIONS.items()
     },
+    "dit": Case(DIT),
+    "dit, own": Case(DIT, {"shared": "per_block"}),
     "masking": Case(BERT),
     "masking, carried": Case(BERT, {"context": "carried"}),
     "masking, own": Case(BERT, {"shared": "per_block"}, trained=False),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForImageToImage, PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from hf_diffusionblocks.backbones.base import Backbone, register_backbone
@@ -112,7 +112,7 @@ class WholeInput:
 
 class ImageDenoiser(DiffusionBlocksPreTrainedModel):
     main_input_name = "pixel_values"
-    task = "image-generation"
+    task = "image-denoising"
     DENOISERS = {"joint": WholeInput}
     default_overlap = 0.05
 
@@ -140,7 +140,7 @@ def register() -> None:
     register_backbone(TinyBackbone())
     register_task(
         Task(
-            name=ImageDenoiser.task, model_class=ImageDenoiser, auto_class=AutoModel, backbones=(TinyBackbone,),
+            name=ImageDenoiser.task, model_class=ImageDenoiser, auto_class=AutoModelForImageToImage, backbones=(TinyBackbone,),
             example=lambda config, num_rows, length: {"pixel_values": torch.randn(num_rows, config.size, config.size)},
             num_positions=lambda config, length: config.size, takes_sequence_length=False,
             plain_loss=lambda model, pixel_values: model(pixel_values, torch.zeros(len(pixel_values))).square().mean(),

@@ -243,7 +243,7 @@ def test_gradient_checkpointing_changes_nothing(case):
     assert counts[1] == 2 * counts[0] > 0
 
 
-@pytest.mark.parametrize(**grid(lambda case: case.config.model_type != "tiny-denoiser"))
+@pytest.mark.parametrize(**grid(lambda case: case.gives_logits))
 def test_bfloat16_is_as_close_to_float32_as_it_rounds(case):
     """Loss, gradients and priors, with the same weights and noise: bfloat16 rounds by up to 0.4 % at every step."""
     half, batch, found = case.model().to(torch.bfloat16).train(), case.rows(), []
@@ -307,7 +307,7 @@ def test_evaluation_loss_is_the_cross_entropy_of_label_free_logits(case, return_
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(**grid(lambda case: case.config.model_type != "tiny-denoiser"))
+@pytest.mark.parametrize(**grid(lambda case: case.gives_logits))
 @torch.no_grad()
 def test_evaluation_repeats_and_no_row_depends_on_others(case):
     """And leaves the global generator alone."""

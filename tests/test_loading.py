@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import randomized
 from process_scenarios import GPT2, VIT
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, GPT2LMHeadModel, PreTrainedConfig
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.base import backbone_for
@@ -44,16 +44,21 @@ def test_convert_passes_on_where_and_how_to_load(gpt2, monkeypatch):
         seen["config"] = (source, kwargs)
         return config
 
+    def read_fields(cls, source, **kwargs):
+        seen["fields"] = (source, kwargs)
+        return config.to_dict(), {}
+
     def read_model(cls, source, **kwargs):
         seen["model"] = (source, kwargs)
         return model
 
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", classmethod(read_fields))
     monkeypatch.setattr(AutoConfig, "from_pretrained", read_config)
     monkeypatch.setattr(GPT2LMHeadModel, "from_pretrained", classmethod(read_model))
     hub = {**HUB, "subfolder": "inner"}
     db.convert("someone/gpt2", 2, **hub, dtype="bfloat16", attn_implementation="eager")
-    assert seen["config"] == ("someone/gpt2", hub)
-    built = {"dtype": "bfloat16", "attn_implementation": "eager", "use_safetensors": True}
+    assert seen["fields"] == seen["config"] == ("someone/gpt2", hub)
+    built = {"dtype": "bfloat16", "attn_implementation": "eager", "use_safetensors": True, "config": config}
     assert seen["model"] == ("someone/gpt2", {**hub, **built})
 
 

@@ -11,18 +11,12 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .backbones.base import BACKBONES, backbone_for
+from .backbones.base import backbone_for, backbone_named, backbone_of
 from .configuration import USER_FIELDS, DiffusionBlocksConfig
 from .models.base import DiffusionBlocksPreTrainedModel
 from .presets import with_preset
 from .saving.resident import HUB_KWARGS, MODEL_KWARGS, NotLoaded, build, checked_blocks, hub_kwargs
 from .tasks import TASKS, task_of
-
-#: Why most models of diffusers cannot be converted.
-OF_DIFFUSERS = (
-    "cannot be cut into blocks: of diffusers, DiTTransformer2DModel can. (A U-Net, and any stack with long skips, hands on more "
-    "than one layer's output; a stack of two kinds of layers has no blocks that are alike.)"
-)
 
 
 def convert(
@@ -96,13 +90,9 @@ def _config_of(source: nn.Module) -> PreTrainedConfig:
     """The config of a stock model, of Transformers or of another library."""
     if isinstance(source, PreTrainedModel):
         return source.config
-    names = {parent.__name__ for parent in type(source).__mro__}
-    for backbone in BACKBONES.values():
-        if backbone.plain_name in names:
-            return backbone.config_of(source)
-    if type(source).__module__.startswith("diffusers."):
-        raise ValueError(f"source={type(source).__name__} {OF_DIFFUSERS}")
-    raise TypeError(f"source={type(source).__name__} must be a PreTrainedModel, a PreTrainedConfig, or a hub id or folder")
+    if not isinstance(source, nn.Module):
+        raise TypeError(f"source={type(source).__name__} must be a PreTrainedModel, a PreTrainedConfig, or a hub id or folder")
+    return backbone_of(source).config_of(source)
 
 
 def read_config(source: str | PathLike, **hub: Any) -> PreTrainedConfig:
@@ -119,10 +109,7 @@ def read_config(source: str | PathLike, **hub: Any) -> PreTrainedConfig:
     fields, _ = PreTrainedConfig.get_config_dict(source, **hub)
     if "_class_name" not in fields:
         return AutoConfig.from_pretrained(source, **hub)
-    for backbone in BACKBONES.values():
-        if backbone.plain_name == fields["_class_name"]:
-            return backbone.config_from(fields)
-    raise ValueError(f"source={str(source)!r}: a {fields['_class_name']} {OF_DIFFUSERS}")
+    return backbone_named(fields["_class_name"]).config_from(fields)
 
 
 def _convert_model(source: nn.Module, config, resident_blocks, **model_kwargs) -> DiffusionBlocksPreTrainedModel:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .modulation import Modulation
 
@@ -143,8 +143,37 @@ def backbone_for(config: PreTrainedConfig) -> Backbone:
         ValueError: the architecture is not supported (lists those that are), or not with this config.
     """
     if config.model_type not in BACKBONES:
-        supported = ", ".join(f"{b.model_type} ({b.plain_name})" for b in BACKBONES.values())
-        raise ValueError(f"model_type={config.model_type!r} is not supported; supported: {supported}")
+        raise ValueError(f"model_type={config.model_type!r} is not supported; supported: {_supported()}")
     backbone = BACKBONES[config.model_type]
     backbone.check(config)
     return backbone
+
+
+def backbone_of(plain: nn.Module) -> Backbone:
+    """The backbone of a stock model, of Transformers or of another library.
+
+    Raises:
+        ValueError: as [`backbone_for`] and [`backbone_named`].
+    """
+    if isinstance(plain, PreTrainedModel):
+        return backbone_for(plain.config)
+    return backbone_named(type(plain).__name__)
+
+
+def backbone_named(plain_name: str) -> Backbone:
+    """The backbone of a stock class, by the name of that.
+
+    Raises:
+        ValueError: it is not supported (lists what is).
+    """
+    for backbone in BACKBONES.values():
+        if backbone.plain_name == plain_name:
+            return backbone
+    raise ValueError(
+        f"{plain_name} cannot be cut into blocks; supported: {_supported()}. (A U-Net, or a stack with long skips, hands on "
+        "more than what leaves a layer; a stack of two kinds of layers has no blocks that are alike.)"
+    )
+
+
+def _supported() -> str:
+    return ", ".join(f"{backbone.model_type} ({backbone.plain_name})" for backbone in BACKBONES.values())

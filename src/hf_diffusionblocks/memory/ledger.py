@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..backbones.base import backbone_for
+from ..backbones.base import backbone_for, backbone_of
 from .activations import state_tensors
 
 #: What the bytes of a training step are, in the order in which tables list them.
@@ -98,8 +98,7 @@ class StepMemory(TorchDispatchMode):
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
         super().__init__()
         self.model, self.optimizer = model, optimizer
-        config = model.config
-        config = getattr(config, "source_config", config)
+        config = getattr(model.config, "source_config", None) or backbone_of(model).config_of(model)
         self._layers = f"{backbone_for(config).layers_path}."
         self._num_logits = backbone_for(config).num_logits(config)
         self._known: dict[int, tuple[int, weakref.ref]] = {}  # address of a living storage -> its number

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_peft_available
 
-from ..backbones.base import backbone_for
+from ..backbones.base import backbone_for, backbone_of
 from ..configuration import DiffusionBlocksConfig
 from ..conversion import convert
 from ..models.active import TrainedParameters
@@ -269,7 +269,7 @@ def _add_adapters(model: PreTrainedModel) -> None:
     """LoRA on the matrices of every attention module."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    layers = f"{backbone_for(model.config).layers_path}."
+    layers = f"{backbone_of(model).layers_path}."
     matrices = {
         name: module
         for name, module in model.named_modules()
