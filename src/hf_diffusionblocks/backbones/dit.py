@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from ..extras import from_extra
-from .base import Backbone, Parts
+from .base import Backbone
 
 #: Of label and noise level embeddings.
 INITIALIZER_RANGE = 0.02
@@ -93,8 +93,13 @@ class DiTBackbone(Backbone):
     def make_plain(self, config: DiTConfig) -> nn.Module:
         """In training, it drops no labels: each layer would on its own."""
         plain = self.plain_class(**config.stock_fields())
+        for linear in (plain.proj_out_1, plain.proj_out_2):
+            linear.initial_std = 0.0
         for layer in plain.transformer_blocks:
             layer.norm1.emb.class_embedder.dropout_prob = 0.0
+            layer.norm1.linear.initial_std = 0.0
+            for linear in (layer.norm1.emb.timestep_embedder.linear_1, layer.norm1.emb.timestep_embedder.linear_2):
+                linear.initial_std = INITIALIZER_RANGE
         return plain
 
     def load_plain(
@@ -115,37 +120,28 @@ class DiTBackbone(Backbone):
         return self.config_from(plain.config)
 
     def init_weights(self, plain: nn.Module, module: nn.Module) -> None:
-        """As DiT's authors do (arXiv 2212.09748, section 3, adaLN-Zero): each layer starts as the identity, the output as 0.
-
-        Called on a module after its children.
-        """
-        from diffusers.models.embeddings import PatchEmbed, TimestepEmbedding, get_2d_sincos_pos_embed
-        from diffusers.models.normalization import AdaLayerNormZero
-
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            self._init_linear(module)
-        elif isinstance(module, nn.Embedding):
+        """As DiT's authors do (arXiv 2212.09748, section 3, adaLN-Zero): each layer starts as the identity, the output as 0."""
+        if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=INITIALIZER_RANGE)
-        elif isinstance(module, TimestepEmbedding):
-            for linear in (module.linear_1, module.linear_2):
-                init.normal_(linear.weight, std=INITIALIZER_RANGE)
-        elif isinstance(module, AdaLayerNormZero):
-            _zero(module.linear)
-        elif isinstance(module, PatchEmbed):  # (not saved: sines and cosines)
-            width, patches = module.pos_embed.shape[-1], module.pos_embed.shape[1]
-            with torch.device("cpu"):
-                table = get_2d_sincos_pos_embed(width, int(patches**0.5), base_size=module.base_size, output_type="pt")
-            init.copy_(module.pos_embed, table.float()[None])
-        elif isinstance(module, (Parts, self.plain_class)) and hasattr(module, "proj_out_1"):
-            _zero(module.proj_out_1)
-            _zero(module.proj_out_2)
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+            self._init_linear(module)
+        elif isinstance(module, type(plain.pos_embed)):
+            self._init_positions(module)
 
     def _init_linear(self, module: nn.Linear | nn.Conv2d) -> None:
-        rows, columns = module.weight.flatten(1).shape  # of patches, as a linear layer
-        bound = math.sqrt(6 / (rows + columns))
-        init.uniform_(module.weight, -bound, bound)
+        rows, columns = module.weight.flatten(1).shape  # of patches, as a linear layer: Xavier's
+        init.normal_(module.weight, std=getattr(module, "initial_std", math.sqrt(2 / (rows + columns))))
         if module.bias is not None:
             init.zeros_(module.bias)
+
+    def _init_positions(self, patch_embed: nn.Module) -> None:
+        """Sines and cosines: a buffer that is not saved."""
+        from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+        _, patches, width = patch_embed.pos_embed.shape
+        with torch.device("cpu"):
+            table = get_2d_sincos_pos_embed(width, math.isqrt(patches), base_size=patch_embed.base_size, output_type="pt")
+        init.copy_(patch_embed.pos_embed, table.float()[None])
 
     def checkpoint_layers(self, plain: nn.Module) -> None:
         plain.enable_gradient_checkpointing()
@@ -191,8 +187,3 @@ class DiTBackbone(Backbone):
         side, size = config.sample_size // config.patch_size, config.patch_size
         grid = patches.reshape(len(patches), side, side, size, size, -1)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, config.sample_size, config.sample_size)
-
-
-def _zero(linear: nn.Linear) -> None:
-    init.zeros_(linear.weight)
-    init.zeros_(linear.bias)

@@ -91,12 +91,12 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
     default_overlap = 0.05
 
     def __init__(self, config: DiffusionBlocksConfig):
+        super().__init__(config)
         for name, allowed in (("context", "independent"), ("readout", "edm"), ("loss_weighting", None), ("prior_fraction", 0.0)):
             if (value := getattr(config, name)) != allowed:
                 raise ValueError(f"{name}={value!r} must be {allowed!r} for task {self.task!r}: a block's input is the image")
         if config.sigma_data == "auto":
             raise ValueError("sigma_data='auto' must be a number for task 'image-generation': the images' standard deviation")
-        super().__init__(config)
         self.post_init()
 
     @property
