@@ -14,11 +14,12 @@ from process_scenarios import GPT2, INDEPENDENT, made
 from process_scenarios import trainer_of as trainer_of_scenario
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks import lora
 from hf_diffusionblocks.memory.scenarios import Way, Workload, ledger_of
-from hf_diffusionblocks.training.averages import FILE
+from hf_diffusionblocks.training.averages import FILE, WeightAverages
 from hf_diffusionblocks.training.checks import check_processes
 from hf_diffusionblocks.training.parallel import Layout
 
@@ -79,8 +80,8 @@ def test_embeddings_count_the_steps_that_reach_them(tmp_path):
     trainer = trained(TEXT, tmp_path, save_strategy="steps", save_steps=9)
     before = TEXT.model().backbone.model.embed_tokens.weight
     own = trainer.block_schedule.updates_before(9, 0)
-    assert own < 9 and trainer.averages._updates["backbone.model.embed_tokens.weight"] == own
-    assert trainer.averages._updates["backbone.lm_head.weight"] == 9
+    assert own < 9 and trainer.averages.updates["backbone.model.embed_tokens.weight"] == own
+    assert trainer.averages.updates["backbone.lm_head.weight"] == 9
     assert not torch.equal(averages(trainer)["backbone.model.embed_tokens.weight"], before)
 
 
@@ -110,13 +111,23 @@ def test_where_they_are_changes_nothing(place, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["none", "cpu"])
-def test_a_resumed_run_has_those_of_the_uninterrupted_one(place, tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 4, "offload_inactive_blocks": place}
-    whole = trained(TEXT, tmp_path, **saving)
-    resumed = trainer_of(TEXT.model(inference_seed=1), TEXT, tmp_path, ema_decay=DECAY, max_steps=9, **saving)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+def test_a_run_that_dies_in_a_save_and_is_resumed_has_those_of_the_uninterrupted_one(place, tmp_path, monkeypatch):
+    def dies(self, folder):
+        save(self, folder)
+        if self._trainer.state.global_step == 8:
+            raise KeyboardInterrupt
+
+    arguments = {"save_strategy": "steps", "save_steps": 4, "offload_inactive_blocks": place}
+    whole, save = trained(TEXT, tmp_path / "whole", offload_inactive_blocks=place), WeightAverages.save
+    monkeypatch.setattr(WeightAverages, "save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        trained(TEXT, tmp_path, **arguments)
+    monkeypatch.undo()
+    resumed = trainer_of(TEXT.model(inference_seed=1), TEXT, tmp_path, ema_decay=DECAY, max_steps=9, **arguments)
+    assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    resumed.train(resume_from_checkpoint=True)
     assert same(whole.model.state_dict(), resumed.model.state_dict())
-    assert same(averages(whole), averages(resumed)) and whole.averages._updates == resumed.averages._updates
+    assert same(averages(whole), averages(resumed)) and whole.averages.updates == resumed.averages.updates
 
 
 def test_a_checkpoint_has_the_weights_and_what_is_saved_the_averages(tmp_path):

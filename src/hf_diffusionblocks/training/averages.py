@@ -40,7 +40,7 @@ class WeightAverages(TrainerCallback):
         self._trainer, self._in_host_memory = trainer, in_host_memory
         self._parameters: dict[str, nn.Parameter] = {}  # by their names in the model, as all that follows
         self._averages: dict[str, torch.Tensor] = {}
-        self._updates: dict[str, int] = {}
+        self.updates: dict[str, int] = {}  #: how often each was updated
         self._are_in_model = False
 
     def follow(self, trained: Collection[nn.Parameter]) -> None:
@@ -48,7 +48,7 @@ class WeightAverages(TrainerCallback):
         known = {id(parameter) for parameter in trained}
         named = self._trainer.model.named_parameters()
         self._parameters = {name: parameter for name, parameter in named if id(parameter) in known}
-        self._averages, self._updates = {}, {}
+        self._averages, self.updates = {}, {}
 
     @property
     def on_device(self) -> Collection[torch.Tensor]:
@@ -58,7 +58,7 @@ class WeightAverages(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not self._averages:  # nor were they loaded
             self._place({name: parameter.detach() for name, parameter in self._parameters.items()})
-            self._updates = dict.fromkeys(self._parameters, 0)
+            self.updates = dict.fromkeys(self._parameters, 0)
 
     def _place(self, values: Mapping[str, torch.Tensor]) -> None:
         self._averages = {
@@ -75,9 +75,9 @@ class WeightAverages(TrainerCallback):
         for name, parameter in self._parameters.items():
             if parameter.grad is None:  # the optimizer leaves it as it is
                 continue
-            self._updates[name] += 1
+            self.updates[name] += 1
             average = self._averages[name]
-            weight = 1 - decay_after(self._updates[name], self._trainer.args.ema_decay)
+            weight = 1 - decay_after(self.updates[name], self._trainer.args.ema_decay)
             average.lerp_(parameter.to(average.device, average.dtype), weight)
 
     # ---- in the model
@@ -108,7 +108,7 @@ class WeightAverages(TrainerCallback):
 
     def save(self, folder: str | PathLike) -> None:
         """Write averages and counts of updates to a checkpoint."""
-        save_file(self._averages, Path(folder) / FILE, metadata={"updates": json.dumps(self._updates)})
+        save_file(self._averages, Path(folder) / FILE, metadata={"updates": json.dumps(self.updates)})
 
     def load(self, folder: str | PathLike) -> None:
         """Go on with the averages of a checkpoint.
@@ -133,7 +133,7 @@ class WeightAverages(TrainerCallback):
             has = "lacks" if (name, *shape) in expected else "has"
             raise ValueError(f"{path} is not of the parameters that this run trains: it {has} {name} of shape {shape}")
         self._place(loaded)
-        self._updates = updates
+        self.updates = updates
 
 
 class AveragingTrainer(RunReports):
