@@ -20,8 +20,8 @@ FILE = "averages.safetensors"  #: of a checkpoint
 
 
 def decay_after(updates: int, ema_decay: float) -> float:
-    """The share of an average that stays in it at a parameter's update number `updates`, from 1: small at first, so that
-    where training began is soon forgotten."""
+    """What an average keeps of itself at a parameter's n-th update, from 1: little at first, so that it soon forgets where
+    training began."""
     return min(ema_decay, (1 + updates) / (10 + updates))
 
 
@@ -29,7 +29,7 @@ class WeightAverages(TrainerCallback):
     """Keeps a float32 average of every parameter that a run trains, and puts all of them into the model on request.
 
     An average moves when its parameter does: a block's in the block's own steps, a shared one's in the steps that reach
-    it. The warm-up of the decay counts these updates, too, so it is no shorter for blocks that take turns.
+    it. The warm-up of the decay counts these updates, too.
 
     Args:
         trainer: whose model.
