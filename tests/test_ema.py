@@ -85,10 +85,20 @@ def test_embeddings_count_the_steps_that_reach_them(tmp_path):
     assert not torch.equal(averages(trainer)["backbone.model.embed_tokens.weight"], before)
 
 
+class Evaluates(TrainerCallback):
+    """Where a step is about to train: its block, and with offload the optimizer state, are on the device."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.evaluate()
+
+
 @pytest.mark.parametrize("place", ["none", "cpu"])
 def test_evaluation_is_of_averages_and_training_does_not_notice(place, tmp_path):
     plain = trained(TEXT, tmp_path, ema_decay=None, offload_inactive_blocks=place)
-    trainer = trained(TEXT, tmp_path, offload_inactive_blocks=place, eval_strategy="steps", eval_steps=4)
+    evaluates = Evaluates()
+    arguments = {"max_steps": 9, "offload_inactive_blocks": place, "eval_strategy": "steps", "eval_steps": 4}
+    evaluates.trainer = trainer = trainer_of(TEXT.model(), TEXT, tmp_path, [evaluates], ema_decay=DECAY, **arguments)
+    trainer.train()
     own = copy.deepcopy(trainer.model.state_dict())
     assert same(own, plain.model.state_dict())
     with pytest.raises(KeyError), trainer.averaged_weights():
