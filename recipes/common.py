@@ -198,7 +198,10 @@ def _described(error: Exception) -> str:
 def check_blocks(
     fields: dict[str, Any] | None, training_args: db.DiffusionBlocksTrainingArguments, adapters: bool
 ) -> None:
-    """Whether `train_blocks`, if given, are blocks that one job may train."""
+    """Whether `train_blocks`, if given, are blocks that one job may train; and whether there are blocks to average."""
+    if fields is None and training_args.ema_decay is not None:
+        given = f"ema_decay={training_args.ema_decay}"
+        raise ValueError(f"{given} must not be set with end_to_end: the stock Trainer keeps no averages")
     chosen = training_args.train_blocks
     if chosen is None:
         return

@@ -107,9 +107,9 @@ def export(trainer: Trainer, tuning: FinetuningArguments) -> None:
     if not tuning.export_plain or not trainer.is_world_process_zero():
         return
     model = trainer.model
-    if model.has_adapters:
-        model = db.lora.merge_and_unload(model)
-    with shards.atomic_save(Path(tuning.export_plain)) as folder:
+    with trainer.averaged_weights(), shards.atomic_save(Path(tuning.export_plain)) as folder:
+        if model.has_adapters:
+            model = db.lora.merge_and_unload(model)
         model.to_plain().save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
     logger.info(f"the stock {model.architecture.plain_class.__name__} is in {tuning.export_plain}")

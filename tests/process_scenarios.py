@@ -42,7 +42,7 @@ PLAIN_SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.5}  # Adam
 
 #: Name -> number of processes, source, fields of `convert`, training arguments
 SCENARIOS: dict[str, tuple[int, object, dict, dict]] = {
-    "data parallel, text": (2, GPT2, CARRIED, PLAIN_SGD),
+    "data parallel, text": (2, GPT2, CARRIED, {**PLAIN_SGD, "ema_decay": 0.9}),
     "data parallel, joint text": (2, GPT2, {"context": "carried"}, PLAIN_SGD),
     "data parallel, images": (2, VIT, {}, PLAIN_SGD),
     "data parallel, accumulated": (2, GPT2, CARRIED, {**PLAIN_SGD, "gradient_accumulation_steps": 2}),
@@ -128,8 +128,13 @@ def run(name: str, output: Path) -> None:
     parallel.dist = CountedCalls()
     trainer.train()
     state = {key: value.clone() for key, value in model.state_dict().items()}
+    with trainer.averaged_weights():
+        averages = {key: value.clone() for key, value in model.state_dict().items()}
     torch.save(
-        {"state": state, "calls": parallel.dist.count, "loss": trainer.evaluate()["eval_loss"], "log": trainer.state.log_history},
+        {
+            "state": state, "averages": averages, "calls": parallel.dist.count, "loss": trainer.evaluate()["eval_loss"],
+            "log": trainer.state.log_history,
+        },
         output / f"{name}.{rank}.pt",
     )  # fmt: skip
     trainer.save_model()

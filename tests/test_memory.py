@@ -134,7 +134,7 @@ def test_a_ledger_prints_parts_and_sums():
     lines = str(ledger).splitlines()
     assert lines[0].split() == ["MiB", "at", "its", "largest", "at", "the", "peak"]
     assert [line.split()[0] for line in lines[1:]] == [*PARTS, "total", "torch.cuda.max_memory_allocated"]
-    assert lines[9].split() == ["total", "4.0", "1.5"]
+    assert lines[10].split() == ["total", "4.0", "1.5"]
     assert lines[-1].split()[-1] == "2.0"
 
 

@@ -76,7 +76,8 @@ def assert_close(actual: dict, expected: dict, tolerance: float) -> None:
 def test_all_ranks_end_with_the_same_weights(outcomes, name):
     first, *others = outcome(outcomes, name)
     for other in others:
-        assert all(torch.equal(first["state"][key], other["state"][key]) for key in first["state"])
+        for part in ("state", "averages"):
+            assert all(torch.equal(first[part][key], other[part][key]) for key in first[part])
         assert other["loss"] == first["loss"]
 
 
@@ -85,8 +86,11 @@ def test_data_parallel_is_one_process_with_all_rows(outcomes, name, tmp_path):
     """Noise included: it goes with the row. Only the order in which numbers are summed differs."""
     processes, source, fields, arguments = SCENARIOS[name]
     model = made(source, fields)
-    trainer_of(model, source, tmp_path, arguments, batch=processes * BATCH).train()
+    trainer = trainer_of(model, source, tmp_path, arguments, batch=processes * BATCH)
+    trainer.train()
     assert_close(outcome(outcomes, name)[0]["state"], model.state_dict(), tolerance=1e-5)
+    with trainer.averaged_weights():
+        assert_close(outcome(outcomes, name)[0]["averages"], model.state_dict(), tolerance=1e-5)
 
 
 def test_accumulated_micro_batches_are_one_batch(tmp_path):
@@ -323,6 +327,7 @@ OWN_BLOCK = {"fields": INDEPENDENT, "arguments": {}, "blocks": [1]}
             {**OWN_BLOCK, "arguments": {"offload_inactive_blocks": "cpu"}, "fsdp": {}},
             "FSDP with offload_inactive_blocks='cpu'",
         ),
+        ({**OWN_BLOCK, "arguments": {"ema_decay": 0.9}, "fsdp": {}}, "FSDP with ema_decay=0.9"),
     ],
     ids=str,
 )

@@ -373,6 +373,7 @@ BAD_INPUTS = {
         [*MODEL, *TRAIN, "--train_blocks", "0"], "train_shared=True with train_blocks=[0] of 2 blocks: separate jobs"
     ),
     "no such block": ([*MODEL, *TRAIN, "--train_blocks", "2"], "train_blocks=[2] must be different blocks of 0..1"),
+    "averages of the plain": ([*MODEL, *TRAIN, "--end_to_end", "--ema_decay", "0.9"], "ema_decay=0.9 must not be set with"),
     "bound of the plain": ([*MODEL, *TRAIN, "--end_to_end", "--eval_nll_bound", "1"], "must be 0 with end_to_end"),
     "bound of nothing": (
         [*MODEL, *TRAIN, "--validation_split", "0", "--eval_nll_bound", "1"], "eval_nll_bound=1 needs validation data"

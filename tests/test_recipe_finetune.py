@@ -134,7 +134,9 @@ def test_text_is_packed_and_the_whole_model_gets_better(tmp_path, files, model, 
     assert torch.load(tmp_path / "training_args.bin", weights_only=False).objective == "final"
 
 
-@pytest.mark.parametrize("tuned", [[], ["--peft", "lora"]], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "tuned", [[], ["--peft", "lora"], ["--peft", "lora", "--ema_decay", "0.9"]], ids=["whole", "lora", "averages"]
+)
 def test_the_exported_model_is_the_trained_one(tmp_path, files, model, tuned, tokenizer):
     folders = ["--output_dir", str(tmp_path / "out"), "--export_plain", str(tmp_path / "plain")]
     metrics = finetune_causal_lm.main([*model, *TRAINING, *files, *PROMPTS, *tuned, *folders])

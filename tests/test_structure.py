@@ -11,10 +11,11 @@ from test_trainer import make_trainer
 from transformers import Trainer
 
 import hf_diffusionblocks as db
+from hf_diffusionblocks.training.averages import AveragingTrainer
 from hf_diffusionblocks.training.checkpoints import AtomicCheckpoints
 from hf_diffusionblocks.training.run_report import RunReports
 
-OURS = (db.DiffusionBlocksTrainer, RunReports, AtomicCheckpoints)
+OURS = (db.DiffusionBlocksTrainer, AveragingTrainer, RunReports, AtomicCheckpoints)
 
 
 def test_imports_run_one_way_and_families_are_known_to_the_table_alone(monkeypatch):

@@ -27,6 +27,7 @@ class EstimateArguments:
     budget: str | None = field(
         default=None, metadata={"help": "Bytes, as in 24GiB: also find the smallest number of blocks that fits."}
     )
+    ema: bool = field(default=False, metadata={"help": "With float32 averages of the trained weights (ema_decay)."})
 
 
 def run(args: list[str]) -> None:
@@ -47,6 +48,7 @@ def run(args: list[str]) -> None:
     num_blocks = given.pop("num_blocks", None)
     print(
         estimate_memory(
-            config, num_blocks, options.batch_size, options.sequence_length, options.dtype, options.budget, **given
+            config, num_blocks, options.batch_size, options.sequence_length, options.dtype, options.budget, options.ema,
+            **given,
         )
     )

@@ -64,6 +64,7 @@ def estimate_memory(
     sequence_length: int | None = None,
     dtype: torch.dtype | str | None = None,
     budget: int | str | None = None,
+    ema: bool = False,
     **config_fields,
 ) -> MemoryEstimate:
     """What a training step would hold: end to end, checkpointed, with LoRA (if peft is installed), and block by block.
@@ -80,6 +81,7 @@ def estimate_memory(
         dtype: of parameters, and so of gradients, optimizer state and activations, as when a model is loaded in it (not
             autocast). None is the model's, and float32 for a config.
         budget: bytes, or a number with a unit ("24GiB"): also find the smallest B that fits.
+        ema: with averages of the trained weights (`ema_decay`).
         config_fields: of [`DiffusionBlocksConfig`]; without any, and for a plain model, the recommended formulation and
             the paper's.
 
@@ -103,7 +105,7 @@ def estimate_memory(
         fields = _known(config_fields)
         checked = DiffusionBlocksConfig(source_config=config, task=task.name, num_blocks=num_blocks or 4, **fields)
         formulations = {checked.formulation: config_fields}
-    workload = _workload(config, task, 4 if num_blocks is None else num_blocks, batch_size, sequence_length, dtype)
+    workload = _workload(config, task, 4 if num_blocks is None else num_blocks, batch_size, sequence_length, dtype, ema)
     limit = None if budget is None else parse_bytes(budget)
     ways = ways_to_train(formulations)
     ledgers = {way.name: _followed(way, workload) for way in ways}
@@ -124,7 +126,7 @@ def _known(config_fields: Mapping) -> Mapping:
 
 
 def _workload(
-    config: PreTrainedConfig, task: Task, num_blocks: int, batch_size, sequence_length, dtype
+    config: PreTrainedConfig, task: Task, num_blocks: int, batch_size, sequence_length, dtype, ema: bool
 ) -> Workload:
     text = task.takes_sequence_length
     DiffusionBlocksConfig(source_config=config, task=task.name, num_blocks=num_blocks)  # complains of num_blocks
@@ -141,7 +143,7 @@ def _workload(
         if (dtype or "fp32") not in DTYPES:
             raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype or "fp32"]
-    return Workload(config, num_blocks, batch_size, sequence_length, dtype, task.name)
+    return Workload(config, num_blocks, batch_size, sequence_length, dtype, task.name, ema)
 
 
 def parse_bytes(size: int | str) -> int:
@@ -193,13 +195,15 @@ def _bytes(size: int) -> str:
 
 def ledger_table(ledgers: Mapping[str, Ledger], columns: Mapping[str, Mapping[str, str]]) -> str:
     """Markdown: each way's parts at their largest, their sum, and the peak; both also over the first's (end to end).
+    Averages are left out where there are none.
 
     Args:
         columns: more of them: heading -> way -> cell.
     """
     base = next(iter(ledgers.values()))
     unit, decimals = next(scale for least, *scale in SCALES if base.total >= least)
-    parts = [field.name for field in fields(Parts) if field.name != "rest"]
+    without = {"rest"} if any(ledger.parts.averages for ledger in ledgers.values()) else {"rest", "averages"}
+    parts = [field.name for field in fields(Parts) if field.name not in without]
     header = [unit, *parts, "sum", "over end to end", "peak", "over end to end", *columns]
     rows = [header]
     for name, ledger in ledgers.items():

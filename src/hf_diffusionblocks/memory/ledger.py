@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 
 import torch
@@ -13,7 +13,7 @@ from ..backbones.base import backbone_for, backbone_of
 from .activations import state_tensors
 
 #: What the bytes of a training step are, in the order in which tables list them.
-PARTS = ("shared", "blocks", "adaln", "gradients", "optimizer", "activations", "logits", "rest")
+PARTS = ("shared", "blocks", "adaln", "gradients", "optimizer", "averages", "activations", "logits", "rest")
 AWAY = "away"  # in host memory: none of them
 
 
@@ -28,6 +28,7 @@ class Parts:
         adaln: modulations and sigma embeddings.
         gradients: of parameters.
         optimizer: its state.
+        averages: of weights (`ema_decay`).
         activations: what autograd keeps for the backward pass.
         logits: tensors over the vocabulary (or labels), and their gradients.
         rest: temporary tensors, inputs.
@@ -38,6 +39,7 @@ class Parts:
     adaln: int = 0
     gradients: int = 0
     optimizer: int = 0
+    averages: int = 0
     activations: int = 0
     logits: int = 0
     rest: int = 0
@@ -93,11 +95,14 @@ class StepMemory(TorchDispatchMode):
     Args:
         model: a DiffusionBlocks model, or the plain one.
         optimizer: its state may still be empty: the ledger takes it as it is then.
+        averages: of weights, which are there all the time.
     """
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
+    def __init__(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, averages: Collection[torch.Tensor] = ()
+    ):
         super().__init__()
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.averages = model, optimizer, averages
         config = getattr(model.config, "source_config", None) or backbone_of(model).config_of(model)
         self._layers = f"{backbone_for(config).layers_path}."
         self._num_logits = backbone_for(config).num_logits(config)
@@ -164,6 +169,8 @@ class StepMemory(TorchDispatchMode):
                 self._note(tensor.grad, "gradients")
         for tensor in state_tensors(self.optimizer, self._away()[1]):
             self._note(tensor, "optimizer")
+        for tensor in self.averages:
+            self._note(tensor, "averages")
 
     def _away(self) -> tuple[set, set]:
         """Parameters that wait in host memory, and those whose optimizer state does: not of this device."""
@@ -222,16 +229,18 @@ def part_of_parameter(name: str, layers: str) -> str:
 
 
 def measure_memory(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss_of_step: Callable[[], torch.Tensor]
-) -> Ledger:
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss_of_step: Callable[[], torch.Tensor],
+    averages: Collection[torch.Tensor] = (),
+) -> Ledger:  # fmt: skip
     """The ledger of one training step, which is taken.
 
     Args:
         model: a DiffusionBlocks model, or the plain one.
         optimizer: of its trained parameters.
         loss_of_step: runs the forward pass.
+        averages: of weights, on the device.
     """
-    with StepMemory(model, optimizer) as memory:
+    with StepMemory(model, optimizer, averages) as memory:
         loss_of_step().backward()
     optimizer.step()
     ledger = memory.ledger()

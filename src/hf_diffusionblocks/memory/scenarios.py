@@ -44,6 +44,8 @@ class Workload:
         sequence_length: tokens a sequence; None for images.
         dtype: of parameters, hence of gradients, optimizer state and activations.
         task_name: as in `pipeline(task)`; None is the architecture's usual one.
+        ema: whether there are averages of the trained weights (`ema_decay`): in float32, and where other blocks are in host
+            memory, there.
     """
 
     config: PreTrainedConfig
@@ -52,6 +54,7 @@ class Workload:
     sequence_length: int | None
     dtype: torch.dtype = torch.float32
     task_name: str | None = None
+    ema: bool = False
 
     @property
     def task(self) -> Task:
@@ -149,7 +152,7 @@ def ledger_of(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = N
     ledgers = []
     for step in steps(way, workload, fake_mode):
         with nullcontext() if fake_mode is None else WithoutMemory(fake_mode):
-            ledgers.append(measure_memory(*step))
+            ledgers.append(measure_memory(*step, _averages(step) if workload.ema and not way.offload else ()))
     return max(ledgers, key=lambda ledger: ledger.total)
 
 
@@ -256,6 +259,12 @@ def _entering(workload: Workload, fake_mode: FakeTensorMode | None) -> dict[str,
 
 def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+
+
+def _averages(step: Step) -> list[torch.Tensor]:
+    """Averages of what the run trains: all that the optimizer has, whichever block's turn it is."""
+    trained = (parameter for group in step.optimizer.param_groups for parameter in group["params"])
+    return [torch.empty_like(parameter, dtype=torch.float32, requires_grad=False) for parameter in trained]
 
 
 def _make_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:

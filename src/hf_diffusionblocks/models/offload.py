@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -64,6 +64,18 @@ class OffloadedBlocks:
         for other in self._on_device - {self._active, self._next}:
             self._evict(other)
         self._load(block, ahead=False, state=False)
+
+    @contextmanager
+    def all_away(self) -> Iterator[None]:
+        """Have all blocks in host memory, to be written there; afterwards those that train are on the device again."""
+        active, following = self._active, self._next
+        self.activate(None)
+        if self._stream is not None:  # copies from host memory may be under way, or queued
+            torch.accelerator.synchronize(self.device)
+        try:
+            yield
+        finally:
+            self.activate(active, following)
 
     def write_back(self, block: int) -> None:
         """Copy a block's parameters, which another than training has changed, to the host."""

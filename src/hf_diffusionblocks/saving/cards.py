@@ -134,5 +134,6 @@ _REPORT_LABELS = {
     "objective": "objective",
     "batch_size": "batch size",
     "learning_rate": "learning rate",
+    "ema_decay": "weights are exponential moving averages, of decay",
     "seed": "seed",
 }

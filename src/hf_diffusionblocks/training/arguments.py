@@ -74,6 +74,18 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
             "processes train the same block, on different rows."
         },
     )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Keep exponential moving averages (EMA) of the trained weights, in float32, for evaluation and what "
+            "save_model writes: the decay at each update of a weight (less at its first ones), 0.999 for example. Default: "
+            "none are kept."
+        },
+    )
+    ema_in_host_memory: bool = field(
+        default=False,
+        metadata={"help": "Keep the averages in host memory, as with offload_inactive_blocks='cpu' in any case."},
+    )
     measure_memory: bool = field(
         default=True,
         metadata={"help": "Follow the memory of the first two steps of each block, for log and model card; slows these steps."},
@@ -90,6 +102,8 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
         objectives = (None, *CHOICES["objective"])
         if self.objective not in objectives:
             raise ValueError(f"objective={self.objective!r} must be one of {', '.join(map(repr, objectives))}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must be above 0 and below 1, or None for no averages")
         if self.block_switch_interval < 1:
             raise ValueError(f"block_switch_interval={self.block_switch_interval} must be at least 1")
         if self.updates_per_block is not None:

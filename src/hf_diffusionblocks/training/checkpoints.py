@@ -21,6 +21,11 @@ class AtomicCheckpoints(Trainer):
 
     _aside: Path | None = None
 
+    @property
+    def writes_checkpoint(self) -> bool:
+        """Whether a checkpoint is written just now."""
+        return self._aside is not None
+
     @contextmanager
     def _written_aside(self, folder: Path) -> Iterator[None]:
         """Let the Trainer write its checkpoint below `folder`."""

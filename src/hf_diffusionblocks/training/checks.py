@@ -95,6 +95,11 @@ def check_processes(trainer: Trainer, layout: Layout) -> None:
         raise ValueError("DeepSpeed is not supported: use FSDP2, for a job that trains one block")
     if trainer.is_fsdp_enabled:
         _check_sharding(trainer)
+    if layout.num_lanes > 1 and args.ema_decay is not None:
+        raise ValueError(
+            f"ema_decay={args.ema_decay} cannot be combined with block_parallel=True: each process would have the averages "
+            "of its own blocks alone. Train blocks in turn, or one block a job"
+        )
     if layout.num_lanes > 1 and args.fp16 and args.train_shared and model.shared_parameters():
         raise ValueError(
             "fp16=True cannot be combined with block_parallel=True and common trained parameters: each block would scale "
@@ -134,6 +139,8 @@ def _check_sharding(trainer: Trainer) -> None:
         raise ValueError(
             f"FSDP with offload_inactive_blocks={args.offload_inactive_blocks!r}: sharded parameters stay where they are"
         )
+    if args.ema_decay is not None:
+        raise ValueError(f"FSDP with ema_decay={args.ema_decay}: averages of sharded parameters are not implemented")
     # A layer is run through its parts, so these are what FSDP gathers as they are called.
     layer = model.blocks[trainer.train_blocks[0]].layers[0]
     plugin.transformer_cls_names_to_wrap = [type(part).__name__ for part in layer.children() if any(part.children())]

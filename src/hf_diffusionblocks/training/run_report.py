@@ -39,6 +39,7 @@ class RunReports(AtomicCheckpoints):
             "objective": self.args.objective,
             "batch_size": self.get_total_train_batch_size(self.args),
             "learning_rate": self.args.learning_rate,
+            "ema_decay": None if self.writes_checkpoint else self.args.ema_decay,
             "seed": self.args.seed,
             "results": {
                 key: value

@@ -20,6 +20,7 @@ LABELS = {
     "adaln": "parameters, AdaLN",
     "gradients": "gradients",
     "optimizer": "optimizer state",
+    "averages": "averages of weights",
     "activations": "activations saved for backward",
     "logits": "logits",
 }
@@ -45,7 +46,8 @@ class StepLedgers(TrainerCallback):
         if self._steps.get(block, 0) >= STEPS or trainer.is_fsdp_enabled or trainer.args.torch_compile:
             yield
             return
-        with StepMemory(trainer.model, trainer.optimizer) as self._followed:
+        averages = trainer.averages.on_device if trainer.averages else ()
+        with StepMemory(trainer.model, trainer.optimizer, averages) as self._followed:
             yield
 
     def on_optimizer_step(self, args, state, control, **kwargs):

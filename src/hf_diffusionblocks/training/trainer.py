@@ -17,17 +17,17 @@ from ..models.base import DiffusionBlocksPreTrainedModel
 from ..models.offload import OffloadedBlocks
 from ..saving import shards
 from .arguments import DiffusionBlocksTrainingArguments
+from .averages import AveragingTrainer
 from .block_optimizer import learning_rate_curve, scheduler_by_block, split_by_block
 from .block_schedule import BlockSchedule
 from .checks import WithBlockInput, blocks_to_train, cached_column, check_processes, columns_to_keep
 from .parallel import Layout, all_states, broadcast
-from .run_report import RunReports
 from .step_ledgers import StepLedgers
 
 logger = logging.get_logger(__name__)
 
 
-class DiffusionBlocksTrainer(RunReports):
+class DiffusionBlocksTrainer(AveragingTrainer):
     """Trains a DiffusionBlocks model; used as [`~transformers.Trainer`] is.
 
     Each optimizer step trains one block, the same for all its micro-batches and, without `block_parallel`, on all ranks.
@@ -338,6 +338,8 @@ class DiffusionBlocksTrainer(RunReports):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+        if self.averages:
+            self.averages.load(self.state.best_model_checkpoint)
 
     # ---- checkpoints
 
@@ -350,6 +352,8 @@ class DiffusionBlocksTrainer(RunReports):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # And takes that alone out of the file of all.
+        if self.averages and checkpoint is not None:
+            self.averages.load(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
         for block in set(self.train_blocks) - set(self.layout.blocks):
             for parameter in self._parameters[block]:
