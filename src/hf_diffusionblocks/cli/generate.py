@@ -18,7 +18,7 @@ from .inspect import read_config
 @dataclass
 class GenerateArguments:
     seed: int | None = field(
-        default=None, metadata={"help": "Of what is drawn. Not given: the model's own (images), or another each time (text)."}
+        default=None, metadata={"help": "Of what is drawn. Not given: the model's own (images), or a new one (text)."}
     )
     device: str | None = field(
         default=None, metadata={"help": "Where the model runs. Not given: the accelerator if there is one, else the CPU."}
@@ -35,7 +35,7 @@ def run(args: list[str]) -> None:
         [GenerateArguments, *(task.generation.options for task in tasks)],
         {"FOLDER": "folder or hub id of a DiffusionBlocks model, or folder of a pipeline around one"},
         args,
-        description="Make images or text with a saved model. Some options are for models of images, some for models of text.",
+        description="Make images or text with a saved model. Some options are for images, some for text.",
     )
     # A saved pipeline of diffusers has the model in a folder of its own.
     folder = str(Path(source, "transformer")) if Path(source, "model_index.json").is_file() else source

@@ -43,8 +43,8 @@ def generate(
         given["do_sample"] = True
     given.setdefault("max_new_tokens", DEFAULT_NEW_TOKENS)
     tokenizer, model = load_tokenizer(source), load()
-    tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if seed is not None:
         set_seed(seed)
-    (written,) = model.generate(tokens, **given)
+    (written,) = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, **given)
     print(tokenizer.decode(written, skip_special_tokens=True))

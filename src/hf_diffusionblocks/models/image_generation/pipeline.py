@@ -44,7 +44,7 @@ class DiffusionBlocksImagePipeline(DiffusionPipeline):
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs) -> str:
-        """All files of a pipeline on the Hub. (diffusers' own method takes our model for code that the repository lacks.)"""
+        """All files of a pipeline on the Hub. (diffusers' own takes our model for code that the repository lacks.)"""
         return snapshot_download(pretrained_model_name, **{name: kwargs.get(name) for name in HUB_ARGUMENTS})
 
     # ---- classes by name
@@ -165,8 +165,8 @@ class DiffusionBlocksImagePipeline(DiffusionPipeline):
         channels = self.transformer.config.source_config.in_channels
         if output_type != "latent" and self.vae is None and channels not in (1, 3):
             raise ValueError(
-                f"output_type={output_type!r} must be 'latent', or the pipeline have a vae: the model's {channels} channels "
-                "are no image's"
+                f"output_type={output_type!r} must be 'latent', or the pipeline have a vae: the model's {channels} "
+                "channels are no image's"
             )
         if num_images < 1:
             raise ValueError(f"num_images={num_images} must be 1 or more")
