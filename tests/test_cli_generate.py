@@ -90,7 +90,7 @@ def test_text_goes_on_from_the_prompt(folders, capsys):
         (["classes"], "for image-classification, which generates nothing: pipeline('image-classification') runs it"),
         (["images", "--class_labels", "0"], "--output must name a .png file"),
         (["images", "--output", "a.jpg"], "--output a.jpg must name a .png file"),
-        (["images", "--output", "a.png", "--prompt", "once"], "--prompt once is not for image-generation, which has --class_l"),
+        (["images", "--output", "a.png", "--prompt", "once"], "--prompt once is not for image-generation, which has --class"),
         (["images", "--output", "a.png", "--class_labels", "cow"], "class label 'cow' must be one of 'cat', 'dog'"),
         (["text"], "--prompt must be a text to begin with"),
         (["text", "--prompt", "once", "--num_images", "2"], "--num_images 2 is not for text-generation, which has --pro"),
