@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, ImagePipelineOutput
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.dit import DiTConfig
+from hf_diffusionblocks.models.image_generation import pipeline
 
 LAYERS, B, T = 6, 3, 6
 NAMES = {0: "cat", 1: "dog, hound", 2: "owl"}
@@ -162,27 +163,31 @@ import torch
 torch.set_num_threads(1)
 import hf_diffusionblocks as db
 assert "diffusers" not in sys.modules
-for source in sys.argv[2:]:
-    pipe = db.DiffusionBlocksImagePipeline.from_pretrained(source)
-    torch.save(pipe(["owl", 0], 4, output_type="pt").images, f"{sys.argv[1]}/{source.replace('/', '-')}.pt")
+for folder in sys.argv[1:]:
+    pipe = db.DiffusionBlocksImagePipeline.from_pretrained(folder)
+    torch.save(pipe(["owl", 0], 4, output_type="pt").images, folder + ".pt")
 """
 
 
 def test_saved_pipelines_make_the_same_images_in_a_fresh_process(tmp_path):
-    """From a folder, and from the Hub (its cache): diffusers' own download refuses components of other libraries."""
-    snapshot = tmp_path / "hub" / "models--some--owls" / "snapshots" / "abc"
-    pipes = {"pixels": quiet(made()), "latents": quiet(made(4), made_vae()), "some/owls": quiet(made())}
-    for name, folder in zip(pipes, (tmp_path / "pixels", tmp_path / "latents", snapshot)):
-        pipes[name].save_pretrained(folder)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("abc")
-    settings = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", FRESH, tmp_path, *pipes]
+    pipes = {"pixels": quiet(made()), "latents": quiet(made(4), made_vae())}
+    for name, pipe in pipes.items():
+        pipe.save_pretrained(tmp_path / name)
+    command, settings = [sys.executable, "-c", FRESH, *pipes], {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     for name, pipe in pipes.items():
-        images = torch.load(tmp_path / f"{name.replace('/', '-')}.pt")
-        assert torch.equal(images, pipe(["owl", 0], 4, output_type="pt").images), name
+        assert torch.equal(torch.load(tmp_path / f"{name}.pt"), pipe(["owl", 0], 4, output_type="pt").images), name
+
+
+def test_a_pipeline_on_the_hub_is_downloaded_whole(gray, tmp_path, monkeypatch):
+    """diffusers' own download refuses a component whose module is neither its own nor in the repository."""
+    gray.save_pretrained(tmp_path)
+    asked = {}
+    monkeypatch.setattr(pipeline, "snapshot_download", lambda name, **how: asked.update(how, name=name) or str(tmp_path))
+    loaded = db.DiffusionBlocksImagePipeline.from_pretrained("some/owls", revision="v2")
+    assert (asked["name"], asked["revision"]) == ("some/owls", "v2") and "allow_patterns" not in asked
+    assert torch.equal(loaded([0], 2, output_type="pt").images, gray([0], 2, output_type="pt").images)
 
 
 # ---- memory
