@@ -94,6 +94,7 @@ def test_help_lists_every_verb_with_a_line(args, capsys):
         ("convert", ["SOURCE", "OUT_DIR", "--config FILE.yaml", "--fresh", "--seed", "--overwrite", "--sigma_max"]),
         ("train", ["TASK", "--accelerate_config", "--config FILE.yaml", "tasks: causal-lm, image-classification"]),
         ("inspect", ["PATH_OR_ID", "--config FILE.yaml", "--json"]),
+        ("generate", ["FOLDER", "--config FILE.yaml", "--seed", "--offload", "--class_labels", "--output", "--prompt"]),
         ("merge", ["OUT_DIR", "JOB...", "--overwrite"]),
         ("estimate", ["--model", "--batch_size", "--sequence_length", "--dtype", "autocast", "--budget", "--num_blocks"]),
         ("card", ["FOLDER", "--config FILE.yaml", "--stdout", "--force"]),
@@ -117,7 +118,7 @@ def test_version(capsys):
 def test_no_such_verb(args, named, fail):
     status, line = fail(*args)
     assert status == 2
-    assert line == f"diffusionblocks: error: {named}; verbs are convert, train, merge, estimate, inspect, card"
+    assert line == f"diffusionblocks: error: {named}; verbs are convert, train, generate, merge, estimate, inspect, card"
 
 
 def test_a_bug_keeps_its_traceback(plain_folder, tmp_path, monkeypatch):

@@ -67,6 +67,7 @@ MISSING = {
     "cache_block_inputs": ("from hf_diffusionblocks import cache_block_inputs as use; use(None, [], 1, '')", "datasets"),
     "lora": ("db.lora", "peft"),
     "lora, imported": ("from hf_diffusionblocks import lora", "peft"),
+    "DiffusionBlocksImagePipeline": ("db.DiffusionBlocksImagePipeline", "diffusers"),
     "plots": (
         "from hf_diffusionblocks.recipes import plots; plots.plot_noise_partition(db.NoiseSchedule(2), '')", "matplotlib"
     ),
@@ -109,7 +110,8 @@ def test_what_is_missing_is_named(use, package):
     result = run(use)
     last = result.stderr.splitlines()[-1]
     assert last.startswith("hf_diffusionblocks.extras.MissingExtraError: ")
-    assert last.endswith(f" needs {package}: pip install hf-diffusionblocks[recipes]")
+    extra = "diffusers" if package == "diffusers" else "recipes"
+    assert last.endswith(f" needs {package}: pip install hf-diffusionblocks[{extra}]")
 
 
 def test_the_command_names_what_is_missing_in_one_line():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from families import Case, grid
 from process_scenarios import GPT2, LLAMA, VIT, made, trainer_of
 from transformers import TrainerCallback
 
@@ -209,3 +210,34 @@ def test_later_blocks_come_for_the_final_loss_one_by_one(tmp_path):
     used = [block for active, block, _ in seen if active == 0]
     assert [block for block, _ in itertools.groupby(used)] == [0, 1, 2, 3, 2, 1]
     assert {held for _, _, held in seen} == {1, 2}  # the active one, and another; none is fetched ahead of its long turn
+
+
+def answers(model, case: Case) -> dict[str, torch.Tensor]:
+    """What a model is used for: evaluation, text, images."""
+    with torch.no_grad():
+        found = dict(model(**case.rows()))
+    if case.task.name == "text-generation":
+        found["text"] = model.generate(case.rows()["input_ids"], max_new_tokens=2, do_sample=False)
+    if case.task.name == "image-generation":
+        found["images"] = model.predict([0, 1], num_inference_steps=4).images
+    return {name: value for name, value in found.items() if torch.is_tensor(value)}
+
+
+@pytest.mark.parametrize(**grid())
+def test_inference_in_the_memory_of_one_block(case):
+    model = case.model().eval()
+    expected = answers(model, case)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.offload_blocks("cpu")
+    size, held, use = max(sum(p.nbytes for p in model.block_parameters(k)) for k in (0, 1)), [], model.offload.use
+
+    def watched(block):
+        use(block)
+        held.append(model.offload.bytes_on_device()["parameters"])
+
+    model.offload.use = watched
+    found = answers(model, case)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert max(held) == size
+    model.offload_blocks(None)
+    assert model.offload is None and all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())

@@ -30,8 +30,11 @@ AutoConfig.register(DiffusionBlocksConfig.model_type, DiffusionBlocksConfig, exi
 
 
 def __getattr__(name: str):
-    if name == "lora":  # imports peft, so it is imported when it is asked for
+    # What imports packages of an extra is imported when it is asked for.
+    if name == "lora":
         return import_module(".lora", __name__)
+    if name == "DiffusionBlocksImagePipeline":
+        return import_module(".models.image_generation.pipeline", __name__).DiffusionBlocksImagePipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

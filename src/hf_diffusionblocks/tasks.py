@@ -17,6 +17,20 @@ from .backbones.base import Backbone, backbone_for
 
 
 @dataclass(frozen=True)
+class Generation:
+    """How the command line generates with the models of a task.
+
+    Args:
+        options: a dataclass of options, each None where it is not given.
+        run: `(source, options, seed, load)` prints or writes what it generates. `source` is the saved model, or the folder
+            of a pipeline around it; `load()` gives the model where it is to run, and is called once options are checked.
+    """
+
+    options: type
+    run: Callable[[str, Any, int | None, Callable[[], PreTrainedModel]], None]
+
+
+@dataclass(frozen=True)
 class Task:
     """A row of the table.
 
@@ -32,6 +46,7 @@ class Task:
         processor: what prepares its inputs, as users call it; it is saved beside the model.
         load_processor: `folder or hub id -> processor`.
         usage: lines of a model card's example, with `{name}` for the model's.
+        generation: what `diffusionblocks generate` does; None where the task generates nothing.
         logits: (denoiser, context) -> what `model(...).logits` are, for the card.
     """
 
@@ -46,6 +61,7 @@ class Task:
     processor: str
     load_processor: Callable[[str], Any]
     usage: str
+    generation: Generation | None = None
     logits: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     def serves(self, backbone: Backbone) -> bool:

@@ -13,6 +13,7 @@ from .._version import __version__
 VERBS = {
     "convert": "cut a plain model, or a config, into blocks and save it",
     "train": "train block by block with one of the recipes, through accelerate",
+    "generate": "make images or text with a saved model",
     "merge": "join the saved models of jobs that trained different blocks",
     "estimate": "print what training would hold in memory, by ways to train and parts",
     "inspect": "print what a saved model's blocks hold, without loading its weights",

@@ -60,7 +60,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     copied_modules: ClassVar[tuple[str, ...]] = ()  #: lists of modules with a copy a block if it has its own
 
     gradient_checkpointing = False  #: Transformers' switch, of all layers
-    #: While training keeps inactive blocks in host memory: what brings a block's parameters to the device
+    #: While inactive blocks are kept in host memory: what brings a block's parameters to the device
     offload: OffloadedBlocks | None = None
 
     def __init__(self, config: DiffusionBlocksConfig):
@@ -203,6 +203,22 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         return [parameter for name, parameter in self.named_parameters() if self.block_of_parameter(name) is None]
 
     # ---- running layers
+
+    def offload_blocks(self, device: torch.device | str | None) -> None:
+        """Keep blocks in host memory, and on the device the one that runs: inference in the memory of one block.
+
+        What no block owns stays on the device. Each block is copied there when it is its turn: where a block serves few
+        rows, the copies take longer than it does.
+
+        Args:
+            device: where blocks run; None ends it, and leaves the whole model in host memory.
+        """
+        if self.offload is not None:
+            self.offload.activate(None)
+            self.offload = None
+            self.to("cpu")
+        if device is not None:
+            self.offload = OffloadedBlocks(self, torch.device(device))
 
     @property
     def device(self) -> torch.device:

@@ -13,7 +13,7 @@ class OffloadedBlocks:
     """Keeps blocks in host memory, and copies to the device what is needed there, and no more.
 
     That is the active block with its optimizer state; the next one, copied ahead while the active one trains; and of
-    other blocks that run (earlier ones of carried context, later ones for the final loss, all of them in evaluation)
+    other blocks that run (earlier ones of carried context, later ones for the final loss, all in evaluation and inference)
     one at a time, its parameters alone. What no block owns, or all read, stays on the device.
 
     The copy is a copy even where "the device" is the CPU, which is what makes this testable without another.

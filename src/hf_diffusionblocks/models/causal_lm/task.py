@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ...backbones.base import backbone_for
 from ...backbones.decoder import Decoder
 from ...diffusion.objectives import chunked_sum, cross_entropy
-from ...tasks import LABEL_FREE_LOGITS, Task
+from ...tasks import LABEL_FREE_LOGITS, Generation, Task
 from ...processors import load_tokenizer
+from .command import TextOptions, generate
 from .model import DiffusionBlocksForCausalLM
 
 
@@ -44,5 +45,6 @@ TEXT_GENERATION = Task(
     load_processor=load_tokenizer,
     usage='write = pipeline("text-generation", model="{name}")\n'
     'write("Once upon a time", max_new_tokens=50, do_sample=True, top_p=0.9)',
+    generation=Generation(TextOptions, generate),
     logits=LABEL_FREE_LOGITS,
 )

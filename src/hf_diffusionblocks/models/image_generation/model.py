@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel  # noqa: F401  diffusers looks for this name here, to load a pipeline's component
 from transformers.utils import ModelOutput
 
 from ...configuration import DiffusionBlocksConfig
@@ -235,6 +236,11 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
         of_class, of_none = self.denoiser.estimate(active, torch.cat([z, z]), sigma.repeat(2), twice).chunk(2)
         return of_none + guidance_scale * (of_class - of_none)
 
+    def inference_sigmas(self, num_inference_steps: int | None = None, grid: str = "equal") -> torch.Tensor:
+        """`[T+1]` float64, the levels that [`predict`] walks; arguments as there."""
+        steps = num_inference_steps if num_inference_steps is not None else self.config.num_inference_steps or DEFAULT_STEPS
+        return self.noise_schedule.inference_sigmas(steps, grid)
+
     @torch.no_grad()
     def predict(
         self,
@@ -245,6 +251,7 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
         sampler: str = "euler",
         grid: str = "equal",
         generator: Generators = None,
+        noise: torch.Tensor | None = None,
         on_step: Callable[[int, torch.Tensor], torch.Tensor | None] | None = None,
     ) -> GeneratedImages:
         """Make images from noise. A step runs one block: 1/B of the layers.
@@ -258,6 +265,7 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
             grid: "equal" (all blocks run equally often) or "karras" (more steps at low noise).
             generator: of the first noise; or one an image. None: noise that is a function of `config.inference_seed` and an
                 image's number.
+            noise: the first noise itself, standard normal `[N, C, H, W]`; nothing is drawn.
             on_step: called with the step's number from 0 and z `[N, C, H, W]` float64 after it; may return another z.
 
         Raises:
@@ -267,25 +275,29 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
             raise ValueError(f"sampler={sampler!r} must be one of {', '.join(map(repr, SAMPLERS))}")
         num_images = num_images if class_labels is None else len(class_labels)
         class_labels = self.checked_labels(class_labels, num_images)
-        steps = num_inference_steps if num_inference_steps is not None else self.config.num_inference_steps or DEFAULT_STEPS
-        sigmas = self.noise_schedule.inference_sigmas(steps, grid)
+        sigmas = self.inference_sigmas(num_inference_steps, grid)
         levels, order = sigmas.tolist(), SAMPLERS[sampler]
 
         def denoise(z: torch.Tensor, sigma: float) -> torch.Tensor:
             return self.denoise(z, sigma, class_labels, guidance_scale).double()
 
         with without_dropout(self):
-            z = levels[0] * self._first_noise(num_images, generator)
+            z = levels[0] * self._first_noise(num_images, generator, noise)
             for step, (sigma, sigma_next) in enumerate(zip(levels[:-1], levels[1:])):
-                z = flow_on(denoise, z, sigma, sigma_next, order if step < steps - 1 else 1)  # sigma_min is never evaluated
+                is_last = step == len(levels) - 2  # (sigma_min is never evaluated)
+                z = flow_on(denoise, z, sigma, sigma_next, 1 if is_last else order)
                 changed = on_step(step, z) if on_step is not None else None
                 z = z if changed is None else changed
         return GeneratedImages(images=z.float(), sigmas=sigmas)
 
-    def _first_noise(self, num_images: int, generator: Generators) -> torch.Tensor:
+    def _first_noise(self, num_images: int, generator: Generators, noise: torch.Tensor | None) -> torch.Tensor:
         """`[N, C, H, W]` standard normal, float64."""
         config = self.config.source_config
-        if generator is None:
-            generator = keyed_generators([self.config.inference_seed], range(num_images))
         shape = (num_images, config.in_channels, config.sample_size, config.sample_size)
-        return draw(torch.randn, shape, generator).to(self.device, torch.float64)
+        if noise is None:
+            if generator is None:
+                generator = keyed_generators([self.config.inference_seed], range(num_images))
+            noise = draw(torch.randn, shape, generator)
+        elif tuple(noise.shape) != shape:
+            raise ValueError(f"noise of {list(noise.shape)} must be {list(shape)}")
+        return noise.to(self.device, torch.float64)

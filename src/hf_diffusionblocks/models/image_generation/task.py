@@ -7,7 +7,8 @@ from torch import nn
 from transformers import AutoModel
 
 from ...backbones.dit import DiTBackbone, DiTConfig
-from ...tasks import Task
+from ...tasks import Generation, Task
+from .command import ImageOptions, generate
 from .model import DiffusionBlocksForImageGeneration
 
 
@@ -46,4 +47,5 @@ IMAGE_GENERATION = Task(
     processor="processor",
     load_processor=no_processor,
     usage="images = model.predict(class_labels=[0, 1], num_inference_steps=50).images  # [N, C, H, W]",
+    generation=Generation(ImageOptions, generate),
 )

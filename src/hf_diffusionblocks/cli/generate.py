@@ -1,0 +1,65 @@
+"""`diffusionblocks generate`: images or text of a saved model, as its task does it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..models.base import DiffusionBlocksPreTrainedModel
+from ..tasks import TASKS
+from .arguments import parse_verb
+from .inspect import read_config
+
+
+@dataclass
+class GenerateArguments:
+    seed: int | None = field(
+        default=None, metadata={"help": "Of what is drawn. Not given: the model's own (images), or a new one (text)."}
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "Where the model runs. Not given: the accelerator if there is one, else the CPU."}
+    )
+    offload: bool = field(
+        default=False, metadata={"help": "Have one block on the device at a time, and the others in host memory."}
+    )
+
+
+def run(args: list[str]) -> None:
+    tasks = [task for task in TASKS.values() if task.generation is not None]
+    place, *options, source = parse_verb(
+        "generate",
+        [GenerateArguments, *(task.generation.options for task in tasks)],
+        {"FOLDER": "folder or hub id of a DiffusionBlocks model, or folder of a pipeline around one"},
+        args,
+        description="Make images or text with a saved model. Some options are for images, some for text.",
+    )
+    # A saved pipeline of diffusers has the model in a folder of its own.
+    folder = str(Path(source, "transformer")) if Path(source, "model_index.json").is_file() else source
+    task = TASKS[read_config(folder).task]
+    if task.generation is None:
+        raise ValueError(f"{source} is a model for {task.name}, which generates nothing: pipeline({task.name!r}) runs it")
+
+    def load() -> DiffusionBlocksPreTrainedModel:
+        model = task.model_class.from_pretrained(folder)
+        device = place.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        if place.offload:
+            model.offload_blocks(device)
+        else:
+            model.to(device)
+        return model
+
+    task.generation.run(source, _own(options, task.generation.options, task.name), place.seed, load)
+
+
+def _own(options: Sequence[Any], wanted: type, task: str) -> Any:
+    """The task's options; those of others must not be given."""
+    for others in options:
+        for name, value in vars(others).items():
+            if value is not None and not isinstance(others, wanted):
+                allowed = ", ".join(f"--{name}" for name in vars(wanted()))
+                raise ValueError(f"--{name} {value} is not for {task}, which has {allowed}")
+    return next(own for own in options if isinstance(own, wanted))

@@ -1,0 +1,229 @@
+"""The diffusers pipeline of image models: what it saves, makes, refuses, and has on the device."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomized
+from diffusers import AutoencoderKL, ImagePipelineOutput
+
+import hf_diffusionblocks as db
+from hf_diffusionblocks.backbones.dit import DiTConfig
+from hf_diffusionblocks.models.image_generation import pipeline
+
+LAYERS, B, T = 6, 3, 6
+NAMES = {0: "cat", 1: "dog, hound", 2: "owl"}
+
+
+def made(channels: int = 1) -> db.DiffusionBlocksForImageGeneration:
+    config = DiTConfig(
+        num_layers=LAYERS, num_attention_heads=2, attention_head_dim=8, in_channels=channels, sample_size=8, patch_size=4,
+        num_embeds_ada_norm=len(NAMES), id2label=NAMES, label2id={name: number for number, name in NAMES.items()},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return randomized(db.convert(config, B, preset="paper")).eval()
+
+
+def made_vae() -> AutoencoderKL:
+    torch.manual_seed(1)
+    one = {"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"], "block_out_channels": [8]}
+    return AutoencoderKL(norm_num_groups=4, latent_channels=4, scaling_factor=0.5, shift_factor=0.25, **one).eval()
+
+
+def quiet(model, vae=None) -> db.DiffusionBlocksImagePipeline:
+    pipe = db.DiffusionBlocksImagePipeline(model, vae)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(params=["pixels", "latents"])
+def pipe(request):
+    return quiet(made()) if request.param == "pixels" else quiet(made(4), made_vae())
+
+
+@pytest.fixture
+def gray():
+    return quiet(made())
+
+
+def layer_calls(model) -> list[tuple[int, int]]:
+    """Filled with (layer, rows) as layers run."""
+    seen: list[tuple[int, int]] = []
+    for number, layer in enumerate(model.backbone.transformer_blocks):
+        layer.register_forward_hook(lambda _, inputs, __, number=number: seen.append((number, len(inputs[0]))))
+    return seen
+
+
+# ---- sampling
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_a_step_runs_the_layers_of_one_block(gray, sampler, guidance_scale):
+    model = gray.transformer
+    seen = layer_calls(model)
+    gray([0, 1], T, guidance_scale, sampler=sampler)
+    levels = model.inference_sigmas(T)
+    second = [levels[[step, step + 1]] for step in range(T - 1)]  # Heun's: at the next level, by the block that owns that
+    evaluated = levels[:T] if sampler == "euler" else torch.cat([*second, levels[T - 1 : T]])
+    blocks = model.noise_schedule.block_of(evaluated).tolist()
+    assert blocks == sorted(blocks)  # so that offload copies each once a walk
+    layers = [layer for k in blocks for layer in model.block_layers(k)]
+    assert seen == [(layer, 4 if guidance_scale > 1 else 2) for layer in layers]
+    assert len(layers) == len(evaluated) * LAYERS // B and set(layers) == set(range(LAYERS))
+
+
+def test_an_image_is_a_function_of_its_noise_and_class(gray):
+    def images(labels, **noise):
+        return gray(labels, T, output_type="latent", **noise).images
+
+    def generators(*seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    both = images(["cat", "hound"], generator=generators(1, 2))
+    assert torch.allclose(images(1, generator=generators(2)), both[1:], atol=1e-5)
+    noise = torch.cat([torch.randn(1, 1, 8, 8, generator=own) for own in generators(1, 2)])
+    assert torch.equal(images(torch.tensor([0, 1]), latents=noise), both)
+    assert torch.equal(images([0, 1]), images([0, 1])) and not torch.equal(images([0, 1]), both)
+    assert torch.equal(images([0, 1], num_images=2), images(["cat", "cat", "dog, hound", "dog"]))
+    assert images(None, num_images=3).shape == (3, 1, 8, 8)
+
+
+def test_output_types(pipe):
+    channels, size = (1, 8) if pipe.vae is None else (3, 8)
+    latents = pipe([0, 2], T, output_type="latent").images
+    assert torch.equal(latents, pipe.transformer.predict([0, 2], num_inference_steps=T).images)
+    shown = latents
+    if pipe.vae is not None:
+        with torch.no_grad():
+            shown = pipe.vae.decode(latents / 0.5 + 0.25).sample
+    tensors = pipe([0, 2], T, output_type="pt").images
+    assert torch.equal(tensors, (shown / 2 + 0.5).clamp(0, 1)) and tensors.shape == (2, channels, size, size)
+    assert tensors.unique().numel() > 50
+    arrays = pipe([0, 2], T, output_type="np").images
+    assert np.array_equal(arrays, tensors.permute(0, 2, 3, 1).numpy())
+    (pictures,) = pipe([0, 2], T, return_dict=False)
+    assert [picture.mode for picture in pictures] == ["L" if channels == 1 else "RGB"] * 2
+    assert np.array_equal(np.array(pictures[0]), (arrays[0] * 255).round().astype("uint8").squeeze())
+    assert isinstance(pipe([0], 1), ImagePipelineOutput)
+
+
+def test_a_callback_sees_each_step_and_may_change_the_latents(gray):
+    seen = []
+
+    def callback(pipeline, step, sigma, given):
+        seen.append((pipeline is gray, step, float(sigma), given["latents"].shape))
+        return {"latents": torch.zeros_like(given["latents"])} if step == T - 1 else {}
+
+    images = gray([0, 1], T, output_type="latent", callback_on_step_end=callback).images
+    sigmas = gray.transformer.inference_sigmas(T)
+    assert seen == [(True, step, float(sigmas[step]), (2, 1, 8, 8)) for step in range(T)]
+    assert not images.any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"class_labels": [3, 4]}, "class_labels=[3, 4] must lie in 0..2, or be 3"),
+        ({"class_labels": ["cat", "cow"]}, "class label 'cow' must be one of 'cat', 'dog', 'hound', 'owl', 'dog, hound'"),
+        ({"output_type": "png"}, "output_type='png' must be one of 'pil', 'np', 'pt', 'latent'"),
+        ({"num_images": 0}, "num_images=0 must be 1 or more"),
+        ({"latents": torch.zeros(1, 2, 8, 8)}, "noise of [1, 2, 8, 8] must be [1, 1, 8, 8]"),
+        ({"sampler": "ddim"}, "sampler='ddim' must be one of 'euler', 'heun'"),
+        ({"callback_on_step_end_tensor_inputs": ["z"]}, "_tensor_inputs=['z'] must be ['latents'] or []"),
+    ],
+)
+def test_what_is_wrong_is_named_before_any_layer_runs(gray, arguments, named):
+    seen = layer_calls(gray.transformer)
+    with pytest.raises(ValueError, match=re.escape(named)):
+        gray(**{"class_labels": [0], **arguments})
+    assert not seen
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_latents_are_no_images(output_type):
+    with pytest.raises(ValueError, match=f"output_type='{output_type}' must be 'latent', or the pipeline have a vae"):
+        quiet(made(4))([0], output_type=output_type)
+    with pytest.raises(ValueError, match="vae has latent_channels=4, not the model's 1"):
+        quiet(made(), made_vae())
+
+
+# ---- folders
+
+FRESH = """
+import sys
+import torch
+torch.set_num_threads(1)
+import hf_diffusionblocks as db
+assert "diffusers" not in sys.modules
+for folder in sys.argv[1:]:
+    pipe = db.DiffusionBlocksImagePipeline.from_pretrained(folder)
+    torch.save(pipe(["owl", 0], 4, output_type="pt").images, folder + ".pt")
+"""
+
+
+def test_saved_pipelines_make_the_same_images_in_a_fresh_process(tmp_path):
+    pipes = {"pixels": quiet(made()), "latents": quiet(made(4), made_vae())}
+    for name, pipe in pipes.items():
+        pipe.save_pretrained(tmp_path / name)
+    command, settings = [sys.executable, "-c", FRESH, *pipes], {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    for name, pipe in pipes.items():
+        assert torch.equal(torch.load(tmp_path / f"{name}.pt"), pipe(["owl", 0], 4, output_type="pt").images), name
+
+
+def test_a_pipeline_on_the_hub_is_downloaded_whole(gray, tmp_path, monkeypatch):
+    """diffusers' own download refuses a component whose module is neither its own nor in the repository."""
+    gray.save_pretrained(tmp_path)
+    asked = {}
+    monkeypatch.setattr(pipeline, "snapshot_download", lambda name, **how: asked.update(how, name=name) or str(tmp_path))
+    loaded = db.DiffusionBlocksImagePipeline.from_pretrained("some/owls", revision="v2")
+    assert (asked["name"], asked["revision"]) == ("some/owls", "v2") and "allow_patterns" not in asked
+    assert torch.equal(loaded([0], 2, output_type="pt").images, gray([0], 2, output_type="pt").images)
+
+
+# ---- memory
+
+
+def test_sampling_in_the_memory_of_one_block(pipe):
+    """"The device" is the CPU: a copy is a copy."""
+    model = pipe.transformer
+    expected = pipe([0, 1], T, 2.0, sampler="heun", output_type="pt").images
+    pipe.enable_block_offload("cpu")
+    offload, held = model.offload, []
+    for module in (*model.backbone.transformer_blocks, *([] if pipe.vae is None else [pipe.vae.decoder])):
+        module.register_forward_hook(lambda *_: held.append(offload.bytes_on_device()["parameters"]))
+    assert torch.equal(pipe([0, 1], T, 2.0, sampler="heun", output_type="pt").images, expected)
+    sizes = {sum(p.nbytes for p in model.block_parameters(k)) for k in range(B)}
+    assert set(held) == sizes | (set() if pipe.vae is None else {0})  # none while the VAE decodes
+    assert len(sizes) == 1
+
+    with pytest.raises(ValueError, match=r"disable_block_offload\(\) first"):
+        pipe.to("cpu")
+    pipe.disable_block_offload()
+    assert model.offload is None
+    assert torch.equal(pipe.to("cpu")([0, 1], T, 2.0, sampler="heun", output_type="pt").images, expected)
+
+
+@pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offload_of_whole_components_is_refused(gray, method):
+    with pytest.raises(NotImplementedError, match=r"use enable_block_offload\(device\)"):
+        getattr(gray, method)()
+
+
+def test_the_documentation_s_snippets_run(tmp_path, monkeypatch):
+    page = (Path(__file__).resolve().parents[1] / "docs" / "image_generation.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    made().save_pretrained("digits-blocks")
+    names = {"device": "cpu"}
+    for code in re.findall(r"```python\n(.*?)```", page[page.index("## Sampling") :], re.DOTALL):
+        exec(code, names)
+    assert Path("owls.png").is_file()
