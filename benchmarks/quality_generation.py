@@ -71,7 +71,7 @@ def collate(rows: list) -> dict[str, torch.Tensor]:
 def train(model, updates: int, seed: int, train_set, output: str) -> None:
     """To its averaged weights."""
     args = db.DiffusionBlocksTrainingArguments(
-        output, updates_per_block=updates, per_device_train_batch_size=BATCH, learning_rate=1e-3, weight_decay=0.01,
+        output, updates_per_block=updates, per_device_train_batch_size=BATCH, learning_rate=4e-3, weight_decay=0.01,
         lr_scheduler_type="constant_with_warmup", warmup_steps=100, ema_decay=0.999, seed=seed, use_cpu=True, report_to=[],
         save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False, measure_memory=False,
     )  # fmt: skip
