@@ -118,7 +118,7 @@ def describe(source: str) -> dict:
 def _files_by_block(source: str, config: DiffusionBlocksConfig) -> dict[str, str]:
     """"shared" and each block's number -> its file, from the index."""
     path = Path(cached_file(source, SAFE_WEIGHTS_INDEX_NAME))
-    files = shards.read_index(path)["metadata"].get("blocks")
+    files = shards.read_index(path).files
     if files is None:
         raise ValueError(f"{path} does not map blocks to files")
     if not {"shared"} < set(files) <= {"shared", *map(str, range(config.num_blocks))}:
