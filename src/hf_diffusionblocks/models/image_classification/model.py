@@ -118,24 +118,18 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         Raises:
             ValueError: labels are missing for a block, or a block for training.
         """
+        self.check_block_given(block_index, labels)
         x = self._clean(pixel_values, interpolate_pos_encoding)
         if block_index is None:
-            if self.training and labels is not None:
-                raise ValueError(
-                    "block_index=None in training: pass the block to train (DiffusionBlocksTrainer does), "
-                    "or call model.eval() for the label-free loss"
-                )
             logits = self.denoiser.logits(x)
             loss = None if labels is None else F.cross_entropy(logits.float(), labels)
             return ImageClassifierOutput(loss=loss, logits=logits)
-        if labels is None:
-            raise ValueError(f"labels=None with block_index={block_index}: a block is trained on the noised label")
-
         active = self.active_blocks(block_index, loss_block)
         sigma = self.levels(active.last, labels, sigma, generator)
         z = corrupt(F.embedding(labels, self.label_embeddings.vectors()), sigma, noise, generator)
         logits = self.readout(self.denoiser.network(active, x, z, sigma, block_input), z, sigma)
-        loss = self._objective(logits, labels, sigma)
+        loss = F.cross_entropy(logits.float(), labels, reduction="none")
+        loss = weighted(loss, self.config.loss_weighting, sigma, self.sigma_data).mean()
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     def levels(self, block_index: int, labels: torch.Tensor, sigma: torch.Tensor | None, generator) -> torch.Tensor:
@@ -143,10 +137,6 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         if sigma is None:
             sigma = self.blocks[block_index].draw_levels((len(labels),), generator)
         return sigma.to(self.device, torch.float32)
-
-    def _objective(self, logits: torch.Tensor, labels: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        loss = F.cross_entropy(logits.float(), labels, reduction="none")
-        return weighted(loss, self.config.loss_weighting, sigma, self.sigma_data).mean()
 
     def clean_input(self, batch: Mapping[str, torch.Tensor]) -> Clean:
         return self._clean(batch["pixel_values"], False)
