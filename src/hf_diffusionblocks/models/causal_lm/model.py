@@ -48,7 +48,6 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
 
     def __init__(self, config: DiffusionBlocksConfig):
         super().__init__(config)
-        self.denoiser.check(config)
         self.readout = READOUTS[config.readout](self)
         self.target_embeddings: nn.Module | None = None
         if self.sharing.fixed_targets:

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ...configuration import DiffusionBlocksConfig
-from ...diffusion.categorical import BRIDGES
+from ...diffusion.categorical import BRIDGES, posterior_logits
 from ...diffusion.gaussian import corrupt
 from ...diffusion.objectives import weighted
 from ...diffusion.randomness import Generators, NoiseSource
@@ -22,7 +22,7 @@ from ...diffusion.samplers import walk
 from ..active import without_dropout
 from ..base import Clean, DiffusionBlocksPreTrainedModel
 from ..targets import FixedTargets
-from .denoisers import READOUTS, FactorizedImage, JointImage, NoisyLabelToken
+from .denoisers import FactorizedImage, JointImage, NoisyLabelToken
 
 
 @dataclass
@@ -64,7 +64,6 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
                 "'single_label_classification' with at least 2 labels: the target is the embedding of one label"
             )
         super().__init__(config)
-        self.readout = READOUTS[config.readout](self)
         self.label_embeddings = FixedTargets(config.num_labels, config.hidden_size)
         if self.denoiser.modulated:
             copies = range(self.sharing.num_copies)
@@ -138,6 +137,17 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
             sigma = self.blocks[block_index].draw_levels((len(labels),), generator)
         return sigma.to(self.device, torch.float32)
 
+    def readout(self, logits: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Logits `[N, V]` of p(label | x, z) from a network's.
+
+        "edm", the paper's: its layers have read z, and what they say is all. "posterior": it gives the prior, and z its
+        likelihood, by Bayes' rule; at sigma_max z says nothing.
+        """
+        if self.config.readout == "edm":
+            return logits
+        visible = torch.where(sigma < self.config.sigma_max, sigma, torch.inf)
+        return posterior_logits(logits, z, visible, self.label_embeddings.vectors())
+
     def clean_input(self, batch: Mapping[str, torch.Tensor]) -> Clean:
         return self._clean(batch["pixel_values"], False)
 
@@ -192,11 +202,11 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         sigmas = self.noise_schedule.inference_sigmas(
             config.num_inference_steps or config.num_blocks if num_inference_steps is None else num_inference_steps
         )
-        evaluate = self.denoiser.walk_denoiser(x)
+        network = self.denoiser.walk_denoiser(x)
 
         def denoise(z: torch.Tensor, step: int) -> torch.Tensor:
             level = torch.full((num_rows,), sigmas[step].item(), device=z.device)
-            logits = evaluate(int(self.noise_schedule.block_of(sigmas[step])), z, level)
+            logits = self.readout(network(int(self.noise_schedule.block_of(sigmas[step])), z, level), z, level)
             trajectory.append(logits.float().softmax(-1))
             return logits
 
