@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 
 import torch
@@ -42,9 +42,8 @@ class OffloadedBlocks:
             parameter.data = parameter.data.to(device)
         for buffer in model.buffers():
             buffer.data = buffer.data.to(device)
-        for parameters in self._parameters.values():
-            for parameter in parameters:
-                parameter.data = self._pinned(parameter.data.cpu())
+        for parameter in self._block_parameters():
+            parameter.data = self._pinned(parameter.data.cpu())
 
     def activate(self, block: int | None, following: int | None = None) -> None:
         """Make a block the one that trains (None: none does), and start to copy the one that follows."""
@@ -140,6 +139,9 @@ class OffloadedBlocks:
             for parameter in self._parameters[self._next] if self._next is not None else ():
                 for tensor in (parameter.data, *self._states(parameter).values()):
                     tensor.record_stream(current)
+
+    def _block_parameters(self) -> Iterable[nn.Parameter]:
+        return (parameter for parameters in self._parameters.values() for parameter in parameters)
 
 
 def _new_head(model: nn.Module) -> Iterator[nn.Parameter]:
