@@ -15,7 +15,7 @@ from transformers.utils import logging
 import hf_diffusionblocks as db
 from hf_diffusionblocks.memory.ledger import PARTS, Ledger, Parts
 from hf_diffusionblocks.diffusion.objectives import rows_per_chunk
-from hf_diffusionblocks.memory.activations import SavedActivations, gradient_bytes, optimizer_state_bytes
+from hf_diffusionblocks.memory.activations import SavedActivations, gradient_bytes, state_tensors
 from hf_diffusionblocks.memory.scenarios import Way, Workload, formulations_for, ledger_of, steps, ways_to_train
 from hf_diffusionblocks.tasks import TASKS
 
@@ -90,7 +90,7 @@ def test_parts_are_those_counted_one_by_one(family, name):
         held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
         assert parts.shared + parts.blocks + parts.adaln == sum(held.values())
         assert parts.gradients == gradients
-        assert parts.optimizer == optimizer_state_bytes(optimizer)
+        assert parts.optimizer == sum(tensor.nbytes for tensor in state_tensors(optimizer))
         # A chunk of the readout, and what checkpointing computes again, come and go.
         assert saved.bytes <= parts.activations + parts.logits
         if not (way.checkpointing or way.final):

@@ -150,7 +150,7 @@ def test_one_block_a_job_then_merged(tmp_path, data, origin):
     for block, job in enumerate(jobs):
         run = [*model, *TRAINING, *data, *apart, "--train_blocks", str(block), "--output_dir", job]
         metrics = train_causal_lm.main(run)
-        assert set(shards.saved_parts(job)) == {"shared", str(block)}
+        assert set(shards.saved_index(job).files) == {"shared", str(block)}
     db.merge_blocks(jobs, tmp_path / "whole")
     assert load(tmp_path / "whole").config.training_report["updates_per_block"] == [4, 4]
     assert cross_entropy(tmp_path / "whole", paragraphs(120, 150)) == pytest.approx(metrics["eval_loss"], rel=0.05)

@@ -177,7 +177,7 @@ def test_one_block_is_trained_alone(tmp_path, files, model, plain, objective):
     before = AutoModelForCausalLM.from_pretrained(plain).state_dict()
     after = shards.load_block_state_dict(tmp_path, 0)
     assert all(not torch.equal(after[name], before[name.removeprefix("backbone.")]) for name in after)
-    saved = set(shards.saved_parts(tmp_path))
+    saved = set(shards.saved_index(tmp_path).files)
     assert saved == ({"shared", "0"} if objective == "local" else {"shared", "0", "1"})
 
 

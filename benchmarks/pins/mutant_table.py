@@ -371,7 +371,7 @@ PROVENANCE = [
     ),
     Mutant(
         "a loaded model forgets who trained it", "saving/pretrained.py",
-        "            model.provenance = shards.saved_provenance(pretrained_model_name_or_path, **hub_kwargs)\n", "",
+        "            model.provenance = index.provenance\n", "",
         "tests/test_families.py -k merged_into_one",
     ),
     Mutant(
@@ -400,7 +400,7 @@ NOTICED_SINCE = [
     ),
     Mutant(
         "a loaded part forgets who trained it", "saving/resident.py",
-        "    model.provenance = shards.saved_provenance(source, **hub)\n", "", "tests/test_blocks.py",
+        "    model.provenance = index.provenance\n", "", "tests/test_blocks.py",
     ),
     Mutant(
         "levels are the reader's", "models/causal_lm/model.py",

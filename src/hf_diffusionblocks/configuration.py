@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import field, fields
 from typing import Any, ClassVar
 
@@ -317,3 +318,12 @@ USER_FIELDS = {
     and f.name
     not in ("source_config", "base_model", "training_report", "noise_table", "tie_word_embeddings", "task", "format_version")
 }
+
+
+def check_known(names: Iterable[str]) -> None:
+    """Raise ValueError if one of these is not a field that a user sets."""
+    unknown = sorted(set(names) - USER_FIELDS.keys())
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown)}: not a field of DiffusionBlocksConfig; fields are {', '.join(USER_FIELDS)}"
+        )

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .backbones.base import backbone_for, backbone_named, backbone_of
-from .configuration import USER_FIELDS, DiffusionBlocksConfig
+from .configuration import DiffusionBlocksConfig, check_known
 from .models.base import DiffusionBlocksPreTrainedModel
 from .presets import with_preset
 from .saving.resident import HUB_KWARGS, MODEL_KWARGS, NotLoaded, build, checked_blocks, hub_kwargs
@@ -173,10 +173,6 @@ def _config(
             f"source is a DiffusionBlocks model already (num_blocks={source.num_blocks}): convert the plain model"
         )
     task = task_of(source, task).name
-    unknown = set(fields) - set(USER_FIELDS)
-    if unknown:
-        raise ValueError(
-            f"{', '.join(sorted(unknown))}: not a field of DiffusionBlocksConfig; fields are {', '.join(USER_FIELDS)}"
-        )
+    check_known(fields)
     fields = with_preset(preset, task, start, fields)
     return DiffusionBlocksConfig(source_config=source, task=task, num_blocks=num_blocks, **fields)

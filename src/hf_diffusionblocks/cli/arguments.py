@@ -67,9 +67,6 @@ def config_fields(arguments: BlocksArguments) -> dict[str, Any]:
     return values
 
 
-OPTIONS_USAGE = "[--config FILE.yaml] [--option VALUE ...]"
-
-
 class Parser(HfArgumentParser):
     """Errors are one line: with a hundred options, the usage that argparse prints before them hides them."""
 
@@ -80,19 +77,24 @@ class Parser(HfArgumentParser):
 def parse(
     dataclass_types: Sequence[type],
     args: Sequence[str] | None = None,
+    operands: Mapping[str, str] = {},
     **parser_kwargs,
 ) -> tuple:
     """Fill dataclasses from `--config FILE.yaml` and from options, which win.
 
     Args:
-        dataclass_types: one instance of each is returned, in this order.
+        dataclass_types: one instance of each is returned, in this order; then the operands.
         args: the command line; None is `sys.argv[1:]`.
+        operands: what has no option's name: name -> help. A name that ends in "..." takes one or more, and gives a list.
         parser_kwargs: of `argparse.ArgumentParser` (prog, description, ...).
 
     Exits with status 2 and one line on standard error on a bad file, an unknown option or a bad value.
     """
-    parser_kwargs.setdefault("usage", f"%(prog)s {OPTIONS_USAGE}")  # argparse's own names a hundred options
-    parser = Parser(dataclass_types, allow_abbrev=False, **parser_kwargs)
+    # (argparse's own usage names a hundred options.)
+    usage = " ".join(["%(prog)s", *operands, "[--config FILE.yaml] [--option VALUE ...]"])
+    parser = Parser(dataclass_types, usage=usage, allow_abbrev=False, **parser_kwargs)
+    for name, text in operands.items():
+        parser.add_argument(name, help=text, nargs="+" if name.endswith("...") else None)
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of options; the command line overrides it.")
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
@@ -100,9 +102,10 @@ def parse(
     if config_file is not None:
         _take_defaults(parser, config_file)
     try:
-        return parser.parse_args_into_dataclasses(args)[: len(dataclass_types)]
+        *options, others = parser.parse_args_into_dataclasses(args)
     except (ValueError, TypeError) as error:
         parser.error(str(error))
+    return (*options, *(getattr(others, name) for name in operands))
 
 
 def _take_defaults(parser: Parser, config_file: str) -> None:
@@ -123,39 +126,12 @@ def _take_defaults(parser: Parser, config_file: str) -> None:
     parser.set_defaults(**options)
 
 
-class _Operand(argparse.Action):
-    """Keeps its value itself: `parse` returns the dataclasses alone."""
-
-    value: str | list[str]
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        self.value = values
-
-
 def parse_verb(
     verb: str, dataclass_types: Sequence[type], operands: Mapping[str, str], args: Sequence[str], description: str
 ) -> tuple:
-    """An instance of each dataclass, then the operands.
-
-    Args:
-        operands: name -> help. A name that ends in "..." takes one or more, and gives a list.
-        the rest: as in [`parse`].
-    """
-    parent = argparse.ArgumentParser(add_help=False)
-    actions = [
-        parent.add_argument(name, action=_Operand, help=text, nargs="+" if name.endswith("...") else None)
-        for name, text in operands.items()
-    ]
-    args = _explicit_flags(dataclass_types, args)
-    usage = f"%(prog)s {' '.join(operands)} {OPTIONS_USAGE}"
-    parsed = parse(
-        dataclass_types, args, prog=f"diffusionblocks {verb}", usage=usage, description=description, parents=[parent]
-    )
-    return (*parsed, *(action.value for action in actions))
-
-
-def _explicit_flags(dataclass_types: Sequence[type], args: Sequence[str]) -> list[str]:
+    """What [`parse`] gives for a verb, whose flags may stand before an operand."""
     # HfArgumentParser's flags take an optional value: `--json FOLDER` would read the folder as the flag's.
     fields = [field for dataclass_type in dataclass_types for field in dataclasses.fields(dataclass_type)]
     flags = {f"--{field.name}" for field in fields if isinstance(field.default, bool)}
-    return [f"{arg}=true" if arg in flags else arg for arg in args]
+    args = [f"{arg}=true" if arg in flags else arg for arg in args]
+    return parse(dataclass_types, args, operands, prog=f"diffusionblocks {verb}", description=description)

@@ -42,7 +42,10 @@ def run(args: list[str]) -> None:
     if options.json:
         print(json.dumps(description, indent=2))
     else:
-        print("\n\n".join([block_table(description), _formulation(description), _training_report(description)]))
+        report = description["training_report"]
+        formulation = _lines({"formulation": description["formulation"]})
+        trained = _lines({"training report": report}) if report else ["not trained yet"]
+        print("\n\n".join([block_table(description), "\n".join(formulation), "\n".join(trained)]))
 
 
 def read_config(source: str) -> DiffusionBlocksConfig:
@@ -118,7 +121,7 @@ def describe(source: str) -> dict:
 def _files_by_block(source: str, config: DiffusionBlocksConfig) -> dict[str, str]:
     """"shared" and each block's number -> its file, from the index."""
     path = Path(cached_file(source, SAFE_WEIGHTS_INDEX_NAME))
-    files = shards.read_index(path)["metadata"].get("blocks")
+    files = shards.read_index(path).files
     if files is None:
         raise ValueError(f"{path} does not map blocks to files")
     if not {"shared"} < set(files) <= {"shared", *map(str, range(config.num_blocks))}:
@@ -169,16 +172,7 @@ def _block_row(part: dict, level: str) -> tuple[str, ...]:
     return (str(part["block"]), layers, *intervals, f"{part['parameters']:,}", part["file"], f"{part['bytes']:,}")
 
 
-def _formulation(description: dict) -> str:
-    return "\n".join(["formulation:", *_lines(description["formulation"])])
-
-
-def _training_report(description: dict) -> str:
-    report = description["training_report"]
-    return "\n".join(["training report:", *_lines(report)]) if report else "not trained yet"
-
-
-def _lines(values: dict, indent: str = "  ") -> list[str]:
+def _lines(values: dict, indent: str = "") -> list[str]:
     lines = []
     for name, value in values.items():
         if isinstance(value, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -33,8 +34,26 @@ def keyed_generators(key: Sequence[int], rows: Sequence[int]) -> list[torch.Gene
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
 
-class NoiseSource:
-    """Where the walk's randomness comes from; never the global generator.
+class Noise(ABC):
+    """Where the walk's randomness comes from, for N rows."""
+
+    @abstractmethod
+    def _draw(self, draw: Callable, shape: tuple[int, ...]) -> torch.Tensor:
+        """`draw` (`torch.rand` or `torch.randn`) of `[N, *shape]`."""
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """Standard normal `[N, *shape]`."""
+        return self._draw(torch.randn, shape)
+
+    def categorical(self, logits: torch.Tensor) -> torch.Tensor:
+        """One class a row, drawn from softmax(logits `[N, V]`) by inverting its CDF; `[N]`."""
+        cumulative = logits.double().softmax(-1).cumsum(-1)
+        uniform = (self._draw(torch.rand, (1,)).double() * cumulative[:, -1:]).contiguous()
+        return torch.searchsorted(cumulative, uniform, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+class NoiseSource(Noise):
+    """Noise of the generator it is given, or of its own.
 
     Without a `generator` the noise is *keyed*: a function of the seed alone, equal for every row, so that a row's
     prediction does not depend on what it is batched with, and repeats exactly. With one, each row draws its own.
@@ -50,14 +69,6 @@ class NoiseSource:
         values = draw((rows, *shape), generator=self.generator, device=self.generator.device, dtype=torch.float32)
         return values.to(self.device).expand(self.num_rows, *shape)
 
-    def normal(self, *shape: int) -> torch.Tensor:
-        """Standard normal `[N, *shape]`."""
-        return self._draw(torch.randn, shape)
-
-    def categorical(self, logits: torch.Tensor) -> torch.Tensor:
-        """One class a row, drawn from softmax(logits `[N, V]`) by inverting its CDF; `[N]`."""
-        return _invert_cdf(logits, self._draw(torch.rand, (1,)))
-
 
 PAGE = 64  # positions whose noise is drawn together
 
@@ -68,35 +79,20 @@ def _page_of_noise(draw: Callable, seed: int, draw_index: int, page: int, width:
     return draw((PAGE, width), generator=torch.Generator().manual_seed(int(key)))
 
 
-class PositionNoise:
+class PositionNoise(Noise):
     """Noise keyed by seed and token position, the same for every row of a batch: cached and uncached generation, and
     prompts padded to any length, meet the same.
 
-    Has the methods of [`NoiseSource`]; the n-th call of either gives the n-th draw of each position.
+    The n-th call of any method gives the n-th draw of each position.
     """
 
     def __init__(self, positions: torch.Tensor, seed: int):
         self.positions, self.seed, self.draws = positions.tolist(), seed, 0
         self.device = positions.device
 
-    def _draw(self, draw: Callable, width: int) -> torch.Tensor:
+    def _draw(self, draw: Callable, shape: tuple[int]) -> torch.Tensor:
         numbers = {position // PAGE for position in self.positions}
-        pages = {number: _page_of_noise(draw, self.seed, self.draws, number, width) for number in numbers}
+        pages = {number: _page_of_noise(draw, self.seed, self.draws, number, *shape) for number in numbers}
         values = torch.stack([pages[position // PAGE][position % PAGE] for position in self.positions])
         self.draws += 1
         return values.to(self.device)
-
-    def normal(self, width: int) -> torch.Tensor:
-        """Standard normal `[N, width]`."""
-        return self._draw(torch.randn, width)
-
-    def categorical(self, logits: torch.Tensor) -> torch.Tensor:
-        """One class a row, drawn from softmax(logits `[N, V]`); `[N]`."""
-        return _invert_cdf(logits, self._draw(torch.rand, 1))
-
-
-def _invert_cdf(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The class at `uniform [N, 1]` of the CDF of softmax(logits `[N, V]`); `[N]`."""
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    uniform = (uniform.double() * cumulative[:, -1:]).contiguous()
-    return torch.searchsorted(cumulative, uniform, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)

@@ -11,14 +11,14 @@ import torch
 from torch.nn import functional as F
 
 from .gaussian import ancestral_step, euler_step
-from .randomness import NoiseSource
+from .randomness import Noise
 
 
 def walk(
     denoise: Callable[[torch.Tensor, int], torch.Tensor],
     targets: torch.Tensor,
     sigmas: torch.Tensor,
-    noise: NoiseSource,
+    noise: Noise,
     sampler: str,
     bridge: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +50,7 @@ def walk_on(
     targets: torch.Tensor,
     sigma: float,
     sigma_next: float,
-    noise: NoiseSource,
+    noise: Noise,
     sampler: str,
     bridge: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.active import without_dropout
 
 REPEATED_LENGTH = 4  # tokens of the n-grams whose repetition is counted
-PADDING = 0  # any token will do: it stands after all that is scored
 
 
 def generation_measures(
@@ -103,15 +103,13 @@ def _nats(judge: PreTrainedModel, pairs: list[tuple[list[int], list[int]]]) -> t
     pairs = [(context, text) for context, text in pairs if text]
     if not pairs:
         return torch.zeros(0)
-    length = max(len(context) + len(text) for context, text in pairs)
-    input_ids = torch.full((len(pairs), length), PADDING)
-    attention_mask, scored = torch.zeros_like(input_ids), torch.zeros_like(input_ids, dtype=torch.bool)
-    for row, (context, text) in enumerate(pairs):
-        end = len(context) + len(text)
-        input_ids[row, :end] = torch.tensor(context + text)
-        attention_mask[row, :end] = 1
-        scored[row, len(context) : end] = True
-    input_ids, attention_mask, scored = (t.to(judge.device) for t in (input_ids, attention_mask, scored))
+    rows = [torch.tensor(context + text) for context, text in pairs]
+    attended = [torch.ones_like(row) for row in rows]
+    scored = [torch.arange(len(row)) >= len(context) for row, (context, _) in zip(rows, pairs)]
+    # (Any token will do as padding: it stands after all that is scored.)
+    input_ids, attention_mask, scored = (
+        pad_sequence(each, batch_first=True).to(judge.device) for each in (rows, attended, scored)
+    )
     logits = judge(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
     scored = scored[:, 1:]
     return F.cross_entropy(logits[scored].float(), input_ids[:, 1:][scored], reduction="none")

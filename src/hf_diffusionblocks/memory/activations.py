@@ -52,11 +52,6 @@ def gradient_bytes(parameters: Iterable[torch.nn.Parameter]) -> int:
     return sum(p.grad.nbytes for p in parameters if p.grad is not None)
 
 
-def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's state now."""
-    return sum(tensor.nbytes for tensor in state_tensors(optimizer))
-
-
 def state_tensors(
     optimizer: torch.optim.Optimizer, without: Collection[torch.nn.Parameter] = ()
 ) -> Iterator[torch.Tensor]:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..backbones.base import backbone_for
-from ..configuration import USER_FIELDS, DiffusionBlocksConfig
+from ..configuration import USER_FIELDS, DiffusionBlocksConfig, check_known
 from ..tasks import Task, task_of
 from .ledger import Ledger, Parts
 from .scenarios import Way, Workload, formulations_for, ledger_of, ways_to_train
@@ -102,8 +102,8 @@ def estimate_memory(
     task = task_of(config, task)
     formulations = formulations_for(task)
     if config_fields:
-        fields = _known(config_fields)
-        checked = DiffusionBlocksConfig(source_config=config, task=task.name, num_blocks=num_blocks or 4, **fields)
+        check_known(config_fields)
+        checked = DiffusionBlocksConfig(source_config=config, task=task.name, num_blocks=num_blocks or 4, **config_fields)
         formulations = {checked.formulation: config_fields}
     workload = _workload(config, task, 4 if num_blocks is None else num_blocks, batch_size, sequence_length, dtype, ema)
     limit = None if budget is None else parse_bytes(budget)
@@ -115,14 +115,6 @@ def estimate_memory(
         plain = {way.name: ledgers[way.name].total <= limit for way in ways if not way.fields}
         fitting = {name: 1 if fits else None for name, fits in plain.items()} | fitting
     return MemoryEstimate(workload, ledgers, limit, fitting)
-
-
-def _known(config_fields: Mapping) -> Mapping:
-    unknown = sorted(config_fields.keys() - USER_FIELDS.keys())
-    if unknown:
-        fields_are = ", ".join(USER_FIELDS)
-        raise ValueError(f"{', '.join(unknown)}: not a field of DiffusionBlocksConfig; fields are {fields_are}")
-    return config_fields
 
 
 def _workload(

@@ -249,6 +249,16 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
 
     # ---- the clean input through blocks
 
+    def check_block_given(self, block_index: int | None, labels: torch.Tensor | None) -> None:
+        """Raise ValueError unless `forward` is called for a block and its labels, or for the whole model in evaluation."""
+        if block_index is None and self.training and labels is not None:
+            raise ValueError(
+                "block_index=None in training: pass the block to train (DiffusionBlocksTrainer does), or call model.eval() "
+                "for the label-free loss"
+            )
+        if block_index is not None and labels is None:
+            raise ValueError(f"labels=None with block_index={block_index}: a block is trained on the noised label")
+
     def active_blocks(self, block_index: int, loss_block: int | None) -> ActiveBlocks:
         """The block that a step trains, and the one that is read out for its loss (None: itself).
 

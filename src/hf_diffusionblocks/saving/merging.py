@@ -80,10 +80,10 @@ def _open(folder: Path) -> _Job:
         raise NotADirectoryError(f"{folder} is not a folder")
     shards.finish_interrupted_save(folder)
     shards.check_shards(folder)
-    files = shards.saved_parts(folder)
-    if files is None:
+    index = shards.saved_index(folder)
+    if index.files is None:
         raise ValueError(f"{folder} is not a DiffusionBlocks checkpoint: its index names no blocks")
-    return _Job(folder, DiffusionBlocksConfig.from_pretrained(folder), files, shards.saved_provenance(folder))
+    return _Job(folder, DiffusionBlocksConfig.from_pretrained(folder), index.files, index.provenance)
 
 
 def _check_configs(jobs: list[_Job]) -> None:

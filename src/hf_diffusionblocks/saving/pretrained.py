@@ -103,10 +103,10 @@ class SavedByBlock(PreTrainedModel):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:
-            hub_kwargs = resident.hub_kwargs(kwargs)
-            resident.check_cut(model, pretrained_model_name_or_path, **hub_kwargs)
-            resident.check_whole(model, pretrained_model_name_or_path, **hub_kwargs)
-            model.provenance = shards.saved_provenance(pretrained_model_name_or_path, **hub_kwargs)
+            index = shards.saved_index(pretrained_model_name_or_path, **resident.hub_kwargs(kwargs))
+            resident.check_cut(model, pretrained_model_name_or_path, index)
+            resident.check_whole(model, pretrained_model_name_or_path, index)
+            model.provenance = index.provenance
         shards.align(model)
         return loaded
 

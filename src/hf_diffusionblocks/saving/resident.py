@@ -91,7 +91,8 @@ def load(
     if refused:
         raise ValueError(f"{', '.join(refused)} cannot be combined with resident_blocks={list(resident_blocks)}")
     model = build_empty(model_class, config, resident_blocks, **model_kwargs)
-    check_cut(model, source, **hub)
+    index = shards.saved_index(source, **hub)
+    check_cut(model, source, index)
     weights = {}
     for block in (None, *model.resident_blocks):
         weights |= shards.load_block_state_dict(source, block, **hub)
@@ -99,7 +100,7 @@ def load(
     if missing:
         raise ValueError(f"{source} lacks {', '.join(sorted(missing)[:3])}, {len(missing)} weights in all")
     model.load_state_dict(weights, strict=False)
-    model.provenance = shards.saved_provenance(source, **hub)
+    model.provenance = index.provenance
     if model.can_generate() and cached_file(
         source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub
     ):
@@ -112,16 +113,15 @@ def hub_kwargs(kwargs: dict) -> dict:
     return {name: kwargs[name] for name in HUB_KWARGS if kwargs.get(name) is not None}
 
 
-def check_cut(model: PreTrainedModel, source: str | PathLike, **hub_kwargs) -> None:
+def check_cut(model: PreTrainedModel, source: str | PathLike, index: shards.Index) -> None:
     """Raise ValueError if the files of this checkpoint were cut into other blocks than the model's config says."""
-    index = shards.saved_index(source, **hub_kwargs)
-    if index is None or "blocks" not in index["metadata"]:  # of a plain model
+    if index.files is None:  # of a plain model
         return
-    config, files = model.config, index["metadata"]["blocks"]
-    for name, file in index["weight_map"].items():
+    config = model.config
+    for name, file in index.weight_map.items():
         block = model.block_of_parameter(name)
         part = "shared" if block is None else str(block)
-        if files.get(part) != file:
+        if index.files.get(part) != file:
             raise ValueError(
                 f"{source} was cut into other blocks than its config says (num_blocks={config.num_blocks}, "
                 f"layers_per_block={config.layers_per_block}): {file} holds {name}, which the config "
@@ -129,10 +129,9 @@ def check_cut(model: PreTrainedModel, source: str | PathLike, **hub_kwargs) -> N
             )
 
 
-def check_whole(model: PreTrainedModel, source: str | PathLike, **hub_kwargs) -> None:
+def check_whole(model: PreTrainedModel, source: str | PathLike, index: shards.Index) -> None:
     """Raise ValueError if this checkpoint, which all of the model was loaded from, holds some of the blocks only."""
-    parts = shards.saved_parts(source, **hub_kwargs)
-    missing = [block for block in range(model.num_blocks) if parts is not None and str(block) not in parts]
+    missing = [block for block in range(model.num_blocks) if index.files is not None and str(block) not in index.files]
     if missing:
         raise ValueError(
             f"{source} lacks the blocks {missing} of {model.num_blocks}: load what it has with resident_blocks=..., or "

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import parse_local_safetensors_file_metadata
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -52,6 +53,21 @@ class Provenance:
         if None in jobs:
             return None
         return Provenance([sum(counts) for counts in zip(*(job.updates for job in jobs))])
+
+
+@dataclass(frozen=True)
+class Index:
+    """What an index file says.
+
+    Args:
+        weight_map: key -> file.
+        files: "shared" and the numbers of the blocks -> file; None where the checkpoint is not split by block.
+        provenance: None where it does not tell.
+    """
+
+    weight_map: Mapping[str, str]
+    files: Mapping[str, str] | None = None
+    provenance: Provenance | None = None
 
 
 @contextmanager
@@ -99,7 +115,7 @@ def _remove_stale_weights(folder: Path) -> None:
     found = list(folder.glob("model*.safetensors"))
     if (folder / COMPLETE / SAFE_WEIGHTS_INDEX_NAME).exists() or not (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
         return
-    current = set(read_index(folder / SAFE_WEIGHTS_INDEX_NAME)["weight_map"].values())
+    current = set(read_index(folder / SAFE_WEIGHTS_INDEX_NAME).weight_map.values())
     for path in found:
         if path.name not in current:
             path.unlink(missing_ok=True)
@@ -113,8 +129,8 @@ def check_overwrite(folder: Path, blocks: Sequence[int]) -> None:
     """
     finish_interrupted_save(folder)
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    parts = read_index(index)["metadata"].get("blocks", {}) if index.is_file() else {}
-    replaced = {file for part, file in parts.items() if part in ("shared", *map(str, blocks))}
+    files = (read_index(index).files if index.is_file() else None) or {}
+    replaced = {file for part, file in files.items() if part in ("shared", *map(str, blocks))}
     lost = sorted(path.name for path in folder.glob("model*.safetensors") if path.name not in replaced)
     if lost:
         raise ValueError(
@@ -128,11 +144,10 @@ def split_by_block(
 ) -> None:
     """Replace the one weights file that HF wrote to `folder` by a file for what is shared and one for each block in it."""
     whole = folder / SAFE_WEIGHTS_NAME
-    total = num_blocks + 1
-    files = {block: f"model-{number:05}-of-{total:05}.safetensors" for number, block in _numbered(num_blocks)}
     written = {}
     with safe_open(whole, framework="pt") as weights:
-        for block, file in files.items():
+        for number, block in enumerate([None, *range(num_blocks)], start=1):
+            file = f"model-{number:05}-of-{num_blocks + 1:05}.safetensors"
             tensors = {key: weights.get_tensor(key) for key in weights.keys() if block_of_parameter(key) == block}
             if tensors:  # not of a block that is not loaded
                 save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -145,11 +160,9 @@ def write_index(folder: Path, files: dict[str, str], provenance: Provenance | No
     """Index the files in `folder` of "shared" and of the blocks, by their headers."""
     weight_map, total_size = {}, 0
     for file in files.values():
-        with safe_open(folder / file, framework="pt") as weights:
-            weight_map |= dict.fromkeys(weights.keys(), file)
-        with (folder / file).open("rb") as stream:
-            header_size = int.from_bytes(stream.read(8), "little")
-        total_size += (folder / file).stat().st_size - 8 - header_size
+        tensors = parse_local_safetensors_file_metadata(folder / file).tensors
+        weight_map |= dict.fromkeys(tensors, file)
+        total_size += max(tensor.data_offsets[1] for tensor in tensors.values())
     metadata = {"total_size": total_size, "blocks": files}
     if provenance is not None:
         metadata["provenance"] = asdict(provenance)
@@ -157,24 +170,22 @@ def write_index(folder: Path, files: dict[str, str], provenance: Provenance | No
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _numbered(num_blocks: int) -> Iterator[tuple[int, int | None]]:
-    return enumerate([None, *range(num_blocks)], start=1)
-
-
-def read_index(path: Path) -> dict:
-    """An index file: `weight_map` (key -> file) and `metadata`, which may have `blocks` ("shared" or a number -> file).
+def read_index(path: Path) -> Index:
+    """Read an index file.
 
     Raises:
         OSError: the file is missing or damaged; names it.
     """
     try:
         index = json.loads(path.read_text())
-        parts = (index["weight_map"], index["metadata"], index["metadata"].get("blocks", {}))
+        weight_map, metadata = index["weight_map"], index["metadata"]
+        files, told = metadata.get("blocks", {}), metadata.get("provenance")
+        provenance = None if told is None else Provenance(**told)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise OSError(f"{path} is damaged: {type(error).__name__}: {error}") from None
-    if not all(isinstance(part, dict) for part in parts):
+    if not all(isinstance(part, dict) for part in (weight_map, metadata, files)):
         raise OSError(f"{path} is damaged: weight_map, metadata and metadata['blocks'] must be dictionaries")
-    return index
+    return Index(weight_map, metadata.get("blocks"), provenance)
 
 
 def check_shards(folder: Path) -> None:
@@ -186,7 +197,7 @@ def check_shards(folder: Path) -> None:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         return
-    for file in sorted(set(read_index(index)["weight_map"].values())):
+    for file in sorted(set(read_index(index).weight_map.values())):
         path = folder / file
         if not path.is_file():
             raise OSError(f"{path} is missing: {SAFE_WEIGHTS_INDEX_NAME} names it")
@@ -245,7 +256,7 @@ def load_block_state_dict(
         OSError: the file is missing, or the index damaged; names it.
         ValueError: there is no such block, or the checkpoint is not split by block.
     """
-    files = saved_parts(pretrained_model_name_or_path, **hub_kwargs)
+    files = saved_index(pretrained_model_name_or_path, **hub_kwargs).files
     if files is None:
         raise ValueError(f"{pretrained_model_name_or_path} is not a DiffusionBlocks checkpoint: its index names no blocks")
     key = "shared" if block_index is None else str(block_index)
@@ -254,23 +265,9 @@ def load_block_state_dict(
     return load_file(cached_file(pretrained_model_name_or_path, files[key], **hub_kwargs))
 
 
-def saved_parts(pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs) -> dict[str, str] | None:
-    """"shared" and the numbers of the blocks that a folder or hub id holds, each with its file; None where no index
-    says so."""
-    index = saved_index(pretrained_model_name_or_path, **hub_kwargs)
-    return None if index is None else index["metadata"].get("blocks")
-
-
-def saved_index(pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs) -> dict | None:
-    """The index of a folder or hub id, as [`read_index`] gives it; None where there is none."""
+def saved_index(pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs) -> Index:
+    """The index of a folder or hub id; empty where there is none."""
     index = cached_file(
         pretrained_model_name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs
     )
-    return None if index is None else read_index(Path(index))
-
-
-def saved_provenance(pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs) -> Provenance | None:
-    """Who trained what a folder or hub id holds; None where it does not tell."""
-    index = saved_index(pretrained_model_name_or_path, **hub_kwargs)
-    told = None if index is None else index["metadata"].get("provenance")
-    return None if told is None else Provenance(**told)
+    return Index({}) if index is None else read_index(Path(index))

@@ -93,15 +93,14 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.block_schedule not in ORDERS:
-            raise ValueError(f"block_schedule={self.block_schedule!r} must be one of {', '.join(map(repr, ORDERS))}")
-        if self.offload_inactive_blocks not in OFFLOADS:
-            raise ValueError(
-                f"offload_inactive_blocks={self.offload_inactive_blocks!r} must be one of {', '.join(map(repr, OFFLOADS))}"
-            )
-        objectives = (None, *CHOICES["objective"])
-        if self.objective not in objectives:
-            raise ValueError(f"objective={self.objective!r} must be one of {', '.join(map(repr, objectives))}")
+        for name, allowed in (
+            ("block_schedule", ORDERS),
+            ("offload_inactive_blocks", OFFLOADS),
+            ("objective", (None, *CHOICES["objective"])),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must be above 0 and below 1, or None for no averages")
         if self.block_switch_interval < 1:

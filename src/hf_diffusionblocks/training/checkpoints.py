@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import Trainer
@@ -19,21 +17,13 @@ ASIDE = "_saving"
 class AtomicCheckpoints(Trainer):
     """A Trainer that writes each checkpoint aside, and renames it."""
 
-    _aside: Path | None = None
+    _aside: Path | None = None  #: where the Trainer is to write, while it writes a checkpoint
 
     @property
     def writes_checkpoint(self) -> bool:
         """Whether a checkpoint is written just now."""
         return self._aside is not None
 
-    @contextmanager
-    def _written_aside(self, folder: Path) -> Iterator[None]:
-        """Let the Trainer write its checkpoint below `folder`."""
-        self._aside = folder
-        try:
-            yield
-        finally:
-            self._aside = None
 
     def _get_output_dir(self, trial) -> str:
         # Where the Trainer asks for the folder that it makes checkpoints in.
@@ -47,8 +37,11 @@ class AtomicCheckpoints(Trainer):
         if self.args.should_save:
             shutil.rmtree(staged, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        with self._written_aside(staged):
+        self._aside = staged
+        try:
             super()._save_checkpoint(model, trial)
+        finally:
+            self._aside = None
         self.accelerator.wait_for_everyone()
         is_best = self.state.best_model_checkpoint == str(staged / final.name)
         if is_best:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -99,7 +100,7 @@ def all_states(
     own = {}
     if layout.replica == 0:
         own = {
-            block: [_on_cpu(optimizer.state.get(parameter, {})) for parameter in parameters[block]]
+            block: [send_to_device(optimizer.state.get(parameter, {}), "cpu") for parameter in parameters[block]]
             for block in layout.blocks
         }
     gathered = [None] * layout.world_size if dist.get_rank() == 0 else None
@@ -118,10 +119,6 @@ def all_states(
     finally:
         for parameter, _ in foreign:
             del optimizer.state[parameter]
-
-
-def _on_cpu(state: dict) -> dict:
-    return {name: value.cpu() if torch.is_tensor(value) else value for name, value in state.items()}
 
 
 def _gradients(parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ...configuration import DiffusionBlocksConfig
 from ...diffusion.objectives import cross_entropy
 from ..active import ActiveBlocks
 from ..base import DiffusionBlocksPreTrainedModel
@@ -22,12 +21,8 @@ class FactorizedText:
         self.model = model
 
     @staticmethod
-    def check(config: DiffusionBlocksConfig) -> None:
-        """Every readout and head goes with it."""
-
-    @staticmethod
     def check_attention(requested: str | None) -> None:
-        """Every implementation of attention does, too."""
+        """Every implementation of attention goes with it."""
 
     def shape_of_levels(self, targets: torch.Tensor) -> tuple[int, ...]:
         """A noise level for each token: layers do not depend on it."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from ...configuration import DiffusionBlocksConfig
 from ...diffusion.gaussian import precondition
 from ..active import ActiveBlocks
 from ..base import DiffusionBlocksPreTrainedModel
@@ -23,13 +22,10 @@ class JointText:
 
     def __init__(self, model: DiffusionBlocksPreTrainedModel):
         self.model = model
-
-    @staticmethod
-    def check(config: DiffusionBlocksConfig) -> None:
-        if config.readout_layers:
+        if model.config.readout_layers:
             raise ValueError(
-                f"readout_layers={config.readout_layers} must be 0 with denoiser='joint' for text: a noisy token's local "
-                "head would need clean keys, and a cache, of its own"
+                f"readout_layers={model.config.readout_layers} must be 0 with denoiser='joint' for text: a noisy token's "
+                "local head would need clean keys, and a cache, of its own"
             )
 
     @staticmethod

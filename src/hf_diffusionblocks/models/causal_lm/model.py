@@ -14,13 +14,12 @@ from transformers.utils.generic import can_return_tuple
 
 from ...configuration import DiffusionBlocksConfig
 from ...diffusion.gaussian import corrupt
-from ...diffusion.likelihood import LikelihoodTerms
 from ...diffusion.objectives import chunked_sum, cross_entropy, weighted
 from ...diffusion.randomness import Generators
 from ..base import Clean, DiffusionBlocksPreTrainedModel
 from ..block import Block
 from ..targets import FixedTargets
-from .bound import likelihood_terms
+from . import bound
 from .factorized import FactorizedText
 from .generation import WalkGeneration
 from .joint import JointText
@@ -49,7 +48,6 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
 
     def __init__(self, config: DiffusionBlocksConfig):
         super().__init__(config)
-        self.denoiser.check(config)
         self.readout = READOUTS[config.readout](self)
         self.target_embeddings: nn.Module | None = None
         if self.sharing.fixed_targets:
@@ -157,17 +155,10 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         """
         if inputs_embeds is not None and self.blocks[-1].embeds_apart:
             raise ValueError("inputs_embeds must be None with shared='per_block': each block embeds tokens by itself")
+        self.check_block_given(block_index, labels)
         text = Text(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, block_input)
         if block_index is None:
-            if self.training and labels is not None:
-                raise ValueError(
-                    "block_index=None in training: pass the block to train (DiffusionBlocksTrainer does), or call "
-                    "model.eval() for the label-free loss"
-                )
             return self._predict(text, labels, use_cache, logits_to_keep, num_items_in_batch, return_logits, text_walk)
-        if labels is None:
-            raise ValueError(f"labels=None with block_index={block_index}: a block is trained on the noised label")
-
         active, targets = self.active_blocks(block_index, loss_block), labels[:, 1:]
         sigma = self.levels(active.last, targets, sigma, generator)
         z = self.corrupt(targets, sigma, noise, generator)
@@ -251,9 +242,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=text.past_key_values)
 
-    def likelihood_terms(self, batch: Mapping[str, torch.Tensor], num_samples: int, generator) -> LikelihoodTerms:
-        """What `nll_bound` sums up: see [`likelihood_terms`](bound.py)."""
-        return likelihood_terms(self, batch, num_samples, generator)
+    likelihood_terms = bound.likelihood_terms  #: what `nll_bound` sums up
 
     def prior_logits(
         self,

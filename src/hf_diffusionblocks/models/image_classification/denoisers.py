@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ...diffusion.categorical import posterior_logits
 from ...diffusion.gaussian import precondition
 from ..active import ActiveBlocks
 from ..base import Clean, DiffusionBlocksPreTrainedModel
@@ -46,11 +45,9 @@ class JointImage:
         return block.read_out(block.run_local_head(block.run(hidden, block.modulations(sigma))))
 
     def walk_denoiser(self, x: Clean):
-        """`(block, z [N, D], sigma [N]) -> logits [N, V]`: what a walk evaluates."""
+        """`(block, z [N, D], sigma [N]) -> F, logits [N, V]`: what a walk reads out from."""
         entering = self.entering_all(x)
-        return lambda block_index, z, sigma: self.model.readout(
-            self._read(block_index, entering[block_index], z, sigma), z, sigma
-        )
+        return lambda block_index, z, sigma: self._read(block_index, entering[block_index], z, sigma)
 
     def entering_all(self, x: Clean) -> list[torch.Tensor]:
         """Inference: the hidden states that enter each block, first block first."""
@@ -86,9 +83,10 @@ class FactorizedImage:
         return self.model.blocks[active.reader].read_out(self.model.training_output(active, x, cached))
 
     def walk_denoiser(self, x: Clean):
-        """`(block, z [N, D], sigma [N]) -> logits [N, V]`: what a walk evaluates. Each block runs once, whatever z is."""
+        """`(block, z [N, D], sigma [N]) -> F, logits [N, V]`: what a walk reads out from. Each block runs once, whatever z
+        is."""
         priors = self.prior_logits(x)
-        return lambda block_index, z, sigma: self.model.readout(priors[:, block_index], z, sigma)
+        return lambda block_index, z, sigma: priors[:, block_index]
 
     def prior_logits(self, x: Clean) -> torch.Tensor:
         """Every block's, `[N, B, V]`."""
@@ -101,29 +99,3 @@ class FactorizedImage:
         return model.context.answer(
             [model.blocks[k].read_out(outputs[k]) for k in model.context.answering(model.num_blocks)]
         )
-
-
-class NetworkReadout:
-    """The paper's: the layers have read z, and what they say is all."""
-
-    def __init__(self, model: DiffusionBlocksPreTrainedModel):
-        pass
-
-    def __call__(self, logits: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """Logits `[N, V]` of p(label | x, z) from the network's."""
-        return logits
-
-
-class PosteriorReadout:
-    """The network gives the prior, and z its likelihood, by Bayes' rule."""
-
-    def __init__(self, model: DiffusionBlocksPreTrainedModel):
-        self.model = model
-
-    def __call__(self, logits: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """Logits `[N, V]` of p(label | x, z) from the network's; at sigma_max z says nothing."""
-        visible = torch.where(sigma < self.model.config.sigma_max, sigma, torch.inf)
-        return posterior_logits(logits, z, visible, self.model.label_embeddings.vectors())
-
-
-READOUTS = {"edm": NetworkReadout, "posterior": PosteriorReadout}

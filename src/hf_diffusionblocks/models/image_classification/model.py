@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ...configuration import DiffusionBlocksConfig
-from ...diffusion.categorical import BRIDGES
+from ...diffusion.categorical import BRIDGES, posterior_logits
 from ...diffusion.gaussian import corrupt
 from ...diffusion.objectives import weighted
 from ...diffusion.randomness import Generators, NoiseSource
@@ -22,7 +22,7 @@ from ...diffusion.samplers import walk
 from ..active import without_dropout
 from ..base import Clean, DiffusionBlocksPreTrainedModel
 from ..targets import FixedTargets
-from .denoisers import READOUTS, FactorizedImage, JointImage, NoisyLabelToken
+from .denoisers import FactorizedImage, JointImage, NoisyLabelToken
 
 
 @dataclass
@@ -64,7 +64,6 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
                 "'single_label_classification' with at least 2 labels: the target is the embedding of one label"
             )
         super().__init__(config)
-        self.readout = READOUTS[config.readout](self)
         self.label_embeddings = FixedTargets(config.num_labels, config.hidden_size)
         if self.denoiser.modulated:
             copies = range(self.sharing.num_copies)
@@ -118,24 +117,18 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         Raises:
             ValueError: labels are missing for a block, or a block for training.
         """
+        self.check_block_given(block_index, labels)
         x = self._clean(pixel_values, interpolate_pos_encoding)
         if block_index is None:
-            if self.training and labels is not None:
-                raise ValueError(
-                    "block_index=None in training: pass the block to train (DiffusionBlocksTrainer does), "
-                    "or call model.eval() for the label-free loss"
-                )
             logits = self.denoiser.logits(x)
             loss = None if labels is None else F.cross_entropy(logits.float(), labels)
             return ImageClassifierOutput(loss=loss, logits=logits)
-        if labels is None:
-            raise ValueError(f"labels=None with block_index={block_index}: a block is trained on the noised label")
-
         active = self.active_blocks(block_index, loss_block)
         sigma = self.levels(active.last, labels, sigma, generator)
         z = corrupt(F.embedding(labels, self.label_embeddings.vectors()), sigma, noise, generator)
         logits = self.readout(self.denoiser.network(active, x, z, sigma, block_input), z, sigma)
-        loss = self._objective(logits, labels, sigma)
+        loss = F.cross_entropy(logits.float(), labels, reduction="none")
+        loss = weighted(loss, self.config.loss_weighting, sigma, self.sigma_data).mean()
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     def levels(self, block_index: int, labels: torch.Tensor, sigma: torch.Tensor | None, generator) -> torch.Tensor:
@@ -144,9 +137,16 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
             sigma = self.blocks[block_index].draw_levels((len(labels),), generator)
         return sigma.to(self.device, torch.float32)
 
-    def _objective(self, logits: torch.Tensor, labels: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        loss = F.cross_entropy(logits.float(), labels, reduction="none")
-        return weighted(loss, self.config.loss_weighting, sigma, self.sigma_data).mean()
+    def readout(self, logits: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Logits `[N, V]` of p(label | x, z) from a network's.
+
+        "edm", the paper's: its layers have read z, and what they say is all. "posterior": it gives the prior, and z its
+        likelihood, by Bayes' rule; at sigma_max z says nothing.
+        """
+        if self.config.readout == "edm":
+            return logits
+        visible = torch.where(sigma < self.config.sigma_max, sigma, torch.inf)
+        return posterior_logits(logits, z, visible, self.label_embeddings.vectors())
 
     def clean_input(self, batch: Mapping[str, torch.Tensor]) -> Clean:
         return self._clean(batch["pixel_values"], False)
@@ -202,11 +202,11 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         sigmas = self.noise_schedule.inference_sigmas(
             config.num_inference_steps or config.num_blocks if num_inference_steps is None else num_inference_steps
         )
-        evaluate = self.denoiser.walk_denoiser(x)
+        network = self.denoiser.walk_denoiser(x)
 
         def denoise(z: torch.Tensor, step: int) -> torch.Tensor:
             level = torch.full((num_rows,), sigmas[step].item(), device=z.device)
-            logits = evaluate(int(self.noise_schedule.block_of(sigmas[step])), z, level)
+            logits = self.readout(network(int(self.noise_schedule.block_of(sigmas[step])), z, level), z, level)
             trajectory.append(logits.float().softmax(-1))
             return logits
 
