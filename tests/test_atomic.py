@@ -6,12 +6,14 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from process_scenarios import GPT2, made, trainer_of
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -49,6 +51,7 @@ def trainer(mode: str, folder: Path, **arguments) -> db.DiffusionBlocksTrainer:
 
 
 def train(mode: str, folder: Path, pipe) -> None:
+    tqdm.set_lock(threading.RLock())  # not the parent's: who is killed while he holds that, holds it for ever
     run = trainer(mode, folder)
     run.add_callback(Announce(pipe))
     run.train(resume_from_checkpoint=get_last_checkpoint(folder))

@@ -24,7 +24,6 @@ class AtomicCheckpoints(Trainer):
         """Whether a checkpoint is written just now."""
         return self._aside is not None
 
-
     def _get_output_dir(self, trial) -> str:
         # Where the Trainer asks for the folder that it makes checkpoints in.
         return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
