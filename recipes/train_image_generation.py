@@ -106,7 +106,7 @@ def make_transform(
         class_of: label in the data -> class of the model; None where there are none.
         flip: mirror half of the images.
     """
-    from diffusers.image_processor import VaeImageProcessor  # here, since `check_model` says it in one line if it is missing
+    from diffusers.image_processor import VaeImageProcessor  # (by now `check_model` has said it if diffusers is missing)
 
     mode, size = {1: "L", 3: "RGB"}[config.in_channels], config.sample_size
     processor = VaeImageProcessor(do_resize=False)

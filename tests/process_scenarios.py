@@ -34,7 +34,8 @@ VIT = ViTConfig(
     num_channels=1, num_labels=5,
 )  # fmt: skip
 DIT = DiTConfig(
-    num_layers=4, num_attention_heads=2, attention_head_dim=8, in_channels=2, sample_size=8, patch_size=4, num_embeds_ada_norm=5,
+    num_layers=4, num_attention_heads=2, attention_head_dim=8, in_channels=2, sample_size=8, patch_size=4,
+    num_embeds_ada_norm=5,
 )  # fmt: skip
 LLAMA = LlamaConfig(
     num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=64,
@@ -82,7 +83,8 @@ def rows(source) -> Dataset:
         return Dataset.from_dict({"pixel_values": images.tolist(), "labels": [k % 5 for k in range(64)]}).with_format("torch")
     if source is DIT:
         images = torch.randn(64, 2, 8, 8, generator=generator)
-        return Dataset.from_dict({"pixel_values": images.tolist(), "class_labels": [k % 5 for k in range(64)]}).with_format("torch")
+        classes = [k % 5 for k in range(64)]
+        return Dataset.from_dict({"pixel_values": images.tolist(), "class_labels": classes}).with_format("torch")
     tokens = torch.randint(64, (64, 12), generator=generator)
     labels = tokens.masked_fill(torch.rand(64, 12, generator=generator) < 0.2, -100)
     return Dataset.from_dict({"input_ids": tokens.tolist(), "labels": labels.tolist()}).with_format("torch")

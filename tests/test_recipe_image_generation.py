@@ -43,9 +43,12 @@ def own_cache(tmp_path_factory, monkeypatch):
 def averaging(monkeypatch) -> list[str]:
     """Notes when averages are asked for."""
     entered = []
-    monkeypatch.setattr(
-        db.DiffusionBlocksTrainer, "averaged_weights", lambda self: entered.append("averages") or nullcontext(), raising=False
-    )
+
+    def averaged_weights(self):
+        entered.append("averages")
+        return nullcontext()
+
+    monkeypatch.setattr(db.DiffusionBlocksTrainer, "averaged_weights", averaged_weights, raising=False)
     return entered
 
 
@@ -182,12 +185,15 @@ BAD_INPUTS = {
     "latents": ([*MODEL[:-1], SIZES], "in_channels=4 must be 1 (grayscale) or 3 (RGB): this recipe trains on pixels"),
     "small images": ([*MODEL[:-1], f"{SIZES[:-1]}16, in_channels=1"], "12 x 10, smaller than the model's sample_size=16"),
     "classes": ([*MODEL[:-1], "num_embeds_ada_norm=9"], "must not set num_embeds_ada_norm"),
-    "labels": (["--model_name_or_path", "{stock}", "--num_blocks", "2", "--label_column", "far"], "labels ['17'] are beyond the model's"),
-    "no such column": ([*MODEL, "--label_column", "x"], "label_column='x' must be a column of the train data: image, label, far"),
+    "labels": (
+        ["--model_name_or_path", "{stock}", "--num_blocks", "2", "--label_column", "far"], "labels ['17'] are beyond the model's"
+    ),
+    "no such column": ([*MODEL, "--label_column", "x"], "'x' must be a column of the train data: image, label, far"),
     "guidance": ([*MODEL, "--guidance_scale", "2"], "guidance_scale=2.0 needs label_column"),
     "block of one": ([*MODEL, "--end_to_end", "--train_blocks", "1"], "must not be set with end_to_end"),
+    "information": ([*MODEL, "--noise_distribution", "information"], "'information' must be 'lognormal' for task"),
     "bad field": ([*MODEL, "--context", "carried"], "context='carried' must be 'independent'"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("options", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS)

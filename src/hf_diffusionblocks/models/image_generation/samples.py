@@ -27,7 +27,7 @@ NUM_IMAGES = 16  #: if not told
 
 
 class SampleImages(TrainerCallback):
-    """Writes a grid of images every n optimizer steps, and one at the end of training, from noise that is the same each time.
+    """Writes a grid of images every n optimizer steps, and one at the end of training, from the same noise each time.
 
     They are made from the averaged weights, where the Trainer keeps averages. TensorBoard and Weights & Biases get them,
     too, where the Trainer reports to these.
