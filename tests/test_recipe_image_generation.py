@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -37,15 +37,6 @@ TRAINING = [
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
-
-
-#: Whether the Trainer keeps averages yet; without, its `averaged_weights` is stubbed.
-HAS_AVERAGES = hasattr(db.DiffusionBlocksTrainer, "averaged_weights")
-
-
-@pytest.fixture(autouse=not HAS_AVERAGES)
-def averages(monkeypatch):
-    monkeypatch.setattr(db.DiffusionBlocksTrainer, "averaged_weights", lambda self: nullcontext(), raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +203,6 @@ def test_the_command_finds_the_recipe():
     assert train_verb.find_recipes()["image-generation"] == train_image_generation.__file__
 
 
-@pytest.mark.skipif(not HAS_AVERAGES, reason="the configs ask for averages (ema_decay)")
 @pytest.mark.parametrize("name", ["digits_dit", "fashion_mnist_dit"])
 def test_the_configs_that_come_along_run(tmp_path, data, name):
     """In fewer updates, with a smaller model."""
@@ -241,7 +231,7 @@ def zero_averages(trainer):
 
 def test_samples_are_of_the_averages_and_the_same_noise_and_leave_no_trace(tmp_path, monkeypatch):
     """Training with samples ends as training without."""
-    monkeypatch.setattr(db.DiffusionBlocksTrainer, "averaged_weights", zero_averages, raising=False)
+    monkeypatch.setattr(db.DiffusionBlocksTrainer, "averaged_weights", zero_averages)
     case, states = CASES["dit"], []
     for every in (0, 2):
         trainer = trainer_of(case.model(), case, tmp_path / str(every), updates_per_block=2)
