@@ -16,12 +16,13 @@ import pyarrow.parquet
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
-from families import CASES, trainer_of
+from families import CASES, DIT, Case, trainer_of
 from PIL import Image
 from transformers import AutoModel
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 import hf_diffusionblocks as db
+from hf_diffusionblocks.backbones.dit import DiTConfig
 from hf_diffusionblocks.cli import train as train_verb
 from hf_diffusionblocks.models.image_generation.samples import image_grid
 from hf_diffusionblocks.recipes import train_image_generation
@@ -214,6 +215,9 @@ def test_the_configs_that_come_along_run(tmp_path, data, name):
 # ---- samples while training
 
 
+GRAY = DiTConfig(**{**DIT.stock_fields(), "in_channels": 1})
+
+
 def drawn(trainer, **options) -> db.SampleImages:
     callback = db.SampleImages(trainer, num_inference_steps=2, **options)
     trainer.add_callback(callback)
@@ -232,7 +236,7 @@ def zero_averages(trainer):
 def test_samples_are_of_the_averages_and_the_same_noise_and_leave_no_trace(tmp_path, monkeypatch):
     """Training with samples ends as training without."""
     monkeypatch.setattr(db.DiffusionBlocksTrainer, "averaged_weights", zero_averages)
-    case, states = CASES["dit"], []
+    case, states = Case(GRAY), []
     for every in (0, 2):
         trainer = trainer_of(case.model(), case, tmp_path / str(every), updates_per_block=2)
         callback = drawn(trainer, every_n_steps=every, class_labels=[0, 4, 5])
@@ -249,7 +253,7 @@ def test_samples_are_of_the_averages_and_the_same_noise_and_leave_no_trace(tmp_p
 
 
 def test_pictures_go_to_the_trackers_of_the_trainer(tmp_path, monkeypatch):
-    case = CASES["dit"]
+    case = Case(GRAY)
     trainer = trainer_of(case.model(), case, tmp_path, updates_per_block=1)
     tensorboard, wandb = (each.__new__(each) for each in (TensorBoardCallback, WandbCallback))
     writer = tensorboard.tb_writer = MagicMock()
@@ -269,12 +273,14 @@ def test_pictures_go_to_the_trackers_of_the_trainer(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_drawn(tmp_path):
-    case = CASES["dit, own"]
+    case = Case(GRAY, {"shared": "per_block"})
     trainer = trainer_of(case.model(resident_blocks=[1]), case, tmp_path, updates_per_block=2)
     with pytest.raises(ValueError, match="every_n_steps=-1 must be at least 0"):
         drawn(trainer, every_n_steps=-1)
     with pytest.raises(ValueError, match="must lie in 0..4"):
         drawn(trainer, class_labels=[6])
+    with pytest.raises(ValueError, match="in_channels=2 must be 1"):
+        drawn(trainer_of(CASES["dit"].model(), CASES["dit"], tmp_path))
     callback = drawn(trainer, every_n_steps=1)
     trainer.train()
     assert not callback.folder.exists()

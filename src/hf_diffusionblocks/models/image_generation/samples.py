@@ -35,7 +35,7 @@ class SampleImages(TrainerCallback):
         trainer.add_callback(db.SampleImages(trainer, every_n_steps=500, class_labels=[0, 1, 2, 3]))
 
     Args:
-        trainer: a [`DiffusionBlocksTrainer`] whose model makes images.
+        trainer: a [`DiffusionBlocksTrainer`] whose model makes images, gray or RGB.
         every_n_steps: 0 is at the end alone.
         class_labels: of the images, as in [`DiffusionBlocksForImageGeneration.predict`], in the order of a square grid, row
             by row; None is 16 images of no class.
@@ -43,7 +43,7 @@ class SampleImages(TrainerCallback):
         folder: of `step-00000500.png`, ... and `final.png`; None is `samples` in the output folder.
 
     Raises:
-        ValueError: every_n_steps is negative, or a label beyond the model's table.
+        ValueError: every_n_steps is negative, a label beyond the model's table, or what the model makes no picture.
     """
 
     def __init__(
@@ -57,6 +57,8 @@ class SampleImages(TrainerCallback):
     ):
         if every_n_steps < 0:
             raise ValueError(f"every_n_steps={every_n_steps} must be at least 0")
+        if (channels := trainer.model.config.source_config.in_channels) not in (1, 3):
+            raise ValueError(f"in_channels={channels} must be 1 (grayscale) or 3 (RGB): latents are no picture")
         self._trainer, self.every_n_steps = trainer, every_n_steps
         labels = [trainer.model.num_classes] * NUM_IMAGES if class_labels is None else list(class_labels)
         trainer.model.checked_labels(labels, len(labels))
