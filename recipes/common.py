@@ -27,13 +27,14 @@ import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.cli.arguments import BlocksArguments, config_fields, parse, preset_option
 from hf_diffusionblocks.configuration import USER_FIELDS
-from hf_diffusionblocks.conversion import plain_part
+from hf_diffusionblocks.conversion import plain_part, read_config
+from hf_diffusionblocks.extras import MissingExtraError
 from hf_diffusionblocks.saving.resident import checked_blocks
 from hf_diffusionblocks.presets import with_preset
 from hf_diffusionblocks.training.checks import check_one_job
 
 #: What the libraries below raise on bad input; anything else is a bug and keeps its traceback.
-BAD_INPUT = (ValueError, TypeError, OSError, SafetensorError, StrictDataclassError)
+BAD_INPUT = (ValueError, TypeError, OSError, SafetensorError, StrictDataclassError, MissingExtraError)
 SPLITS = ("train", "validation")
 
 
@@ -50,7 +51,8 @@ class ModelArguments:
         None, "Hub id or folder of a plain pretrained model. Its weights are kept; a head of other labels is new."
     )
     config_name: str | None = option(
-        None, "For fresh weights: hub id, folder or JSON file of a plain config, or a bare model type (vit, llama)."
+        None, "For fresh weights: hub id, folder or JSON file of a plain config, or a bare model type (vit, llama, "
+        "dit-transformer-2d).",
     )
     config_overrides: str | None = option(
         None, "Changes to the config of config_name, such as hidden_size=64,num_hidden_layers=6."
@@ -138,7 +140,7 @@ def plain_config(args: ModelArguments) -> PreTrainedConfig:
     """Config of the plain model."""
     name = args.model_name_or_path or args.config_name
     bare = args.config_name in CONFIG_MAPPING and not Path(args.config_name).exists()
-    read = AutoConfig.for_model if bare else AutoConfig.from_pretrained
+    read = AutoConfig.for_model if bare else read_config
     config = read(name)
     if isinstance(config, db.DiffusionBlocksConfig):
         raise ValueError(f"{name!r} is a DiffusionBlocks model already: name the plain one")

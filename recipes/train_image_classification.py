@@ -55,7 +55,7 @@ class DataArguments(common.DataArguments):
 
 def load_data(args: DataArguments, seed: int) -> DatasetDict:
     """Splits "train" and, if there is anything to evaluate on, "validation"; images are decoded when read."""
-    columns = ("image_column", "label_column")
+    columns = [name for name in ("image_column", "label_column") if getattr(args, name) is not None]
     data = common.load_data(args, columns, lambda: _read_files(args), seed, ordered=False)
     return DatasetDict({split: _decode_images(data[split], args.image_column) for split in data})
 

@@ -11,13 +11,12 @@ import point_family
 import torch
 from conftest import FORMULATIONS, randomized
 from datasets import Dataset
-from process_scenarios import VIT
+from process_scenarios import DIT, VIT
 from transformers import BertConfig, GPT2Config, LlamaConfig, Qwen3Config
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.base import backbone_for
-from hf_diffusionblocks.backbones.dit import DiTConfig
 from hf_diffusionblocks.tasks import TASKS, Task, task_of
 
 masking_family.register()
@@ -40,9 +39,6 @@ TEXT_CONFIGS = {
 BERT = BertConfig(
     vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48,
     max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-)  # fmt: skip
-DIT = DiTConfig(
-    num_layers=4, num_attention_heads=2, attention_head_dim=8, in_channels=2, sample_size=8, patch_size=4, num_embeds_ada_norm=5,
 )  # fmt: skip
 JOINT_TEXT = {
     "joint-edm-independent": {},

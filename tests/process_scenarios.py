@@ -20,6 +20,7 @@ from transformers import GPT2Config, LlamaConfig, ViTConfig
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_diffusionblocks as db
+from hf_diffusionblocks.backbones.dit import DiTConfig
 from hf_diffusionblocks.training import parallel
 
 torch.set_num_threads(1)
@@ -31,6 +32,10 @@ GPT2 = GPT2Config(
 VIT = ViTConfig(
     num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, image_size=8, patch_size=4,
     num_channels=1, num_labels=5,
+)  # fmt: skip
+DIT = DiTConfig(
+    num_layers=4, num_attention_heads=2, attention_head_dim=8, in_channels=2, sample_size=8, patch_size=4,
+    num_embeds_ada_norm=5,
 )  # fmt: skip
 LLAMA = LlamaConfig(
     num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=64,
@@ -45,6 +50,7 @@ SCENARIOS: dict[str, tuple[int, object, dict, dict]] = {
     "data parallel, text": (2, GPT2, CARRIED, {**PLAIN_SGD, "ema_decay": 0.9}),
     "data parallel, joint text": (2, GPT2, {"context": "carried"}, PLAIN_SGD),
     "data parallel, images": (2, VIT, {}, PLAIN_SGD),
+    "data parallel, image generation": (2, DIT, {}, PLAIN_SGD),
     "data parallel, accumulated": (2, GPT2, CARRIED, {**PLAIN_SGD, "gradient_accumulation_steps": 2}),
     "data parallel, final loss": (2, GPT2, CARRIED, {**PLAIN_SGD, "objective": "final"}),
     "data parallel of four": (4, GPT2, CARRIED, PLAIN_SGD),
@@ -75,6 +81,10 @@ def rows(source) -> Dataset:
     if source is VIT:
         images = torch.randn(64, 1, 8, 8, generator=generator)
         return Dataset.from_dict({"pixel_values": images.tolist(), "labels": [k % 5 for k in range(64)]}).with_format("torch")
+    if source is DIT:
+        images = torch.randn(64, 2, 8, 8, generator=generator)
+        classes = [k % 5 for k in range(64)]
+        return Dataset.from_dict({"pixel_values": images.tolist(), "class_labels": classes}).with_format("torch")
     tokens = torch.randint(64, (64, 12), generator=generator)
     labels = tokens.masked_fill(torch.rand(64, 12, generator=generator) < 0.2, -100)
     return Dataset.from_dict({"input_ids": tokens.tolist(), "labels": labels.tolist()}).with_format("torch")

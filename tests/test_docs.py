@@ -33,9 +33,12 @@ def test_readme_is_short():
     assert len(PAGES[0].read_text().splitlines()) <= 200
 
 
-def test_quick_start_runs(tmp_path):
+@pytest.mark.parametrize(
+    ("page", "printed"), [("README.md", "accuracy"), ("docs/image_generation.md", "'eval_loss_block_2'")]
+)
+def test_quick_start_runs(tmp_path, page, printed):
     """As it stands, only in fewer updates."""
-    code = re.search(r"```python\n(.*?)```", PAGES[0].read_text(), re.DOTALL)[1]
+    code = re.search(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)[1]
     shorter = re.sub(r"updates_per_block=\d+", "updates_per_block=2", code)
     assert shorter != code
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -43,4 +46,4 @@ def test_quick_start_runs(tmp_path):
         [sys.executable, "-c", shorter], cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    assert "accuracy" in run.stdout
+    assert printed in run.stdout

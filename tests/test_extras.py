@@ -64,6 +64,7 @@ main(["inspect", folder + "/merged"])
 main(["card", folder + "/merged"])
 """
 MISSING = {
+    "SampleImages": ("db.SampleImages", "diffusers"),
     "cache_block_inputs": ("from hf_diffusionblocks import cache_block_inputs as use; use(None, [], 1, '')", "datasets"),
     "lora": ("db.lora", "peft"),
     "lora, imported": ("from hf_diffusionblocks import lora", "peft"),

@@ -72,6 +72,15 @@ def test_a_fresh_model_starts_as_the_best_linear_denoiser():
 
 
 @torch.no_grad()
+def test_a_block_that_is_loaded_alone_knows_where_its_patches_are(tmp_path):
+    """Positions are a buffer that no file has; and there is no file of what blocks share."""
+    whole, alone = (CASES["dit, own"].model(resident_blocks=resident) for resident in (None, [1]))
+    whole.save_pretrained(tmp_path)
+    name = "block_embeddings.0.pos_embed.pos_embed"
+    for model in (alone, type(whole).from_pretrained(tmp_path, resident_blocks=[1])):
+        assert torch.equal(model.get_buffer(name), whole.get_buffer(name))
+
+
 def test_rows_of_mixed_levels_go_to_their_blocks():
     model = COMMON.model().eval()
     sigma = torch.stack([levels_of(model, k)[k] for k in (1, 0)]).repeat(2)

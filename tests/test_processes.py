@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock
 from process_scenarios import (
-    BATCH, GPT2, INDEPENDENT, RESUMED, SCENARIOS, SHARDED, SHARDED_JOB, STEPS, VIT, made, trainer_of,
+    BATCH, DIT, GPT2, INDEPENDENT, RESUMED, SCENARIOS, SHARDED, SHARDED_JOB, STEPS, VIT, made, trainer_of,
 )  # fmt: skip
 from safetensors.torch import load_file
 
@@ -91,6 +91,15 @@ def test_data_parallel_is_one_process_with_all_rows(outcomes, name, tmp_path):
     assert_close(outcome(outcomes, name)[0]["state"], model.state_dict(), tolerance=1e-5)
     with trainer.averaged_weights():
         assert_close(outcome(outcomes, name)[0]["averages"], model.state_dict(), tolerance=1e-5)
+
+
+def test_losses_of_blocks_in_evaluation_are_those_of_one_process(outcomes, tmp_path):
+    found = outcome(outcomes, "data parallel, image generation")[0]
+    model = made(DIT, {})
+    model.load_state_dict(found["state"])
+    expected = trainer_of(model, DIT, tmp_path, {}).evaluate()
+    for name in ("eval_loss", "eval_loss_block_0", "eval_loss_block_1"):
+        assert found["log"][-1][name] == pytest.approx(expected[name], rel=1e-6)
 
 
 def test_accumulated_micro_batches_are_one_batch(tmp_path):

@@ -35,6 +35,8 @@ def __getattr__(name: str):
         return import_module(".lora", __name__)
     if name == "DiffusionBlocksImagePipeline":
         return import_module(".models.image_generation.pipeline", __name__).DiffusionBlocksImagePipeline
+    if name == "SampleImages":
+        return import_module(".models.image_generation.samples", __name__).SampleImages
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -100,7 +100,7 @@ def read_config(source: str | PathLike, **hub: Any) -> PreTrainedConfig:
 
     Args:
         source: hub id, folder, or config file.
-        hub: where on the Hub, and how, to find it.
+        hub: where on the Hub, and how, to find it; and fields to change.
 
     Raises:
         OSError: there is none.
@@ -109,7 +109,7 @@ def read_config(source: str | PathLike, **hub: Any) -> PreTrainedConfig:
     fields, _ = PreTrainedConfig.get_config_dict(source, **hub)
     if "_class_name" not in fields:
         return AutoConfig.from_pretrained(source, **hub)
-    return backbone_named(fields["_class_name"]).config_from(fields)
+    return backbone_named(fields["_class_name"]).config_from({**fields, **hub})
 
 
 def _convert_model(source: nn.Module, config, resident_blocks, **model_kwargs) -> DiffusionBlocksPreTrainedModel:

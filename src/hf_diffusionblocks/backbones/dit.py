@@ -121,11 +121,13 @@ class DiTBackbone(Backbone):
 
     def init_weights(self, plain: nn.Module, module: nn.Module) -> None:
         """As DiT's authors do (arXiv 2212.09748, section 3, adaLN-Zero): each layer starts as the identity, the output as 0."""
+        from diffusers.models.embeddings import PatchEmbed
+
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=INITIALIZER_RANGE)
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
             self._init_linear(module)
-        elif isinstance(module, type(plain.pos_embed)):
+        elif isinstance(module, PatchEmbed):  # (a block's own, where the plain model's is not loaded)
             self._init_positions(module)
 
     def _init_linear(self, module: nn.Linear | nn.Conv2d) -> None:

@@ -246,7 +246,7 @@ def load_block_state_dict(
     """The weights of one block alone, of a folder or hub id; no other block's file is read or downloaded.
 
     Args:
-        block_index: which block; None for the shared parameters.
+        block_index: which block; None for the shared parameters (nothing, where every block has its own).
         hub_kwargs: `revision`, `token`, `cache_dir`, ... as in `from_pretrained`.
 
     Returns:
@@ -260,6 +260,8 @@ def load_block_state_dict(
     if files is None:
         raise ValueError(f"{pretrained_model_name_or_path} is not a DiffusionBlocks checkpoint: its index names no blocks")
     key = "shared" if block_index is None else str(block_index)
+    if block_index is None and key not in files:  # each block has all that it needs
+        return {}
     if key not in files:
         raise ValueError(f"block_index={block_index} must be one of {', '.join(sorted(files))} (None for shared)")
     return load_file(cached_file(pretrained_model_name_or_path, files[key], **hub_kwargs))

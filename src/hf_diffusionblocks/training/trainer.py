@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -84,6 +85,8 @@ class DiffusionBlocksTrainer(AveragingTrainer):
         if args.updates_per_block is not None:
             args.max_steps = args.updates_per_block * len(self.layout.blocks)
         super().__init__(model=model, args=args, **kwargs)
+        if args.label_names is None and "labels" not in signature(model.forward).parameters:
+            self.label_names = []  # what it is trained on is the input itself (`class_labels` are a condition)
         check_processes(self, self.layout)
         if args.torch_compile:
             model.compile_layers(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
@@ -98,6 +101,7 @@ class DiffusionBlocksTrainer(AveragingTrainer):
         self._schedules: list[BlockSchedule] = []  # of all lanes
         self._stale: set[int] = set()  # blocks that other lanes may have moved since this one saw them
         self._micro_batch = 0
+        self._evaluated: list[torch.Tensor] = []  # `[rows, B]` losses of the evaluation that runs
         self._block_losses = torch.zeros(self.num_blocks, 2, device=args.device)  # sum and count since the last log
         self._ledgers = StepLedgers(self) if args.measure_memory else None
         if self._ledgers:
@@ -128,7 +132,7 @@ class DiffusionBlocksTrainer(AveragingTrainer):
         self._micro_batch = 0
         # (With adapters all blocks may read out by the last one's new head.)
         if self.model.context.passes_on or self.model.has_adapters:
-            self._exchange_blocks()
+            self.exchange_blocks()
         if self.layout.num_lanes > 1:
             self._stale |= {schedule.block_at(step) for schedule in self._schedules}
         self._trained.activate(self.active)
@@ -143,7 +147,11 @@ class DiffusionBlocksTrainer(AveragingTrainer):
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if not model.training:
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            result = super().compute_loss(model, inputs, *args, **kwargs)
+            if isinstance(result, tuple) and (losses := result[1].get("block_losses")) is not None:
+                # As the Trainer does with the loss, so that it is their mean: a batch counts by its rows.
+                self._evaluated.append(self.gather_function(losses.repeat(self.args.eval_batch_size, 1)))
+            return result
         generators = self._noise_generators(find_batch_size(inputs))
         inputs = {
             **inputs, "block_index": self.active_block, "generator": generators, "loss_block": self.active.reader,
@@ -156,6 +164,15 @@ class DiffusionBlocksTrainer(AveragingTrainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             self._signature_columns = columns_to_keep(self.model, self._signature_columns, self._cached_column)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As the Trainer's, with the loss of each block, where the model gives it: `eval_loss_block_0`, ..."""
+        self._evaluated = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._evaluated:
+            means = torch.cat(self._evaluated).mean(0).tolist()
+            output.metrics.update({f"{metric_key_prefix}_loss_block_{k}": loss for k, loss in enumerate(means)})
+        return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
         if len(self.model.resident_blocks) < self.num_blocks:
@@ -245,8 +262,8 @@ class DiffusionBlocksTrainer(AveragingTrainer):
             return self.layout.clip_gradients(*self._trained_now(), self.args.max_grad_norm)
         return super()._clip_grad_norm(model)
 
-    def _exchange_blocks(self) -> None:
-        """Give every rank the blocks that other lanes have trained."""
+    def exchange_blocks(self) -> None:
+        """Give every rank the blocks that other lanes have trained. All ranks call it."""
         for block in sorted(self._stale):
             self._broadcast_block(block, self._parameters[block], self.layout.owner(block))
         self._stale.clear()
@@ -258,11 +275,11 @@ class DiffusionBlocksTrainer(AveragingTrainer):
             self.model.offload.write_back(block)
 
     def evaluate(self, *args, **kwargs):
-        self._exchange_blocks()
+        self.exchange_blocks()
         return super().evaluate(*args, **kwargs)
 
     def save_model(self, *args, **kwargs) -> None:
-        self._exchange_blocks()
+        self.exchange_blocks()
         super().save_model(*args, **kwargs)
 
     # ---- optimizer and schedule
@@ -323,7 +340,7 @@ class DiffusionBlocksTrainer(AveragingTrainer):
         self._trained = TrainedParameters(self.model, self.train_blocks, self.args.train_shared)
         with self._trained:
             result = super().train(*args, **kwargs)
-        self._exchange_blocks()
+        self.exchange_blocks()
         if self.model.offload is not None:
             self.model.offload.activate(None)
         if self._ledgers:

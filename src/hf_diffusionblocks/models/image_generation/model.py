@@ -82,7 +82,7 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
     sampler improves, and a step of sampling runs one block.
 
     Raises:
-        ValueError: context, readout or sigma_data ask for what has no meaning here.
+        ValueError: context, readout, sigma_data or noise_distribution ask for what has no meaning here.
     """
 
     main_input_name = "pixel_values"
@@ -98,6 +98,11 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
                 raise ValueError(f"{name}={value!r} must be {allowed!r} for task {self.task!r}: a block's input is the image")
         if config.sigma_data == "auto":
             raise ValueError("sigma_data='auto' must be a number for task 'image-generation': the images' standard deviation")
+        if config.noise_distribution == "information":
+            raise ValueError(
+                "noise_distribution='information' must be 'lognormal' for task 'image-generation': the other is fitted to a "
+                "cross-entropy, and an image has none"
+            )
         self.post_init()
 
     @property
