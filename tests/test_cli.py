@@ -470,7 +470,7 @@ def test_card_is_the_one_of_the_save(saved, capsys):
     expected = card.read_text()
     card.unlink()
     main(["card", str(folder)])
-    assert card.read_text() == expected == cards.render(model, folder.name)
+    assert card.read_text() == expected == cards.render(model, folder)
     assert capsys.readouterr().out == f"{card}: written\n"
     edit_json(folder / "config.json", training_report={"steps": 77})
     main(["card", str(folder)])

@@ -142,7 +142,7 @@ def test_card_and_inspect_say_what_it_is(case, tmp_path, capsys):
     model.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     level = model.noise_schedule.level_name
-    assert f"pipeline_tag: {model.task}" in card and f"| block | layers | {level} |" in card
+    assert f"pipeline_tag: {case.task.pipeline_tag or model.task}" in card and f"| block | layers | {level} |" in card
     main(["inspect", str(tmp_path), "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["task"] == model.task and len(found["blocks"]) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import ast
 import dataclasses
 
@@ -242,7 +244,7 @@ def test_the_card_of_adapters_rebuilds_the_model(fields, tmp_path):
 
     plain = GPT2LMHeadModel(GPT2)
     model = lora.add_block_adapters(db.convert(plain, 2, **fields), LoraConfig(r=2))
-    (line,) = [line for line in cards.render(model, "tuned").splitlines() if line.startswith("model = db.convert(")]
+    (line,) = [line for line in cards.render(model, Path("tuned")).splitlines() if line.startswith("model = db.convert(")]
     call = ast.parse(line).body[0].value
     arguments = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
     again = db.convert(plain, **arguments).config

@@ -24,7 +24,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.dit import DiTConfig
 from hf_diffusionblocks.cli import train as train_verb
-from hf_diffusionblocks.models.image_generation.samples import image_grid
+from hf_diffusionblocks.models.image_generation.samples import as_grid
 from hf_diffusionblocks.recipes import train_image_generation
 
 SIZES = "num_layers=2, num_attention_heads=2, attention_head_dim=8, patch_size=4, sample_size=8"
@@ -102,7 +102,8 @@ def test_a_fresh_model_of_classes(tmp_path, data):
     assert model.config.training_report["updates_per_block"] == [2, 2]
     blocks = [metrics[f"eval_loss_block_{k}"] for k in range(2)]
     assert metrics["eval_loss"] == pytest.approx(np.mean(blocks)) and blocks[0] != blocks[1]
-    assert "eval_loss_block_1" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "eval_loss_block_1" in card and "![Samples](samples/final.png)" in card
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["final.png", "step-00000003.png"]
     assert Image.open(tmp_path / "samples" / "final.png").size == (24, 24)  # three classes, thrice
 
@@ -247,7 +248,7 @@ def test_samples_are_of_the_averages_and_the_same_noise_and_leave_no_trace(tmp_p
     assert all(torch.equal(one, other) for one, other in zip(*states))
     assert [path.name for path in sorted(callback.folder.iterdir())] == ["final.png", "step-00000002.png"]
     with zero_averages(trainer):
-        expected = image_grid(trainer.model.predict([0, 4, 5], num_inference_steps=2).images)
+        expected = as_grid(trainer.model.predict([0, 4, 5], num_inference_steps=2).images)
     for path in callback.folder.iterdir():
         assert np.array_equal(Image.open(path), expected)
 

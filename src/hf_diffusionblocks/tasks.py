@@ -47,7 +47,8 @@ class Task:
         load_processor: `folder or hub id -> processor`.
         usage: lines of a model card's example, with `{name}` for the model's.
         generation: what `diffusionblocks generate` does; None where the task generates nothing.
-        logits: (denoiser, context) -> what `model(...).logits` are, for the card.
+        evaluation: (denoiser, context) -> what the model gives where no block is named, for the card.
+        pipeline_tag: what the Hub calls the task; None is `name`.
     """
 
     name: str
@@ -62,14 +63,15 @@ class Task:
     load_processor: Callable[[str], Any]
     usage: str
     generation: Generation | None = None
-    logits: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    evaluation: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    pipeline_tag: str | None = None
 
     def serves(self, backbone: Backbone) -> bool:
         """Whether models of this architecture can be converted for this task."""
         return isinstance(backbone, self.backbones)
 
 
-#: `Task.logits` where the target is one of many known vectors, a label's or a token's.
+#: `Task.evaluation` where the target is one of many known vectors, a label's or a token's.
 LABEL_FREE_LOGITS = {
     ("factorized", "carried"): "`model(...).logits` are the last block's, with all layers as context: no diffusion "
     "runs at inference.",

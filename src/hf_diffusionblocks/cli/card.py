@@ -32,12 +32,11 @@ def run(args: list[str]) -> None:
     if not folder.is_dir():
         raise NotADirectoryError(f"FOLDER={folder} is not a folder")
     model = _empty_model(folder)
-    name = folder.resolve().name
     if options.stdout:
-        print(cards.render(model, name))
+        print(cards.render(model, folder))
         return
     if options.force:
-        cards.replace(model, folder, name)
+        cards.replace(model, folder, folder)
     elif not cards.write(model, folder, keep_from=folder):
         print(f"{folder / cards.CARD}: kept, a person wrote or edited it; --force replaces it")
         return

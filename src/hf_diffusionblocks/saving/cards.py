@@ -13,6 +13,8 @@ from ..configuration import USER_FIELDS
 from ..tasks import TASKS
 
 CARD = "README.md"
+#: Of a saved model; the card shows it.
+SAMPLES = "samples/final.png"
 #: A card with one of these may be replaced; any other was written or edited by a person.
 GENERATED_BY = ("Written by hf-diffusionblocks with every save", "This model card has been automatically generated")
 
@@ -39,25 +41,29 @@ def write(model: PreTrainedModel, folder: Path, keep_from: Path) -> bool:
     existing = keep_from / CARD
     if existing.is_file() and not any(mark in existing.read_text() for mark in GENERATED_BY):
         return False
-    replace(model, folder, keep_from.resolve().name)
+    replace(model, folder, keep_from)
     return True
 
 
-def replace(model: PreTrainedModel, folder: Path, name: str) -> None:
-    """Write the card to `folder`, whatever is there; aside first, so that a failure leaves the old one whole."""
+def replace(model: PreTrainedModel, folder: Path, home: Path) -> None:
+    """Write the card to `folder`, whatever is there; aside first, so that a failure leaves the old one whole.
+
+    Args:
+        home: where the saved model is, or will be.
+    """
     aside = folder / f".{CARD}"
     try:
-        aside.write_text(render(model, name))
+        aside.write_text(render(model, home))
         os.replace(aside, folder / CARD)
     finally:
         aside.unlink(missing_ok=True)
 
 
-def render(model: PreTrainedModel, name: str) -> str:
-    """The card's text; `name` is the title and the name it is loaded by."""
-    config = model.config
+def render(model: PreTrainedModel, home: Path) -> str:
+    """The card's text; the name of the saved model's folder is the title, and the name it is loaded by."""
+    config, name = model.config, home.resolve().name
     report = config.training_report or {}
-    evaluation_sentence = TASKS[config.task].logits.get((config.denoiser, config.context), "")
+    evaluation_sentence = TASKS[config.task].evaluation.get((config.denoiser, config.context), "")
     objective = report.get("objective", config.objective)  # a run may have had one of its own
     if (config.denoiser, config.context) == ("factorized", "carried") and objective != "final":
         evaluation_sentence += " This is block-local training with a noise-tempered loss."
@@ -68,7 +74,7 @@ def render(model: PreTrainedModel, name: str) -> str:
         source = f"[{config.base_model}](https://huggingface.co/{config.base_model}) ({plain})"
     return template.substitute(
         title=name,
-        task=model.task,
+        task=TASKS[model.task].pipeline_tag or model.task,
         use_code=_use_code(model, name),
         base_model_yaml=f"base_model: {config.base_model}\n" if config.base_model else "",
         datasets_yaml=f"datasets:\n- {report['dataset']}\n" if report.get("dataset") else "",
@@ -79,7 +85,7 @@ def render(model: PreTrainedModel, name: str) -> str:
         shared_parameters=f"{sum(p.numel() for p in model.shared_parameters()):,}",
         formulation_rows="\n".join(f"| {field} | {_formulation_value(model, field)} |" for field in FORMULATION_FIELDS),
         evaluation_sentence=evaluation_sentence,
-        training_section=_training_section(report),
+        training_section=_training_section(report) + (f"\n\n![Samples]({SAMPLES})" if (home / SAMPLES).is_file() else ""),
     )
 
 

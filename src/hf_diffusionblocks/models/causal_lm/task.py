@@ -46,5 +46,5 @@ TEXT_GENERATION = Task(
     usage='write = pipeline("text-generation", model="{name}")\n'
     'write("Once upon a time", max_new_tokens=50, do_sample=True, top_p=0.9)',
     generation=Generation(TextOptions, generate),
-    logits=LABEL_FREE_LOGITS,
+    evaluation=LABEL_FREE_LOGITS,
 )

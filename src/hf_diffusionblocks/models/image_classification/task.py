@@ -44,5 +44,5 @@ IMAGE_CLASSIFICATION = Task(
     load_processor=lambda source: AutoImageProcessor.from_pretrained(source),  # (without pillow it has no such method)
     usage='classify = pipeline("image-classification", model="{name}")  # label-free logits, like any classifier\n'
     "model.predict(pixel_values).trajectory  # the walk from noise to a label, block by block",
-    logits=LABEL_FREE_LOGITS,
+    evaluation=LABEL_FREE_LOGITS,
 )

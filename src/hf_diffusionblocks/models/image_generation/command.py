@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ...diffusion.randomness import keyed_generators
 from .model import DiffusionBlocksForImageGeneration
@@ -40,6 +38,7 @@ def generate(
         source: saved model, or folder of a saved pipeline, which brings its VAE.
         seed: of the noise, which an image has by its number; None is the model's own.
     """
+    from .pictures import image_grid  # which needs pillow
     from .pipeline import DiffusionBlocksImagePipeline  # imports diffusers
 
     given = {name: value for name, value in asdict(options).items() if value is not None}
@@ -55,16 +54,5 @@ def generate(
     generator = None if seed is None else keyed_generators([seed], range(each * max(1, len(labels))))
     images = pipe(labels or None, generator=generator, **given).images
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    _grid(images, each if each > 1 and labels else math.ceil(math.sqrt(len(images)))).save(output)
+    image_grid(images, each if each > 1 and labels else None).save(output)
     print(f"{output}: {len(images)} images")
-
-
-def _grid(images: Sequence[Any], columns: int) -> Any:
-    """Pictures of PIL, all of a size, row by row in one."""
-    from PIL import Image
-
-    width, height = images[0].size
-    canvas = Image.new(images[0].mode, (columns * width, math.ceil(len(images) / columns) * height))
-    for number, image in enumerate(images):
-        canvas.paste(image, (number % columns * width, number // columns * height))
-    return canvas

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -17,9 +16,8 @@ from ...extras import from_extra
 
 with from_extra("diffusers", "SampleImages", extra="diffusers"):
     from diffusers.image_processor import VaeImageProcessor
-    from diffusers.utils import make_image_grid
-    from PIL.Image import Image
-    from PIL.Image import new as new_image
+
+from .pictures import Image, image_grid
 
 logger = logging.get_logger(__name__)
 
@@ -95,12 +93,12 @@ class SampleImages(TrainerCallback):
             return
         with trainer.averaged_weights():
             images = model.predict(**self._options).images
-        grid = image_grid(images)
+        grid = as_grid(images)
         self.folder.mkdir(parents=True, exist_ok=True)
         grid.save(self.folder / name)
         self._report(grid, trainer.state.global_step)
 
-    def _report(self, grid: Image, step: int) -> None:
+    def _report(self, grid: Image.Image, step: int) -> None:
         for writer in self._writers:
             writer.add_image("samples", np.asarray(grid), step, dataformats="HWC")
             writer.flush()
@@ -110,17 +108,6 @@ class SampleImages(TrainerCallback):
             wandb.log({"samples": wandb.Image(grid), "train/global_step": step})
 
 
-def image_grid(images: torch.Tensor) -> Image:
-    """One picture of several.
-
-    Args:
-        images: `[N, C, H, W]` in [-1, 1], C of 1 or 3.
-
-    Returns:
-        RGB, as many columns as rows, or one more: they are filled row by row.
-    """
-    pictures = VaeImageProcessor().postprocess(images)
-    columns = math.ceil(math.sqrt(len(pictures)))
-    rows = math.ceil(len(pictures) / columns)
-    empty = [new_image("RGB", pictures[0].size)] * (rows * columns - len(pictures))
-    return make_image_grid([*pictures, *empty], rows, columns)
+def as_grid(images: torch.Tensor) -> Image.Image:
+    """One RGB picture of images `[N, C, H, W]` in [-1, 1], C of 1 or 3."""
+    return image_grid([picture.convert("RGB") for picture in VaeImageProcessor().postprocess(images)])

@@ -48,4 +48,9 @@ IMAGE_GENERATION = Task(
     load_processor=no_processor,
     usage="images = model.predict(class_labels=[0, 1], num_inference_steps=50).images  # [N, C, H, W]",
     generation=Generation(ImageOptions, generate),
+    evaluation={
+        ("joint", "independent"): "A step of sampling runs the block that owns its noise level, and no other. In evaluation, "
+        "`model(pixel_values, class_labels).loss` is the denoising loss over all noise levels."
+    },
+    pipeline_tag="unconditional-image-generation",  # the Hub has no tag for images of a class
 )
