@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import scipy.linalg
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -65,8 +64,11 @@ def frechet_distance(one: np.ndarray, other: np.ndarray) -> float:
     """Between Gaussians fitted to two sets of features `[N, D]`: |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2))."""
     means = one.mean(0) - other.mean(0)
     covariances = [np.cov(features, rowvar=False) for features in (one, other)]
-    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
-    return float(means @ means + np.trace(covariances[0] + covariances[1] - 2 * root))
+    # tr (C C')^(1/2) by eigenvalues: a feature that is never active makes C singular, and matrix roots inaccurate.
+    values, vectors = np.linalg.eigh(covariances[0])
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    trace = np.sqrt(np.linalg.eigvalsh(root @ covariances[1] @ root).clip(0)).sum()
+    return float(means @ means + np.trace(covariances[0] + covariances[1]) - 2 * trace)
 
 
 def precision_and_recall(made: np.ndarray, real: np.ndarray, neighbours: int = 3) -> tuple[float, float]:
