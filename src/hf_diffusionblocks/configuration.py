@@ -128,6 +128,12 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         0.1, "Image generation: share of training images whose class is hidden, for classifier-free guidance."
     )
 
+    mask_token_id: int | None = _field(
+        None,
+        "Masked text: the token that stands for a masked one. None is the plain config's, or the tokenizer's that is saved "
+        "with the plain model; where there is none, a new token after the last.",
+    )
+
     # The walk
     sampler: str = _field("euler", "'euler' (the paper's) or 'ancestral'.")
     bridge: str | None = _field(
@@ -151,7 +157,9 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if not labels_given:
             self.id2label, self.label2id = self.source_config.id2label, self.source_config.label2id
-        self.task = task_of(self.source_config, self.task).name
+        task = task_of(self.source_config, self.task)
+        self.task = task.name
+        task.settle(self)
         self.problem_type = self.problem_type or self.source_config.problem_type
         if self.readout is None:
             self.readout = "edm" if self.denoiser == "joint" else "posterior"

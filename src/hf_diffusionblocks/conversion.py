@@ -129,7 +129,10 @@ def _convert_model(source: nn.Module, config, resident_blocks, **model_kwargs) -
 def _convert_pretrained(
     source, num_blocks, task, resident_blocks, preset, fields, loading
 ) -> DiffusionBlocksPreTrainedModel:
-    plain_config = read_config(source, **hub_kwargs(loading))
+    hub = hub_kwargs(loading)
+    plain_config = read_config(source, **hub)
+    found = task_of(plain_config, task).fields_of_source(source, **hub)
+    fields = {**fields, **{name: value for name, value in found.items() if fields.get(name) is None}}
     choices = (num_blocks, task, preset, "pretrained", fields)
     config = _config(plain_config, *choices)  # complain before any weights are loaded
     backbone, part = backbone_for(plain_config), plain_part(config, resident_blocks)

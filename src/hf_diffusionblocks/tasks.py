@@ -32,6 +32,8 @@ class Task:
         processor: what prepares its inputs, as users call it; it is saved beside the model.
         load_processor: `folder or hub id -> processor`.
         usage: lines of a model card's example, with `{name}` for the model's.
+        settle: `(config) -> None` fills in what the fields of a [`DiffusionBlocksConfig`] leave to the family.
+        fields_of_source: `folder or hub id, where on the Hub` -> fields that what is saved beside a plain model says.
         logits: (denoiser, context) -> what `model(...).logits` are, for the card.
     """
 
@@ -46,6 +48,8 @@ class Task:
     processor: str
     load_processor: Callable[[str], Any]
     usage: str
+    settle: Callable[[PreTrainedConfig], None] = lambda config: None
+    fields_of_source: Callable[..., dict[str, Any]] = lambda source, **hub: {}
     logits: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     def serves(self, backbone: Backbone) -> bool:
