@@ -56,7 +56,7 @@ class NoiseSource:
 
     def categorical(self, logits: torch.Tensor) -> torch.Tensor:
         """One class a row, drawn from softmax(logits `[N, V]`) by inverting its CDF; `[N]`."""
-        return _invert_cdf(logits, self._draw(torch.rand, (1,)))
+        return invert_cdf(logits, self._draw(torch.rand, (1,)))
 
 
 PAGE = 64  # positions whose noise is drawn together
@@ -92,10 +92,10 @@ class PositionNoise:
 
     def categorical(self, logits: torch.Tensor) -> torch.Tensor:
         """One class a row, drawn from softmax(logits `[N, V]`); `[N]`."""
-        return _invert_cdf(logits, self._draw(torch.rand, 1))
+        return invert_cdf(logits, self._draw(torch.rand, 1))
 
 
-def _invert_cdf(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def invert_cdf(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """The class at `uniform [N, 1]` of the CDF of softmax(logits `[N, V]`); `[N]`."""
     cumulative = logits.double().softmax(-1).cumsum(-1)
     uniform = (uniform.double() * cumulative[:, -1:]).contiguous()

@@ -19,6 +19,7 @@ from ...diffusion.randomness import Generators, keyed_generators
 from ..base import Clean, DiffusionBlocksPreTrainedModel
 from ..block import Block
 from .bound import likelihood_terms
+from .generation import UnmaskingGeneration
 from .text import IGNORED, MaskedText
 
 
@@ -32,7 +33,7 @@ class WholeInput:
         self.model = model
 
 
-class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel):
+class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGeneration):
     """A text model that attends both ways, whose blocks are each a denoiser for their own share of masked tokens (arXiv
     2506.14202; masked diffusion: 2406.07524, 2406.04329, 2502.09992).
 
