@@ -94,15 +94,20 @@ def test_the_same_architecture_stays_causal_for_text_generation(config, ids):
 
 
 def test_what_has_no_meaning_for_masks_is_refused(ids):
-    for field, value in (("readout", "posterior"), ("loss_weighting", "edm"), ("prior_fraction", 0.5)):
+    asked = {"readout": "posterior", "loss_weighting": "edm", "prior_fraction": 0.5, "noise_distribution": "information"}
+    for field, value in asked.items():
         with pytest.raises(ValueError, match=f"{field}={value!r} must be"):
             masked_model(**{field: value})
     with pytest.raises(ValueError, match=r"mask_token_id=50 must lie in 0\.\.47, or be 48"):
         masked_model(mask_token_id=50)
+    with pytest.raises(ValueError, match="mask_token_id=3 must be None for task 'text-generation'"):
+        db.convert(TEXT_CONFIGS["llama"], 2, mask_token_id=3)
     with pytest.raises(ValueError, match=r"to_plain\(\) needs context='carried'"):
         masked_model().to_plain()
     with pytest.raises(ValueError, match="is_decoder=True"):
         db.convert(type(BERT)(is_decoder=True))
+    with pytest.raises(TypeError, match="must have levels of sigma to fit, and has a masked share"):
+        db.fit_noise_schedule(masked_model(), [{"input_ids": ids, "labels": ids}])
     with pytest.raises(ValueError, match="inputs of blocks cannot be cached"):
         masked_model(context="carried").clean_input({})
 
@@ -113,9 +118,14 @@ def test_what_has_no_meaning_for_masks_is_refused(ids):
 @pytest.mark.parametrize("shared", ["common", "per_block"])
 @every_architecture
 @torch.no_grad()
-def test_a_vocabulary_without_mask_gets_a_row_for_it(config, shared, ids, tmp_path):
-    plain = plain_of(config)
+def test_a_vocabulary_without_mask_gets_a_row_for_it(config, shared, ids, tmp_path, monkeypatch):
+    """And it is said: a model may know another."""
+    plain, warnings = plain_of(config), []
+    monkeypatch.setattr(model_module.logger, "warning", warnings.append)
+    masked_model(config)
+    assert not warnings
     model = db.convert(plain, 2, task="fill-mask", shared=shared, preset="paper").eval()
+    assert "mask_token_id=48 is a new token" in warnings[0]
     table = plain.get_input_embeddings().weight
     for block in model.blocks:
         embeddings = block.embed({"input_ids": torch.arange(VOCAB + 1)[None], "position_ids": torch.zeros(1, 1).long()})
@@ -130,6 +140,18 @@ def test_a_vocabulary_without_mask_gets_a_row_for_it(config, shared, ids, tmp_pa
     logits = again(z).logits
     assert torch.equal(logits, model(z).logits)
     assert (logits[..., VOCAB] == -math.inf).all() and logits[..., :VOCAB].isfinite().all()
+
+
+@pytest.mark.parametrize("config", [BERT, TEXT_CONFIGS["llama"]], ids=["bert", "llama"])
+@torch.no_grad()
+def test_token_embeddings_are_resized(config, ids, tmp_path):
+    model, before = masked_model(config), masked_model(config)(ids).logits
+    model.resize_token_embeddings(VOCAB + 3)
+    model.save_pretrained(tmp_path)
+    logits = AutoModelForMaskedLM.from_pretrained(tmp_path)(ids).logits
+    assert logits.shape[-1] == VOCAB + 3 and torch.allclose(logits[..., :VOCAB], before, atol=1e-6)
+    with pytest.raises(ValueError, match="shared='per_block' must be 'common' to resize"):
+        masked_model(config, shared="per_block").resize_token_embeddings(VOCAB + 3)
 
 
 def tokenizer(mask_token: str | None = "[MASK]") -> PreTrainedTokenizerFast:

@@ -16,6 +16,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .backbones.base import Backbone, backbone_for
 
 
+def without_masks(config: PreTrainedConfig) -> None:
+    """Raise ValueError if a config names a MASK, where nothing is masked."""
+    if config.mask_token_id is not None:
+        raise ValueError(f"mask_token_id={config.mask_token_id!r} must be None for task {config.task!r}: it masks nothing")
+
+
 @dataclass(frozen=True)
 class Task:
     """A row of the table.
@@ -32,7 +38,7 @@ class Task:
         processor: what prepares its inputs, as users call it; it is saved beside the model.
         load_processor: `folder or hub id -> processor`.
         usage: lines of a model card's example, with `{name}` for the model's.
-        settle: `(config) -> None` fills in what the fields of a [`DiffusionBlocksConfig`] leave to the family.
+        settle: `(config) -> None` fills in what a [`DiffusionBlocksConfig`] leaves to the family, or refuses what it says.
         fields_of_source: `folder or hub id, where on the Hub` -> fields that what is saved beside a plain model says.
         logits: (denoiser, context) -> what `model(...).logits` are, for the card.
     """
@@ -48,7 +54,7 @@ class Task:
     processor: str
     load_processor: Callable[[str], Any]
     usage: str
-    settle: Callable[[PreTrainedConfig], None] = lambda config: None
+    settle: Callable[[PreTrainedConfig], None] = without_masks
     fields_of_source: Callable[..., dict[str, Any]] = lambda source, **hub: {}
     logits: Mapping[tuple[str, str], str] = field(default_factory=dict)
 

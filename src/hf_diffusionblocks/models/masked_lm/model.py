@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from ...configuration import DiffusionBlocksConfig
@@ -21,6 +22,9 @@ from ..block import Block
 from .bound import likelihood_terms
 from .generation import UnmaskingGeneration
 from .text import IGNORED, MaskedText
+
+
+logger = logging.get_logger(__name__)
 
 
 class WholeInput:
@@ -41,7 +45,7 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
     everywhere by one rule ([`MaskingSchedule.block_of`]): callers say no time. MASK itself is never an answer.
 
     Raises:
-        ValueError: readout, loss_weighting or prior_fraction ask for what has no meaning here.
+        ValueError: a field asks for what has no meaning here.
     """
 
     main_input_name = "input_ids"
@@ -53,7 +57,8 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
 
     def __init__(self, config: DiffusionBlocksConfig):
         super().__init__(config)
-        for name, allowed in (("readout", "edm"), ("loss_weighting", None), ("prior_fraction", 0.0)):
+        meaningless = {"readout": "edm", "loss_weighting": None, "prior_fraction": 0.0, "noise_distribution": "lognormal"}
+        for name, allowed in meaningless.items():
             if (value := getattr(config, name)) != allowed:
                 raise ValueError(f"{name}={value!r} must be {allowed!r} for task {self.task!r}: its noise is masks")
         self.mask_token_id: int = config.mask_token_id
@@ -67,11 +72,14 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
 
     def weights_of(self, plain: nn.Module) -> Mapping[str, torch.Tensor]:
         """Of a vocabulary without MASK, each table gets a row for it: the mean of the others."""
-        own = self.backbone.state_dict()
-        return {
-            name: _with_mean_row(tensor) if name in own and tensor.dim() and len(own[name]) == len(tensor) + 1 else tensor
-            for name, tensor in plain.state_dict().items()
-        }
+        weights, own = dict(plain.state_dict()), self.backbone.state_dict()
+        short = [name for name in own if own[name].dim() and len(own[name]) == len(weights[name]) + 1]
+        if short:
+            logger.warning(
+                f"mask_token_id={self.mask_token_id} is a new token, which the model has yet to learn. If it knows one already "
+                "(BERT does), convert it with mask_token_id=tokenizer.mask_token_id"
+            )
+        return weights | {name: _with_mean_row(weights[name]) for name in short}
 
     def _resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         if self.sharing.own_modules:
