@@ -41,7 +41,8 @@ BERT = BertConfig(
 )  # fmt: skip
 MODERNBERT = ModernBertConfig(
     vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48,
-    local_attention=4, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=1, cls_token_id=1, sep_token_id=1,
+    local_attention=4, max_position_embeddings=32, pad_token_id=0, cls_token_id=1, sep_token_id=1, bos_token_id=1,
+    eos_token_id=1,
 )  # fmt: skip
 DIT = DiTConfig(
     num_layers=4, num_attention_heads=2, attention_head_dim=8, in_channels=2, sample_size=8, patch_size=4, num_embeds_ada_norm=5,

@@ -118,7 +118,8 @@ def test_infill_changes_masks_alone(prompts):
 
 @torch.no_grad()
 def test_streamers_get_finished_parts_and_drafts(prompts, capsys):
-    model, call = masked_model(), {"max_new_tokens": 8, "block_length": 4, "temperature": 0.0, "remasking": "low_confidence"}
+    model = masked_model()
+    call = {"max_new_tokens": 8, "block_length": 4, "temperature": 0.0, "remasking": "low_confidence"}
     text = tokenizer().decode(model.generate(prompts[:1], **call)[0])
     model.generate(prompts[:1], **call, streamer=TextStreamer(tokenizer()))
     assert capsys.readouterr().out.split() == text.split()

@@ -77,8 +77,8 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     sigma_data: float | str = _field(0.5, "EDM's scale of the target; 'auto' is the target's norm over sqrt(width).")
     overlap: float | None = _field(
         None,
-        "gamma: a block's training interval is widened by this share of its log-width on both sides; None is the "
-        "task's default (images 0.05, text 0.1).",
+        "gamma: a block's training interval is widened by this share of its log-width (masked text: its width) on both "
+        "sides; None is the task's default (images 0.05, text 0.1).",
     )
     noise_distribution: str = _field(
         "lognormal",
@@ -130,8 +130,8 @@ class DiffusionBlocksConfig(PreTrainedConfig):
 
     mask_token_id: int | None = _field(
         None,
-        "Masked text: the token that stands for a masked one. None is the plain config's, or the tokenizer's that is saved "
-        "with the plain model; where there is none, a new token after the last.",
+        "Masked text: the token that stands for a masked one. None is that of the tokenizer saved with the plain model, or "
+        "of its config; where neither has one, a new token after the last.",
     )
 
     # The walk

@@ -131,10 +131,10 @@ def _convert_pretrained(
 ) -> DiffusionBlocksPreTrainedModel:
     hub = hub_kwargs(loading)
     plain_config = read_config(source, **hub)
-    found = task_of(plain_config, task).fields_of_source(source, **hub)
+    config = _config(plain_config, num_blocks, task, preset, "pretrained", fields)  # complain before anything is loaded
+    found = TASKS[config.task].fields_of_source(source, **hub)
     fields = {**fields, **{name: value for name, value in found.items() if fields.get(name) is None}}
     choices = (num_blocks, task, preset, "pretrained", fields)
-    config = _config(plain_config, *choices)  # complain before any weights are loaded
     backbone, part = backbone_for(plain_config), plain_part(config, resident_blocks)
     plain = backbone.load_plain(part, source, plain_config, **loading)
     return _convert_model(plain, _config(_config_of(plain), *choices), resident_blocks)

@@ -37,8 +37,9 @@ def nll_bound(
 ) -> LikelihoodBound:
     """Estimate the diffusion's likelihood bound.
 
-    It bounds the sampler that a task names (of next tokens, the continuous stochastic one; of masked text, one token a step in
-    random order), neither one of fewer steps nor `model(...).logits`; each block answers for its own range of levels.
+    It bounds the sampler that a task names (of next tokens, the continuous stochastic one; of masked text, one token a
+    step in random order), neither one of fewer steps nor `model(...).logits`; each block answers for its own range of
+    noise levels.
 
     Args:
         model: of text.

@@ -1,7 +1,7 @@
 """Generation of text from masks: reveal some tokens, look again, reveal more.
 
-The bound (`nll_bound`) describes one sampler: positions in uniformly random order, one token a step, drawn at temperature 1.
-Options carry the names they have for LLaDA (arXiv 2502.09992).
+The bound (`nll_bound`) describes one sampler: positions in uniformly random order, one token a step, drawn at temperature
+1. Options carry the names they have for LLaDA (arXiv 2502.09992).
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class UnmaskingGeneration:
     def _unmask(
         self, text: MaskedText, regions: list[torch.Tensor], num_steps: int, sampling: Sampling
     ) -> Iterator[tuple[int, UnmaskedText]]:
-        """Reveal regions (bool, `[N, S]`) one after the other, each in so many steps: which it is at, and the draft so far."""
+        """Reveal regions (bool, `[N, S]`) one after the other, each in so many steps: gives its number, and the draft."""
         given = text.attended & ~text.holds(self.mask_token_id)
         revealed = torch.full_like(text.input_ids, -1)
         draft, step = UnmaskedText(sequences=text.input_ids, steps=revealed, blocks=revealed), 0
@@ -228,7 +228,7 @@ class UnmaskingGeneration:
         return chosen, tokens, of
 
     def _logits_at(self, text: MaskedText, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits `[R, V]` float32 of some positions of texts (bool, `[N, S]`), in their order, and the blocks they are of."""
+        """Logits `[R, V]` float32 of some positions of texts (bool, `[N, S]`), in their order, and whose they are."""
         row_of = where.nonzero()[:, 0]
         logits = torch.empty((len(row_of), self.config.vocab_size), device=where.device)
         blocks = torch.empty_like(row_of)

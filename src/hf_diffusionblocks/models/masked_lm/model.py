@@ -23,7 +23,6 @@ from .bound import likelihood_terms
 from .generation import UnmaskingGeneration
 from .text import IGNORED, MaskedText
 
-
 logger = logging.get_logger(__name__)
 
 
@@ -76,14 +75,16 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         short = [name for name in own if own[name].dim() and len(own[name]) == len(weights[name]) + 1]
         if short:
             logger.warning(
-                f"mask_token_id={self.mask_token_id} is a new token, which the model has yet to learn. If it knows one already "
-                "(BERT does), convert it with mask_token_id=tokenizer.mask_token_id"
+                f"mask_token_id={self.mask_token_id} is a new token, which the model has yet to learn. If it knows one "
+                "already (BERT does), convert it with mask_token_id=tokenizer.mask_token_id"
             )
         return weights | {name: _with_mean_row(weights[name]) for name in short}
 
     def _resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         if self.sharing.own_modules:
-            raise ValueError("shared='per_block' must be 'common' to resize token embeddings: resize the plain model, convert that")
+            raise ValueError(
+                "shared='per_block' must be 'common' to resize token embeddings: resize the plain model, and convert that"
+            )
         return self.backbone.resize_token_embeddings(*args, **kwargs)
 
     def to_plain(self) -> PreTrainedModel:
@@ -140,10 +141,11 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
             loss_block: the block that is read out, after those between have run, too (carried); None is `block_index`.
 
         Returns:
-            `loss` (with labels), nats a token, and `logits` `[N, S, V]`, MASK at -inf. Training: see [`_block_loss`]. In
-            evaluation each text is answered by the block that owns its share of masked tokens. With labels only MASK
-            tokens count; a text without any is masked first, by draws keyed by its tokens and `config.inference_seed`: the
-            loss then estimates the bound, and logits are those of the masked text.
+            `loss` (with labels), nats a token, and `logits` `[N, S, V]`, MASK at -inf. Training: B times an
+            estimate of the block's share of the bound (see `_weights`). In evaluation each text is answered by the block
+            that owns its share of masked tokens. With labels only MASK tokens count; a text without any is masked first, by
+            draws keyed by its tokens and `config.inference_seed`: the loss then estimates the bound, and logits are those
+            of the masked text.
 
         Raises:
             ValueError: labels are missing for a block, or a block for training; or a text to train on holds MASK.
@@ -165,7 +167,9 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         masked = draw_masked(counts, maskable, generator)
         hidden = self.training_output(active, self.seen(text.masked(masked, self.mask_token_id)), block_input)
         reader = self.blocks[active.reader]
-        loss = self._block_loss(active.last, reader, hidden, text, labels, masked, maskable, num_items_in_batch)
+        weights = self._weights(active.last, text, masked, maskable)
+        items = maskable.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        loss = self._weighted_sum(reader, hidden, labels, masked, weights) / items
         return MaskedLMOutput(loss=loss, logits=self.logits(reader, hidden) if return_logits else None)
 
     def _refuse_masked(self, text: MaskedText) -> None:
@@ -186,24 +190,28 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         ratio = torch.as_tensor(mask_ratio, dtype=torch.float64, device=tokens.device)
         return torch.minimum((ratio * tokens).round().long().clamp(min=1), most)
 
-    def _block_loss(
-        self, block_index: int, reader: Block, hidden, text: MaskedText, labels, masked, maskable, num_items
-    ) -> torch.Tensor:
-        """The bound's count form over one block's range, of l masked tokens a text, L labels and n_k counts in the range:
-        `B (n_k / L) (L / l) * sum over masked of -ln p(token | z)`, summed over texts, over the labels of all.
+    def _weights(self, block_index: int, text: MaskedText, masked: torch.Tensor, maskable: torch.Tensor) -> torch.Tensor:
+        """What the masked tokens of each text weigh in a block's loss, `[N]`: `B (n_k / L) (L / l)`, for l masked of L
+        labels, and n_k counts in the block's own range.
 
-        Without overlap its expectation is B times the block's share of the bound per token: the mean over blocks, which the
-        Trainer logs, is the bound. A text with no count in the range adds nothing.
+        L / l is the bound's count form. With n_k / L the loss, over all labels, is an unbiased estimate (but for the
+        overlap) of the block's share of the bound per token; with B the mean over blocks, which the Trainer logs, is the
+        bound. A text with no count in the range adds nothing.
         """
         least, most = self.noise_schedule.counts(block_index, text.attended.sum(1), maskable.sum(1))
-        weights = self.num_blocks * (most - least + 1).clamp(min=0) / masked.sum(1).clamp(min=1)
+        return self.num_blocks * (most - least + 1).clamp(min=0) / masked.sum(1).clamp(min=1)
+
+    def _weighted_sum(
+        self, reader: Block, hidden: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`-ln p` of the masked tokens, weighted by text and summed, in chunks."""
+        where = masked.nonzero(as_tuple=True)
 
         def loss_of_rows(hidden, targets, weights):
             return (weights * cross_entropy(self.logits(reader, hidden).float(), targets)).sum()
 
-        rows = [hidden[masked], labels[masked], weights[:, None].expand_as(labels)[masked]]
-        total = chunked_sum(loss_of_rows, rows, reader.readout_parameters(), self.config.vocab_size)
-        return total / (maskable.sum().clamp(min=1) if num_items is None else num_items)
+        rows = [hidden[where], labels[where], weights[where[0]]]
+        return chunked_sum(loss_of_rows, rows, reader.readout_parameters(), self.config.vocab_size)
 
     def seen(self, text: MaskedText) -> Clean:
         """What embeds a text, and what attention takes to run it."""
@@ -227,7 +235,7 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         raise ValueError("inputs of blocks cannot be cached for task 'fill-mask': they change with the masks")
 
     def evaluation_levels(self, block_index: int, num_rows: int) -> dict[str, torch.Tensor]:
-        """None: a block's own range is drawn from."""
+        """Nothing: a block draws from its own range."""
         return {}
 
     # ---- prediction
@@ -274,7 +282,8 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
 
     def sums_of_rows(self, block: Block, hidden: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """`-ln p` of each text's masked tokens, summed: `[N]` float64, of hidden states `[N, S, D]`. In chunks."""
-        row_of, hidden, targets = masked.nonzero()[:, 0], hidden[masked], labels[masked]
+        where = masked.nonzero(as_tuple=True)
+        row_of, hidden, targets = where[0], hidden[where], labels[where]
         size = rows_per_chunk(len(targets), self.config.vocab_size)
         sums = torch.zeros(len(masked), dtype=torch.float64, device=masked.device)
         for start in range(0, len(targets), size):
