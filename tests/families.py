@@ -6,20 +6,18 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import masking_family
 import point_family
 import torch
 from conftest import FORMULATIONS, randomized
 from datasets import Dataset
 from process_scenarios import DIT, VIT
-from transformers import BertConfig, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import BertConfig, GPT2Config, LlamaConfig, ModernBertConfig, Qwen3Config
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.tasks import TASKS, Task, task_of
 
-masking_family.register()
 point_family.register()
 
 VOCAB, WIDTH = 48, 32
@@ -39,6 +37,11 @@ TEXT_CONFIGS = {
 BERT = BertConfig(
     vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48,
     max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+MODERNBERT = ModernBertConfig(
+    vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48,
+    local_attention=4, max_position_embeddings=32, pad_token_id=0, cls_token_id=1, sep_token_id=1, bos_token_id=1,
+    eos_token_id=1,
 )  # fmt: skip
 JOINT_TEXT = {
     "joint-edm-independent": {},
@@ -66,7 +69,7 @@ class Case:
 
     @property
     def task(self) -> Task:
-        return task_of(self.config)
+        return task_of(self.config, self.fields.get("task"))
 
     @property
     def length(self) -> int | None:
@@ -91,7 +94,7 @@ class Case:
     @property
     def has_known_targets(self) -> bool:
         """Whether the target is one of many known vectors, a label's or a token's, and z a noisy one."""
-        return self.config.model_type in ("vit", *TEXT_CONFIGS)
+        return self.task.name in ("image-classification", "text-generation")
 
     def rows(self, count: int = 4) -> dict[str, torch.Tensor]:
         with torch.random.fork_rng():
@@ -133,9 +136,12 @@ CASES = {
     },
     "dit": Case(DIT),
     "dit, own": Case(DIT, {"shared": "per_block"}),
-    "masking": Case(BERT),
-    "masking, carried": Case(BERT, {"context": "carried"}),
-    "masking, own": Case(BERT, {"shared": "per_block"}, trained=False),
+    "bert": Case(BERT),
+    "bert, carried": Case(BERT, {"context": "carried"}),
+    "bert, own": Case(BERT, {"shared": "per_block"}, trained=False),
+    "modernbert, carried, own": Case(MODERNBERT, {"context": "carried", "shared": "per_block"}, trained=False),
+    "llama, masked": Case(TEXT_CONFIGS["llama"], {"task": "fill-mask"}),
+    "gpt2, masked, carried": Case(TEXT_CONFIGS["gpt2"], {"task": "fill-mask", "context": "carried"}, trained=False),
     "point": Case(point_family.TinyConfig()),
     "point, carried, own": Case(point_family.TinyConfig(), {"context": "carried", "shared": "per_block"}, trained=False),
 }

@@ -1,5 +1,5 @@
-"""What every family does in every formulation: the library's, and two that only the tests have, to show what a new one has to
-bring (a masking family whose z is the input, and one whose estimate is a point and whose stock model is no `PreTrainedModel`).
+"""What every family does in every formulation: the library's, and one that only the tests have, to show what a new one has
+to bring (its estimate is a point, and its stock model is no `PreTrainedModel`).
 
 What it takes training to see is in test_families_training.py.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections import Counter
 
-import masking_family
 import point_family
 import pytest
 import torch
@@ -29,9 +28,8 @@ with_known_targets = pytest.mark.parametrize(**grid(lambda case: case.has_known_
 of_each_block = pytest.mark.parametrize("block_index", BLOCKS)
 
 
-def test_both_families_of_the_tests_fit_a_screen_or_two():
-    for family in (masking_family, point_family):
-        assert len(open(family.__file__).readlines()) <= 150
+def test_the_family_of_the_tests_fits_a_screen_or_two():
+    assert len(open(point_family.__file__).readlines()) <= 150
 
 
 # ---- the cut
@@ -172,7 +170,7 @@ def test_draws_come_from_the_generator_alone(case):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(**grid(lambda case: case.config.model_type != "bert"))
+@pytest.mark.parametrize(**grid(lambda case: case.task.name != "fill-mask"))
 @pytest.mark.parametrize("generator", [seeded, lambda: None], ids=["a generator", "the global one"])
 def test_every_row_has_noise_of_its_own(case, generator):
     """Of equal rows at one level, no two have the same estimate."""

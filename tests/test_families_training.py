@@ -126,9 +126,10 @@ def test_a_job_that_lacks_blocks_is_evaluated_on_its_own(case, tmp_path):
 @pytest.mark.parametrize(**grid(lambda case: case.trained and not case.has_known_targets and not case.is_own))
 def test_the_estimate_is_what_a_step_holds(case):
     """Of all blocks in turn: what is followed without memory, and what is taken. (test_estimate.py has the library's.)"""
-    workload = Workload(case.config, 2, batch_size=3, sequence_length=case.length)
-    way = Way("in turn", {"shared": "common", **case.fields})
-    estimate = db.estimate_memory(case.config, 2, batch_size=3, sequence_length=case.length, **case.fields)
+    fields = {name: value for name, value in case.fields.items() if name != "task"}
+    workload = Workload(case.config, 2, batch_size=3, sequence_length=case.length, task_name=case.task.name)
+    way = Way("in turn", {"shared": "common", **fields})
+    estimate = db.estimate_memory(case.model(), batch_size=3, sequence_length=case.length)
     followed = next(ledger for name, ledger in estimate.ledgers.items() if name.endswith("all blocks in turn"))
     torch.manual_seed(0)
     measured = ledger_of(way, workload)

@@ -21,6 +21,7 @@ from .models.base import DiffusionBlocksPreTrainedModel
 from .models.causal_lm import DiffusionBlocksForCausalLM
 from .models.image_classification import DiffusionBlocksForImageClassification
 from .models.image_generation import DiffusionBlocksForImageGeneration
+from .models.masked_lm import DiffusionBlocksForMaskedLM
 from .saving.merging import merge_blocks
 from .saving.shards import load_block_state_dict
 from .training import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
@@ -45,6 +46,7 @@ __all__ = [
     "DiffusionBlocksForCausalLM",
     "DiffusionBlocksForImageClassification",
     "DiffusionBlocksForImageGeneration",
+    "DiffusionBlocksForMaskedLM",
     "DiffusionBlocksPreTrainedModel",
     "DiffusionBlocksTrainer",
     "DiffusionBlocksTrainingArguments",

@@ -78,8 +78,8 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     sigma_data: float | str = _field(0.5, "EDM's scale of the target; 'auto' is the target's norm over sqrt(width).")
     overlap: float | None = _field(
         None,
-        "gamma: a block's training interval is widened by this share of its log-width on both sides; None is the "
-        "task's default (images 0.05, text 0.1).",
+        "gamma: a block's training interval is widened by this share of its log-width (masked text: its width) on both "
+        "sides; None is the task's default (images 0.05, text 0.1).",
     )
     noise_distribution: str = _field(
         "lognormal",
@@ -129,6 +129,12 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         0.1, "Image generation: share of training images whose class is hidden, for classifier-free guidance."
     )
 
+    mask_token_id: int | None = _field(
+        None,
+        "Masked text: the token that stands for a masked one. None is that of the tokenizer saved with the plain model, or "
+        "of its config; where neither has one, a new token after the last.",
+    )
+
     # The walk
     sampler: str = _field("euler", "'euler' (the paper's) or 'ancestral'.")
     bridge: str | None = _field(
@@ -152,7 +158,9 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if not labels_given:
             self.id2label, self.label2id = self.source_config.id2label, self.source_config.label2id
-        self.task = task_of(self.source_config, self.task).name
+        task = task_of(self.source_config, self.task)
+        self.task = task.name
+        task.settle(self)
         self.problem_type = self.problem_type or self.source_config.problem_type
         if self.readout is None:
             self.readout = "edm" if self.denoiser == "joint" else "posterior"

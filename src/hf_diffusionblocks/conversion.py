@@ -129,9 +129,12 @@ def _convert_model(source: nn.Module, config, resident_blocks, **model_kwargs) -
 def _convert_pretrained(
     source, num_blocks, task, resident_blocks, preset, fields, loading
 ) -> DiffusionBlocksPreTrainedModel:
-    plain_config = read_config(source, **hub_kwargs(loading))
+    hub = hub_kwargs(loading)
+    plain_config = read_config(source, **hub)
+    config = _config(plain_config, num_blocks, task, preset, "pretrained", fields)  # complain before anything is loaded
+    found = TASKS[config.task].fields_of_source(source, **hub)
+    fields = {**fields, **{name: value for name, value in found.items() if fields.get(name) is None}}
     choices = (num_blocks, task, preset, "pretrained", fields)
-    config = _config(plain_config, *choices)  # complain before any weights are loaded
     backbone, part = backbone_for(plain_config), plain_part(config, resident_blocks)
     plain = backbone.load_plain(part, source, plain_config, **loading)
     return _convert_model(plain, _config(_config_of(plain), *choices), resident_blocks)

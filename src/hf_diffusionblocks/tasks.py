@@ -16,6 +16,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .backbones.base import Backbone, backbone_for
 
 
+def without_masks(config: PreTrainedConfig) -> None:
+    """Raise ValueError if a config names a MASK, where nothing is masked."""
+    if config.mask_token_id is not None:
+        raise ValueError(f"mask_token_id={config.mask_token_id!r} must be None for task {config.task!r}: it masks nothing")
+
+
 @dataclass(frozen=True)
 class Generation:
     """How the command line generates with the models of a task.
@@ -46,6 +52,8 @@ class Task:
         processor: what prepares its inputs, as users call it; it is saved beside the model.
         load_processor: `folder or hub id -> processor`.
         usage: lines of a model card's example, with `{name}` for the model's.
+        settle: `(config) -> None` fills in what a [`DiffusionBlocksConfig`] leaves to the family, or refuses what it says.
+        fields_of_source: `folder or hub id, where on the Hub` -> fields that what is saved beside a plain model says.
         generation: what `diffusionblocks generate` does; None where the task generates nothing.
         evaluation: (denoiser, context) -> what the model gives where no block is named, for the card.
         pipeline_tag: what the Hub calls the task; None is `name`.
@@ -62,6 +70,8 @@ class Task:
     processor: str
     load_processor: Callable[[str], Any]
     usage: str
+    settle: Callable[[PreTrainedConfig], None] = without_masks
+    fields_of_source: Callable[..., dict[str, Any]] = lambda source, **hub: {}
     generation: Generation | None = None
     evaluation: Mapping[tuple[str, str], str] = field(default_factory=dict)
     pipeline_tag: str | None = None

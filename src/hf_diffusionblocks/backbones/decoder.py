@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 from .modulation import Modulation, modulate
 from .base import Backbone
@@ -23,6 +23,7 @@ class Decoder(Backbone):
     mlp_name: ClassVar[str] = "mlp"
     final_norm_path: ClassVar[str]
     attention_dropout_name: ClassVar[str] = "attention_dropout"  #: field of the config
+    embeds_token_types: ClassVar[bool] = False  #: as in [`Encoder`]
 
     @property
     def readout_paths(self):
@@ -64,11 +65,27 @@ class Decoder(Backbone):
         past_key_values,
         explicit: bool = False,
     ) -> torch.Tensor | None:
-        """HF's own causal mask for its attention implementation; None, unless `explicit`, where that needs none."""
+        """HF's own causal mask for its attention implementation; None, unless `explicit`, where that needs none.
+
+        Raises:
+            ValueError: the config says that the model attends both ways: it would see the tokens it has to predict.
+        """
+        if getattr(plain.config, "is_causal", None) is False:
+            raise ValueError("is_causal=False in the plain model's config must be True, or absent, to predict next tokens")
         return create_causal_mask(
             config=plain.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=past_key_values,
             position_ids=position_ids, allow_is_causal_skip=not explicit,
         )  # fmt: skip
+
+    def attention_both_ways(
+        self, plain: PreTrainedModel, hidden: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor
+    ) -> dict[str, Any]:
+        """As in [`Encoder`]; no cache goes with it."""
+        return {
+            "attention_mask": create_bidirectional_mask(plain.config, hidden, attention_mask),
+            "is_causal": False,  # sdpa, given no mask, would go by the module's own
+            **self.positions(plain, hidden, position_ids),
+        }
 
     def attention_dropout(self, plain: nn.Module) -> float:
         """Share of attention weights that training drops."""

@@ -47,9 +47,7 @@ class Noise(ABC):
 
     def categorical(self, logits: torch.Tensor) -> torch.Tensor:
         """One class a row, drawn from softmax(logits `[N, V]`) by inverting its CDF; `[N]`."""
-        cumulative = logits.double().softmax(-1).cumsum(-1)
-        uniform = (self._draw(torch.rand, (1,)).double() * cumulative[:, -1:]).contiguous()
-        return torch.searchsorted(cumulative, uniform, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        return invert_cdf(logits, self._draw(torch.rand, (1,)))
 
 
 class NoiseSource(Noise):
@@ -96,3 +94,10 @@ class PositionNoise(Noise):
         values = torch.stack([pages[position // PAGE][position % PAGE] for position in self.positions])
         self.draws += 1
         return values.to(self.device)
+
+
+def invert_cdf(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The class at `uniform [N, 1]` of the CDF of softmax(logits `[N, V]`); `[N]`."""
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    uniform = (uniform.double() * cumulative[:, -1:]).contiguous()
+    return torch.searchsorted(cumulative, uniform, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)

@@ -14,12 +14,12 @@ from ..models.base import DiffusionBlocksPreTrainedModel
 
 @dataclass
 class LikelihoodBound:
-    """An upper bound of `-ln p(token | tokens before)` under the continuous stochastic sampler, and its parts.
+    """An upper bound of the negative log-likelihood of a token under the task's sampler, and its parts.
 
     Args:
         nats_per_token: the bound's estimate: the sum of the three parts.
         standard_error: of that estimate, over sequences.
-        prior, reconstruction, diffusion: the parts, in nats a token.
+        prior, reconstruction, diffusion: the parts, in nats a token; masked text has the last alone.
         num_tokens: tokens scored.
     """
 
@@ -37,14 +37,15 @@ def nll_bound(
 ) -> LikelihoodBound:
     """Estimate the diffusion's likelihood bound.
 
-    It bounds the sampler that a task names (text: the continuous stochastic one), neither a walk of few steps nor
-    `model(...).logits`; each block answers for its own range of noise levels.
+    It bounds the sampler that a task names (of next tokens, the continuous stochastic one; of masked text, one token a
+    step in random order), neither one of fewer steps nor `model(...).logits`; each block answers for its own range of
+    noise levels.
 
     Args:
         model: of text.
         dataloader: batches with `input_ids`, `labels` and, if padded, `attention_mask`.
-        num_samples: noise levels a sequence, shared out evenly over the blocks (at least one each), stratified in ln
-            sigma within each block's interval.
+        num_samples: noise levels a sequence: shared out evenly over the blocks (at least one each), stratified in ln sigma
+            within each block's interval; or, of masked text, counts of masked tokens, stratified.
         seed: of levels and noise.
 
     Raises:

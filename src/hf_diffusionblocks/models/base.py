@@ -151,7 +151,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     def copy_weights(self, plain: nn.Module) -> None:
         """Take over the weights of a stock model: the backbone's, and those of every block's own parts. Local heads start as
         its last layers."""
-        weights = plain.state_dict()
+        weights = self.weights_of(plain)
         self.backbone.load_state_dict({name: weights[name] for name in self.backbone.state_dict()})
         for name in self.sharing.own_modules:
             for parts in getattr(self, name):
@@ -162,6 +162,10 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             for block in self.blocks[:-1]:
                 if block.is_loaded:
                     self.readout_heads[block.index].load_state_dict(last_layers.state_dict())
+
+    def weights_of(self, plain: nn.Module) -> Mapping[str, torch.Tensor]:
+        """The weights of a stock model, by name, as the backbone takes them."""
+        return plain.state_dict()
 
     def tie_within_blocks(self) -> None:
         """Say which weights are tied, of the blocks that are loaded; Transformers ties them if

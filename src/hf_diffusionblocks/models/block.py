@@ -89,6 +89,11 @@ class Block:
         """What holds its final norm and head."""
         return self._part(self._readout)
 
+    def readout_parameters(self) -> list[nn.Parameter]:
+        """Those of its final norm and head."""
+        paths = self.model.architecture.readout_paths
+        return [parameter for path in paths for parameter in self.readout_parts.get_submodule(path).parameters()]
+
     def read_out(self, hidden: torch.Tensor, **conditions) -> torch.Tensor:
         """What has left a block and its local head, through final norm and head."""
         return self.model.architecture.read_out(self.readout_parts, hidden, **conditions)

@@ -28,7 +28,7 @@ USE_ADAPTERS = """\
 import hf_diffusionblocks as db  # pip install hf-diffusionblocks
 from hf_diffusionblocks import lora
 
-model = db.convert("{base_model}", preset="paper", {fields})
+model = db.convert("{base_model}", task="{task}", preset="paper", {fields})
 lora.load_block_adapters(model, "{name}")  # an adapter a block; peft reads them into the plain model, too"""
 FORMULATION_FIELDS = (
     "denoiser", "context", "readout", "readout_layers", "sampler", "bridge", "prior_fraction", "overlap",
@@ -97,7 +97,7 @@ def _use_code(model: PreTrainedModel, name: str) -> str:
     values = {field: getattr(model.config, field) for field in USER_FIELDS}
     given = [f"{field}={value!r}" for field, value in values.items() if value != USER_FIELDS[field].default]
     base_model = model.config.base_model or "FOLDER_OF_THE_PRETRAINED_MODEL"
-    return USE_ADAPTERS.format(base_model=base_model, fields=", ".join(given), name=name)
+    return USE_ADAPTERS.format(base_model=base_model, task=model.task, fields=", ".join(given), name=name)
 
 
 def _block_row(model: PreTrainedModel, block_index: int) -> str:

@@ -40,7 +40,7 @@ class SavedByBlock(PreTrainedModel):
         config = copy.deepcopy(self.config.source_config)
         plain = self.architecture.plain_class._from_config(config, dtype=self.dtype)
         plain.load_state_dict(self.backbone.state_dict())
-        if plain.can_generate():
+        if plain.can_generate() and self.can_generate():
             plain.generation_config = copy.deepcopy(self.generation_config)
         return plain.to(self.device).train(self.training)
 

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
+from ...diffusion.likelihood import LikelihoodTerms
 from ...diffusion.objectives import rows_per_chunk
 from ..active import ActiveBlocks
 from ..base import DiffusionBlocksPreTrainedModel
 from .text import IGNORED, Rows, Text
-
-
-class LikelihoodTerms(NamedTuple):
-    """Of a batch of N sequences; float64, on the CPU."""
-
-    tokens: torch.Tensor  #: `[N]`, tokens scored
-    prior: float  #: nats a token that no data change
-    reconstruction: torch.Tensor  #: `[N]` nats of the last step
-    diffusion: torch.Tensor  #: `[N]` nats of all others
 
 
 def likelihood_terms(

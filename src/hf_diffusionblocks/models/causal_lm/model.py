@@ -201,12 +201,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
 
     def mean_of_rows(self, loss_of_rows, tensors, blocks: list[Block], num_items) -> torch.Tensor:
         """The sum of a loss over rows that these blocks read out, in chunks, over their number or `num_items`."""
-        parameters = [
-            parameter
-            for block in blocks
-            for path in self.architecture.readout_paths
-            for parameter in block.readout_parts.get_submodule(path).parameters()
-        ]
+        parameters = [parameter for block in blocks for parameter in block.readout_parameters()]
         total = chunked_sum(loss_of_rows, tensors, list(dict.fromkeys(parameters)), self.config.vocab_size)
         return total / (max(len(tensors[0]), 1) if num_items is None else num_items)
 

@@ -1,0 +1,5 @@
+"""Masked diffusion language models."""
+
+from .model import DiffusionBlocksForMaskedLM
+
+__all__ = ["DiffusionBlocksForMaskedLM"]

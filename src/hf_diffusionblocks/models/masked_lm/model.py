@@ -1,0 +1,299 @@
+"""Masked diffusion of text: y is the tokens, and z, what the layers read, the same tokens with some of them masked."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from ...configuration import DiffusionBlocksConfig
+from ...diffusion.masking import MaskingSchedule, draw_counts, draw_masked
+from ...diffusion.objectives import chunked_sum, cross_entropy, rows_per_chunk
+from ...diffusion.randomness import Generators, keyed_generators
+from ..base import Clean, DiffusionBlocksPreTrainedModel
+from ..block import Block
+from .bound import likelihood_terms
+from .generation import UnmaskingGeneration
+from .text import IGNORED, MaskedText
+
+logger = logging.get_logger(__name__)
+
+
+class WholeInput:
+    """z is what the layers read: nothing meets it. How much of it is masked they see by themselves (arXiv 2409.02908)."""
+
+    modulated = False
+    embeds_noisy = False
+
+    def __init__(self, model: DiffusionBlocksPreTrainedModel):
+        self.model = model
+
+
+class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGeneration):
+    """A text model that attends both ways, whose blocks are each a denoiser for their own share of masked tokens (arXiv
+    2506.14202; masked diffusion: 2406.07524, 2406.04329, 2502.09992).
+
+    Block 0 answers where most is masked, the last block where least is. Which block answers follows from the text alone,
+    everywhere by one rule ([`MaskingSchedule.block_of`]): callers say no time. MASK itself is never an answer.
+
+    Raises:
+        ValueError: a field asks for what has no meaning here.
+    """
+
+    main_input_name = "input_ids"
+    task = "fill-mask"
+    DENOISERS = {"joint": WholeInput}
+    clean_columns = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+    default_overlap = 0.1
+    accepts_loss_kwargs = True  # the Trainer gives num_items_in_batch: every token of a step counts alike
+
+    def __init__(self, config: DiffusionBlocksConfig):
+        super().__init__(config)
+        meaningless = {"readout": "edm", "loss_weighting": None, "prior_fraction": 0.0, "noise_distribution": "lognormal"}
+        for name, allowed in meaningless.items():
+            if (value := getattr(config, name)) != allowed:
+                raise ValueError(f"{name}={value!r} must be {allowed!r} for task {self.task!r}: its noise is masks")
+        self.mask_token_id: int = config.mask_token_id
+        self.post_init()
+
+    @classmethod
+    def schedule_for(cls, config: DiffusionBlocksConfig) -> MaskingSchedule:
+        return MaskingSchedule(config.num_blocks, cls.default_overlap if config.overlap is None else config.overlap)
+
+    # ---- weights
+
+    def weights_of(self, plain: nn.Module) -> Mapping[str, torch.Tensor]:
+        """Of a vocabulary without MASK, each table gets a row for it: the mean of the others."""
+        weights, own = dict(plain.state_dict()), self.backbone.state_dict()
+        short = [name for name in own if own[name].dim() and len(own[name]) == len(weights[name]) + 1]
+        if short:
+            logger.warning(
+                f"mask_token_id={self.mask_token_id} is a new token, which the model has yet to learn. If it knows one "
+                "already (BERT does), convert it with mask_token_id=tokenizer.mask_token_id"
+            )
+        return weights | {name: _with_mean_row(weights[name]) for name in short}
+
+    def _resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        if self.sharing.own_modules:
+            raise ValueError(
+                "shared='per_block' must be 'common' to resize token embeddings: resize the plain model, and convert that"
+            )
+        return self.backbone.resize_token_embeddings(*args, **kwargs)
+
+    def to_plain(self) -> PreTrainedModel:
+        """A copy of the stock model inside, with the trained weights; a decoder's config says that it attends both ways.
+
+        Its logits are the last block's: ours where a text's masked share is at most 1/B. It gives MASK a logit, too.
+
+        Raises:
+            ValueError: context is independent (no block has all layers, then), blocks are missing, or adapters are not
+                merged.
+        """
+        if not self.context.passes_on:
+            raise ValueError(
+                f"to_plain() needs context='carried', this model has {self.config.context!r}: no block has all layers"
+            )
+        plain = super().to_plain()
+        plain.config.is_causal = False
+        return plain
+
+    # ---- training and evaluation
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        block_index: int | None = None,
+        mask_ratio: torch.Tensor | float | None = None,
+        generator: Generators = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        return_logits: bool | None = None,
+        block_input: torch.Tensor | None = None,
+        loss_block: int | None = None,
+    ) -> MaskedLMOutput:
+        """Train one block (`block_index` given), or predict masked tokens.
+
+        Args:
+            input_ids: `[N, S]`; to train, without any MASK: the model masks by itself.
+            attention_mask: `[N, S]`, 0 for padding, which is never masked and never counted.
+            token_type_ids, position_ids: as in the plain model; architectures without token types ignore these.
+            labels: `[N, S]`, the tokens themselves: -100 is never masked and never counted.
+            block_index: the block to train. Needs `labels`.
+            mask_ratio: share of the tokens to mask, a number or one a text `[N]`, rounded to a count of at least one label;
+                None draws a count of the block's range (widened by the overlap in training mode), stratified over the
+                batch.
+            generator: of the draws; or one a text, N of them.
+            num_items_in_batch: tokens that the summed loss is divided by; None is the labels of this batch.
+            return_logits: whether to hold and return all logits; None returns them unless a block is trained. No other
+                logits are held than those of masked tokens, in chunks.
+            block_input: None: what enters a block changes with the masks.
+            loss_block: the block that is read out, after those between have run, too (carried); None is `block_index`.
+
+        Returns:
+            `loss` (with labels), nats a token, and `logits` `[N, S, V]`, MASK at -inf. Training: B times an
+            estimate of the block's share of the bound (see `_weights`). In evaluation each text is answered by the block
+            that owns its share of masked tokens. With labels only MASK tokens count; a text without any is masked first, by
+            draws keyed by its tokens and `config.inference_seed`: the loss then estimates the bound, and logits are those
+            of the masked text.
+
+        Raises:
+            ValueError: labels are missing for a block, or a block for training; or a text to train on holds MASK.
+        """
+        text = MaskedText(input_ids, attention_mask, position_ids, token_type_ids)
+        if block_index is None:
+            if self.training and labels is not None:
+                raise ValueError(
+                    "block_index=None in training: pass the block to train (DiffusionBlocksTrainer does), or call "
+                    "model.eval() for the loss of all blocks"
+                )
+            return self._predict(text, labels, num_items_in_batch, return_logits)
+        if labels is None:
+            raise ValueError(f"labels=None with block_index={block_index}: a block is trained on tokens to guess")
+        self._refuse_masked(text)
+        active = self.active_blocks(block_index, loss_block)
+        maskable = (labels != IGNORED) & text.attended
+        counts = self._counts(active.last, text, maskable, mask_ratio, generator)
+        masked = draw_masked(counts, maskable, generator)
+        hidden = self.training_output(active, self.seen(text.masked(masked, self.mask_token_id)), block_input)
+        reader = self.blocks[active.reader]
+        weights = self._weights(active.last, text, masked, maskable)
+        items = maskable.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        loss = self._weighted_sum(reader, hidden, labels, masked, weights) / items
+        return MaskedLMOutput(loss=loss, logits=self.logits(reader, hidden) if return_logits else None)
+
+    def _refuse_masked(self, text: MaskedText) -> None:
+        if text.input_ids.device.type == "cpu" and bool(text.holds(self.mask_token_id).any()):  # (no wait for a device)
+            raise ValueError(
+                f"input_ids hold mask_token_id={self.mask_token_id} already, and must be whole texts: the model masks by "
+                "itself. A collator must not, as DataCollatorForLanguageModeling(mlm=False) does not"
+            )
+
+    def _counts(
+        self, block_index: int, text: MaskedText, maskable: torch.Tensor, mask_ratio: torch.Tensor | float | None, generator
+    ) -> torch.Tensor:
+        """How many tokens of each text to mask, `[N]`."""
+        tokens, most = text.attended.sum(1), maskable.sum(1)
+        if mask_ratio is None:
+            overlap = self.noise_schedule.overlap if self.training else 0.0
+            return draw_counts(*self.noise_schedule.counts(block_index, tokens, most, overlap), generator)
+        ratio = torch.as_tensor(mask_ratio, dtype=torch.float64, device=tokens.device)
+        return torch.minimum((ratio * tokens).round().long().clamp(min=1), most)
+
+    def _weights(self, block_index: int, text: MaskedText, masked: torch.Tensor, maskable: torch.Tensor) -> torch.Tensor:
+        """What the masked tokens of each text weigh in a block's loss, `[N]`: `B (n_k / L) (L / l)`, for l masked of L
+        labels, and n_k counts in the block's own range.
+
+        L / l is the bound's count form. With n_k / L the loss, over all labels, is an unbiased estimate (but for the
+        overlap) of the block's share of the bound per token; with B the mean over blocks, which the Trainer logs, is the
+        bound. A text with no count in the range adds nothing.
+        """
+        least, most = self.noise_schedule.counts(block_index, text.attended.sum(1), maskable.sum(1))
+        return self.num_blocks * (most - least + 1).clamp(min=0) / masked.sum(1).clamp(min=1)
+
+    def _weighted_sum(
+        self, reader: Block, hidden: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`-ln p` of the masked tokens, weighted by text and summed, in chunks."""
+        where = masked.nonzero(as_tuple=True)
+
+        def loss_of_rows(hidden, targets, weights):
+            return (weights * cross_entropy(self.logits(reader, hidden).float(), targets)).sum()
+
+        rows = [hidden[where], labels[where], weights[where[0]]]
+        return chunked_sum(loss_of_rows, rows, reader.readout_parameters(), self.config.vocab_size)
+
+    def seen(self, text: MaskedText) -> Clean:
+        """What embeds a text, and what attention takes to run it."""
+        position_ids = text.position_ids
+        if position_ids is None:
+            position_ids = torch.arange(text.input_ids.shape[1], device=text.input_ids.device)[None]
+        inputs = {"input_ids": text.input_ids, "position_ids": position_ids}
+        if self.architecture.embeds_token_types:
+            inputs["token_type_ids"] = text.token_type_ids
+        shape = torch.empty((*text.input_ids.shape, 0), dtype=self.dtype, device=text.input_ids.device)
+        attention = self.architecture.attention_both_ways(self.backbone, shape, text.attention_mask, position_ids)
+        return Clean(inputs, attention)
+
+    def logits(self, block: Block, hidden: torch.Tensor) -> torch.Tensor:
+        """`[..., D]` that has left a block -> `[..., V]`; MASK is never an answer."""
+        logits = block.read_out(hidden)
+        logits[..., self.mask_token_id] = -torch.inf
+        return logits
+
+    def clean_input(self, batch: Mapping[str, torch.Tensor]) -> Clean:
+        raise ValueError("inputs of blocks cannot be cached for task 'fill-mask': they change with the masks")
+
+    def evaluation_levels(self, block_index: int, num_rows: int) -> dict[str, torch.Tensor]:
+        """Nothing: a block draws from its own range."""
+        return {}
+
+    # ---- prediction
+
+    def _predict(self, text: MaskedText, labels, num_items, return_logits) -> MaskedLMOutput:
+        if labels is not None:
+            text, masked, labelled = self._masked_for_scoring(text, labels)
+            sums = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
+        wants_logits, logits = return_logits is None or return_logits, None
+        for block, rows, hidden in self.answers(text):
+            if labels is not None:
+                sums[rows] = self.sums_of_rows(block, hidden, labels[rows], masked[rows])
+            if wants_logits:
+                of_block = self.logits(block, hidden)
+                logits = of_block.new_empty((len(text.input_ids), *of_block.shape[1:])) if logits is None else logits
+                logits[rows] = of_block
+        if labels is None:
+            return MaskedLMOutput(logits=logits)
+        counts, items = masked.sum(1), labelled.sum(1)
+        items = torch.where(counts > 0, items, 0)
+        loss = (items / counts.clamp(min=1) * sums).sum() / (items.sum().clamp(min=1) if num_items is None else num_items)
+        return MaskedLMOutput(loss=loss.float(), logits=logits)
+
+    def _masked_for_scoring(
+        self, text: MaskedText, labels: torch.Tensor
+    ) -> tuple[MaskedText, torch.Tensor, torch.Tensor]:
+        """A text that hides what its labels ask for, which tokens count, and which could have; bool, `[N, S]`."""
+        labelled, given = (labels != IGNORED) & text.attended, text.holds(self.mask_token_id)
+        whole = ~given.any(1, keepdim=True)
+        # By content: what is scored again meets the same masks, and other texts meet others, in batches of one, too.
+        tokens, attended = text.input_ids.cpu(), text.attended.cpu()
+        keys = [zlib.crc32(row[of].numpy().tobytes()) for row, of in zip(tokens, attended)]
+        generators = keyed_generators([self.config.inference_seed], keys)
+        most = labelled.sum(1)
+        drawn = draw_masked(draw_counts(torch.ones_like(most), most, generators), labelled, generators) & whole
+        return text.masked(drawn, self.mask_token_id), drawn | (given & labelled), labelled
+
+    def answers(self, text: MaskedText) -> Iterator[tuple[Block, torch.Tensor, torch.Tensor]]:
+        """The blocks that own some of N texts, the numbers of these, and what they are read out from, `[rows, S, D]`."""
+        owners = self.noise_schedule.block_of(text.holds(self.mask_token_id).sum(1), text.attended.sum(1)).cpu()
+        for k in owners.unique().tolist():
+            rows = (owners == k).nonzero()[:, 0].to(text.input_ids.device)
+            yield self.blocks[k], rows, self.training_output(self.active_blocks(k, None), self.seen(text.rows(rows)))
+
+    def sums_of_rows(self, block: Block, hidden: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        """`-ln p` of each text's masked tokens, summed: `[N]` float64, of hidden states `[N, S, D]`. In chunks."""
+        where = masked.nonzero(as_tuple=True)
+        row_of, hidden, targets = where[0], hidden[where], labels[where]
+        size = rows_per_chunk(len(targets), self.config.vocab_size)
+        sums = torch.zeros(len(masked), dtype=torch.float64, device=masked.device)
+        for start in range(0, len(targets), size):
+            part = slice(start, start + size)
+            losses = cross_entropy(self.logits(block, hidden[part]).float(), targets[part])
+            sums = sums.index_add(0, row_of[part], losses.double())
+        return sums
+
+    likelihood_terms = likelihood_terms  #: what `nll_bound` sums up
+
+
+def _with_mean_row(table: torch.Tensor) -> torch.Tensor:
+    """`[V, ...]` -> `[V + 1, ...]`."""
+    return torch.cat([table, table.float().mean(0, keepdim=True).to(table.dtype)])
