@@ -6,14 +6,15 @@ A DiT of 6 layers, patch 4, width 96, with EDM's loss and averaged weights; equa
 trained once a seed and measured by its held-out denoising loss in each quarter of the noise distribution, by a Frechet
 distance in the features of a small classifier that is trained here (it is not the FID of others), by precision and
 recall, and by what a step of training holds. Runs are cached in the output folder one by one, so an interrupted
-benchmark goes on where it stopped. `--seconds` measures the seconds of sampling instead, row beside row: for an idle
-machine.
+benchmark goes on where it stopped. `--seconds` measures seconds instead, of sampling and of an update of everything, row
+beside row: for an idle machine, before the table is made.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import statistics
 import time
@@ -103,19 +104,32 @@ def _in_one(name: str, depth: int) -> str:
     return f"{path}{layers}{int(number) % depth}{dot}{inside}" if layers else name
 
 
-def step_memory(row: str) -> int:
-    """Peak bytes of a training step of the block that holds most, by the ledger."""
+def steps_of(row: str) -> list[tuple]:
+    """A training step of each block: model, optimizer of what it trains, what makes it train that, and its loss."""
     layers, fields = ROWS[row]
     model = db.convert(plain_config(layers), preset="paper", sigma_data=SIGMA_DATA, **fields).train()
     images, labels = torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
-    peaks = []
+    steps = []
     for block in model.blocks:
         own = [*model.block_parameters(block.index), *model.shared_parameters()]
-        optimizer = torch.optim.AdamW(own, fused=True)
-        loss = lambda k=block.index: model(images, labels, block_index=k).loss  # noqa: E731
-        model.requires_grad_(False)
-        for parameter in own:
-            parameter.requires_grad_(True)
+
+        def activate(own=own) -> None:
+            model.requires_grad_(False)
+            for parameter in own:
+                parameter.requires_grad_(True)
+
+        def loss(k=block.index) -> torch.Tensor:
+            return model(images, labels, block_index=k).loss
+
+        steps.append((model, torch.optim.AdamW(own, fused=True), activate, loss))
+    return steps
+
+
+def step_memory(row: str) -> int:
+    """Peak bytes of a training step of the block that holds most, by the ledger."""
+    peaks = []
+    for model, optimizer, activate, loss in steps_of(row):
+        activate()
         peaks.append(db.measure_memory(model, optimizer, loss).total)
     return max(peaks)
 
@@ -148,13 +162,11 @@ def run(job: tuple) -> None:
     logging.set_verbosity_error()
     data = torch.load(settings["data"])
     classifier = trained_classifier(data, Path(settings["classifier"]))
-    start = time.perf_counter()
     train_set = torch.utils.data.TensorDataset(*data["train"])
     model = trained_model(row, settings["updates"], seed, train_set, settings["output"])
-    seconds = time.perf_counter() - start
     result = measured(model, data, classifier, settings["samples"])
     model.save_pretrained(file.with_suffix(""))
-    numbers = {"updates": settings["updates"], "samples": settings["samples"], "seconds": seconds, **result}
+    numbers = {"updates": settings["updates"], "samples": settings["samples"], **result}
     file.write_text(json.dumps({"row": row, "seed": seed, **numbers, "step bytes": step_memory(row)}))
     print(f"{row}, seed {seed}: " + ", ".join(f"{key} {value:.4g}" for key, value in result.items()), flush=True)
 
@@ -162,7 +174,7 @@ def run(job: tuple) -> None:
 # ---- the table
 
 
-def table(results: list[dict], floor: float) -> str:
+def table(results: list[dict], seconds: dict, floor: float) -> str:
     """Markdown; mean and standard deviation over seeds."""
     updates, samples = results[0]["updates"], results[0]["samples"]
     lines = [
@@ -170,7 +182,7 @@ def table(results: list[dict], floor: float) -> str:
         f"The Frechet distance of as many training images is {floor:.1f}.",
         "",
         "| | seeds | held-out loss | by quarter of the noise, lowest first | Frechet, equal grid | Karras grid | precision, recall |"
-        " asked class | layers a step | step memory | seconds of training |",
+        " asked class | layers a sampling step | memory of a training step | seconds: 64 samples, an update of everything |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row, (layers, fields) in ROWS.items():
@@ -184,7 +196,7 @@ def table(results: list[dict], floor: float) -> str:
             row, str(len(runs)), _cell([r["loss"] for r in runs], 4), quarters, _cell([r["frechet equal"] for r in runs], 0),
             _cell([r["frechet karras"] for r in runs], 0), pair, _cell([100 * r[f"class {best}"] for r in runs], 1, False) + " %",
             _layers_a_step(layers, fields), f"{runs[0]['step bytes'] / 2**20:.0f} MiB",
-            _cell([r["seconds"] for r in runs], 0, spread=False),
+            ", ".join(f"{value:.2f}" for value in seconds.get(row, {}).values()),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -200,18 +212,25 @@ def _cell(values: list[float], digits: int, spread: bool = True) -> str:
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
-def sampling_seconds(rows: list[str], repeats: int = 5) -> dict[str, float]:
-    """Fastest seconds of 64 images by 30 Euler steps; rows take turns."""
+def seconds_of(rows: list[str], repeats: int = 5) -> dict[str, dict[str, float]]:
+    """Fastest seconds of 64 images by 30 Euler steps, and of an update of every block on 64 images; rows take turns."""
     torch.set_num_threads(1)
-    models = {
-        row: db.convert(plain_config(ROWS[row][0]), preset="paper", sigma_data=SIGMA_DATA, **ROWS[row][1]).eval() for row in rows
-    }
-    seconds: dict[str, float] = {}
+    steps = {row: steps_of(row) for row in rows}
+    seconds = {row: {"sampling": math.inf, "update": math.inf} for row in rows}
     for _ in range(repeats):
-        for row, model in models.items():
+        for row in rows:
+            start = time.perf_counter()
+            for _, optimizer, activate, loss in steps[row]:
+                activate()
+                loss().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            seconds[row]["update"] = min(seconds[row]["update"], time.perf_counter() - start)
+            model = steps[row][0][0].eval()
             start = time.perf_counter()
             model.predict([k % 10 for k in range(BATCH)], num_inference_steps=STEPS)
-            seconds[row] = min(seconds.get(row, float("inf")), time.perf_counter() - start)
+            seconds[row]["sampling"] = min(seconds[row]["sampling"], time.perf_counter() - start)
+            model.train()
     return seconds
 
 
@@ -227,10 +246,11 @@ def main() -> None:
     parser.add_argument("--seconds", action="store_true", help="measure the seconds of sampling instead")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
+    seconds_file = options.output / "seconds.json"
     if options.seconds:
-        seconds = sampling_seconds(options.rows)
-        (options.output / "seconds.json").write_text(json.dumps(seconds))
-        print("\n".join(f"{row}: {value:.3f} s" for row, value in seconds.items()))
+        seconds = seconds_of(options.rows)
+        seconds_file.write_text(json.dumps(seconds))
+        print("\n".join(f"{row}: {found}" for row, found in seconds.items()))
         return
 
     data_file, classifier_file = options.output / "data.pt", options.output / "classifier.pt"
@@ -254,7 +274,8 @@ def main() -> None:
     features = [in_batches(classifier.features, data[split][0]).double().numpy() for split in ("train", "test")]
     floor = frechet_distance(features[0][: options.samples], features[1])
     files = sorted(options.output.glob(f"row*-updates{options.updates}.json"))
-    result = table([json.loads(file.read_text()) for file in files], floor)
+    seconds = json.loads(seconds_file.read_text()) if seconds_file.is_file() else {}
+    result = table([json.loads(file.read_text()) for file in files], seconds, floor)
     (options.output / f"table-{options.updates}.md").write_text(result + "\n")
     print(result)
 
