@@ -143,10 +143,10 @@ def measured(model, data: dict, classifier, num_samples: int) -> dict[str, float
     classes = torch.arange(num_samples) % 10
     result = {"loss": statistics.mean(losses), **{f"loss {q}": loss for q, loss in enumerate(losses)}}
     for grid in ("equal", "karras"):
-        parts = [
-            model.predict(part, num_inference_steps=STEPS, grid=grid, generator=torch.Generator().manual_seed(number)).images
-            for number, part in enumerate(classes.split(250))
-        ]
+        parts = []
+        for number, part in enumerate(classes.split(250)):
+            noise = torch.Generator().manual_seed(number)
+            parts.append(model.predict(part, num_inference_steps=STEPS, grid=grid, generator=noise).images)
         made = torch.cat(parts).clamp(-1, 1)
         features = features_of(made)
         precision, recall = precision_and_recall(features, real[:num_samples])
@@ -181,25 +181,41 @@ def table(results: list[dict], seconds: dict, floor: float) -> str:
         f"Fashion-MNIST, {updates} updates of {BATCH} images for every parameter; {samples} samples of {STEPS} Euler steps. "
         f"The Frechet distance of as many training images is {floor:.1f}.",
         "",
-        "| | seeds | held-out loss | by quarter of the noise, lowest first | Frechet, equal grid | Karras grid | precision, recall |"
-        " asked class | layers a sampling step | memory of a training step | seconds: 64 samples, an update of everything |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(COLUMNS)} |",
+        "|---" * len(COLUMNS) + "|",
     ]
-    for row, (layers, fields) in ROWS.items():
+    for row in ROWS:
         runs = [result for result in results if result["row"] == row]
-        if not runs:
-            continue
-        best = min(("equal", "karras"), key=lambda grid: statistics.mean(r[f"frechet {grid}"] for r in runs))
-        quarters = " ".join(_cell([r[f"loss {q}"] for r in runs], 3, spread=False) for q in range(4))
-        pair = ", ".join(_cell([r[f"{what} {best}"] for r in runs], 2, spread=False) for what in ("precision", "recall"))
-        cells = [
-            row, str(len(runs)), _cell([r["loss"] for r in runs], 4), quarters, _cell([r["frechet equal"] for r in runs], 0),
-            _cell([r["frechet karras"] for r in runs], 0), pair, _cell([100 * r[f"class {best}"] for r in runs], 1, False) + " %",
-            _layers_a_step(layers, fields), f"{runs[0]['step bytes'] / 2**20:.0f} MiB",
-            ", ".join(f"{value:.2f}" for value in seconds.get(row, {}).values()),
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+        if runs:
+            lines.append(f"| {' | '.join(_cells(row, runs, seconds.get(row, {})))} |")
     return "\n".join(lines)
+
+
+COLUMNS = (
+    "", "seeds", "held-out loss", "by quarter of the noise, lowest first", "Frechet, equal grid", "Karras grid",
+    "precision, recall", "asked class", "layers a sampling step", "memory of a training step",
+    "seconds: 64 samples, an update of everything",
+)  # fmt: skip
+
+
+def _cells(row: str, runs: list[dict], seconds: dict[str, float]) -> list[str]:
+    def of(key: str) -> list[float]:
+        return [run[key] for run in runs]
+
+    best = min(("equal", "karras"), key=lambda grid: statistics.mean(of(f"frechet {grid}")))
+    return [
+        row,
+        str(len(runs)),
+        _cell(of("loss"), 4),
+        " ".join(_cell(of(f"loss {quarter}"), 3, spread=False) for quarter in range(4)),
+        _cell(of("frechet equal"), 0),
+        _cell(of("frechet karras"), 0),
+        ", ".join(_cell(of(f"{measure} {best}"), 2, spread=False) for measure in ("precision", "recall")),
+        f"{100 * statistics.mean(of(f'class {best}')):.0f} %",
+        _layers_a_step(*ROWS[row]),
+        f"{runs[0]['step bytes'] / 2**20:.0f} MiB",
+        ", ".join(f"{value:.2f}" for value in seconds.values()),
+    ]
 
 
 def _layers_a_step(layers: int, fields: dict) -> str:
