@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
+from transformers.utils import logging
 
 import hf_diffusionblocks as db
 
@@ -31,6 +32,14 @@ FORMULATIONS = {
     },
     "factorized-carried-own": {"denoiser": "factorized", "context": "carried", "shared": "per_block"},
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """What a test does to the volume of logs ends with it."""
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
 
 
 @pytest.fixture(params=FORMULATIONS.values(), ids=FORMULATIONS.keys())
