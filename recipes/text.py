@@ -332,6 +332,7 @@ def encode(
     data: DatasetDict, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments,
     training_args: db.DiffusionBlocksTrainingArguments, data_format: Format,
 ) -> DatasetDict:  # fmt: skip
+    """What [`read`] gives, as the format has it encoded; the main process does it first."""
     with training_args.main_process_first(local=False, desc="tokenizing the data"):
         return data_format.encode(data, tokenizer, data_args)
 

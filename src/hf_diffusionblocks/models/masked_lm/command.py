@@ -71,20 +71,23 @@ def generate(
     drafts = given.pop("drafts")
     if not (prompt := given.pop("prompt", "")):
         raise ValueError("--prompt must be a text to begin with, or one with mask tokens")
-    tokenizer, model = load_tokenizer(source), load()
-    input_ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    tokenizer = load_tokenizer(source)
+    encoded = tokenizer(prompt, return_tensors="pt", return_special_tokens_mask=True)
+    input_ids, has_masks = encoded.input_ids, tokenizer.mask_token_id in encoded.input_ids[0].tolist()
+    for name in ("max_new_tokens", "block_length"):
+        if has_masks and name in given:
+            raise ValueError(f"--{name} {given[name]} is not for a --prompt with mask tokens: these are filled in")
     if seed is not None:
         given["generator"] = torch.Generator().manual_seed(seed)
     if drafts:
         given["streamer"] = Drafts(tokenizer, skip_special_tokens=True)
-    if bool((input_ids == model.mask_token_id).any()):
-        for name in ("max_new_tokens", "block_length"):
-            if name in given:
-                raise ValueError(f"--{name} {given[name]} is not for a --prompt with mask tokens: these are filled in")
-        (written,) = model.infill(input_ids, **given)
+    model = load()
+    if has_masks:
+        (written,) = model.infill(input_ids.to(model.device), **given)
     else:
-        if input_ids[0, -1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):  # BERT's closes a text that is to go on
+        if encoded.special_tokens_mask[0, -1]:  # BERT's tokenizer closes a text, and this one is to go on
             input_ids = input_ids[:, :-1]
-        (written,) = model.generate(input_ids, **{"max_new_tokens": DEFAULT_NEW_TOKENS, **given})
+        given.setdefault("max_new_tokens", DEFAULT_NEW_TOKENS)
+        (written,) = model.generate(input_ids.to(model.device), **given)
     if not drafts:
         print(tokenizer.decode(written, skip_special_tokens=True))
