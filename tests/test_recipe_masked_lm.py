@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_recipe_causal_lm import (  # (fixtures among them)
-    LENGTH, OVERRIDES, SIZES, TRAINING, data, files, folder, own_cache, paragraphs, sequences,  # noqa: F401
+    LENGTH, OVERRIDES, SIZES, TRAINING, data, folder, own_cache, paragraphs, sequences,  # noqa: F401
 )  # fmt: skip
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
