@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,12 @@ def blocks_fields(args: ModelArguments, blocks_args: BlocksArguments, task: str)
     start = "pretrained" if args.model_name_or_path else "fresh"
     paper = {name: field.default for name, field in USER_FIELDS.items()}
     return paper | with_preset(args.preset, task, start, config_fields(blocks_args))
+
+
+def denoiser_fields(args: ModelArguments, blocks_args: BlocksArguments, task: str) -> dict[str, Any]:
+    """As [`blocks_fields`], of a task whose plain model is a model of one block: that is what end_to_end gives."""
+    fields = blocks_fields(replace(args, end_to_end=False), blocks_args, task)
+    return fields | {"num_blocks": 1, "layers_per_block": None} if args.end_to_end else fields
 
 
 # ---- checks that need neither data nor weights
@@ -280,7 +286,7 @@ def load_model(
     plain_class = backbone.plain_class
     if fields is not None and training_args.train_blocks is not None:
         if training_args.objective_of(fields["objective"]) != "final":  # with which all blocks run
-            blocks = db.DiffusionBlocksConfig(source_config=config, **fields)
+            blocks = db.DiffusionBlocksConfig(source_config=config, task=task, **fields)
             resident = training_args.train_blocks
             if blocks.context == "carried":  # the earlier ones run forward
                 resident = list(range(max(resident) + 1))

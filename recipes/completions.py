@@ -12,8 +12,8 @@ from datasets import DatasetDict, Features, List, Value
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from hf_diffusionblocks.recipes import common, train_causal_lm
-from hf_diffusionblocks.recipes.train_causal_lm import EvaluationText
+from hf_diffusionblocks.recipes import common
+from hf_diffusionblocks.recipes.text import EvaluationText, Format, read_files
 
 logger = logging.getLogger("hf_diffusionblocks.recipes.completions")
 
@@ -38,7 +38,7 @@ def columns_of(args) -> list[str]:
 def load(args, seed: int) -> DatasetDict:
     """As [`common.load_data`], with these columns alone."""
     names = columns_of(args)
-    data = common.load_data(args, names, lambda: train_causal_lm.read_files(args), seed, ordered=False)
+    data = common.load_data(args, names, lambda: read_files(args), seed, ordered=False)
     return data.select_columns([getattr(args, name) for name in names])
 
 
@@ -157,4 +157,4 @@ def evaluation_text(data, args) -> EvaluationText:
     return EvaluationText(len(data), num_tokens, num_bytes=None)
 
 
-FORMAT = train_causal_lm.Format(load, encode, collate, evaluation_text)
+FORMAT = Format(load, encode, collate, evaluation_text)

@@ -20,7 +20,7 @@ from transformers import Trainer
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.cli.arguments import BlocksArguments
-from hf_diffusionblocks.recipes import common, completions, finetuning, train_causal_lm
+from hf_diffusionblocks.recipes import common, completions, finetuning, text, train_causal_lm
 from hf_diffusionblocks.recipes.common import option
 from hf_diffusionblocks.recipes.finetuning import FinetuningArguments, not_an_option
 
@@ -28,7 +28,7 @@ PROG = "finetune_causal_lm.py"
 
 
 @dataclass
-class ModelArguments(train_causal_lm.ModelArguments):
+class ModelArguments(text.ModelArguments):
     """Which model: `model_name_or_path`."""
 
     tokenizer_name: str | None = option(None, "Hub id or folder of the tokenizer. Default: the model's.")
@@ -38,7 +38,7 @@ class ModelArguments(train_causal_lm.ModelArguments):
 
 
 @dataclass
-class DataArguments(train_causal_lm.DataArguments):
+class DataArguments(text.DataArguments):
     """Which data: `dataset_name` or `train_file`, and which of their columns."""
 
     prompt_column: str | None = option(None, "Name of the column of prompts; needs completion_column.")

@@ -14,167 +14,19 @@ diffusion's own likelihood bound.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from accelerate.utils import broadcast_object_list
-from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.utils.data import DataLoader
-from transformers import (
-    PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Trainer,
-)  # fmt: skip
+from transformers import PreTrainedModel, Trainer
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.cli.arguments import BlocksArguments
-from hf_diffusionblocks.processors import load_tokenizer
-from hf_diffusionblocks.recipes import common
-from hf_diffusionblocks.recipes.common import option
+from hf_diffusionblocks.recipes import common, text
+from hf_diffusionblocks.recipes.text import DataArguments, Format, ModelArguments
 
 PROG = "train_causal_lm.py"
-#: Ending of a file -> what `load_dataset` needs to read it. The documents of a text file are its paragraphs.
-READERS = {
-    ".txt": ("text", {"sample_by": "paragraph"}),
-    ".parquet": ("parquet", {}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-}
-END = "<|endoftext|>"
-
-
-@dataclass
-class ModelArguments(common.ModelArguments):
-    tokenizer_name: str | None = option(
-        None, "Hub id or folder of the tokenizer. Default: the pretrained model's; for fresh weights, a byte-level BPE "
-        "trained on the training text.",
-    )
-    vocab_size: int = option(4096, "Most tokens of the tokenizer that is trained; the model's vocabulary follows it.")
-
-
-@dataclass
-class DataArguments(common.DataArguments):
-    """Which data: `dataset_name` or `train_file`."""
-
-    train_file: str | None = option(
-        None, "Text to train on: .parquet or .json(l) with a document a row, or .txt with paragraphs for documents."
-    )
-    validation_file: str | None = option(None, "Text to evaluate on, in any of these forms.")
-    text_column: str = option("text", "Name of the column of text.")
-    sequence_length: int = option(
-        256, "Tokens of a training sequence: documents are joined, each closed by an end token, and cut to this length."
-    )
-    eval_nll_bound: int = option(
-        0, "After training, estimate the diffusion's likelihood bound on that many sequences of the evaluation text."
-    )
-
-
-def check_arguments(model_args: ModelArguments, data_args: DataArguments) -> None:
-    """What of them is the text recipe's own."""
-    common.check_arguments(model_args, data_args)
-    for name in ("train_file", "validation_file"):
-        if (file := getattr(data_args, name)) and Path(file).suffix not in READERS:
-            raise ValueError(f"{name}={file!r} must end in one of {', '.join(READERS)}")
-    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
-    if model_args.vocab_size < smallest:
-        raise ValueError(f"vocab_size={model_args.vocab_size} must be at least {smallest}: every byte, and {END}")
-    if data_args.sequence_length < 2:
-        raise ValueError(f"sequence_length={data_args.sequence_length} must be at least 2: one token predicts the next")
-    if data_args.eval_nll_bound < 0:
-        raise ValueError(f"eval_nll_bound={data_args.eval_nll_bound} must be at least 0")
-    if data_args.eval_nll_bound and model_args.end_to_end:
-        raise ValueError(f"eval_nll_bound={data_args.eval_nll_bound} must be 0 with end_to_end: there is no diffusion")
-    overrides = [part.split("=")[0].strip() for part in (model_args.config_overrides or "").split(",")]
-    if "vocab_size" in overrides:
-        raise ValueError("config_overrides must not set vocab_size: it is the tokenizer's (see --vocab_size)")
-
-
-def check_length(config: PreTrainedConfig, length: int) -> None:
-    longest = getattr(config, "max_position_embeddings", length)
-    if length > longest:
-        raise ValueError(f"sequence_length={length} must be at most the model's max_position_embeddings={longest}")
-
-
-# ---- data
-
-
-def load_data(args: DataArguments, seed: int) -> DatasetDict:
-    """Splits "train" and, if there is anything to evaluate on, "validation", with the column of text."""
-    # Neighbouring documents often belong together (paragraphs of one book), so they stay in order.
-    data = common.load_data(args, ["text_column"], lambda: read_files(args), seed, ordered=True)
-    for split in data:
-        kind = data[split].features[args.text_column]
-        if getattr(kind, "dtype", None) not in ("string", "large_string"):
-            raise ValueError(f"text_column={args.text_column!r} must hold text, in the {split} data it holds {kind}")
-    return data.select_columns(args.text_column)
-
-
-def read_files(args: DataArguments) -> DatasetDict:
-    """The data sets of the files that are named, all their columns."""
-    data = DatasetDict()
-    for split, file in (("train", args.train_file), ("validation", args.validation_file)):
-        if file:
-            reader, options = READERS[Path(file).suffix]
-            data[split] = load_dataset(reader, data_files=file, split="train", **options)
-    return data
-
-
-class Packer:
-    """Documents to sequences of one length, with nothing lost but the end of the last document.
-
-    A batch of documents, as `Dataset.map` gives it, ends within a sequence: what is left over begins the next one. So
-    the batches must come in order, from one process. Each sequence also has `num_bytes`: the UTF-8 length of what its
-    tokens but the first spell, the tokens that a model predicts. A token spells the text from the end of the token
-    before it to its own end; the end token what is left, usually nothing.
-    """
-
-    features = Features({"input_ids": List(Value("int32")), "num_bytes": Value("int64")})
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, column: str, length: int):
-        self.tokenizer, self.column, self.length = tokenizer, column, length
-        self.tokens: list[int] = []
-        self.bytes: list[int] = []  # of each token
-
-    def __call__(self, rows: dict[str, list]) -> dict[str, list]:
-        texts = [text for text in rows[self.column] if text]
-        if texts:
-            # With special tokens: a document begins as a prompt does. Not verbose: its length needs no warning.
-            encoded = self.tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
-            for text, tokens, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"]):
-                self._add(text, tokens, offsets)
-        whole = len(self.tokens) // self.length * self.length
-        starts = range(0, whole, self.length)
-        packed = {
-            "input_ids": [self.tokens[start : start + self.length] for start in starts],
-            "num_bytes": [sum(self.bytes[start + 1 : start + self.length]) for start in starts],
-        }
-        self.tokens, self.bytes = self.tokens[whole:], self.bytes[whole:]
-        return packed
-
-    def _add(self, text: str, tokens: list[int], offsets: list[tuple[int, int]]) -> None:
-        if tokens[-1:] != [self.tokenizer.eos_token_id]:
-            tokens, offsets = [*tokens, self.tokenizer.eos_token_id], [*offsets, (len(text), len(text))]
-        done = 0
-        for token, (_, end) in zip(tokens, offsets):
-            self.tokens.append(token)
-            self.bytes.append(len(text[done:end].encode()))  # a character's second token adds nothing
-            done = max(done, end)
-
-
-def pack(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> DatasetDict:
-    """Sequences of `input_ids`, and `num_bytes`, of every split."""
-    packed = DatasetDict()
-    for split in data:
-        packed[split] = data[split].map(
-            Packer(tokenizer, args.text_column, args.sequence_length), batched=True,
-            remove_columns=[args.text_column], features=Packer.features, desc=f"tokenize and pack ({split})",
-        )  # fmt: skip
-        if not len(packed[split]):
-            raise ValueError(f"the {split} data has too little text for one sequence_length={args.sequence_length}")
-    return packed
+TASK = "text-generation"
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -186,134 +38,13 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "labels": labels}
 
 
-@dataclass
-class EvaluationText:
-    """What turns an evaluation's loss into perplexity and bits a byte.
-
-    `num_tokens` are predicted, of `num_rows` rows: all but the first of each sequence, end tokens included, which cost
-    nats and spell nothing. `num_bytes` is the length of what they spell (None: not counted).
-    """
-
-    num_rows: int
-    num_tokens: int
-    num_bytes: int | None
-    bound_sequences: int = 0
-
-    def measures(self, loss: float) -> dict[str, float]:
-        measures = {"eval_perplexity": math.exp(loss) if loss < 700 else math.inf}  # beyond, floats end
-        if self.num_bytes is not None:
-            measures["eval_bits_per_byte"] = db.bits_per_byte(loss, self.num_tokens, self.num_bytes)
-        return measures
-
-    def share(self, num_rows: int, num_tokens: float) -> float:
-        """What the mean loss of a batch's tokens is to be multiplied by, for the Trainer's mean over rows to be one over
-        tokens."""
-        return num_tokens / num_rows / (self.num_tokens / self.num_rows)
+PACKED = Format(
+    text.load_data, partial(text.pack, num_given=1), collate, partial(text.evaluation_text, num_given=1)
+)
 
 
-def evaluation_text(data: Dataset, args: DataArguments) -> EvaluationText:
-    """Of packed sequences."""
-    num_tokens = len(data) * (args.sequence_length - 1)
-    return EvaluationText(len(data), num_tokens, sum(data["num_bytes"]), args.eval_nll_bound)
-
-
-class Format(NamedTuple):
-    """How data becomes batches."""
-
-    load: Callable[[DataArguments, int], DatasetDict]  #: arguments and seed -> columns of text
-    encode: Callable[[DatasetDict, PreTrainedTokenizerBase, DataArguments], DatasetDict]  #: -> `input_ids`, `labels`
-    collate: Callable[[list[dict]], dict[str, torch.Tensor]]
-    evaluation_text: Callable[[Dataset, DataArguments], EvaluationText]  #: of the encoded validation data
-
-
-PACKED = Format(load_data, pack, collate, evaluation_text)
-
-
-# ---- tokenizer
-
-
-def named_tokenizer(args: ModelArguments, resume_from: str | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that is asked for, the pretrained model's, or that of the run that goes on; None: train one."""
-    source = args.tokenizer_name or args.model_name_or_path or resume_from
-    if source is None:
-        return None
-    tokenizer = load_tokenizer(source)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {source!r} must have an end token (eos_token)")
-    if not tokenizer.is_fast:
-        raise ValueError(f"the tokenizer of {source!r} must be a fast one: bytes are counted by its offsets")
-    return tokenizer
-
-
-def trained_tokenizer(texts: Iterable[str], args: ModelArguments, is_main: bool) -> PreTrainedTokenizerFast:
-    """A byte-level BPE, trained by the main process for all."""
-    made = [None]
-    if is_main:
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=args.vocab_size, special_tokens=[END], show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        )  # fmt: skip
-        tokenizer.train_from_iterator((text or "" for text in texts), trainer)
-        made = [tokenizer.to_str()]
-    (made,) = broadcast_object_list(made)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(made), bos_token=END, eos_token=END, pad_token=END
-    )
-
-
-def fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, args: ModelArguments) -> None:
-    """Fresh weights have the tokenizer's vocabulary; pretrained ones must have room for it."""
-    if not args.model_name_or_path:
-        config.vocab_size = len(tokenizer)
-        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        config.pad_token_id = None  # another vocabulary's may lie outside this one
-    elif len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"tokenizer_name={args.tokenizer_name!r} has {len(tokenizer)} tokens, but the model knows "
-            f"{config.vocab_size}"
-        )
-    # Llama does not train the embedding of its padding, and the end token is to be trained.
-    if config.pad_token_id == tokenizer.eos_token_id:
-        config.pad_token_id = None
-
-
-# ---- training
-
-
-class TextTrainer(Trainer):
-    """Adds to every evaluation what its loss amounts to; to the last one the likelihood bound, which takes long."""
-
-    evaluation_text: EvaluationText
-
-    def prediction_step(self, model, inputs, *args, **kwargs):
-        # The Trainer divides a process's summed loss by its share of the tokens that all of them have at once.
-        num_tokens = self._get_num_items_in_batch([inputs], self.args.device) / self.args.world_size
-        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
-        return loss * self.evaluation_text.share(len(inputs["labels"]), num_tokens.item()), logits, labels
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if "eval_loss" in logs:
-            logs |= self.evaluation_text.measures(logs["eval_loss"])
-            if self.evaluation_text.bound_sequences and not self.is_in_train:
-                logs |= self._likelihood_bound(self.evaluation_text.bound_sequences)
-        super().log(logs, *args, **kwargs)
-
-    def _likelihood_bound(self, num_sequences: int) -> dict[str, float]:
-        sequences = self.eval_dataset.select(range(min(num_sequences, len(self.eval_dataset))))
-        loader = DataLoader(sequences, self.args.per_device_eval_batch_size, collate_fn=collate)
-        bound = db.nll_bound(self.model, loader, seed=self.args.seed)
-        return {"eval_nll_bound": bound.nats_per_token, "eval_nll_bound_standard_error": bound.standard_error}
-
-
-class PlainTextTrainer(TextTrainer, common.PlainTrainer):
+class PlainTextTrainer(text.TextTrainer, common.PlainTrainer):
     """Trains the plain model."""
-
-
-class BlocksTextTrainer(TextTrainer, db.DiffusionBlocksTrainer):
-    """Trains the DiffusionBlocks model."""
 
 
 def prepare(
@@ -325,40 +56,24 @@ def prepare(
 
     `adapt` gets the model before the Trainer does.
     """
-    check_arguments(model_args, data_args)
-    fields = common.blocks_fields(model_args, blocks_args, "text-generation")
+    text.check_arguments(model_args, data_args, training_args)
+    if data_args.eval_nll_bound and model_args.end_to_end:
+        raise ValueError(f"eval_nll_bound={data_args.eval_nll_bound} must be 0 with end_to_end: there is no diffusion")
+    fields = common.blocks_fields(model_args, blocks_args, TASK)
     common.check_blocks(fields, training_args, adapters=adapt is not None)
-    if data_args.eval_nll_bound and training_args.train_blocks is not None:
-        raise ValueError(f"eval_nll_bound={data_args.eval_nll_bound} needs all blocks: train_blocks must not be set")
     resume_from = common.checkpoint_to_resume(training_args)
     config = common.plain_config(model_args)
-    check_length(config, data_args.sequence_length)
+    text.check_length(config, data_args.sequence_length)
     tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
-    common.check_model(model_args, config, "text-generation", fields, {"input_ids": tokens})
-    tokenizer = named_tokenizer(model_args, resume_from)
+    common.check_model(model_args, config, TASK, fields, {"input_ids": tokens})
 
-    with training_args.main_process_first(local=False, desc="reading the data"):
-        data = data_format.load(data_args, training_args.seed)
-    if data_args.eval_nll_bound and "validation" not in data:
-        raise ValueError(f"eval_nll_bound={data_args.eval_nll_bound} needs validation data")
-    if tokenizer is None:
-        texts = data["train"][data_args.text_column]
-        tokenizer = trained_tokenizer(texts, model_args, training_args.process_index == 0)
-    fit_vocabulary(config, tokenizer, model_args)
-    with training_args.main_process_first(local=False, desc="tokenizing the data"):
-        data = data_format.encode(data, tokenizer, data_args)
-
-    model = common.load_model(model_args, config, "text-generation", fields, training_args)
+    data, tokenizer = text.read(model_args, data_args, training_args, resume_from, data_format)
+    text.fit_vocabulary(config, tokenizer, model_args)
+    data = text.encode(data, tokenizer, data_args, training_args, data_format)
+    model = common.load_model(model_args, config, TASK, fields, training_args)
     model = model if adapt is None else adapt(model)
-    trainer_class = PlainTextTrainer if model_args.end_to_end else BlocksTextTrainer
-    columns = [name for name in ("input_ids", "labels") if name in data["train"].column_names]
-    trainer = common.make_trainer(
-        trainer_class, model, data_args, training_args, data.select_columns(columns), data_format.collate,
-        processing_class=tokenizer,
-    )  # fmt: skip
-    if "validation" in data:
-        trainer.evaluation_text = data_format.evaluation_text(data["validation"], data_args)
-    return trainer, resume_from
+    trainer_class = PlainTextTrainer if model_args.end_to_end else text.BlocksTextTrainer
+    return text.make_trainer(trainer_class, model, data_args, training_args, data, data_format, tokenizer), resume_from
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, float]:

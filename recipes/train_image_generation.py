@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
@@ -86,12 +85,6 @@ def check_config(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"in_channels={config.in_channels} must be 1 (grayscale) or 3 (RGB): this recipe trains on pixels, not latents"
         )
-
-
-def blocks_fields(model_args: ModelArguments, blocks_args: BlocksArguments) -> dict[str, Any]:
-    """Every field of the DiffusionBlocks model, which has one block with end_to_end."""
-    fields = common.blocks_fields(replace(model_args, end_to_end=False), blocks_args, TASK)
-    return fields | {"num_blocks": 1, "layers_per_block": None} if model_args.end_to_end else fields
 
 
 # ---- data
@@ -177,7 +170,7 @@ def prepare(
 ) -> tuple[Trainer, str | None]:  # fmt: skip
     """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
     check_arguments(model_args, data_args, samples)
-    fields = blocks_fields(model_args, blocks_args)
+    fields = common.denoiser_fields(model_args, blocks_args, TASK)
     common.check_blocks(None if model_args.end_to_end else fields, training_args, adapters=False)
     resume_from = common.checkpoint_to_resume(training_args)
     config = common.plain_config(model_args)

@@ -11,17 +11,19 @@ from test_image_pipeline import made, made_vae, quiet
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import GPT2Config, PreTrainedTokenizerFast, ViTConfig
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast, ViTConfig
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.cli import main
 
 WORDS = ["<end>", "once", "upon", "a", "time", "there", "was"]
+MASK = len(WORDS)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A saved model of images, a pipeline with a VAE, a model of text, one of classes."""
+    """A saved model of images, a pipeline with a VAE, a model of text, one of masked text, one of classes."""
     root = tmp_path_factory.mktemp("saved")
     made().save_pretrained(root / "images")
     quiet(made(4), made_vae()).save_pretrained(root / "pipeline")
@@ -31,6 +33,12 @@ def folders(tmp_path_factory):
     words = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<end>"))
     words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(root / "text")
+    words.post_processor = TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 0)])
+    masked = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", mask_token="<mask>")
+    for name in ("config", "masked"):
+        masked.save_pretrained(root / name)
+    config.save_pretrained(root / "config")
+    randomized(db.convert(config, 2, task="fill-mask", mask_token_id=MASK)).save_pretrained(root / "masked")
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
     db.convert(ViTConfig(num_hidden_layers=2, **sizes), 2).save_pretrained(root / "classes")
     return root
@@ -84,6 +92,53 @@ def test_text_goes_on_from_the_prompt(folders, capsys):
     assert len(sampled) == 2
 
 
+def test_masks_follow_the_prompt_or_stand_in_it(folders, capsys):
+    """BERT's tokenizers close a prompt, as this one does: that end is no part of what goes on."""
+    model = db.DiffusionBlocksForMaskedLM.from_pretrained(folders / "masked")
+
+    def told(prompt, *args) -> str:
+        generate(folders / "masked", "--prompt", prompt, *args)
+        return capsys.readouterr().out
+
+    def spelled(tokens) -> list[str]:
+        return [WORDS[token] for token in tokens[0].tolist() if token]
+
+    options = ("--seed", 1, "--num_inference_steps", 3, "--temperature", 2.0)
+    settings = {"num_inference_steps": 3, "temperature": 2.0}
+    plain = told("once upon a", *options, "--max_new_tokens", 9)
+    written = model.generate(
+        torch.tensor([[1, 2, 3]]), max_new_tokens=9, generator=torch.Generator().manual_seed(1), **settings
+    )
+    assert plain.split() == spelled(written)
+    filled = told("once <mask> <mask> time", *options)
+    z = torch.tensor([[1, MASK, MASK, 4, 0]])
+    assert filled.split() == spelled(model.infill(z, generator=torch.Generator().manual_seed(1), **settings))
+    assert told("once upon a", *options, "--max_new_tokens", 9, "--offload") == plain
+
+
+def test_drafts_show_the_masks_that_are_left(folders, capsys):
+    for prompt, more in (("once upon a", ["--max_new_tokens", 4]), ("once <mask> <mask> time", [])):
+        options = ["--prompt", prompt, "--seed", 1, "--num_inference_steps", 2, *more]
+        generate(folders / "masked", *options)
+        plain = capsys.readouterr().out
+        generate(folders / "masked", *options, "--drafts")
+        *drafts, last = capsys.readouterr().out.split("\0338\033[J")  # each is taken from the screen
+        assert [draft.count("<mask>") for draft in drafts] == ([2, 0] if more else [1, 0])
+        assert plain.split() == (drafts[0].split("\0337")[0] + last).split()
+
+
+def test_task_of_a_config_and_the_mask_of_its_tokenizer(folders, tmp_path, capsys):
+    for source in (folders / "config", folders / "config" / "config.json"):
+        main(["convert", str(source), str(tmp_path / source.name), "--fresh", "--task", "fill-mask", "--num_blocks", "2"])
+        model = db.DiffusionBlocksForMaskedLM.from_pretrained(tmp_path / source.name)
+        assert model.mask_token_id == AutoTokenizer.from_pretrained(tmp_path / source.name).mask_token_id == MASK
+    capsys.readouterr()
+    sizes = ["--num_blocks", "2", "--sequence_length", "8"]
+    main(["estimate", "--model", str(folders / "config"), "--task", "fill-mask", *sizes])
+    told = capsys.readouterr().out
+    assert "joint (paper)" in told and "recommended" not in told  # GPT-2's usual task has two formulations
+
+
 @pytest.mark.parametrize(
     ("args", "named"),
     [
@@ -94,6 +149,12 @@ def test_text_goes_on_from_the_prompt(folders, capsys):
         (["images", "--output", "a.png", "--class_labels", "cow"], "class label 'cow' must be one of 'cat', 'dog'"),
         (["text"], "--prompt must be a text to begin with"),
         (["text", "--prompt", "once", "--num_images", "2"], "--num_images 2 is not for text-generation, which has --pro"),
+        (["text", "--prompt", "once", "--drafts"], "--drafts True is not for text-generation, which has --prompt"),
+        (["masked"], "--prompt must be a text to begin with, or one with mask tokens"),
+        (["masked", "--prompt", "<mask>", "--remasking", "x"], "remasking='x' must be one of 'random', 'low_confidence'"),
+        (["masked", "--prompt", "<mask>", "--max_new_tokens", "2"], "--max_new_tokens 2 is not for a --prompt with mask"),
+        (["masked", "--prompt", "once"], "max_new_tokens=50 after 1 must make at most max_position_embeddings=32"),
+        (["masked", "--prompt", "once", "--grid", "equal"], "--grid equal is not for fill-mask, which has --prompt"),
         (["nowhere", "--prompt", "once"], "nowhere"),
     ],
 )

@@ -34,7 +34,12 @@ def test_readme_is_short():
 
 
 @pytest.mark.parametrize(
-    ("page", "printed"), [("README.md", "accuracy"), ("docs/image_generation.md", "'eval_loss_block_2'")]
+    ("page", "printed"),
+    [
+        ("README.md", "accuracy"),
+        ("docs/image_generation.md", "'eval_loss_block_2'"),
+        ("docs/masked_text.md", " by the interpreter."),
+    ],
 )
 def test_quick_start_runs(tmp_path, page, printed):
     """As it stands, only in fewer updates."""

@@ -28,6 +28,7 @@ import hf_diffusionblocks as db
 from hf_diffusionblocks.saving import shards
 from hf_diffusionblocks.cli import train as train_verb
 from hf_diffusionblocks.recipes import common, train_causal_lm
+from hf_diffusionblocks.recipes.text import EvaluationText, ModelArguments, Packer, trained_tokenizer
 
 RECIPE = Path(train_causal_lm.__file__)
 ACCELERATE_CONFIG = RECIPE.parent / "accelerate_configs" / "multi_gpu.yaml"
@@ -252,8 +253,8 @@ def test_the_command_finds_the_recipe():
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    args = train_causal_lm.ModelArguments(vocab_size=300)
-    return train_causal_lm.trained_tokenizer([*paragraphs(0, 120), None], args, is_main=True)
+    args = ModelArguments(vocab_size=300)
+    return trained_tokenizer([*paragraphs(0, 120), None], args, is_main=True)
 
 
 def test_trained_tokenizer_spells_everything_and_reloads(tmp_path, tokenizer):
@@ -272,7 +273,7 @@ def test_trained_tokenizer_spells_everything_and_reloads(tmp_path, tokenizer):
 def test_packing_loses_no_token_and_counts_every_byte(tokenizer, batch_size):
     texts = [*paragraphs(0, 40), "", None, "\U0001f600\U0001f600 \u4f60\u597d" * 9, *paragraphs(40, 50)]
     rows = datasets.Dataset.from_dict({"text": texts})
-    packer = train_causal_lm.Packer(tokenizer, "text", LENGTH)
+    packer = Packer(tokenizer, "text", LENGTH, num_given=1)
     packed = rows.map(packer, batched=True, batch_size=batch_size, remove_columns=["text"], features=packer.features)
     expected = sequences(tokenizer, [text for text in texts if text])
     assert torch.equal(torch.tensor(packed["input_ids"]), expected)
@@ -285,7 +286,7 @@ def test_packing_loses_no_token_and_counts_every_byte(tokenizer, batch_size):
 
 
 def test_bytes_of_all_tokens_are_those_of_the_text(tokenizer):
-    packer = train_causal_lm.Packer(tokenizer, "text", 10**6)
+    packer = Packer(tokenizer, "text", 10**6, num_given=1)
     texts = [*paragraphs(0, 30), "\U0001f600 \u4f60\u597d", " ends in space  "]
     packer({"text": texts})
     assert sum(packer.bytes) == sum(len(text.encode()) for text in texts)
@@ -295,8 +296,8 @@ def test_bytes_of_all_tokens_are_those_of_the_text(tokenizer):
 def test_special_tokens_of_a_tokenizer_are_kept_and_not_doubled(tokenizer):
     rules = copy.deepcopy(tokenizer.backend_tokenizer)
     rules.post_processor = TemplateProcessing(single="! $A", special_tokens=[("!", 1)])  # as Llama's begins a text
-    packer = train_causal_lm.Packer(
-        PreTrainedTokenizerFast(tokenizer_object=rules, eos_token="<|endoftext|>"), "text", 10**6
+    packer = Packer(
+        PreTrainedTokenizerFast(tokenizer_object=rules, eos_token="<|endoftext|>"), "text", 10**6, num_given=1
     )
     packer({"text": ["yield<|endoftext|>", "yield"]})
     yields = tokenizer("yield")["input_ids"]
@@ -321,7 +322,7 @@ def test_the_end_token_is_trained_though_it_pads(tmp_path, data, family):
 
 
 def test_infinite_perplexity_is_no_error():
-    text = train_causal_lm.EvaluationText(num_rows=2, num_tokens=10, num_bytes=20)
+    text = EvaluationText(num_rows=2, num_tokens=10, num_bytes=20)
     assert text.measures(1e4)["eval_perplexity"] == math.inf
     assert text.measures(2 * math.log(2))["eval_bits_per_byte"] == pytest.approx(1.0)
 

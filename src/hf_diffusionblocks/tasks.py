@@ -27,7 +27,8 @@ class Generation:
     """How the command line generates with the models of a task.
 
     Args:
-        options: a dataclass of options, each None where it is not given.
+        options: a dataclass of options; a help begins with the kind of model it is for. Where it is not given, an option is
+            None, a flag False. Tasks that have the same option name, type and default it alike.
         run: `(source, options, seed, load)` prints or writes what it generates. `source` is the saved model, or the folder
             of a pipeline around it; `load()` gives the model where it is to run, and is called once options are checked.
     """

@@ -10,16 +10,21 @@ from safetensors import SafetensorError
 from transformers import set_seed
 from transformers.utils import CONFIG_NAME
 
+from ..configuration import DiffusionBlocksConfig
 from ..conversion import convert, read_config
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..saving import shards
-from ..tasks import TASKS
+from ..tasks import TASKS, task_of
 from .arguments import AllBlocksArguments, config_fields, parse_verb, preset_option
 from .inspect import block_table, describe
 
 
 @dataclass
 class ConvertArguments:
+    task: str | None = field(
+        default=None,
+        metadata={"help": "What the model is for, as in pipeline(task). Not given: the architecture's usual task."},
+    )
     preset: str = preset_option()
     fresh: bool = field(default=False, metadata={"help": "Take SOURCE's config alone: all weights are fresh."})
     seed: int = field(
@@ -43,7 +48,7 @@ def run(args: list[str]) -> None:
     if not options.fresh:
         _check_weights(Path(source))
     set_seed(options.seed)
-    model = _convert(source, options.fresh, {"preset": options.preset, **config_fields(blocks)})
+    model = _convert(source, options, config_fields(blocks))
     model.save_pretrained(out_dir)
     _copy_processor(model.task, source, out_dir)
     print(block_table(describe(out_dir)))
@@ -64,20 +69,29 @@ def _check_weights(source: Path) -> None:
         raise ValueError(f"SOURCE={source} has no safetensors weights: --fresh takes its config alone")
 
 
-def _convert(source: str, fresh: bool, fields: dict) -> DiffusionBlocksPreTrainedModel:
+def _convert(source: str, options: ConvertArguments, fields: dict) -> DiffusionBlocksPreTrainedModel:
+    fields = {"task": options.task, "preset": options.preset, **fields}
     try:
-        return convert(read_config(source) if fresh else source, **fields)
+        if not options.fresh:
+            return convert(source, **fields)
+        config = read_config(source)
+        if not isinstance(config, DiffusionBlocksConfig):  # (which is refused)
+            fields = task_of(config, options.task).fields_of_source(_beside(source)) | fields
+        return convert(config, **fields)
     except (OSError, SafetensorError) as error:  # "header too large", "couldn't connect": of what?
         raise OSError(f"SOURCE={source}: {error}") from error
 
 
+def _beside(source: str) -> str:
+    """Where a source's processor is: of a config file, beside it, as the Auto classes would read the file itself."""
+    return str(Path(source).parent) if Path(source).is_file() else source
+
+
 def _copy_processor(task: str, source: str, out_dir: str) -> None:
     """What pipelines need beside the model."""
-    # Of a config file, the one beside it: the Auto classes would read the file itself as a processor's.
-    folder = Path(source).parent if Path(source).is_file() else source
     row = TASKS[task]
     try:
-        row.load_processor(folder).save_pretrained(out_dir)
+        row.load_processor(_beside(source)).save_pretrained(out_dir)
     except (ImportError, OSError) as error:
         reason = str(error).strip().partition(". ")[0]  # without advice on the hub
         print(f"diffusionblocks convert: note: no {row.processor} was copied: {reason}", file=sys.stderr)

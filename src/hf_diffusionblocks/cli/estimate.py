@@ -15,6 +15,10 @@ class EstimateArguments:
     model: str = field(
         metadata={"help": "Hub id or folder of a model, plain or DiffusionBlocks, or a config JSON file; no weights are read."}
     )
+    task: str | None = field(
+        default=None,
+        metadata={"help": "As in pipeline(task). Not given: the model's own, or the architecture's usual task."},
+    )
     batch_size: int = field(default=1, metadata={"help": "Sequences or images of a training step."})
     sequence_length: int | None = field(default=None, metadata={"help": "Tokens a sequence (text)."})
     dtype: str = field(
@@ -49,6 +53,6 @@ def run(args: list[str]) -> None:
     print(
         estimate_memory(
             config, num_blocks, options.batch_size, options.sequence_length, options.dtype, options.budget, options.ema,
-            **given,
+            options.task, **given,
         )
     )

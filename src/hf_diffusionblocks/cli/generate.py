@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..models.base import DiffusionBlocksPreTrainedModel
-from ..tasks import TASKS
+from ..tasks import TASKS, Task
 from .arguments import parse_verb
 from .inspect import read_config
 
@@ -30,9 +30,9 @@ class GenerateArguments:
 
 def run(args: list[str]) -> None:
     tasks = [task for task in TASKS.values() if task.generation is not None]
-    place, *options, source = parse_verb(
+    place, options, source = parse_verb(
         "generate",
-        [GenerateArguments, *(task.generation.options for task in tasks)],
+        [GenerateArguments, _options_of(tasks)],
         {"FOLDER": "folder or hub id of a DiffusionBlocks model, or folder of a pipeline around one"},
         args,
         description="Make images or text with a saved model. Some options are for images, some for text.",
@@ -52,14 +52,28 @@ def run(args: list[str]) -> None:
             model.to(device)
         return model
 
-    task.generation.run(source, _own(options, task.generation.options, task.name), place.seed, load)
+    task.generation.run(source, _own(options, task), place.seed, load)
 
 
-def _own(options: Sequence[Any], wanted: type, task: str) -> Any:
+def _options_of(tasks: Iterable[Task]) -> type:
+    """A dataclass of the options of all tasks. One that several have is theirs together: each says what it means there."""
+    options, helps = {}, {}
+    for each in (each for task in tasks for each in fields(task.generation.options)):
+        options[each.name] = each
+        helps.setdefault(each.name, []).append(each.metadata["help"])
+    made = [
+        (name, each.type, field(default=each.default, metadata={"help": " ".join(helps[name])}))
+        for name, each in options.items()
+    ]
+    return make_dataclass("GenerationOptions", made, namespace={"__module__": __name__})
+
+
+def _own(options: Any, task: Task) -> Any:
     """The task's options; those of others must not be given."""
-    for others in options:
-        for name, value in vars(others).items():
-            if value is not None and not isinstance(others, wanted):
-                allowed = ", ".join(f"--{name}" for name in vars(wanted()))
-                raise ValueError(f"--{name} {value} is not for {task}, which has {allowed}")
-    return next(own for own in options if isinstance(own, wanted))
+    names = [each.name for each in fields(task.generation.options)]
+    for each in fields(options):
+        value = getattr(options, each.name)
+        if value != each.default and each.name not in names:
+            allowed = ", ".join(f"--{name}" for name in names)
+            raise ValueError(f"--{each.name} {value} is not for {task.name}, which has {allowed}")
+    return task.generation.options(**{name: getattr(options, name) for name in names})

@@ -65,6 +65,7 @@ def estimate_memory(
     dtype: torch.dtype | str | None = None,
     budget: int | str | None = None,
     ema: bool = False,
+    task: str | None = None,
     **config_fields,
 ) -> MemoryEstimate:
     """What a training step would hold: end to end, checkpointed, with LoRA (if peft is installed), and block by block.
@@ -82,6 +83,8 @@ def estimate_memory(
             autocast). None is the model's, and float32 for a config.
         budget: bytes, or a number with a unit ("24GiB"): also find the smallest B that fits.
         ema: with averages of the trained weights (`ema_decay`).
+        task: what the model is for, as in `pipeline(task)`; None is the DiffusionBlocks model's own, or the architecture's
+            usual one.
         config_fields: of [`DiffusionBlocksConfig`]; without any, and for a plain model, the recommended formulation and
             the paper's.
 
@@ -91,9 +94,8 @@ def estimate_memory(
     config = getattr(model_or_config, "config", model_or_config)
     if dtype is None:
         dtype = getattr(model_or_config, "dtype", None) if isinstance(model_or_config, PreTrainedModel) else None
-    task = None
     if isinstance(config, DiffusionBlocksConfig):
-        task = config.task
+        task = config.task if task is None else task
         num_blocks = num_blocks or config.num_blocks
         # (Both objectives are among the ways to train.)
         others = ("num_blocks", "sigma_data", "objective")

@@ -145,10 +145,12 @@ class UnmaskingGeneration:
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         num_inference_steps: int | None = None,
+        streamer=None,
         return_dict_in_generate: bool = False,
         **sampling,
     ) -> torch.LongTensor | UnmaskedText:
-        """Fill in the MASKs of texts `[N, S]`, which may be padded anywhere; the rest is as for [`generate`].
+        """Fill in the MASKs of texts `[N, S]`, which may be padded anywhere; the rest is as for [`generate`], but that a
+        streamer gets the whole text, when it is finished, and its drafts.
 
         Raises:
             ValueError: names the argument, its value and what is allowed; or there is no MASK.
@@ -161,7 +163,8 @@ class UnmaskingGeneration:
         steps = self.config.num_inference_steps or most if num_inference_steps is None else num_inference_steps
         if steps < 1:
             raise ValueError(f"num_inference_steps={steps} must be at least 1")
-        found = list(self._unmask(text, [masks], steps, Sampling(**sampling)))[-1][1]
+        unmasking, whole = self._unmask(text, [masks], steps, Sampling(**sampling)), [(0, input_ids.shape[1])]
+        found = _streamed(unmasking, streamer, input_ids[:, :0], whole) if streamer is not None else list(unmasking)[-1][1]
         return found if return_dict_in_generate else found.sequences
 
     def _parts(self, prompt: int, new: int, block_length: int | None) -> list[tuple[int, int]]:

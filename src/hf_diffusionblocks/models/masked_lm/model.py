@@ -70,7 +70,10 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
 
     def weights_of(self, plain: nn.Module) -> Mapping[str, torch.Tensor]:
         """Of a vocabulary without MASK, each table gets a row for it: the mean of the others."""
-        weights, own = dict(plain.state_dict()), self.backbone.state_dict()
+        weights, own = dict(plain.state_dict()), dict(self.backbone.state_dict())
+        for name in self.sharing.own_modules:  # in a job of one block the backbone has no head, its own part may
+            for parts in getattr(self, name):
+                own |= dict(parts.named_parameters())
         short = [name for name in own if own[name].dim() and len(own[name]) == len(weights[name]) + 1]
         if short:
             logger.warning(

@@ -10,7 +10,8 @@ from ...backbones.decoder import Decoder
 from ...backbones.encoder import Encoder
 from ...diffusion.objectives import chunked_sum, cross_entropy
 from ...processors import load_tokenizer
-from ...tasks import Task
+from ...tasks import Generation, Task
+from .command import MaskedTextOptions, generate
 from .model import DiffusionBlocksForMaskedLM
 
 
@@ -74,6 +75,7 @@ FILL_MASK = Task(
     processor="tokenizer",
     load_processor=load_tokenizer,
     usage='fill = pipeline("fill-mask", model="{name}")\nfill(f"Once upon a {{fill.tokenizer.mask_token}}.")',
+    generation=Generation(MaskedTextOptions, generate),
     evaluation={
         ("joint", context): "`model(...).logits` are those of the block that owns the text's share of masked tokens; MASK "
         "is never an answer."
