@@ -171,7 +171,7 @@ def prepare(
     """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
     check_arguments(model_args, data_args, samples)
     fields = common.denoiser_fields(model_args, blocks_args, TASK)
-    common.check_blocks(None if model_args.end_to_end else fields, training_args, adapters=False)
+    common.check_blocks(fields, training_args, adapters=False)
     resume_from = common.checkpoint_to_resume(training_args)
     config = common.plain_config(model_args)
     check_config(config)
