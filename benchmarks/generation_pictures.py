@@ -96,7 +96,7 @@ def draw_blocks(results: Path, updates: int, file: Path) -> None:
             axis.plot(list(found), memory, "s--", label="memory of a training step")
             axis.legend(frameon=False)
             axis.set_ylim(0, 1.05)
-        axis.set(title=title, xlabel="B, blocks of 6 layers", xticks=list(found))
+        axis.set(title=title, xlabel="B, blocks that 6 layers are cut into", xticks=list(found))
     figure.tight_layout()
     figure.savefig(file, dpi=90)
     plt.close(figure)

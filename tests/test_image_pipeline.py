@@ -222,7 +222,7 @@ def test_offload_of_whole_components_is_refused(gray, method):
 def test_the_documentation_s_snippets_run(tmp_path, monkeypatch):
     page = (Path(__file__).resolve().parents[1] / "docs" / "image_generation.md").read_text()
     monkeypatch.chdir(tmp_path)
-    made().save_pretrained("digits-blocks")
+    made().save_pretrained("digits-dit")
     names = {"device": "cpu"}
     for code in re.findall(r"```python\n(.*?)```", page[page.index("## Sampling") :], re.DOTALL):
         exec(code, names)

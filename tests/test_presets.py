@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randomized
-from process_scenarios import GPT2, VIT, trainer_of
+from process_scenarios import DIT, GPT2, VIT, trainer_of
 from transformers import AutoConfig, GPT2LMHeadModel
 from transformers.utils import logging
 
@@ -86,7 +86,12 @@ def test_the_recommended_model(task, start, origin, tmp_path):
     heads, objective = TABLE[task, start]
     expected = {**TRIPLE, "readout": "posterior", "readout_layers": heads, "objective": objective}
     assert formulation(db.convert(source, 2).config) == expected
-    assert TABLE.keys() == RECOMMENDED.keys()
+    assert TABLE.keys() | {("image-generation", "fresh")} == RECOMMENDED.keys()
+
+
+def test_fresh_blocks_that_denoise_images_have_ends_of_their_own():
+    assert [db.convert(DIT, 2, **fields).config.shared for fields in ({}, {"preset": "paper"})] == ["per_block", "common"]
+    assert db.convert(backbone_for(DIT).make_plain(DIT), 2).config.shared == "common"
 
 
 def test_the_paper_s_model_has_the_class_s_defaults(config, plain):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-#: What all recommended formulations have in common: no diffusion at inference, and a pretrained model is unchanged.
+#: What recommended formulations of known targets have in common: no diffusion at inference, and a pretrained model is
+#: unchanged.
 _LOSSLESS = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
 #: (task, how the weights start) -> fields of DiffusionBlocksConfig that are not its defaults.
 RECOMMENDED: dict[tuple[str, str], dict[str, Any]] = {
@@ -16,6 +17,8 @@ RECOMMENDED: dict[tuple[str, str], dict[str, Any]] = {
     ("text-generation", "fresh"): {**_LOSSLESS, "readout_layers": 1, "objective": "local"},
     # (p_mean places the blocks' boundaries, which the walk to one of few labels wants higher.)
     ("image-classification", "fresh"): {**_LOSSLESS, "p_mean": 0.5, "objective": "local"},
+    # (Blocks that share patches and final layer pull these apart.)
+    ("image-generation", "fresh"): {"shared": "per_block"},
 }
 PRESETS = ("recommended", "paper")
 #: Naming one of these leaves the preset: the other fields of the table are chosen for its formulation, not for another.
