@@ -21,8 +21,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 BY_BLOCKS = {1: "end to end, 6 layers", 2: "B=2 of 3 layers", 3: "B=3 of 2 layers", 6: "B=6 of 1 layer"}
-SAMPLED = ["end to end, 6 layers", "end to end, 2 layers", "B=3 of 2 layers", "B=3 of 6 layers"]
-WALKED = "B=3 of 2 layers"
+SAMPLED = ["end to end, 6 layers", "end to end, 2 layers", "B=3 of 2 layers, own ends", "B=3 of 6 layers"]
+WALKED = "B=3 of 2 layers, own ends"
 NAMES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 
 
