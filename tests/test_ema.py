@@ -26,7 +26,7 @@ from hf_diffusionblocks.training.parallel import Layout
 DECAY = 0.3  # the warm-up's decay, (1 + n) / (10 + n), reaches it at the third update
 CARRIED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 0.5}
 TEXT = Case(TEXT_CONFIGS["llama"], CARRIED)  # head and embeddings are not tied: block 0's steps alone reach these
-FAMILIES = {"text": TEXT, **{name: CASES[name] for name in ("vit, joint-edm-carried", "masking", "point")}}
+FAMILIES = {"text": TEXT, **{name: CASES[name] for name in ("vit, joint-edm-carried", "bert", "point")}}
 
 
 def trained(case, folder, model=None, **arguments) -> db.DiffusionBlocksTrainer:

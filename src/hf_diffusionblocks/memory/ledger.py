@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedConfig
 
 from ..backbones.base import backbone_for, backbone_of
 from .activations import state_tensors
@@ -103,9 +104,9 @@ class StepMemory(TorchDispatchMode):
     ):
         super().__init__()
         self.model, self.optimizer, self.averages = model, optimizer, averages
-        config = getattr(model.config, "source_config", None) or backbone_of(model).config_of(model)
-        self._layers = f"{backbone_for(config).layers_path}."
-        self._num_logits = backbone_for(config).num_logits(config)
+        config = getattr(model.config, "source_config", model.config)
+        backbone = backbone_for(config) if isinstance(config, PreTrainedConfig) else backbone_of(model)
+        self._layers, self._num_logits = f"{backbone.layers_path}.", backbone.num_logits(config)
         self._known: dict[int, tuple[int, weakref.ref]] = {}  # address of a living storage -> its number
         self._sizes: list[int] = []
         self._kinds: list[str] = []
