@@ -56,7 +56,7 @@ def draw_walk(results: Path, updates: int, file: Path, steps: int = 12) -> None:
     model, seen = model_of(results, WALKED, updates), []
     sigmas = model.inference_sigmas(steps)
     noise = torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(4))
-    model.predict([9], num_inference_steps=steps, noise=noise, on_step=lambda step, z: seen.append(z))
+    model.predict([1], num_inference_steps=steps, noise=noise, on_step=lambda step, z: seen.append(z))
     z = sigmas[0] * noise.double()
     figure, axes = plt.subplots(2, steps, figsize=(1.3 * steps, 3.3))
     colours = plt.get_cmap("tab10")
