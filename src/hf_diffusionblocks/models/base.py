@@ -57,6 +57,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     default_overlap: ClassVar[float]  #: gamma where the config leaves it open
     default_bridge: ClassVar[str] = "soft"  #: bridge where the config leaves it open
     clean_columns: ClassVar[tuple[str, ...]]  #: of a batch, what `clean_input` makes x of
+    fixed_fields: ClassVar[Mapping[str, Any]] = {}  #: fields of the config without a choice here, and what they are
     copied_modules: ClassVar[tuple[str, ...]] = ()  #: lists of modules with a copy a block if it has its own
 
     gradient_checkpointing = False  #: Transformers' switch, of all layers
@@ -95,6 +96,9 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         if config.denoiser not in self.DENOISERS:
             allowed = ", ".join(map(repr, self.DENOISERS))
             raise ValueError(f"denoiser={config.denoiser!r} must be {allowed} for task {self.task!r}")
+        for name, allowed in self.fixed_fields.items():
+            if (value := getattr(config, name)) != allowed:
+                raise ValueError(f"{name}={value!r} must be {allowed!r} for task {self.task!r}: z is what a block reads")
 
     def _make_parts(self, config: DiffusionBlocksConfig, modulated: bool) -> None:
         """The modules that the stock model has not."""

@@ -90,19 +90,15 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
     DENOISERS = {"joint": NoisyImage}
     clean_columns = ("pixel_values", "class_labels")
     default_overlap = 0.05
+    fixed_fields = {
+        "context": "independent", "readout": "edm", "loss_weighting": None, "prior_fraction": 0.0,
+        "noise_distribution": "lognormal",  # (the other is fitted to a cross-entropy)
+    }  # fmt: skip
 
     def __init__(self, config: DiffusionBlocksConfig):
         super().__init__(config)
-        for name, allowed in (("context", "independent"), ("readout", "edm"), ("loss_weighting", None), ("prior_fraction", 0.0)):
-            if (value := getattr(config, name)) != allowed:
-                raise ValueError(f"{name}={value!r} must be {allowed!r} for task {self.task!r}: a block's input is the image")
         if config.sigma_data == "auto":
-            raise ValueError("sigma_data='auto' must be a number for task 'image-generation': the images' standard deviation")
-        if config.noise_distribution == "information":
-            raise ValueError(
-                "noise_distribution='information' must be 'lognormal' for task 'image-generation': the other is fitted to a "
-                "cross-entropy, and an image has none"
-            )
+            raise ValueError(f"sigma_data='auto' must be a number for task {self.task!r}: the images' standard deviation")
         self.post_init()
 
     @property

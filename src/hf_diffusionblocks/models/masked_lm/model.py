@@ -51,14 +51,11 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
     DENOISERS = {"joint": WholeInput}
     clean_columns = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
     default_overlap = 0.1
+    fixed_fields = {"readout": "edm", "loss_weighting": None, "prior_fraction": 0.0, "noise_distribution": "lognormal"}
     accepts_loss_kwargs = True  # the Trainer gives num_items_in_batch: every token of a step counts alike
 
     def __init__(self, config: DiffusionBlocksConfig):
         super().__init__(config)
-        meaningless = {"readout": "edm", "loss_weighting": None, "prior_fraction": 0.0, "noise_distribution": "lognormal"}
-        for name, allowed in meaningless.items():
-            if (value := getattr(config, name)) != allowed:
-                raise ValueError(f"{name}={value!r} must be {allowed!r} for task {self.task!r}: its noise is masks")
         self.mask_token_id: int = config.mask_token_id
         self.post_init()
 
