@@ -12,7 +12,7 @@ from conftest import randomized
 from families import BERT, MODERNBERT, TEXT_CONFIGS, VOCAB, seeded
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
-from transformers import AutoModelForMaskedLM, BertForMaskedLM, PreTrainedTokenizerFast, pipeline
+from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast, pipeline
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.base import backbone_for

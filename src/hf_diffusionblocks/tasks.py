@@ -51,7 +51,7 @@ class Task:
         takes_sequence_length: whether the caller says how many tokens a row has; otherwise the config does.
         plain_loss: `(plain model, **batch)` -> its loss, end to end.
         processor: what prepares its inputs, as users call it; it is saved beside the model.
-        load_processor: `folder or hub id -> processor`.
+        load_processor: `folder or hub id -> processor`; None where there is none.
         usage: lines of a model card's example, with `{name}` for the model's.
         settle: `(config) -> None` fills in what a [`DiffusionBlocksConfig`] leaves to the family, or refuses what it says.
         fields_of_source: `folder or hub id, where on the Hub` -> fields that what is saved beside a plain model says.
@@ -69,7 +69,7 @@ class Task:
     takes_sequence_length: bool
     plain_loss: Callable[..., torch.Tensor]
     processor: str
-    load_processor: Callable[[str], Any]
+    load_processor: Callable[[str], Any] | None
     usage: str
     settle: Callable[[PreTrainedConfig], None] = without_masks
     fields_of_source: Callable[..., dict[str, Any]] = lambda source, **hub: {}

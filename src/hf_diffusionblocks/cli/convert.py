@@ -90,6 +90,8 @@ def _beside(source: str) -> str:
 def _copy_processor(task: str, source: str, out_dir: str) -> None:
     """What pipelines need beside the model."""
     row = TASKS[task]
+    if row.load_processor is None:
+        return
     try:
         row.load_processor(_beside(source)).save_pretrained(out_dir)
     except (ImportError, OSError) as error:

@@ -30,11 +30,6 @@ def plain_loss(model: nn.Module, pixel_values: torch.Tensor, class_labels: torch
     return (output[:, : pixel_values.shape[1]] - pixel_values).square().mean()
 
 
-def no_processor(source: str):
-    """Images are prepared by the recipe, and put out by the pipeline."""
-    raise OSError("image generation needs none")
-
-
 IMAGE_GENERATION = Task(
     name=DiffusionBlocksForImageGeneration.task,
     model_class=DiffusionBlocksForImageGeneration,
@@ -44,8 +39,8 @@ IMAGE_GENERATION = Task(
     num_positions=num_positions,
     takes_sequence_length=False,
     plain_loss=plain_loss,
-    processor="processor",
-    load_processor=no_processor,
+    processor="none: a recipe prepares images, and the pipeline puts them out",
+    load_processor=None,
     usage="images = model.predict(class_labels=[0, 1], num_inference_steps=50).images  # [N, C, H, W]",
     generation=Generation(ImageOptions, generate),
     evaluation={
