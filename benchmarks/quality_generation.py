@@ -47,6 +47,7 @@ ROWS: dict[str, tuple[int, dict]] = {
     "B=3 of 2 layers, from one of 2 layers": (6, {"num_blocks": 3}),
     "B=3 of 6 layers, from one of 6 layers": (18, {"num_blocks": 3}),
     "B=2 of 3 layers, own ends": (6, {"num_blocks": 2, "shared": "per_block"}),
+    "B=3 of 6 layers, own ends": (18, {"num_blocks": 3, "shared": "per_block"}),
 }
 #: Of a row that starts so: half of its updates train one block's depth on all noise, which then all blocks start from.
 FROM_ONE = ", from one of "
