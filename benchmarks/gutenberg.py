@@ -19,7 +19,7 @@ def prepare(folder: Path, output: Path, vocab_size: int, train_bytes: int, eval_
     if file.is_file():
         return file
     texts = {
-        split: _titles(folder / f"{split}.parquet", size)
+        split: works(folder / f"{split}.parquet", size)
         for split, size in (("train", train_bytes), ("validation", eval_bytes))
     }
     tokenizer = Tokenizer(models.BPE())
@@ -41,7 +41,7 @@ def prepare(folder: Path, output: Path, vocab_size: int, train_bytes: int, eval_
     return file
 
 
-def _titles(path: Path, size: int) -> list[str]:
+def works(path: Path, size: int) -> list[str]:
     """Whole works in random order, paragraphs joined, up to about this many bytes."""
     rows = load_dataset("parquet", data_files=str(path), split="train").to_pandas()
     works = [text for _, text in rows.groupby("title")["text"].agg("\n\n".join).items()]

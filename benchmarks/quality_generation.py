@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from copied_blocks import copy_to_every_block
 from generation_metrics import (
     frechet_distance, held_out_losses, in_batches, precision_and_recall, trained_classifier,
 )  # fmt: skip
@@ -93,17 +94,10 @@ def trained_model(row: str, updates: int, seed: int, train_set, output: str):
         depth = layers // fields["num_blocks"]
         one = db.convert(plain_config(depth), num_blocks=1, preset="paper", sigma_data=SIGMA_DATA)
         train(one, updates // 2, seed, train_set, output)
-        model.load_state_dict({name: one.state_dict()[_in_one(name, depth)] for name in model.state_dict()})
+        copy_to_every_block(one, model, depth)
         updates -= updates // 2
     train(model, updates, seed, train_set, output)
     return model.eval()
-
-
-def _in_one(name: str, depth: int) -> str:
-    """The name, in a model of one block, of what a parameter starts from."""
-    path, layers, rest = name.partition("transformer_blocks.")
-    number, dot, inside = rest.partition(".")
-    return f"{path}{layers}{int(number) % depth}{dot}{inside}" if layers else name
 
 
 def steps_of(row: str) -> list[tuple]:
