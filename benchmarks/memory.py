@@ -13,7 +13,8 @@ with its gradient. It asserts that the measured sum is within 5 % of it. The pea
 activations go, and higher by temporary tensors.
 
 Steps a second are block-steps, each on the same batch: the fastest of `--repetitions` (after the one that is measured),
-the mean of the first and the last block. The same tokens through all B blocks take B of them.
+the mean of the first and the last block. The same tokens through all B blocks take B of them. ("Together": a block's part
+of a step, without the forward pass before it; benchmarks/step_cost_text.py times whole steps.)
 
 Writes `memory.md` and `memory.svg` to the output folder; `--models` chooses.
 """
@@ -79,7 +80,7 @@ def measured(way: Way, workload: Workload, repetitions: int) -> tuple[db.Ledger,
     """The largest step's ledger and its sum by count, and steps a second."""
     found, times = [], []
     for step in steps(way, workload):
-        with db.StepMemory(step.model, step.optimizer) as memory:
+        with db.StepMemory(step.model, step.optimizer, kept=step.kept) as memory:
             step.loss().backward()
         step.optimizer.step()
         ledger = memory.ledger()

@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and validation.parquet")
     parser.add_argument("--output", type=Path, required=True, help="folder of the cached runs, the models and the table")
     parser.add_argument("--updates", type=int, default=3000, help="updates of every parameter")
-    parser.add_argument("--learning_rate", type=float, default=4e-3)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--texts", type=int, default=2048, help="of the held-out works, to measure on")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, one thread each")

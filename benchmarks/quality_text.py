@@ -1,11 +1,13 @@
 """Language modelling quality: DiffusionBlocks beside end-to-end training, on novels of Project Gutenberg.
 
     python benchmarks/quality_text.py --data ../shared/data/gutenberg --output outputs/quality_text
+    python benchmarks/quality_text.py --data ../shared/data/gutenberg --output outputs/quality_characters --characters \
+        --families llama --width 96 --batch_size 16 --learning_rate 2e-3  # 27 symbols, where depth counts
 
 One table a family: end to end, one block's depth, greedy local training, the paper's settings, then each improvement in
 turn; equal updates per parameter of the blocks (but with gradients through two blocks, where a block moves in its
 successor's steps, too: give that row half of `--updates`). Columns are label-free cross-entropies in nats a token on
-held-out novels ("logits": `model(...).logits`; "mean prior": the mean of all blocks' log-probabilities at sigma_max;
+held-out novels, in bits with `--characters` ("logits": `model(...).logits`; "mean prior": the mean of all blocks' log-probabilities at sigma_max;
 "over end to end": the better of the two), the diffusion's own bound, and CPU seconds of training on one thread. Runs are
 cached in the output folder one by one, so an interrupted benchmark goes on where it stopped.
 """
@@ -21,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+from characters import ALPHABET, characters
 from gutenberg import config_for, prepare
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
@@ -38,7 +41,8 @@ FACTORIZED = {**INFORMATION, "denoiser": "factorized"}
 CARRIED = {**FACTORIZED, "context": "carried"}
 LOCAL = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
 
-#: Row -> layers of a plain model, or what `convert` is given. "neighbours": gradients through two blocks.
+#: Row -> layers of a plain model, or what `convert` is given. "neighbours": gradients through two blocks; "together": all
+#: blocks in every step.
 ROWS: dict[str, int | dict] = {
     "end to end": LAYERS,
     "end to end, one block's depth (B=4)": LAYERS // 4,
@@ -60,6 +64,8 @@ ROWS: dict[str, int | dict] = {
     "joint, information-uniform, carried, half at sigma_max": {
         **INFORMATION, "context": "carried", "prior_fraction": 0.5
     },
+    "greedy local, together": {**LOCAL, "together": True},
+    "greedy local + local head of one layer, together": {**LOCAL, "readout_layers": 1, "together": True},
 }  # fmt: skip
 BOUND_BATCHES = 8  # of 8 sequences: the bound costs ten passes a sequence
 
@@ -105,7 +111,7 @@ class Sequences(torch.utils.data.Dataset):
 
 def make_model(spec: dict, config):
     fields = {"num_blocks": 4, **spec}
-    two_blocks = fields.pop("neighbours", False)
+    two_blocks, _ = fields.pop("neighbours", False), fields.pop("together", False)
     model = db.convert(config, preset="paper", **fields)
     return TwoBlocks(model.config) if two_blocks else model
 
@@ -115,6 +121,8 @@ def train_and_read(row: str, family: str, seed: int, settings: dict) -> dict[str
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     data = torch.load(settings["tokens"])
+    if settings["characters"]:
+        data = {split: tokens.long() for split, tokens in data.items()} | {"bytes_per_token": 1.0}
     train_set = Sequences(data["train"], settings["length"])
     test_set = Sequences(data["validation"][: settings["eval_tokens"]], settings["length"])
     spec = ROWS[row]
@@ -134,13 +142,17 @@ def train_and_read(row: str, family: str, seed: int, settings: dict) -> dict[str
         model = make_model(spec, config)
         if model.config.noise_distribution == "information":
             db.fit_noise_schedule(model, torch.utils.data.DataLoader(train_set, settings["batch_size"]))
-        args = db.DiffusionBlocksTrainingArguments(updates_per_block=settings["updates"], **shared_args)
+        schedule = {"block_schedule": "together"} if spec.get("together") else {}
+        args = db.DiffusionBlocksTrainingArguments(updates_per_block=settings["updates"], **schedule, **shared_args)
         trainer_class = TwoBlocksTrainer if isinstance(model, TwoBlocks) else db.DiffusionBlocksTrainer
         trainer = trainer_class(model=model, args=args, train_dataset=train_set)
     start = time.process_time()
     trainer.train()
     seconds = time.process_time() - start
-    return {**read(model.eval(), test_set), "seconds": seconds, "bytes_per_token": data["bytes_per_token"]}
+    readings = read(model.eval(), test_set)
+    if settings["characters"]:
+        readings = {name: nats / math.log(2) for name, nats in readings.items()}
+    return {**readings, "seconds": seconds, "bytes_per_token": data["bytes_per_token"]}
 
 
 @torch.no_grad()
@@ -219,13 +231,17 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=4e-3)
     parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--eval_tokens", type=int, default=24576)
+    parser.add_argument("--characters", action="store_true", help="27 symbols instead of a BPE of --vocab_size tokens")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     options = parser.parse_args()
 
     options.output.mkdir(parents=True, exist_ok=True)
-    tokens = prepare(options.data, options.output, options.vocab_size, train_bytes=24_000_000, eval_bytes=400_000)
-    names = ("updates", "width", "length", "batch_size", "learning_rate", "vocab_size", "eval_tokens")
+    if options.characters:
+        options.vocab_size, tokens = len(ALPHABET), characters(options.data, options.output)
+    else:
+        tokens = prepare(options.data, options.output, options.vocab_size, train_bytes=24_000_000, eval_bytes=400_000)
+    names = ("updates", "width", "length", "batch_size", "learning_rate", "vocab_size", "eval_tokens", "characters")
     settings = {name: getattr(options, name) for name in names}
     settings |= {"output": str(options.output), "tokens": str(tokens)}
     jobs = []
@@ -242,7 +258,7 @@ def main() -> None:
     results = [json.loads(file.read_text()) for file in files]
     texts = [
         f"{family}, {LAYERS} layers, width {options.width}, {options.vocab_size} tokens; {options.updates} updates of "
-        f"{options.batch_size} x {options.length} tokens; nats a token:\n\n{table(results, family)}"
+        f"{options.batch_size} x {options.length} tokens; {'bits' if options.characters else 'nats'} a token:\n\n{table(results, family)}"
         for family in options.families
     ]
     (options.output / "table.md").write_text("\n\n".join(texts) + "\n")

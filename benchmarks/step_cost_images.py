@@ -4,7 +4,8 @@
 
 "Time" is that of B block-steps (one update of every block) over one end-to-end step, each step at its fastest of interleaved
 repetitions: forward, backward and AdamW. Bytes are those of one block's step over the end-to-end step's: what autograd
-stores for the backward pass, and gradients; the largest of the blocks.
+stores for the backward pass, and gradients; the largest of the blocks. "Together" is a step of the Trainer that trains
+all blocks; its time is that of the whole step, without clipping.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 
 import torch
 from transformers import ViTConfig, ViTForImageClassification
+from whole_steps import WholeSteps
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.memory.activations import SavedActivations, gradient_bytes
@@ -23,8 +25,12 @@ FORMULATIONS = {
     "joint, carried": {"context": "carried"},
     "factorized, independent": {"denoiser": "factorized"},
     "factorized, carried": {"denoiser": "factorized", "context": "carried"},
+    "factorized, carried, together, local": {"denoiser": "factorized", "context": "carried", "together": "local"},
+    "factorized, carried, together, exact": {
+        "denoiser": "factorized", "context": "carried", "prior_fraction": 1.0, "together": "exact"
+    },
     "factorized, carried, local head": {"denoiser": "factorized", "context": "carried", "readout_layers": 1},
-}
+}  # fmt: skip
 
 
 class Subject:
@@ -91,8 +97,11 @@ def main() -> None:
     }
     subjects = {"end to end": Subject(ViTForImageClassification(config), batch, [None])}
     for name, fields in FORMULATIONS.items():
+        fields = dict(fields)
+        together = fields.pop("together", None)
         model = db.convert(config, options.num_blocks, preset="paper", **fields)
-        subjects[name] = Subject(model, batch, list(range(options.num_blocks)))
+        blocks = list(range(options.num_blocks))
+        subjects[name] = WholeSteps(model, batch, together) if together else Subject(model, batch, blocks)
 
     sizes = {name: subject.bytes() for name, subject in subjects.items()}
     for subject in subjects.values():

@@ -8,7 +8,8 @@ end-to-end step, each step at its fastest of interleaved repetitions; the end-to
 a joint block runs clean and noisy tokens, and carried context runs the earlier blocks. It leaves out what the posterior
 readout adds where z is seen: a product of z with all targets, a third of the head's work in training. Bytes are those of
 one block's step over the end-to-end step's: what autograd stores for the backward pass, and gradients; the largest of
-the blocks.
+the blocks. "Together" is a step of the Trainer that trains all blocks: its time is that of the whole step, without
+clipping, and its floor has no repeats of carried context, or (exact) one more forward pass, but for the last block.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 import torch
 from gutenberg import config_for
 from transformers import AutoModelForCausalLM
+from whole_steps import WholeSteps
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.memory.activations import SavedActivations, gradient_bytes
@@ -29,6 +31,12 @@ FORMULATIONS = {
     "factorized, carried": {"denoiser": "factorized", "context": "carried"},
     "factorized, carried, all draws at sigma_max (recommended)": {
         "denoiser": "factorized", "context": "carried", "prior_fraction": 1.0
+    },
+    "the same, together, local": {
+        "denoiser": "factorized", "context": "carried", "prior_fraction": 1.0, "together": "local"
+    },
+    "the same, together, exact": {
+        "denoiser": "factorized", "context": "carried", "prior_fraction": 1.0, "together": "exact"
     },
     "joint, independent (paper)": {},
     "joint, posterior readout": {"readout": "posterior"},
@@ -44,8 +52,12 @@ def floor(fields: dict, options: argparse.Namespace, vocab_size: int) -> float:
     active = layers * layer
     if fields.get("denoiser", "joint") == "joint":
         active = 2 * layers * layer - blocks * (layer - keys_values)  # a block's last clean layer: keys and values
-    carried = (blocks - 1) / 2 * layers * layer if fields.get("context") == "carried" else 0.0  # forward only
-    return (3 * (active + blocks * head) + carried) / (3 * (layers * layer + head))
+    heads, again = blocks, 0.0  # read-outs, and layers that run forward only
+    if fields.get("together") == "exact":
+        heads, again = 1, layers * layer * (blocks - 1) / blocks
+    elif fields.get("context") == "carried" and "together" not in fields:
+        again = (blocks - 1) / 2 * layers * layer
+    return (3 * (active + heads * head) + again) / (3 * (layers * layer + head))
 
 
 class Subject:
@@ -99,8 +111,12 @@ def compare(vocab_size: int, options: argparse.Namespace) -> str:
     tokens = torch.randint(vocab_size, (options.batch_size, options.length))
     subjects = {"end to end": Subject(AutoModelForCausalLM.from_config(config), tokens, [None])}
     for name, fields in FORMULATIONS.items():
+        fields = dict(fields)
+        together = fields.pop("together", None)
         model = db.convert(config, options.num_blocks, preset="paper", **fields)
-        subjects[name] = Subject(model, tokens, list(range(options.num_blocks)))
+        blocks = list(range(options.num_blocks))
+        batch = {"input_ids": tokens, "labels": tokens}
+        subjects[name] = WholeSteps(model, batch, together) if together else Subject(model, tokens, blocks)
     sizes = {name: subject.bytes() for name, subject in subjects.items()}
     for subject in subjects.values():
         subject.seconds()  # warm up

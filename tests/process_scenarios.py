@@ -53,6 +53,11 @@ SCENARIOS: dict[str, tuple[int, object, dict, dict]] = {
     "data parallel, image generation": (2, DIT, {}, PLAIN_SGD),
     "data parallel, accumulated": (2, GPT2, CARRIED, {**PLAIN_SGD, "gradient_accumulation_steps": 2}),
     "data parallel, final loss": (2, GPT2, CARRIED, {**PLAIN_SGD, "objective": "final"}),
+    "data parallel, together": (2, GPT2, CARRIED, {**PLAIN_SGD, "block_schedule": "together"}),
+    "data parallel, exact": (
+        2, GPT2, CARRIED,
+        {**PLAIN_SGD, "block_schedule": "together", "objective": "exact", "offload_inactive_blocks": "cpu"},
+    ),
     "data parallel of four": (4, GPT2, CARRIED, PLAIN_SGD),
     "blocks, own shared": (2, GPT2, INDEPENDENT, {"block_parallel": True}),
     "blocks, own shared, images": (2, VIT, {"shared": "per_block"}, {"block_parallel": True}),

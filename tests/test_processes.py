@@ -156,7 +156,7 @@ def test_block_parallel_steps_all_blocks_at_once(outcomes, name, tmp_path):
         for block in range(2):
             shared = [parameter for parameter in model.shared_parameters() if parameter.requires_grad]
             moved = [*model.block_parameters(block), *shared]
-            loss = model(**batch, block_index=block, loss_block=loss_block, generator=trainer._noise_generators(BATCH)).loss
+            loss = model(**batch, block_index=block, loss_block=loss_block, generator=trainer.noise_generators(0, BATCH)).loss
             for parameter, gradient in zip(moved, torch.autograd.grad(loss, moved, allow_unused=True)):
                 if gradient is not None:
                     share = gradient / 2 if any(parameter is each for each in shared) else gradient

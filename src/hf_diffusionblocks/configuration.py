@@ -27,7 +27,7 @@ CHOICES: dict[str, tuple] = {
     "shared": ("common", "per_block"),
     "sampler": ("euler", "ancestral"),
     "loss_weighting": (None, "edm"),
-    "objective": ("local", "final"),
+    "objective": ("local", "final", "exact"),
 }
 
 
@@ -122,7 +122,8 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     objective: str = _field(
         "local",
         "What a block is trained on: 'local', its own readout; 'final', the last block's, through the later blocks, which "
-        "stay as they are (for fine-tuning; factorized and carried; they run twice).",
+        "stay as they are (they run twice); 'exact', the same, in steps that train all blocks together, last to first (both "
+        "for fine-tuning; factorized and carried).",
     )
 
     label_dropout: float = _field(
@@ -236,9 +237,9 @@ class DiffusionBlocksConfig(PreTrainedConfig):
                 f"readout_layers={self.readout_layers} must be 0 with context='independent': nothing is passed on "
                 "past a local head there, so its layers would only be more layers of the block"
             )
-        if self.objective == "final" and (self.denoiser, self.context) != ("factorized", "carried"):
+        if self.objective != "local" and (self.denoiser, self.context) != ("factorized", "carried"):
             raise ValueError(
-                "objective='final' needs denoiser='factorized' and context='carried', so that a block's output runs on "
+                f"objective={self.objective!r} needs denoiser='factorized' and context='carried', so that a block's output runs on "
                 f"through the later ones, not {self.denoiser!r} and {self.context!r}"
             )
         self._check_noise_table()

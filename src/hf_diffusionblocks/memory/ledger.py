@@ -97,13 +97,15 @@ class StepMemory(TorchDispatchMode):
         model: a DiffusionBlocks model, or the plain one.
         optimizer: its state may still be empty: the ledger takes it as it is then.
         averages: of weights, which are there all the time.
+        kept: hidden states that another pass has left: activations.
     """
 
     def __init__(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, averages: Collection[torch.Tensor] = ()
-    ):
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, averages: Collection[torch.Tensor] = (),
+        kept: Collection[torch.Tensor] = (),
+    ):  # fmt: skip
         super().__init__()
-        self.model, self.optimizer, self.averages = model, optimizer, averages
+        self.model, self.optimizer, self.averages, self.kept = model, optimizer, averages, kept
         config = getattr(model.config, "source_config", model.config)
         backbone = backbone_for(config) if isinstance(config, PreTrainedConfig) else backbone_of(model)
         self._layers, self._num_logits = f"{backbone.layers_path}.", backbone.num_logits(config)
@@ -170,8 +172,9 @@ class StepMemory(TorchDispatchMode):
                 self._note(tensor.grad, "gradients")
         for tensor in state_tensors(self.optimizer, self._away()[1]):
             self._note(tensor, "optimizer")
-        for tensor in self.averages:
-            self._note(tensor, "averages")
+        for kind, tensors in (("averages", self.averages), ("activations", self.kept)):
+            for tensor in tensors:
+                self._note(tensor, kind)
 
     def _away(self) -> tuple[set, set]:
         """Parameters that wait in host memory, and those whose optimizer state does: not of this device."""
@@ -231,7 +234,7 @@ def part_of_parameter(name: str, layers: str) -> str:
 
 def measure_memory(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss_of_step: Callable[[], torch.Tensor],
-    averages: Collection[torch.Tensor] = (),
+    averages: Collection[torch.Tensor] = (), kept: Collection[torch.Tensor] = (),
 ) -> Ledger:  # fmt: skip
     """The ledger of one training step, which is taken.
 
@@ -240,8 +243,9 @@ def measure_memory(
         optimizer: of its trained parameters.
         loss_of_step: runs the forward pass.
         averages: of weights, on the device.
+        kept: hidden states that another pass has left.
     """
-    with StepMemory(model, optimizer, averages) as memory:
+    with StepMemory(model, optimizer, averages, kept) as memory:
         loss_of_step().backward()
     optimizer.step()
     ledger = memory.ledger()

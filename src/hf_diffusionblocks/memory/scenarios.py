@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -82,6 +82,7 @@ class Way:
         cached: carried context comes from a cache, and no earlier block is loaded.
         offload: other blocks than the active (and, if there are several to train, the next one) are in host memory.
         final: a block's loss is the whole model's (`objective="final"`).
+        exact: all blocks in one step, last to first (`block_schedule="together"`, `objective="exact"`).
     """
 
     name: str
@@ -93,6 +94,7 @@ class Way:
     cached: bool = False
     offload: bool = False
     final: bool = False
+    exact: bool = False
 
     @property
     def carried(self) -> bool:
@@ -104,11 +106,12 @@ class Way:
 
 
 class Step(NamedTuple):
-    """A step of training, up to its loss."""
+    """A step of training, or a block's part in it, up to its loss."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     loss: Callable[[], torch.Tensor]
+    kept: Collection[torch.Tensor] = ()  #: hidden states that another pass has left
 
 
 def formulations_for(task: Task) -> dict[str, dict]:
@@ -144,6 +147,11 @@ def ways_to_train(formulations: Mapping[str, Mapping]) -> list[Way]:
                 checkpointing=True, job=True, train_shared=False, offload=True, final=True,
             )  # fmt: skip
             ways += [Way(f"{name}: all blocks in turn, final loss", common, final=True), least]
+            together = f"{name}: all blocks together, exact gradient"
+            ways += [
+                Way(together, common, exact=True),
+                Way(f"{together}, checkpointing, inactive ones in host memory", common, True, offload=True, exact=True),
+            ]
     return ways
 
 
@@ -152,7 +160,8 @@ def ledger_of(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = N
     ledgers = []
     for step in steps(way, workload, fake_mode):
         with nullcontext() if fake_mode is None else WithoutMemory(fake_mode):
-            ledgers.append(measure_memory(*step, _averages(step) if workload.ema and not way.offload else ()))
+            averages = _averages(step) if workload.ema and not way.offload else ()
+            ledgers.append(measure_memory(*step[:3], averages, step.kept))
     return max(ledgers, key=lambda ledger: ledger.total)
 
 
@@ -172,6 +181,8 @@ def steps(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = None)
     if way.job:
         for block in blocks:
             yield from _job_step(way, workload, block, fake_mode)
+    elif way.exact:
+        yield from _steps_together(way, workload, blocks, fake_mode)
     else:
         yield from _steps_in_turn(way, workload, blocks, fake_mode)
 
@@ -198,15 +209,51 @@ def _plain_step(way: Way, workload: Workload, fake_mode) -> Step:
     return Step(model, _optimizer(model), lambda: workload.task.plain_loss(model, **batch))
 
 
-def _steps_in_turn(way: Way, workload: Workload, blocks: list[int], fake_mode) -> Iterator[Step]:
+def _trained_before(way: Way, workload: Workload, fake_mode) -> tuple[DiffusionBlocksPreTrainedModel, torch.optim.Optimizer]:
+    """A model, and an optimizer with the state of all its blocks."""
     model = _built(_converted(way, workload), workload.dtype, fake_mode)
-    optimizer, batch = _optimizer(model), workload.batch()
+    optimizer = _optimizer(model)
+    if way.checkpointing:
+        model.activation_checkpointing_enable()
     if way.offload:
         _offload(model, optimizer)
-    for block in range(workload.num_blocks):  # as if each had been trained
+    for block in range(workload.num_blocks):
         if way.offload:
             model.offload.activate(block)
         _make_state(optimizer, (*model.block_parameters(block), *model.shared_parameters()))
+    return model, optimizer
+
+
+def _steps_together(way: Way, workload: Workload, blocks: list[int], fake_mode) -> Iterator[Step]:
+    """A block's part in a step from the last block to the first: what enters it and the blocks before is kept, and what it
+    gets is the gradient of what left it. What all blocks share has a gradient from the last block on."""
+    model, optimizer = _trained_before(way, workload, fake_mode)
+    last, batch = workload.num_blocks - 1, workload.batch()
+    for block in blocks:
+        if way.offload:
+            model.offload.activate(block, block - 1 if block else None)
+        with fake_mode or nullcontext():
+            kept = [workload.hidden() for _ in range(block + (block < last))]  # the last of them: a gradient
+            for parameter in model.shared_parameters() if block < last else ():
+                parameter.grad = torch.zeros_like(parameter)
+        entering = kept[block - 1].requires_grad_() if block else None
+
+        def loss() -> torch.Tensor:
+            if block == last:
+                given = {} if entering is None else {"block_input": entering}
+                return model(**batch, **given, block_index=block).loss
+            x, own = model.clean_input(batch), model.blocks[block]
+            hidden = own.run_clean(own.embed(x.inputs) if entering is None else entering, **x.attention)
+            return (hidden * kept[-1]).sum()
+
+        with TrainedParameters(model, [block], train_shared=True):
+            yield Step(model, optimizer, loss, kept)
+        optimizer.zero_grad()
+
+
+def _steps_in_turn(way: Way, workload: Workload, blocks: list[int], fake_mode) -> Iterator[Step]:
+    model, optimizer = _trained_before(way, workload, fake_mode)
+    batch = workload.batch()
     for block in blocks:
         if way.offload:
             following = (block + 1) % workload.num_blocks

@@ -257,7 +257,9 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
 
     # ---- the clean input through blocks
 
-    def check_block_given(self, block_index: int | None, labels: torch.Tensor | None) -> None:
+    def check_block_given(
+        self, block_index: int | None, labels: torch.Tensor | None, block_output: torch.Tensor | None
+    ) -> None:
         """Raise ValueError unless `forward` is called for a block and its labels, or for the whole model in evaluation."""
         if block_index is None and self.training and labels is not None:
             raise ValueError(
@@ -266,6 +268,8 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             )
         if block_index is not None and labels is None:
             raise ValueError(f"labels=None with block_index={block_index}: a block is trained on the noised label")
+        if block_output is not None and self.denoiser.modulated:
+            raise ValueError("block_output must be None with denoiser='joint': layers run on x and z together")
 
     def active_blocks(self, block_index: int, loss_block: int | None) -> ActiveBlocks:
         """The block that a step trains, and the one that is read out for its loss (None: itself).
@@ -309,11 +313,16 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
                 hidden = self.blocks[earlier].run_clean(hidden, **x.attention)
         return hidden
 
-    def training_output(self, active: ActiveBlocks, x: Clean, cached: torch.Tensor | None = None) -> torch.Tensor:
-        """Training, where layers see x alone: what the reader is read out from, `[N, S, D]`."""
-        hidden = self.entering(self.blocks[active.first], x, cached)
-        for k in active.blocks:
-            hidden = self.blocks[k].run_clean(hidden, **x.attention)
+    def training_output(
+        self, active: ActiveBlocks, x: Clean, cached: torch.Tensor | None = None, output: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Training, where layers see x alone: what the reader is read out from, `[N, S, D]`; of `cached`, what enters the
+        first active block, or of `output`, what has left the last."""
+        hidden = output
+        if hidden is None:
+            hidden = self.entering(self.blocks[active.first], x, cached)
+            for k in active.blocks:
+                hidden = self.blocks[k].run_clean(hidden, **x.attention)
         hidden = self._through_later(active, hidden, x)
         return self.blocks[active.reader].run_local_head(hidden, **x.attention)
 

@@ -31,6 +31,7 @@ class OffloadedBlocks:
             block: [p for p in model.block_parameters(block) if p not in stays] for block in model.resident_blocks
         }
         self._stream = torch.Stream(device) if device.type != "cpu" else None
+        self.copied = {"to_device": 0, "to_host": 0}  #: bytes, of blocks' parameters and state, so far
         self._active: int | None = None
         self._next: int | None = None
         self._on_device: set[int] = set()
@@ -55,15 +56,18 @@ class OffloadedBlocks:
             if wanted is not None:
                 self._load(wanted, ahead, state=True)
 
-    def use(self, block: int) -> None:
-        """Have a block's parameters on the device, for a forward pass."""
-        if block in self._on_device:
-            if block == self._next:
-                self._wait()
-            return
-        for other in self._on_device - {self._active, self._next}:
-            self._evict(other)
-        self._load(block, ahead=False, state=False)
+    def use(self, block: int, following: int | None = None) -> None:
+        """Have a block's parameters on the device, for a forward pass, and start to copy those of the one that runs next."""
+        if block == self._next:
+            self._wait()
+        if block not in self._on_device or following is not None:
+            for other in self._on_device - {self._active, self._next, block}:
+                self._evict(other)
+        if block not in self._on_device:
+            self._load(block, ahead=False, state=False)
+        if following is not None and following not in self._on_device:
+            self._next = following
+            self._load(following, ahead=True, state=False)
 
     @contextmanager
     def all_away(self) -> Iterator[None]:
@@ -117,7 +121,7 @@ class OffloadedBlocks:
         changed = block == self._active
         for parameter in self._parameters[block]:
             host = self._host.pop(parameter)
-            parameter.data = host.copy_(parameter.data) if changed else host
+            parameter.data = self._returned(host, parameter.data) if changed else host
             if block not in self._with_state:
                 continue
             host_states = self._host_states.pop(parameter)
@@ -125,7 +129,7 @@ class OffloadedBlocks:
                 if name not in host_states:  # the block's first update has made it
                     host_states[name] = self._pinned(torch.empty_like(value, device="cpu"))
                 host = host_states[name]
-                self.optimizer.state[parameter][name] = host.copy_(value) if changed else host
+                self.optimizer.state[parameter][name] = self._returned(host, value) if changed else host
         self._on_device.remove(block)
         self._with_state.discard(block)
 
@@ -137,7 +141,12 @@ class OffloadedBlocks:
         )
         return {name: value for name, value in state.items() if torch.is_tensor(value) and (value.dim() or counts_too)}
 
+    def _returned(self, host: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        self.copied["to_host"] += value.nbytes
+        return host.copy_(value)
+
     def _copy(self, host: torch.Tensor) -> torch.Tensor:
+        self.copied["to_device"] += host.nbytes
         return host.to(self.device, non_blocking=True, copy=True)
 
     def _pinned(self, host: torch.Tensor) -> torch.Tensor:

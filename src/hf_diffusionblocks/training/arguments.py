@@ -16,8 +16,8 @@ OFFLOADS = ("none", "cpu")
 class DiffusionBlocksTrainingArguments(TrainingArguments):
     """`TrainingArguments`, and how blocks take turns.
 
-    `max_steps` and `num_train_epochs` count optimizer steps as always, and each step trains one block: for as many
-    updates a block as a plain model gets, set `updates_per_block` instead. Learning-rate schedules, warm-up
+    `max_steps` and `num_train_epochs` count optimizer steps as always, and each step trains one block, unless they are
+    trained together: for as many updates a block as a plain model gets, set `updates_per_block` instead. Learning-rate schedules, warm-up
     included, run on each block's own update count.
     """
 
@@ -25,14 +25,16 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
         default="random",
         metadata={
             "help": "Which block each optimizer step trains: 'random' (each round of num_blocks steps visits every "
-            "block once, in random order) or 'sequential' (block 0 to its end, then block 1, ...).",
+            "block once, in random order), 'sequential' (block 0 to its end, then block 1, ...), or 'together': every step "
+            "trains all, one after another, each alone with its gradients.",
             "choices": list(ORDERS),
         },
     )
     updates_per_block: int | None = field(
         default=None,
         metadata={
-            "help": "Optimizer steps for each block; the run takes as many for each block it trains. Replaces max_steps."
+            "help": "Optimizer steps for each block; the run takes as many for each block it trains (or, all together, as "
+            "many). Replaces max_steps."
         },
     )
     train_blocks: list[int] | None = field(
@@ -50,8 +52,9 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "What a block is trained on: 'local', its own readout; 'final', the last block's, through the later "
-            "blocks, which stay as they are (for fine-tuning; factorized and carried; they run twice). Default: the "
-            "model's own, as its config has it.",
+            "blocks, which stay as they are (they run twice); 'exact', the same, in steps that train all blocks together, "
+            "last to first: end-to-end training in the memory of a block (both factorized and carried, for fine-tuning). "
+            "Default: the model's own, as its config has it.",
             "choices": list(CHOICES["objective"]),
         },
     )
@@ -113,6 +116,11 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
                     f"updates_per_block={self.updates_per_block} and max_steps={self.max_steps} both say how long to "
                     "train: set one"
                 )
+
+    @property
+    def together(self) -> bool:
+        """Whether each optimizer step trains all blocks."""
+        return self.block_schedule == "together"
 
     def objective_of(self, configured: str) -> str:
         """The objective of a run: what is given here, or else what the model's config says."""

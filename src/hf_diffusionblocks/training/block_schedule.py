@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-ORDERS = ("random", "sequential")
+ORDERS = ("random", "sequential", "together")
 
 
 class BlockSchedule:
@@ -16,7 +16,8 @@ class BlockSchedule:
     Args:
         order: "random": the blocks take turns of `switch_interval` steps, every round of turns in a fresh random order, so
             each step's block is uniformly random and all blocks get equally many updates. "sequential": all updates of the
-            first block, then of the next. Where the run ends within a round, some blocks get fewer updates than others.
+            first block, then of the next. "together": no turns, every step trains all. Where the run ends within a round,
+            some blocks get fewer updates than others.
         blocks: those that are trained, ascending.
         total_steps: optimizer steps of the whole run.
         seed: of the random order.
@@ -52,6 +53,8 @@ class BlockSchedule:
         """How many of the steps before `step` trained this block."""
         if block_index not in self.blocks:
             return 0
+        if self.order == "together":
+            return step
         if self.order == "sequential":
             place = self.blocks.index(block_index)
             first, end = (math.ceil(k * self.total_steps / len(self.blocks)) for k in (place, place + 1))

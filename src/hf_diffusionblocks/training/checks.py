@@ -46,19 +46,43 @@ def blocks_to_train(
         )
     if args.train_shared and any(parameter.requires_grad for parameter in model.shared_parameters()):
         check_one_job(blocks, model.num_blocks)
-    if args.objective == "final":
+    if args.objective != "local":
         if model.num_blocks - 1 not in model.blocks[min(blocks)].readers:
             raise ValueError(
-                "objective='final' needs denoiser='factorized' and context='carried', so that a block's output runs on "
+                f"objective={args.objective!r} needs denoiser='factorized' and context='carried', so that a block's output runs on "
                 f"through the later ones; this model is {model.config.formulation}"
             )
         later = sorted(set(range(min(blocks), model.num_blocks)) - set(resident))
         if later:
             raise ValueError(
-                f"objective='final' with train_blocks={blocks} needs the later blocks {later}: load them, too, or set "
+                f"objective={args.objective!r} with train_blocks={blocks} needs the later blocks {later}: load them, too, or set "
                 "objective='local'"
             )
     return blocks
+
+
+def check_schedule(model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments) -> None:
+    """Refuse what blocks cannot be trained on in turn, or together.
+
+    Raises:
+        ValueError: names what cannot be combined, and why.
+    """
+    schedule = f"block_schedule={args.block_schedule!r}"
+    if not args.together:
+        if args.objective == "exact":
+            raise ValueError(f"{schedule} with objective='exact' must be 'together': each step moves all blocks")
+        return
+    if args.objective == "final":
+        raise ValueError(f"objective='final' with {schedule} must be 'exact', or 'local': other blocks do not stay as they are")
+    if args.block_parallel:
+        raise ValueError(f"{schedule} with block_parallel=True: each process trains blocks of its own, and none has all")
+    if args.fp16:
+        raise ValueError(f"{schedule} with fp16=True: blocks would share one loss scale. bf16=True needs none")
+    if model.context.passes_on and model.config.denoiser != "factorized":
+        raise ValueError(
+            f"{schedule} with context='carried' needs denoiser='factorized': what a block of this model "
+            f"({model.config.formulation}, {model.task}) trains on is not what it passes on"
+        )
 
 
 def check_one_job(blocks: Sequence[int], num_blocks: int) -> None:

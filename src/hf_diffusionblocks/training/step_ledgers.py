@@ -47,7 +47,7 @@ class StepLedgers(TrainerCallback):
             yield
             return
         averages = trainer.averages.on_device if trainer.averages else ()
-        with StepMemory(trainer.model, trainer.optimizer, averages) as self._followed:
+        with StepMemory(trainer.model, trainer.optimizer, averages, trainer.kept_hidden) as self._followed:
             yield
 
     def on_optimizer_step(self, args, state, control, **kwargs):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from pathlib import Path
 
@@ -19,20 +19,25 @@ from ..models.offload import OffloadedBlocks
 from ..saving import shards
 from .arguments import DiffusionBlocksTrainingArguments
 from .averages import AveragingTrainer
+from .block_evaluation import BlockEvaluation
 from .block_optimizer import learning_rate_curve, scheduler_by_block, split_by_block
 from .block_schedule import BlockSchedule
-from .checks import WithBlockInput, blocks_to_train, cached_column, check_processes, columns_to_keep
+from .checks import (
+    WithBlockInput, blocks_to_train, cached_column, check_processes, check_schedule, columns_to_keep,
+)  # fmt: skip
 from .parallel import Layout, all_states, broadcast
 from .step_ledgers import StepLedgers
+from .together import TogetherSteps
 
 logger = logging.get_logger(__name__)
 
 
-class DiffusionBlocksTrainer(AveragingTrainer):
+class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
     """Trains a DiffusionBlocks model; used as [`~transformers.Trainer`] is.
 
-    Each optimizer step trains one block, the same for all its micro-batches and, without `block_parallel`, on all ranks.
-    Only that block's parameters and the shared ones have gradients and move. Noise is keyed by seed, step and the row's
+    Each optimizer step trains one block, the same for all its micro-batches and, without `block_parallel`, on all ranks; or
+    (`block_schedule="together"`) all blocks, one after another. Only the gradients of one block are there at a time, and
+    those of what blocks share. Noise is keyed by seed, step and the row's
     number in the step's batch: a resumed run repeats the uninterrupted one, and neither several processes nor gradient
     accumulation change what a row meets.
 
@@ -80,10 +85,11 @@ class DiffusionBlocksTrainer(AveragingTrainer):
         self.num_blocks = model.config.num_blocks
         columns = getattr(kwargs.get("train_dataset"), "column_names", None) or ()
         self.train_blocks = blocks_to_train(model, args, columns)
+        check_schedule(model, args)
         self._cached_column = cached_column(self.train_blocks, columns)
         self.layout = Layout(self.train_blocks, args.world_size, args.process_index, args.block_parallel)
         if args.updates_per_block is not None:
-            args.max_steps = args.updates_per_block * len(self.layout.blocks)
+            args.max_steps = args.updates_per_block * (1 if args.together else len(self.layout.blocks))
         super().__init__(model=model, args=args, **kwargs)
         if args.label_names is None and "labels" not in signature(model.forward).parameters:
             self.label_names = []  # what it is trained on is the input itself (`class_labels` are a condition)
@@ -97,11 +103,11 @@ class DiffusionBlocksTrainer(AveragingTrainer):
         learning_rate_curve(args, num_updates=1)  # complain before training
         self.block_schedule: BlockSchedule | None = None  # known once training knows its number of steps
         self.active = self._active(self.layout.blocks[0])
+        self._together = TogetherSteps(self) if args.together else None
         self._trained = TrainedParameters(model, self.train_blocks, args.train_shared)  # known once training begins
         self._schedules: list[BlockSchedule] = []  # of all lanes
         self._stale: set[int] = set()  # blocks that other lanes may have moved since this one saw them
         self._micro_batch = 0
-        self._evaluated: list[torch.Tensor] = []  # `[rows, B]` losses of the evaluation that runs
         self._block_losses = torch.zeros(self.num_blocks, 2, device=args.device)  # sum and count since the last log
         self._ledgers = StepLedgers(self) if args.measure_memory else None
         if self._ledgers:
@@ -119,26 +125,35 @@ class DiffusionBlocksTrainer(AveragingTrainer):
         return self.active.first
 
     def _active(self, block: int) -> ActiveBlocks:
-        reader = self.num_blocks - 1 if self.args.objective == "final" else block
+        reader = block if self.args.objective == "local" else self.num_blocks - 1
         return ActiveBlocks(range(block, block + 1), reader)
 
     def get_batch_samples(self, *args, **kwargs):
         # The Trainer calls this once for each optimizer step, before its micro-batches.
-        step, before = self.state.global_step, self.active_block
-        self.active = self._active(self.block_schedule.block_at(step))
-        if self.args.block_schedule == "sequential" and self.active_block != before:
+        if self._together is None:
+            self._begin_turn(self.state.global_step)
+        return super().get_batch_samples(*args, **kwargs)
+
+    def _begin_turn(self, step: int) -> None:
+        """Have an optimizer step train the block whose turn it is."""
+        block, before = self.block_schedule.block_at(step), self.active_block
+        if self.args.block_schedule == "sequential" and block != before:
             for parameter in self._parameters.get(before, ()):  # this block's turn will not come again
                 self.optimizer.state.pop(parameter, None)
-        self._micro_batch = 0
         # (With adapters all blocks may read out by the last one's new head.)
         if self.model.context.passes_on or self.model.has_adapters:
             self.exchange_blocks()
         if self.layout.num_lanes > 1:
             self._stale |= {schedule.block_at(step) for schedule in self._schedules}
+        self.begin_block(block, self.block_schedule.block_to_fetch(step))
+
+    def begin_block(self, block: int, following: int | None) -> None:
+        """Have the passes that come train a block; the one that follows is copied ahead, if others are in host memory."""
+        self.active = self._active(block)
+        self._micro_batch = 0
         self._trained.activate(self.active)
         if self.model.offload is not None:
-            self.model.offload.activate(self.active_block, self.block_schedule.block_to_fetch(step))
-        return super().get_batch_samples(*args, **kwargs)
+            self.model.offload.activate(block, following)
 
     @property
     def _parameters(self) -> dict[int | None, list[torch.nn.Parameter]]:
@@ -147,15 +162,11 @@ class DiffusionBlocksTrainer(AveragingTrainer):
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if not model.training:
-            result = super().compute_loss(model, inputs, *args, **kwargs)
-            if isinstance(result, tuple) and (losses := result[1].get("block_losses")) is not None:
-                # As the Trainer does with the loss, so that it is their mean: a batch counts by its rows.
-                self._evaluated.append(self.gather_function(losses.repeat(self.args.eval_batch_size, 1)))
-            return result
-        generators = self._noise_generators(find_batch_size(inputs))
-        inputs = {
-            **inputs, "block_index": self.active_block, "generator": generators, "loss_block": self.active.reader,
-        }  # fmt: skip
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        given = {"block_index": self.active_block, "loss_block": self.active.reader}
+        if self._together is not None and (output := self._together.output_of(self._micro_batch, inputs)) is not None:
+            given["block_output"] = output
+        inputs = {**inputs, **given, "generator": self.noise_generators(self._micro_batch, find_batch_size(inputs))}
         self._micro_batch += 1
         return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -165,48 +176,33 @@ class DiffusionBlocksTrainer(AveragingTrainer):
             super()._set_signature_columns_if_needed()
             self._signature_columns = columns_to_keep(self.model, self._signature_columns, self._cached_column)
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """As the Trainer's, with the loss of each block, where the model gives it: `eval_loss_block_0`, ..."""
-        self._evaluated = []
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self._evaluated:
-            means = torch.cat(self._evaluated).mean(0).tolist()
-            output.metrics.update({f"{metric_key_prefix}_loss_block_{k}": loss for k, loss in enumerate(means)})
-        return output
-
-    def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
-        if len(self.model.resident_blocks) < self.num_blocks:
-            return self._block_prediction_step(inputs)
-        inputs = {name: value for name, value in inputs.items() if name != "block_input"}  # the whole model runs
-        if prediction_loss_only:
-            inputs = {**inputs, "return_logits": False}
-        return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
-
-    @torch.no_grad()
-    def _block_prediction_step(self, inputs: dict) -> tuple[torch.Tensor, None, None]:
-        """Where blocks are missing there are no label-free logits of the model: the mean of what the trained blocks are
-        trained on, where z says nothing of the target."""
-        inputs = self._prepare_inputs(inputs)
-        num_items = self._get_num_items_in_batch([inputs], self.args.device)
-        num_rows, losses = find_batch_size(inputs), []
-        for active in map(self._active, self.train_blocks):
-            generator = torch.Generator().manual_seed(self.model.config.inference_seed)
-            inputs |= {"generator": generator, "block_index": active.first, "loss_block": active.reader}
-            inputs |= self.model.evaluation_levels(active.first, num_rows)
-            with self.compute_loss_context_manager():
-                losses.append(self.compute_loss(self.model, dict(inputs), num_items_in_batch=num_items))
-        return torch.stack(losses).mean().detach(), None, None
-
-    def _noise_generators(self, num_rows: int) -> list[torch.Generator]:
-        micro_batch = self._micro_batch * self.layout.num_replicas + self.layout.replica
-        first = micro_batch * self.args.train_batch_size
+    def noise_generators(self, micro_batch: int, num_rows: int) -> list[torch.Generator]:
+        """Of each row of a micro-batch of the step."""
+        first = (micro_batch * self.layout.num_replicas + self.layout.replica) * self.args.train_batch_size
         return keyed_generators([self.args.seed, self.state.global_step], range(first, first + num_rows))
 
-    def training_step(self, *args, **kwargs):
-        with self._ledgers.following() if self._ledgers and self.accelerator.sync_gradients else nullcontext():
-            loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients and self._averages_gradients:
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._together is not None:
+            return self._together.training_step(inputs, num_items_in_batch)
+        is_last = self.accelerator.sync_gradients
+        loss = self.block_pass(model, inputs, num_items_in_batch, is_last)
+        if is_last and self._averages_gradients:
             self.layout.average_gradients(*self._trained_now())
+        return loss
+
+    def following_memory(self, is_last: bool) -> AbstractContextManager[None]:
+        """Of the active block's last pass of a step, whose ledger is kept."""
+        return self._ledgers.following() if self._ledgers and is_last else nullcontext()
+
+    @property
+    def kept_hidden(self) -> list[torch.Tensor]:
+        """What other passes of the step have left for the one that goes on."""
+        return [] if self._together is None else self._together.kept
+
+    def block_pass(self, model, inputs, num_items_in_batch, is_last: bool) -> torch.Tensor:
+        """Forward and backward pass of the active block, over a micro-batch; its loss."""
+        with self.following_memory(is_last):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         # `loss` is already divided by the number of micro-batches.
         self._block_losses[self.active_block, 0] += loss
         self._block_losses[self.active_block, 1] += 1 / self.current_gradient_accumulation_steps
@@ -260,7 +256,8 @@ class DiffusionBlocksTrainer(AveragingTrainer):
         # By the norm over the blocks of all lanes; the Trainer knows those of one process.
         if self.layout.num_lanes > 1 and self._parameters[None]:
             return self.layout.clip_gradients(*self._trained_now(), self.args.max_grad_norm)
-        return super()._clip_grad_norm(model)
+        norm = super()._clip_grad_norm(model)
+        return norm if self._together is None else self._together.norm(norm)
 
     def exchange_blocks(self) -> None:
         """Give every rank the blocks that other lanes have trained. All ranks call it."""

@@ -34,7 +34,7 @@ class FactorizedText:
 
     def run(self, active: ActiveBlocks, text: Text, z: torch.Tensor | None, sigma: torch.Tensor) -> torch.Tensor:
         """What tokens 1 to S-1 are read out from, `[N, S-1, D]`."""
-        return self.model.training_output(active, self.model.clean(text), text.block_input)[:, :-1]
+        return self.model.training_output(active, self.model.clean(text), text.block_input, text.block_output)[:, :-1]
 
     def predict(self, text: Text, kept: torch.Tensor, text_walk) -> torch.Tensor:
         """Label-free logits `[N, Q, V]` of the tokens after the clean tokens `kept`."""

@@ -121,6 +121,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         return_logits: bool | None = None,
         text_walk: TextWalk | None = None,
         block_input: torch.Tensor | None = None,
+        block_output: torch.Tensor | None = None,
         loss_block: int | None = None,
     ) -> CausalLMOutputWithPast:
         """Train one block (`block_index` given), or predict next tokens.
@@ -141,6 +142,8 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
             text_walk: what [`generate`] keeps from token to token.
             block_input: the hidden states `[N, S, D]` that enter the block, where the earlier blocks are not run but
                 their output was cached.
+            block_output: the hidden states `[N, S, D]` that have left the block, where its layers have run already
+                (factorized).
             loss_block: the block that is read out, after those between have run, too (factorized, carried); None is
                 `block_index` itself. Parameters between get gradients unless they ask for none.
 
@@ -155,8 +158,10 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         """
         if inputs_embeds is not None and self.blocks[-1].embeds_apart:
             raise ValueError("inputs_embeds must be None with shared='per_block': each block embeds tokens by itself")
-        self.check_block_given(block_index, labels)
-        text = Text(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, block_input)
+        self.check_block_given(block_index, labels, block_output)
+        text = Text(
+            input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, block_input, block_output
+        )
         if block_index is None:
             return self._predict(text, labels, use_cache, logits_to_keep, num_items_in_batch, return_logits, text_walk)
         active, targets = self.active_blocks(block_index, loss_block), labels[:, 1:]

@@ -32,8 +32,9 @@ class JointImage:
         self.model = model
 
     def network(
-        self, active: ActiveBlocks, x: Clean, z: torch.Tensor, sigma: torch.Tensor, cached: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self, active: ActiveBlocks, x: Clean, z: torch.Tensor, sigma: torch.Tensor, cached: torch.Tensor | None = None,
+        output: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """F: logits `[N, V]` of one block, given the image, z `[N, D]` and sigma `[N]`."""
         return self._read(active.first, self.model.entering(self.model.blocks[active.first], x, cached), z, sigma)
 
@@ -77,10 +78,11 @@ class FactorizedImage:
         self.model = model
 
     def network(
-        self, active: ActiveBlocks, x: Clean, z: torch.Tensor, sigma: torch.Tensor, cached: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self, active: ActiveBlocks, x: Clean, z: torch.Tensor, sigma: torch.Tensor, cached: torch.Tensor | None = None,
+        output: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """F: logits `[N, V]` of one block, given the image: its prior."""
-        return self.model.blocks[active.reader].read_out(self.model.training_output(active, x, cached))
+        return self.model.blocks[active.reader].read_out(self.model.training_output(active, x, cached, output))
 
     def walk_denoiser(self, x: Clean):
         """`(block, z [N, D], sigma [N]) -> F, logits [N, V]`: what a walk reads out from. Each block runs once, whatever z

@@ -90,6 +90,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         return_logits: bool | None = None,
         block_input: torch.Tensor | None = None,
+        block_output: torch.Tensor | None = None,
         loss_block: int | None = None,
     ) -> ImageClassifierOutput:
         """Train one block (`block_index` given), or classify.
@@ -106,6 +107,8 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
             return_logits: for all tasks alike; logits of images are always returned.
             block_input: the hidden states `[N, S, D]` that enter the block, where the earlier blocks are not run but
                 their output was cached.
+            block_output: the hidden states `[N, S, D]` that have left the block, where its layers have run already
+                (factorized).
             loss_block: the block that is read out, after those between have run, too (factorized, carried); None is
                 `block_index` itself. Parameters between get gradients unless they ask for none.
 
@@ -117,7 +120,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         Raises:
             ValueError: labels are missing for a block, or a block for training.
         """
-        self.check_block_given(block_index, labels)
+        self.check_block_given(block_index, labels, block_output)
         x = self._clean(pixel_values, interpolate_pos_encoding)
         if block_index is None:
             logits = self.denoiser.logits(x)
@@ -126,7 +129,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         active = self.active_blocks(block_index, loss_block)
         sigma = self.levels(active.last, labels, sigma, generator)
         z = corrupt(F.embedding(labels, self.label_embeddings.vectors()), sigma, noise, generator)
-        logits = self.readout(self.denoiser.network(active, x, z, sigma, block_input), z, sigma)
+        logits = self.readout(self.denoiser.network(active, x, z, sigma, block_input, block_output), z, sigma)
         loss = F.cross_entropy(logits.float(), labels, reduction="none")
         loss = weighted(loss, self.config.loss_weighting, sigma, self.sigma_data).mean()
         return ImageClassifierOutput(loss=loss, logits=logits)

@@ -1,0 +1,197 @@
+"""Steps that train all blocks on their batch, one block after another, each alone with its gradients and activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import find_batch_size
+from torch import nn
+
+if TYPE_CHECKING:
+    from .trainer import DiffusionBlocksTrainer
+
+
+class TogetherSteps:
+    """What `block_schedule="together"` makes of an optimizer step: a block runs over all micro-batches and moves, and its
+    gradients are dropped before the next one has any; what blocks share moves once, on the sum, when all have moved.
+
+    `objective="local"`, first block to last: each is moved by its own loss, and hands on what it put out before it moved,
+    so its layers run once. `objective="exact"`, last to first: the forward pass keeps no more than what enters each block;
+    then each runs again, and gets the gradient of the model's loss from the block after it.
+
+    Args:
+        trainer: of the model.
+    """
+
+    def __init__(self, trainer: DiffusionBlocksTrainer):
+        self._trainer, self._model = trainer, trainer.model
+        self.exact = trainer.args.objective == "exact"
+        #: whether a block starts from what the one before it put out, which is then handed to it here
+        self._passes_on = self._model.context.passes_on
+        self._gathered: list[dict] = []  # micro-batches of the step, until all are there
+        self._entering: list[torch.Tensor | None] = []  # the active block, of each micro-batch; None: it embeds by itself
+        self._leaving: list[torch.Tensor | None] = []  # local: it
+        self._before: list[list[torch.Tensor | None]] = []  # exact: what enters the blocks before it
+        self._gradients: list[torch.Tensor | None] = []  # exact: of what leaves it
+        self._norms: list[torch.Tensor] = []  # of gradients, of the blocks that have moved
+
+    def training_step(self, inputs: dict, num_items: torch.Tensor | int | None) -> torch.Tensor:
+        """Take note of a micro-batch; of the last one, train all blocks. Returns the step's loss then, and 0 before."""
+        trainer = self._trainer
+        self._gathered.append(trainer._prepare_inputs(inputs))
+        if not trainer.accelerator.sync_gradients:
+            return torch.zeros((), device=trainer.args.device)
+        batches, self._gathered, self._norms = self._gathered, [], []
+        self._model.train()
+        loss = self._last_to_first(batches, num_items) if self.exact else self._first_to_last(batches, num_items)
+        shared = trainer._trained_now()[1]
+        if trainer._averages_gradients and shared:
+            trainer.layout.average_gradients([], shared)
+        self._entering, self._leaving, self._gradients = [], [], []
+        return loss
+
+    @property
+    def kept(self) -> list[torch.Tensor]:
+        """Hidden states, and gradients of them, that passes leave for later ones."""
+        every = (*self._before, self._entering, self._leaving, self._gradients)
+        return [tensor for of_block in every for tensor in of_block if tensor is not None]
+
+    def norm(self, shared: torch.Tensor) -> torch.Tensor:
+        """Of the whole step's gradients, before they were clipped, from that of those of what blocks share."""
+        return torch.stack([norm.to(shared.device) for norm in (*self._norms, shared)]).square().sum().sqrt()
+
+    # ---- local
+
+    def _first_to_last(self, batches: list[dict], num_items) -> torch.Tensor:
+        """The mean of the blocks' losses."""
+        trained, losses = self._trainer.train_blocks, []
+        run = range(max(trained) + 1) if self._passes_on else trained
+        self._entering = [None] * len(batches)
+        for k in run:
+            self._leaving = [None] * len(batches)
+            if k in trained:
+                self._begin(k, _following(k, trained))
+                losses.append(sum(self._passes(batches, num_items)))
+                self._move()
+            else:
+                with torch.no_grad():
+                    self._leaving = [self._run(k, m, batch) for m, batch in enumerate(batches)]
+            self._entering = self._leaving
+        return torch.stack(losses).mean()
+
+    # ---- exact
+
+    def _last_to_first(self, batches: list[dict], num_items) -> torch.Tensor:
+        """The model's loss."""
+        trained, last = self._trainer.train_blocks, self._model.num_blocks - 1
+        self._forward(batches, first=min(trained))
+        loss = None
+        for k in range(last, min(trained) - 1, -1):
+            self._begin(k, k - 1 if k > min(trained) else None)
+            self._entering = self._before.pop()
+            if k > min(trained):  # the block before gets a gradient
+                for hidden in self._entering:
+                    hidden.requires_grad_()
+            if k == last:
+                loss = sum(self._passes(batches, num_items))
+            else:
+                self._send_back(k, batches)
+            self._gradients = [None if hidden is None else hidden.grad for hidden in self._entering]
+            if k in trained:
+                self._move()
+        if self._model.offload is not None:  # the next forward pass begins with parameters alone
+            self._model.offload.activate(None)
+        return loss
+
+    @torch.no_grad()
+    def _forward(self, batches: list[dict], first: int) -> None:
+        """Keep what enters each block from `first`."""
+        self._entering, self._before = [None] * len(batches), []
+        for k in range(self._model.num_blocks):
+            if k >= first:
+                self._before.append(self._entering)
+            if k == self._model.num_blocks - 1:
+                return
+            if self._model.offload is not None:
+                self._model.offload.use(k, following=k + 1)
+            with self._trainer.compute_loss_context_manager():
+                self._entering = [self._run(k, m, batch) for m, batch in enumerate(batches)]
+
+    def _send_back(self, k: int, batches: list[dict]) -> None:
+        """Run a block again, and the gradients of what left it back through it."""
+        for m, batch in enumerate(batches):
+            with self._trainer.following_memory(m == len(batches) - 1):
+                with self._trainer.compute_loss_context_manager():
+                    hidden = self._run(k, m, batch)
+                if hidden.requires_grad:  # (the first block may be frozen)
+                    hidden.backward(self._gradients[m])
+            self._gradients[m] = None
+
+    # ---- one block
+
+    def _begin(self, k: int, following: int | None) -> None:
+        self._trainer.begin_block(k, following)
+
+    def _passes(self, batches: list[dict], num_items) -> Iterator[torch.Tensor]:
+        """Forward and backward passes of the active block; their losses."""
+        for m, batch in enumerate(batches):
+            yield self._trainer.block_pass(self._model, batch, num_items, is_last=m == len(batches) - 1)
+
+    def output_of(self, m: int, inputs: dict) -> torch.Tensor | None:
+        """What has left the active block in the pass that goes on, over a micro-batch; None if `forward` runs it."""
+        if not self._passes_on:
+            return None
+        hidden = self._run(self._trainer.active_block, m, inputs)
+        if not self.exact:
+            self._leaving[m] = hidden.detach()
+        return hidden
+
+    def _run(self, k: int, m: int, inputs: dict) -> torch.Tensor:
+        block, x, hidden = self._model.blocks[k], self._model.clean_input(inputs), self._entering[m]
+        with self._same_dropout(m, inputs) if self.exact else nullcontext():
+            hidden = block.embed(x.inputs) if hidden is None else hidden
+            return block.run_clean(hidden, **x.attention)
+
+    @contextmanager
+    def _same_dropout(self, m: int, inputs: dict) -> Iterator[None]:
+        """In both runs of a block: keyed as the noise is, by seed, step and row."""
+        device = self._trainer.args.device
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            torch.manual_seed(self._trainer.noise_generators(m, find_batch_size(inputs))[0].initial_seed())
+            yield
+
+    def _move(self) -> None:
+        """An optimizer step of the active block alone."""
+        trainer = self._trainer
+        own, shared = trainer._trained_now()
+        with without_gradients(shared):
+            if trainer._averages_gradients and own:
+                trainer.layout.average_gradients(own, [])
+            if trainer.args.max_grad_norm > 0:
+                self._norms.append(trainer.accelerator.clip_grad_norm_(own, trainer.args.max_grad_norm))
+            trainer.optimizer.step()
+            trainer.control = trainer.callback_handler.on_optimizer_step(trainer.args, trainer.state, trainer.control)
+            for parameter in own:
+                parameter.grad = None
+
+
+@contextmanager
+def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Set their gradients aside: an optimizer leaves them as they are, then."""
+    aside = [(parameter, parameter.grad) for parameter in parameters]
+    for parameter, _ in aside:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in aside:
+            parameter.grad = gradient
+
+
+def _following(block: int, trained: Sequence[int]) -> int | None:
+    """The block that trains after another, in this step or the next; None if there is no other."""
+    later = next((k for k in trained if k > block), trained[0])
+    return later if later != block else None
