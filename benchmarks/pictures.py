@@ -32,12 +32,14 @@ LLAMA_8B = LlamaConfig(
 ROWS = {
     "end to end": "end to end",
     "end to end, checkpointing": "end to end, checkpointing",
-    "recommended: all blocks in turn, final loss": "all 8 blocks in turn, whole model's loss",
+    "recommended: all blocks together, exact gradient": "all 8 blocks in each step, exact gradient",
     "LoRA (r=16, attention)": "LoRA",
     "recommended: all blocks, inactive ones in host memory": "all 8 blocks in turn, own loss, others in host memory",
     "LoRA (r=16, attention), checkpointing": "LoRA, checkpointing",
-    "recommended: job, shared part frozen, final loss, checkpointing, other blocks in host memory":
-        "one block at a time, whole model's loss, checkpointing,\nothers in host memory, shared part frozen",
+    "recommended: all blocks together, exact gradient, checkpointing, inactive ones in host memory":
+        "all 8 blocks in each step, exact gradient,\ncheckpointing, others in host memory",
+    "recommended: all blocks together, exact gradient, checkpointing, inactive ones in host memory, shared part frozen":
+        "the same, shared part frozen",
     "recommended: job, shared part frozen, cached inputs": "a job of one block, own loss, cached inputs",
 }  # fmt: skip
 #: What is drawn as one part -> its colour, and the ledger's parts

@@ -285,7 +285,7 @@ def load_model(
     backbone = backbone_for(config)
     plain_class = backbone.plain_class
     if fields is not None and training_args.train_blocks is not None:
-        if training_args.objective_of(fields["objective"]) != "final":  # with which all blocks run
+        if training_args.objective_of(fields["objective"]) == "local":  # (with the others all blocks run)
             blocks = db.DiffusionBlocksConfig(source_config=config, task=task, **fields)
             resident = training_args.train_blocks
             if blocks.context == "carried":  # the earlier ones run forward

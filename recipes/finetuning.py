@@ -75,7 +75,7 @@ def _check_export(
             f"export_plain={folder!r} needs denoiser='factorized' and context='carried', not "
             f"{fields['denoiser']!r} and {fields['context']!r}: no stock model computes their logits"
         )
-    if training_args.train_blocks is not None and training_args.objective_of(fields["objective"]) != "final":
+    if training_args.train_blocks is not None and training_args.objective_of(fields["objective"]) == "local":
         raise ValueError(
             f"export_plain={folder!r} needs all blocks: with train_blocks={training_args.train_blocks} some are not loaded"
         )

@@ -29,8 +29,8 @@ TRIPLE = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
 SOURCES = {"text-generation": GPT2, "image-classification": VIT}
 #: (task, start) -> what the model is by default, local heads, objective
 TABLE = {
-    ("text-generation", "pretrained"): (0, "final"),
-    ("image-classification", "pretrained"): (0, "final"),
+    ("text-generation", "pretrained"): (0, "exact"),
+    ("image-classification", "pretrained"): (0, "exact"),
     ("text-generation", "fresh"): (1, "local"),
     ("image-classification", "fresh"): (0, "local"),
 }
@@ -140,7 +140,7 @@ def test_fields_override_the_preset_s():
     assert config.overlap == 0.2
     plain = GPT2LMHeadModel(GPT2)
     assert db.convert(plain, 2, objective="local").config.objective == "local"
-    assert db.convert(plain, 2, shared="per_block").config.objective == "final"
+    assert db.convert(plain, 2, shared="per_block").config.objective == "exact"
 
 
 @pytest.mark.parametrize(
@@ -181,18 +181,19 @@ def test_the_saved_config_holds_what_came_of_it(config, plain, tmp_path):
 def test_the_final_objective_needs_blocks_that_run_on(fields):
     with pytest.raises(ValueError, match="objective='final' needs denoiser='factorized' and context='carried'"):
         db.DiffusionBlocksConfig(source_config=GPT2, num_blocks=2, objective="final", **fields)
-    with pytest.raises(ValueError, match="objective='both' must be one of 'local', 'final'"):
+    with pytest.raises(ValueError, match="objective='both' must be one of 'local', 'final', 'exact'"):
         db.DiffusionBlocksConfig(source_config=GPT2, num_blocks=2, objective="both")
 
 
-@pytest.mark.parametrize("own", ["local", "final"])
-@pytest.mark.parametrize("given", [None, "local", "final"])
+@pytest.mark.parametrize("own", ["local", "final", "exact"])
+@pytest.mark.parametrize("given", [None, "local", "final", "exact"])
 def test_a_run_has_the_model_s_objective_unless_another_is_given(own, given, tmp_path):
     model = db.convert(GPT2LMHeadModel(GPT2), 2, objective=own)
     trainer = trainer_of(model, GPT2, tmp_path, {"objective": given, "max_steps": 2})
     expected = given or own
     assert trainer.args.objective == expected
-    assert trainer.active.reader == (1 if expected == "final" else 0)
+    assert trainer.active.reader == (0 if expected == "local" else 1)
+    assert trainer.args.block_schedule == ("together" if expected == "exact" else "random")
     trainer.train()
     trainer.save_model()
     assert model.config.objective == own
@@ -202,13 +203,20 @@ def test_a_run_has_the_model_s_objective_unless_another_is_given(own, given, tmp
     assert ("block-local training" in card) is (expected == "local")
 
 
+@pytest.mark.parametrize("turns", [{"block_schedule": "sequential"}, {"block_schedule": "random"}, {"block_parallel": True}])
+def test_exact_is_the_final_loss_where_blocks_take_turns(turns, tmp_path):
+    """Of the model's own objective; who asks a run for it is told that it needs all blocks in a step."""
+    trainer = trainer_of(db.convert(GPT2LMHeadModel(GPT2), 2), GPT2, tmp_path, turns)
+    assert trainer.args.objective == "final"
+
+
 def test_the_caller_s_arguments_serve_another_model(tmp_path):
     args = db.DiffusionBlocksTrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
-    for own in ("final", "local"):
+    for own in ("exact", "final", "local"):
         model = db.convert(GPT2LMHeadModel(GPT2), 2, objective=own)
         assert db.DiffusionBlocksTrainer(model=model, args=args).args.objective == own
     assert args.objective is None
-    with pytest.raises(ValueError, match="objective='both' must be one of None, 'local', 'final'"):
+    with pytest.raises(ValueError, match="objective='both' must be one of None, 'local', 'final', 'exact'"):
         db.DiffusionBlocksTrainingArguments(str(tmp_path), objective="both")
 
 
@@ -220,11 +228,11 @@ def test_one_block_alone_is_told_how_to_train_without_the_later_ones(tmp_path):
     trainer_of(model, GPT2, tmp_path, {**arguments, "objective": "local"}).train()
 
 
-def test_low_noise_and_the_final_objective_of_the_model_warn(tmp_path, caplog):
+def test_low_noise_and_the_whole_model_s_loss_warn(tmp_path, caplog):
     logging.enable_propagation()
     for fraction in (1.0, 0.5):
         trainer_of(db.convert(GPT2LMHeadModel(GPT2), 2, prior_fraction=fraction), GPT2, tmp_path, {})
-        assert ("prior_fraction=0.5 with objective='final'" in caplog.text) is (fraction == 0.5)
+        assert ("prior_fraction=0.5 with objective='exact'" in caplog.text) is (fraction == 0.5)
     logging.disable_propagation()
 
 

@@ -10,8 +10,8 @@ from typing import Any
 _LOSSLESS = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
 #: (task, how the weights start) -> fields of DiffusionBlocksConfig that are not its defaults.
 RECOMMENDED: dict[tuple[str, str], dict[str, Any]] = {
-    ("text-generation", "pretrained"): {**_LOSSLESS, "objective": "final"},
-    ("image-classification", "pretrained"): {**_LOSSLESS, "objective": "final"},
+    ("text-generation", "pretrained"): {**_LOSSLESS, "objective": "exact"},
+    ("image-classification", "pretrained"): {**_LOSSLESS, "objective": "exact"},
     # Fresh blocks change under one another: each is trained on its own readout. Where depth counts, as it does for text, a
     # local head keeps early blocks from throwing away what later ones need.
     ("text-generation", "fresh"): {**_LOSSLESS, "readout_layers": 1, "objective": "local"},

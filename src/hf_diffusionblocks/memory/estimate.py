@@ -14,7 +14,8 @@ from ..backbones.base import backbone_for
 from ..configuration import USER_FIELDS, DiffusionBlocksConfig, check_known
 from ..tasks import Task, task_of
 from .ledger import Ledger, Parts
-from .scenarios import Way, Workload, formulations_for, ledger_of, ways_to_train
+from .scenarios import Way, Workload, formulations_for, ledger_of, traffic_of, ways_to_train
+from .traffic import Traffic
 
 DTYPES = {
     "fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
@@ -33,12 +34,14 @@ class MemoryEstimate:
     Args:
         workload: what is trained on what.
         ledgers: of each way, its largest step.
+        traffic: of each way that keeps blocks in host memory, what is copied while every block moves once.
         budget: bytes that are to suffice, or None.
         fitting: with a budget, of each way the smallest B that fits; None where none does. (B=1 for plain models.)
     """
 
     workload: Workload
     ledgers: dict[str, Ledger]
+    traffic: dict[str, Traffic]
     budget: int | None = None
     fitting: dict[str, int | None] | None = None
 
@@ -51,7 +54,12 @@ class MemoryEstimate:
             f"{config.model_type}, {backbone_for(config).num_layers(config)} layers, B={workload.num_blocks}, {size}, "
             f"{str(workload.dtype).removeprefix('torch.')}, AdamW"
         )
-        columns = {}
+        unit, decimals = table_unit(self.ledgers)
+        copied = {name: "" for name in self.ledgers} | {
+            name: f"{each.to_device / UNITS[unit]:,.{decimals}f}, {each.to_host / UNITS[unit]:,.{decimals}f}"
+            for name, each in self.traffic.items()
+        }
+        columns = {"copied to the device, and back": copied} if self.traffic else {}
         if self.fitting is not None:
             columns[f"fits {_bytes(self.budget)}"] = {name: _fits(blocks) for name, blocks in self.fitting.items()}
         return f"{title}\n\n{ledger_table(self.ledgers, columns)}"
@@ -111,12 +119,13 @@ def estimate_memory(
     limit = None if budget is None else parse_bytes(budget)
     ways = ways_to_train(formulations)
     ledgers = {way.name: _followed(way, workload) for way in ways}
+    crossing = {way.name: traffic_of(way, workload) for way in ways if way.offload}
     fitting = None
     if limit is not None:
         fitting = {way.name: smallest_number_of_blocks(way, workload, limit) for way in ways if way.fields}
         plain = {way.name: ledgers[way.name].total <= limit for way in ways if not way.fields}
         fitting = {name: 1 if fits else None for name, fits in plain.items()} | fitting
-    return MemoryEstimate(workload, ledgers, limit, fitting)
+    return MemoryEstimate(workload, ledgers, crossing, limit, fitting)
 
 
 def _workload(
@@ -187,6 +196,12 @@ def _bytes(size: int) -> str:
     return f"{size // UNITS[unit]} {unit or 'bytes'}"
 
 
+def table_unit(ledgers: Mapping[str, Ledger]) -> tuple[str, int]:
+    """Unit and decimals of a table, by its first row."""
+    base = next(iter(ledgers.values())).total
+    return next((unit, decimals) for least, unit, decimals in SCALES if base >= least)
+
+
 def ledger_table(ledgers: Mapping[str, Ledger], columns: Mapping[str, Mapping[str, str]]) -> str:
     """Markdown: each way's parts at their largest, their sum, and the peak; both also over the first's (end to end).
     Averages are left out where there are none.
@@ -195,7 +210,7 @@ def ledger_table(ledgers: Mapping[str, Ledger], columns: Mapping[str, Mapping[st
         columns: more of them: heading -> way -> cell.
     """
     base = next(iter(ledgers.values()))
-    unit, decimals = next(scale for least, *scale in SCALES if base.total >= least)
+    unit, decimals = table_unit(ledgers)
     without = {"rest"} if any(ledger.parts.averages for ledger in ledgers.values()) else {"rest", "averages"}
     parts = [field.name for field in fields(Parts) if field.name not in without]
     header = [unit, *parts, "sum", "over end to end", "peak", "over end to end", *columns]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from ..models.offload import OffloadedBlocks
 from ..presets import RECOMMENDED
 from ..tasks import Task, task_of
 from .ledger import Ledger, measure_memory
+from .traffic import Traffic, traffic
 
 #: What `convert` is given for the paper's formulation.
 PAPER = {"denoiser": "joint", "context": "independent"}
@@ -148,10 +149,11 @@ def ways_to_train(formulations: Mapping[str, Mapping]) -> list[Way]:
             )  # fmt: skip
             ways += [Way(f"{name}: all blocks in turn, final loss", common, final=True), least]
             together = f"{name}: all blocks together, exact gradient"
-            ways += [
-                Way(together, common, exact=True),
-                Way(f"{together}, checkpointing, inactive ones in host memory", common, True, offload=True, exact=True),
-            ]
+            elsewhere = Way(
+                f"{together}, checkpointing, inactive ones in host memory", common, True, offload=True, exact=True
+            )
+            frozen = replace(elsewhere, name=f"{elsewhere.name}, shared part frozen", train_shared=False)
+            ways += [Way(together, common, exact=True), elsewhere, frozen]
     return ways
 
 
@@ -187,6 +189,17 @@ def steps(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = None)
         yield from _steps_in_turn(way, workload, blocks, fake_mode)
 
 
+def traffic_of(way: Way, workload: Workload) -> Traffic | None:
+    """What a way copies while every block moves once; None where blocks stay on the device."""
+    if not way.offload:
+        return None
+    with torch.device("meta"):
+        model = _converted(way, workload)().to(workload.dtype)
+    sizes = [sum(parameter.nbytes for parameter in model.block_parameters(k)) for k in range(workload.num_blocks)]
+    objective = "exact" if way.exact else "final" if way.final else "local"
+    return traffic(sizes, [2 * size for size in sizes], objective, way.exact, way.carried, way.job)
+
+
 def _blocks_that_differ(config: DiffusionBlocksConfig) -> list[int]:
     """The first, the last, and the second where it has more layers: any other holds no more than one of these."""
     last = config.num_blocks - 1
@@ -220,7 +233,8 @@ def _trained_before(way: Way, workload: Workload, fake_mode) -> tuple[DiffusionB
     for block in range(workload.num_blocks):
         if way.offload:
             model.offload.activate(block)
-        _make_state(optimizer, (*model.block_parameters(block), *model.shared_parameters()))
+        shared = model.shared_parameters() if way.train_shared else ()
+        _make_state(optimizer, (*model.block_parameters(block), *shared))
     return model, optimizer
 
 
@@ -234,7 +248,7 @@ def _steps_together(way: Way, workload: Workload, blocks: list[int], fake_mode) 
             model.offload.activate(block, block - 1 if block else None)
         with fake_mode or nullcontext():
             kept = [workload.hidden() for _ in range(block + (block < last))]  # the last of them: a gradient
-            for parameter in model.shared_parameters() if block < last else ():
+            for parameter in model.shared_parameters() if way.train_shared and block < last else ():
                 parameter.grad = torch.zeros_like(parameter)
         entering = kept[block - 1].requires_grad_() if block else None
 
@@ -246,7 +260,7 @@ def _steps_together(way: Way, workload: Workload, blocks: list[int], fake_mode) 
             hidden = own.run_clean(own.embed(x.inputs) if entering is None else entering, **x.attention)
             return (hidden * kept[-1]).sum()
 
-        with TrainedParameters(model, [block], train_shared=True):
+        with TrainedParameters(model, [block], way.train_shared):
             yield Step(model, optimizer, loss, kept)
         optimizer.zero_grad()
 

@@ -19,7 +19,7 @@ class Traffic:
 
 
 def traffic(
-    parameters: Sequence[int], states: Sequence[int], objective: str, together: bool, carried: bool
+    parameters: Sequence[int], states: Sequence[int], objective: str, together: bool, carried: bool, jobs: bool = False
 ) -> Traffic:
     """Of a round. In turns it is an upper bound: what is there already, since it trained before or trains next, is not
     copied again.
@@ -30,8 +30,9 @@ def traffic(
         objective: as the Trainer's.
         together: whether a step trains all blocks.
         carried: whether a block starts from what earlier ones pass on.
+        jobs: whether each block is trained by a job of its own, in which it stays on the device.
     """
-    moved = sum(parameters) + sum(states)  # each block, when it trains, with its state; and back
+    moved = 0 if jobs else sum(parameters) + sum(states)  # each block, when it trains, with its state; and back
     if together:
         # Exact: the forward pass takes parameters alone; of the last block they are still there when it trains.
         again = sum(parameters[:-1]) if objective == "exact" else 0

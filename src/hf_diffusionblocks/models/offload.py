@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -12,9 +12,9 @@ from torch import nn
 class OffloadedBlocks:
     """Keeps blocks in host memory, and copies to the device what is needed there, and no more.
 
-    That is the active block with its optimizer state; the next one, copied ahead while the active one trains; and of
-    other blocks that run (earlier ones of carried context, later ones for the final loss, all in evaluation and inference)
-    one at a time, its parameters alone. What no block owns, or all read, stays on the device.
+    That is the active block, whose optimizer state is copied while it runs; the parameters of the next one, copied ahead
+    then; and those of other blocks that run (earlier ones of carried context, later ones for the final loss, all in
+    evaluation and inference), one at a time. What no block owns, or all read, stays on the device.
 
     The copy is a copy even where "the device" is the CPU, which is what makes this testable without another.
 
@@ -25,7 +25,7 @@ class OffloadedBlocks:
 
     def __init__(self, model: nn.Module, device: torch.device):
         self.device = device
-        self.optimizer: torch.optim.Optimizer | None = None  #: whose state moves with a block
+        self._optimizer: torch.optim.Optimizer | None = None
         stays = set(_new_head(model))
         self._parameters = {
             block: [p for p in model.block_parameters(block) if p not in stays] for block in model.resident_blocks
@@ -36,6 +36,7 @@ class OffloadedBlocks:
         self._next: int | None = None
         self._on_device: set[int] = set()
         self._with_state: set[int] = set()
+        self._arriving: list[torch.Tensor] = []  # copied on the stream, and not waited for
         # The host's own tensors of what is on the device.
         self._host: dict[nn.Parameter, torch.Tensor] = {}
         self._host_states: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
@@ -46,15 +47,27 @@ class OffloadedBlocks:
         for parameter in self._block_parameters():
             parameter.data = self._pinned(parameter.data.cpu())
 
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """Whose state moves with a block, and which waits for it."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        optimizer.register_step_pre_hook(lambda *_: self._wait())
+
     def activate(self, block: int | None, following: int | None = None) -> None:
         """Make a block the one that trains (None: none does), and start to copy the one that follows."""
         self._wait()
         for other in self._on_device - {block}:
             self._evict(other)
         self._active, self._next = block, following
-        for wanted, ahead in ((block, False), (following, True)):
-            if wanted is not None:
-                self._load(wanted, ahead, state=True)
+        if block is not None:
+            self._load(block, ahead=False)
+            self._load_state(block)
+        if following is not None:
+            self._load(following, ahead=True)
 
     def use(self, block: int, following: int | None = None) -> None:
         """Have a block's parameters on the device, for a forward pass, and start to copy those of the one that runs next."""
@@ -63,11 +76,10 @@ class OffloadedBlocks:
         if block not in self._on_device or following is not None:
             for other in self._on_device - {self._active, self._next, block}:
                 self._evict(other)
-        if block not in self._on_device:
-            self._load(block, ahead=False, state=False)
-        if following is not None and following not in self._on_device:
+        self._load(block, ahead=False)
+        if following is not None:
             self._next = following
-            self._load(following, ahead=True, state=False)
+            self._load(following, ahead=True)
 
     @contextmanager
     def all_away(self) -> Iterator[None]:
@@ -103,19 +115,22 @@ class OffloadedBlocks:
 
     # ---- moving
 
-    def _load(self, block: int, ahead: bool, state: bool) -> None:
-        with self._stream if ahead and self._stream is not None else nullcontext():
-            for parameter in self._parameters[block]:
-                if block not in self._on_device:
-                    self._host[parameter] = parameter.data
-                    parameter.data = self._copy(parameter.data)
-                if state and block not in self._with_state:
-                    self._host_states[parameter] = self._states(parameter)
-                    for name, value in self._states(parameter).items():
-                        self.optimizer.state[parameter][name] = self._copy(value)
+    def _load(self, block: int, ahead: bool) -> None:
+        if block in self._on_device:
+            return
+        for parameter in self._parameters[block]:
+            self._host[parameter] = parameter.data
+            parameter.data = self._copy(parameter.data, ahead)
         self._on_device.add(block)
-        if state:
-            self._with_state.add(block)
+
+    def _load_state(self, block: int) -> None:
+        if block in self._with_state:
+            return
+        for parameter in self._parameters[block]:
+            self._host_states[parameter] = self._states(parameter)
+            for name, value in self._states(parameter).items():
+                self.optimizer.state[parameter][name] = self._copy(value, ahead=True)
+        self._with_state.add(block)
 
     def _evict(self, block: int) -> None:
         changed = block == self._active
@@ -145,9 +160,13 @@ class OffloadedBlocks:
         self.copied["to_host"] += value.nbytes
         return host.copy_(value)
 
-    def _copy(self, host: torch.Tensor) -> torch.Tensor:
+    def _copy(self, host: torch.Tensor, ahead: bool) -> torch.Tensor:
         self.copied["to_device"] += host.nbytes
-        return host.to(self.device, non_blocking=True, copy=True)
+        if not ahead or self._stream is None:
+            return host.to(self.device, non_blocking=True, copy=True)
+        with self._stream:
+            self._arriving.append(host.to(self.device, non_blocking=True, copy=True))
+        return self._arriving[-1]
 
     def _pinned(self, host: torch.Tensor) -> torch.Tensor:
         return host.pin_memory() if self.device.type == "cuda" else host
@@ -157,9 +176,9 @@ class OffloadedBlocks:
         if self._stream is not None:
             current = torch.accelerator.current_stream(self.device)
             current.wait_stream(self._stream)
-            for parameter in self._parameters[self._next] if self._next is not None else ():
-                for tensor in (parameter.data, *self._states(parameter).values()):
-                    tensor.record_stream(current)
+            for tensor in self._arriving:
+                tensor.record_stream(current)
+            self._arriving.clear()
 
     def _block_parameters(self) -> Iterable[nn.Parameter]:
         return (parameter for parameters in self._parameters.values() for parameter in parameters)

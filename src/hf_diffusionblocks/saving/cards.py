@@ -65,7 +65,7 @@ def render(model: PreTrainedModel, home: Path) -> str:
     report = config.training_report or {}
     evaluation_sentence = TASKS[config.task].evaluation.get((config.denoiser, config.context), "")
     objective = report.get("objective", config.objective)  # a run may have had one of its own
-    if (config.denoiser, config.context) == ("factorized", "carried") and objective != "final":
+    if (config.denoiser, config.context) == ("factorized", "carried") and objective == "local":
         evaluation_sentence += " This is block-local training with a noise-tempered loss."
     template = Template(files("hf_diffusionblocks.model_cards").joinpath("template.md").read_text())
     plain = f"{type(model.backbone).__name__}, {config.num_hidden_layers} layers"

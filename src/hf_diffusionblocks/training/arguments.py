@@ -21,12 +21,13 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
     included, run on each block's own update count.
     """
 
-    block_schedule: str = field(
-        default="random",
+    block_schedule: str | None = field(
+        default=None,
         metadata={
             "help": "Which block each optimizer step trains: 'random' (each round of num_blocks steps visits every "
             "block once, in random order), 'sequential' (block 0 to its end, then block 1, ...), or 'together': every step "
-            "trains all, one after another, each alone with its gradients.",
+            "trains all, one after another, each alone with its gradients. Default: 'together' for the objective 'exact', "
+            "else 'random'.",
             "choices": list(ORDERS),
         },
     )
@@ -97,7 +98,7 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         for name, allowed in (
-            ("block_schedule", ORDERS),
+            ("block_schedule", (None, *ORDERS)),
             ("offload_inactive_blocks", OFFLOADS),
             ("objective", (None, *CHOICES["objective"])),
         ):
@@ -118,10 +119,13 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
                 )
 
     @property
-    def together(self) -> bool:
-        """Whether each optimizer step trains all blocks."""
-        return self.block_schedule == "together"
+    def in_turn(self) -> bool:
+        """Whether blocks are asked to take turns."""
+        return self.block_parallel or self.block_schedule in ("random", "sequential")
 
     def objective_of(self, configured: str) -> str:
-        """The objective of a run: what is given here, or else what the model's config says."""
-        return configured if self.objective is None else self.objective
+        """The objective of a run: what is given here, or else what the model's config says. Its 'exact' is 'final' where
+        blocks take turns: the same loss."""
+        if self.objective is None:
+            return "final" if configured == "exact" and self.in_turn else configured
+        return self.objective

@@ -68,7 +68,7 @@ def check_schedule(model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksT
         ValueError: names what cannot be combined, and why.
     """
     schedule = f"block_schedule={args.block_schedule!r}"
-    if not args.together:
+    if args.block_schedule != "together":
         if args.objective == "exact":
             raise ValueError(f"{schedule} with objective='exact' must be 'together': each step moves all blocks")
         return
@@ -147,8 +147,10 @@ def _check_sharding(trainer: Trainer) -> None:
             f"FSDP with train_blocks={trainer.train_blocks} and block_parallel={args.block_parallel}: it shards a job that "
             "trains one block, too large for one device. Load and train one block: resident_blocks=[k]"
         )
-    if args.objective == "final":
-        raise ValueError("FSDP with objective='final': of the blocks, it shards the trained one. Set objective='local'")
+    if args.objective != "local":
+        raise ValueError(
+            f"FSDP with objective={args.objective!r}: of the blocks, it shards the trained one. Set objective='local'"
+        )
     if not model.can_generate():
         raise ValueError(f"FSDP with model_type={model.config.source_config.model_type!r}: Accelerate shards text models only")
     embedding = getattr(model.get_input_embeddings(), "weight", None)

@@ -77,9 +77,12 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             )
         args = copy.copy(args)  # the caller's stay as they are, for another model
         args.objective = args.objective_of(model.config.objective)
-        if args.objective == "final" and model.config.prior_fraction < 1:
+        if args.block_schedule is None:
+            args.block_schedule = "together" if args.objective == "exact" else "random"
+        together = args.block_schedule == "together"
+        if args.objective != "local" and model.config.prior_fraction < 1:
             logger.warning(
-                f"prior_fraction={model.config.prior_fraction} with objective='final': where the noise is low, the label is "
+                f"prior_fraction={model.config.prior_fraction} with objective={args.objective!r}: where the noise is low, the label is "
                 "in z, and a block has little to learn from it. Convert with prior_fraction=1.0"
             )
         self.num_blocks = model.config.num_blocks
@@ -89,7 +92,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         self._cached_column = cached_column(self.train_blocks, columns)
         self.layout = Layout(self.train_blocks, args.world_size, args.process_index, args.block_parallel)
         if args.updates_per_block is not None:
-            args.max_steps = args.updates_per_block * (1 if args.together else len(self.layout.blocks))
+            args.max_steps = args.updates_per_block * (1 if together else len(self.layout.blocks))
         super().__init__(model=model, args=args, **kwargs)
         if args.label_names is None and "labels" not in signature(model.forward).parameters:
             self.label_names = []  # what it is trained on is the input itself (`class_labels` are a condition)
@@ -103,7 +106,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         learning_rate_curve(args, num_updates=1)  # complain before training
         self.block_schedule: BlockSchedule | None = None  # known once training knows its number of steps
         self.active = self._active(self.layout.blocks[0])
-        self._together = TogetherSteps(self) if args.together else None
+        self._together = TogetherSteps(self) if together else None
         self._trained = TrainedParameters(model, self.train_blocks, args.train_shared)  # known once training begins
         self._schedules: list[BlockSchedule] = []  # of all lanes
         self._stale: set[int] = set()  # blocks that other lanes may have moved since this one saw them
