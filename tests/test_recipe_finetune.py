@@ -323,7 +323,8 @@ def plain_vit(tmp_path_factory, digits) -> Path:
 @pytest.mark.parametrize("tuned", [[], ["--peft", "lora"]], ids=["whole", "lora"])
 def test_a_new_label_set_gets_a_new_classifier(tmp_path, digits, plain_vit, tuned):
     """Though there are as many of them; it is trained whole, and is in the exported model."""
-    options = ["--model_name_or_path", str(plain_vit), "--updates_per_block", "120", *tuned]
+    rate = ["--learning_rate", "5e-3"]
+    options = ["--model_name_or_path", str(plain_vit), "--updates_per_block", "120", *rate, *tuned]
     folders = ["--output_dir", str(tmp_path / "out"), "--export_plain", str(tmp_path / "plain")]
     metrics = finetune_image_classification.main([*TRAINING, *options, *digits["second"], *folders])
     exported = AutoModelForImageClassification.from_pretrained(tmp_path / "plain")
