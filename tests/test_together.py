@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks import lora
+from hf_diffusionblocks.memory.scenarios import Way, Workload, ledger_of
 from hf_diffusionblocks.memory.traffic import traffic
 from hf_diffusionblocks.training.checks import check_schedule
 
@@ -207,6 +208,16 @@ def test_the_ledger_counts_gradients_and_activations_of_one_block(source, object
     assert model.offload.bytes_on_device() == {"parameters": 0, "optimizer": 0}
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_estimate_s_ledger_is_the_trainer_s(source, offload, tmp_path):
+    fields = {name: value for name, value in CARRIED.items() if name != "num_blocks"}
+    way = Way("exact", fields, exact=True, offload=offload)
+    expected = ledger_of(way, Workload(source, B, batch_size=2, sequence_length=None if source is VIT else 12))
+    place = {"offload_inactive_blocks": "cpu" if offload else "none"}
+    ledgers = trained(made(source, CARRIED), source, tmp_path, {**EXACT, **place}).ledgers.values()
+    assert max(ledger.total for ledger in ledgers) == pytest.approx(expected.total, rel=0.02)
+
+
 def test_layers_run_once_a_batch_or_twice(source, objective, tmp_path):
     model, runs = made(source, CARRIED), Counter()
     run, numbers = model._run_layer, {id(layer): k for k, layer in enumerate(l for b in model.blocks for l in b.layers)}
@@ -282,24 +293,41 @@ def test_adapters_on_all_blocks(objective, tmp_path):
     assert len(moved) == 2 * B and all("lora_" in name for name in moved)
 
 
-def test_what_is_logged_and_said(objective, tmp_path):
-    """A step's gradient norm is that of all blocks, before each was clipped by its own."""
-    trainer = trained(made(GPT2, CARRIED), GPT2, tmp_path, {**objective, "max_steps": 1, "max_grad_norm": 1e9})
-    log = trainer.state.log_history[0]
-    assert {name for name in log if name.startswith("loss_block")} == {f"loss_block_{k}" for k in range(0 if objective is LOCAL else B - 1, B)}
-    model = made(GPT2, CARRIED).train()
-    batch = {name: tensor for name, tensor in next(iter(trainer.get_train_dataloader())).items()}
-    assert log["grad_norm"] > 0
-    card = tmp_path / "README.md"
+def test_the_log_has_the_norm_of_all_gradients(tmp_path):
+    """Before each block's was clipped by its own."""
+    model, norms = made(GPT2, CARRIED), []
+    plain = model.to_plain()
+    arguments = {"max_steps": 1, "max_grad_norm": 1e9}
+    norms.append(trained(model, GPT2, tmp_path, {**EXACT, **arguments}).state.log_history[0]["grad_norm"])
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=2, logging_steps=1, use_cpu=True, report_to=[], **arguments)
+    stock = Trainer(model=plain, args=args, train_dataset=data(GPT2))
+    stock.train()
+    norms.append(stock.state.log_history[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_blocks_are_clipped_by_their_own_norms(tmp_path):
+    model = made(GPT2, CARRIED)
+    before = [[p.detach().clone() for p in model.block_parameters(k)] for k in range(B)]
+    arguments = {**EXACT, "max_steps": 1, "optim": "sgd", "weight_decay": 0.0, "max_grad_norm": 1e-3}
+    trained(model, GPT2, tmp_path, arguments)
+    for k in range(B):
+        moves = [after - start for after, start in zip(model.block_parameters(k), before[k])]
+        assert torch.stack([move.norm() for move in moves]).norm().item() == pytest.approx(1e-2 * 1e-3, rel=1e-2)
+
+
+def test_the_log_and_the_card_say_so(objective, tmp_path):
+    trainer = trained(made(GPT2, CARRIED), GPT2, tmp_path, {**objective, "max_steps": 1})
+    named = {name for name in trainer.state.log_history[0] if name.startswith("loss_block")}
+    assert named == {f"loss_block_{k}" for k in (range(B) if objective is LOCAL else [B - 1])}
     trainer.save_model()
-    trainer.create_model_card()
-    assert "- block schedule: together" in card.read_text()
+    assert "- block schedule: together" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
     "source, fields, arguments, message",
     [
-        (GPT2, CARRIED, {"objective": "exact"}, "block_schedule='random' with objective='exact' must be 'together'"),
+        (GPT2, CARRIED, {**EXACT, "block_schedule": "random"}, "block_schedule='random' with objective='exact' must be 'together'"),
         (GPT2, CARRIED, {**EXACT, "objective": "final"}, "objective='final' with block_schedule='together' must be 'exact'"),
         (GPT2, CARRIED, {**LOCAL, "block_parallel": True}, "block_schedule='together' with block_parallel=True"),
         (GPT2, {"context": "carried"}, LOCAL, "needs denoiser='factorized'.*joint, carried, text-generation"),
