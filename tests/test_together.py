@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from peft import LoraConfig
-from process_scenarios import DIT, GPT2, LLAMA, VIT, made, rows, trainer_of
+from process_scenarios import DIT, GPT2, LLAMA, VIT, arguments_of, made, rows, trainer_of
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -158,7 +158,6 @@ def test_local_is_a_loop_over_blocks_by_hand(source, fields, tmp_path):
 
 @pytest.mark.parametrize("source, fields", [(GPT2, {"shared": "per_block"}), (DIT, {"shared": "per_block"}), (VIT, {})])
 def test_independent_blocks_train_together_too(source, fields, tmp_path):
-    """Where they share nothing, as in turns of as many updates: but for their noise, which is one step's."""
     model = made(source, fields)
     before = copy.deepcopy(model.state_dict())
     trainer = trained(model, source, tmp_path, {**LOCAL, "max_steps": -1, "updates_per_block": 3})
@@ -278,13 +277,54 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(objective, extra, tmp_path)
         assert_same(whole.model, model)
 
 
+def test_layers_are_cast_as_in_turns(objective, tmp_path):
+    """bf16: Accelerate casts in `forward`, where these layers do not run."""
+    model, dtypes = made(GPT2, CARRIED), set()
+    for layer in model.backbone.transformer.h:
+        layer.mlp.c_fc.register_forward_hook(lambda module, given, output: dtypes.add(output.dtype))
+    trained(model, GPT2, tmp_path, {**objective, "bf16": True, "max_steps": 1})
+    assert dtypes == {torch.bfloat16}
+
+
+def test_dropout_differs_between_blocks(tmp_path):
+    source, dropped = copy.deepcopy(GPT2), []
+    source.resid_pdrop = 0.5
+    model = made(source, CARRIED)
+    for layer in model.backbone.transformer.h:
+        layer.mlp.dropout.register_forward_hook(lambda module, given, output: dropped.append(output == 0))
+    trained(model, GPT2, tmp_path, {**EXACT, "max_steps": 1})
+    first = dropped[: B - 1]  # of the forward pass
+    assert not any(torch.equal(one, other) for k, one in enumerate(first) for other in first[:k])
+
+
+@pytest.mark.parametrize("schedule", ["random", "together"])
+def test_a_trainer_trains_again(schedule, tmp_path):
+    trainer = trained(made(GPT2, CARRIED), GPT2, tmp_path, {"offload_inactive_blocks": "cpu", "block_schedule": schedule})
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    assert not torch.equal(before["backbone.transformer.h.0.mlp.c_fc.weight"], trainer.model.state_dict()["backbone.transformer.h.0.mlp.c_fc.weight"])
+
+
+def test_a_job_on_cached_inputs_is_no_matter_for_it(tmp_path):
+    """A pretrained preset's objective is exact; one block trains by itself, then, and who asks for more is told."""
+    model = made(GPT2, {**CARRIED, "objective": "exact"})
+    cached = db.cache_block_inputs(model, rows(GPT2).with_format(None), B - 1, tmp_path / "cached")
+    job = made(GPT2, {**CARRIED, "objective": "exact"}, resident_blocks=[B - 1])
+    for schedule in (None, "together"):
+        args = arguments_of(tmp_path, {"train_shared": False, "max_steps": 1, "block_schedule": schedule})
+        if schedule:
+            with pytest.raises(ValueError, match=f"with the column 'input_of_block_{B - 1}'"):
+                db.DiffusionBlocksTrainer(model=job, args=args, train_dataset=cached)
+        else:
+            db.DiffusionBlocksTrainer(model=job, args=args, train_dataset=cached).train()
+
+
 def test_averages_move_with_their_parameters(objective, tmp_path):
     trainer = trained(made(GPT2, CARRIED), GPT2, tmp_path, {**objective, "ema_decay": 0.9})
     assert set(trainer.averages.updates.values()) == {STEPS}
 
 
 def test_adapters_on_all_blocks(objective, tmp_path):
-    """Exact: as the stock model with the same adapters, end to end."""
     model = made(GPT2, CARRIED).double()
     lora.add_block_adapters(model, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False))
     before = copy.deepcopy(model)
@@ -293,11 +333,12 @@ def test_adapters_on_all_blocks(objective, tmp_path):
     assert len(moved) == 2 * B and all("lora_" in name for name in moved)
 
 
-def test_the_log_has_the_norm_of_all_gradients(tmp_path):
+@pytest.mark.parametrize("limit", [0.0, 1e9])
+def test_the_log_has_the_norm_of_all_gradients(limit, tmp_path):
     """Before each block's was clipped by its own."""
     model, norms = made(GPT2, CARRIED), []
     plain = model.to_plain()
-    arguments = {"max_steps": 1, "max_grad_norm": 1e9}
+    arguments = {"max_steps": 1, "max_grad_norm": limit}
     norms.append(trained(model, GPT2, tmp_path, {**EXACT, **arguments}).state.log_history[0]["grad_norm"])
     args = TrainingArguments(str(tmp_path), per_device_train_batch_size=2, logging_steps=1, use_cpu=True, report_to=[], **arguments)
     stock = Trainer(model=plain, args=args, train_dataset=data(GPT2))
@@ -340,4 +381,4 @@ def test_what_it_needs_is_said(source, fields, arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         args = trainer_of(model, source, tmp_path, {**arguments, "fp16": False}).args
         args.fp16 = arguments.get("fp16", False)  # (the CPU has none)
-        check_schedule(model, args)
+        check_schedule(model, args, None)

@@ -26,6 +26,7 @@ class OffloadedBlocks:
     def __init__(self, model: nn.Module, device: torch.device):
         self.device = device
         self._optimizer: torch.optim.Optimizer | None = None
+        self._waits = None  # the optimizer's hook
         stays = set(_new_head(model))
         self._parameters = {
             block: [p for p in model.block_parameters(block) if p not in stays] for block in model.resident_blocks
@@ -36,7 +37,6 @@ class OffloadedBlocks:
         self._next: int | None = None
         self._on_device: set[int] = set()
         self._with_state: set[int] = set()
-        self._arriving: list[torch.Tensor] = []  # copied on the stream, and not waited for
         # The host's own tensors of what is on the device.
         self._host: dict[nn.Parameter, torch.Tensor] = {}
         self._host_states: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
@@ -55,7 +55,10 @@ class OffloadedBlocks:
     @optimizer.setter
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        optimizer.register_step_pre_hook(lambda *_: self._wait())
+        if self._waits is not None:
+            self._waits.remove()
+        stock = getattr(optimizer, "optimizer", optimizer)  # of Accelerate's wrapper
+        self._waits = stock.register_step_pre_hook(lambda *_: self._wait())
 
     def activate(self, block: int | None, following: int | None = None) -> None:
         """Make a block the one that trains (None: none does), and start to copy the one that follows."""
@@ -164,9 +167,11 @@ class OffloadedBlocks:
         self.copied["to_device"] += host.nbytes
         if not ahead or self._stream is None:
             return host.to(self.device, non_blocking=True, copy=True)
+        # Room is made on the stream that computes, so that what leaves it can be used again at once.
+        arriving = torch.empty_like(host, device=self.device)
+        self._stream.wait_stream(torch.accelerator.current_stream(self.device))
         with self._stream:
-            self._arriving.append(host.to(self.device, non_blocking=True, copy=True))
-        return self._arriving[-1]
+            return arriving.copy_(host, non_blocking=True)
 
     def _pinned(self, host: torch.Tensor) -> torch.Tensor:
         return host.pin_memory() if self.device.type == "cuda" else host
@@ -174,11 +179,7 @@ class OffloadedBlocks:
     def _wait(self) -> None:
         """Until what was copied ahead is there."""
         if self._stream is not None:
-            current = torch.accelerator.current_stream(self.device)
-            current.wait_stream(self._stream)
-            for tensor in self._arriving:
-                tensor.record_stream(current)
-            self._arriving.clear()
+            torch.accelerator.current_stream(self.device).wait_stream(self._stream)
 
     def _block_parameters(self) -> Iterable[nn.Parameter]:
         return (parameter for parameters in self._parameters.values() for parameter in parameters)

@@ -14,7 +14,10 @@ class BlockEvaluation(Trainer):
 
     train_blocks: list[int]
     num_blocks: int
-    _evaluated: list[torch.Tensor]  # `[rows, B]` losses of the evaluation that runs
+
+    def __init__(self, *args, **kwargs):
+        self._evaluated: list[torch.Tensor] = []  # `[rows, B]` losses of the evaluation that runs
+        super().__init__(*args, **kwargs)
 
     def _active(self, block: int) -> ActiveBlocks:
         """What trains, and is evaluated, with a block."""

@@ -61,8 +61,13 @@ def blocks_to_train(
     return blocks
 
 
-def check_schedule(model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments) -> None:
+def check_schedule(
+    model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments, cached: str | None
+) -> None:
     """Refuse what blocks cannot be trained on in turn, or together.
+
+    Args:
+        cached: the column of the data that holds what enters the block, if there is one.
 
     Raises:
         ValueError: names what cannot be combined, and why.
@@ -77,7 +82,11 @@ def check_schedule(model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksT
     if args.block_parallel:
         raise ValueError(f"{schedule} with block_parallel=True: each process trains blocks of its own, and none has all")
     if args.fp16:
-        raise ValueError(f"{schedule} with fp16=True: blocks would share one loss scale. bf16=True needs none")
+        raise ValueError(
+            f"{schedule} with fp16=True: blocks would share one loss scale. bf16=True needs none; or set block_schedule='random'"
+        )
+    if cached is not None:
+        raise ValueError(f"{schedule} with the column {cached!r}: a job on cached inputs trains one block, and runs no other")
     if model.context.passes_on and model.config.denoiser != "factorized":
         raise ValueError(
             f"{schedule} with context='carried' needs denoiser='factorized': what a block of this model "
@@ -165,6 +174,8 @@ def _check_sharding(trainer: Trainer) -> None:
         raise ValueError(
             f"FSDP with offload_inactive_blocks={args.offload_inactive_blocks!r}: sharded parameters stay where they are"
         )
+    if args.block_schedule == "together":
+        raise ValueError("FSDP with block_schedule='together': it shards a job that trains one block. Set 'random'")
     if args.ema_decay is not None:
         raise ValueError(f"FSDP with ema_decay={args.ema_decay}: averages of sharded parameters are not implemented")
     # A layer is run through its parts, so these are what FSDP gathers as they are called.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import find_batch_size
 from torch import nn
+
+from ..diffusion.randomness import keyed_generators
+from ..models.active import without_dropout
 
 if TYPE_CHECKING:
     from .trainer import DiffusionBlocksTrainer
@@ -46,21 +49,29 @@ class TogetherSteps:
             return torch.zeros((), device=trainer.args.device)
         batches, self._gathered, self._norms = self._gathered, [], []
         self._model.train()
-        loss = self._last_to_first(batches, num_items) if self.exact else self._first_to_last(batches, num_items)
+        try:
+            loss = self._last_to_first(batches, num_items) if self.exact else self._first_to_last(batches, num_items)
+        finally:
+            self._entering, self._leaving, self._before, self._gradients = [], [], [], []
         shared = trainer._trained_now()[1]
         if trainer._averages_gradients and shared:
             trainer.layout.average_gradients([], shared)
-        self._entering, self._leaving, self._gradients = [], [], []
         return loss
+
+    def forget(self) -> None:
+        """What a run that was stopped within a step has gathered."""
+        self._gathered = []
 
     @property
     def kept(self) -> list[torch.Tensor]:
         """Hidden states, and gradients of them, that passes leave for later ones."""
-        every = (*self._before, self._entering, self._leaving, self._gradients)
+        every = [*self._before, self._entering, self._leaving, self._gradients]
+        every.append([hidden.grad for hidden in self._entering if hidden is not None])
         return [tensor for of_block in every for tensor in of_block if tensor is not None]
 
-    def norm(self, shared: torch.Tensor) -> torch.Tensor:
+    def norm(self, shared: torch.Tensor | float) -> torch.Tensor:
         """Of the whole step's gradients, before they were clipped, from that of those of what blocks share."""
+        shared = torch.as_tensor(shared)
         return torch.stack([norm.to(shared.device) for norm in (*self._norms, shared)]).square().sum().sqrt()
 
     # ---- local
@@ -73,11 +84,11 @@ class TogetherSteps:
         for k in run:
             self._leaving = [None] * len(batches)
             if k in trained:
-                self._begin(k, _following(k, trained))
+                self._trainer.begin_block(k, _following(k, trained))
                 losses.append(sum(self._passes(batches, num_items)))
                 self._move()
             else:
-                with torch.no_grad():
+                with torch.no_grad(), without_dropout(self._model.backbone):
                     self._leaving = [self._run(k, m, batch) for m, batch in enumerate(batches)]
             self._entering = self._leaving
         return torch.stack(losses).mean()
@@ -90,7 +101,7 @@ class TogetherSteps:
         self._forward(batches, first=min(trained))
         loss = None
         for k in range(last, min(trained) - 1, -1):
-            self._begin(k, k - 1 if k > min(trained) else None)
+            self._trainer.begin_block(k, k - 1 if k > min(trained) else None)
             self._entering = self._before.pop()
             if k > min(trained):  # the block before gets a gradient
                 for hidden in self._entering:
@@ -117,23 +128,18 @@ class TogetherSteps:
                 return
             if self._model.offload is not None:
                 self._model.offload.use(k, following=k + 1)
-            with self._trainer.compute_loss_context_manager():
-                self._entering = [self._run(k, m, batch) for m, batch in enumerate(batches)]
+            self._entering = [self._run(k, m, batch) for m, batch in enumerate(batches)]
 
     def _send_back(self, k: int, batches: list[dict]) -> None:
         """Run a block again, and the gradients of what left it back through it."""
         for m, batch in enumerate(batches):
             with self._trainer.following_memory(m == len(batches) - 1):
-                with self._trainer.compute_loss_context_manager():
-                    hidden = self._run(k, m, batch)
+                hidden = self._run(k, m, batch)
                 if hidden.requires_grad:  # (the first block may be frozen)
                     hidden.backward(self._gradients[m])
             self._gradients[m] = None
 
     # ---- one block
-
-    def _begin(self, k: int, following: int | None) -> None:
-        self._trainer.begin_block(k, following)
 
     def _passes(self, batches: list[dict], num_items) -> Iterator[torch.Tensor]:
         """Forward and backward passes of the active block; their losses."""
@@ -151,16 +157,19 @@ class TogetherSteps:
 
     def _run(self, k: int, m: int, inputs: dict) -> torch.Tensor:
         block, x, hidden = self._model.blocks[k], self._model.clean_input(inputs), self._entering[m]
-        with self._same_dropout(m, inputs) if self.exact else nullcontext():
+        # (Accelerate casts in `forward`, of which this is no part.)
+        with self._trainer.accelerator.autocast(), self._same_dropout(k, m) if self.exact else nullcontext():
             hidden = block.embed(x.inputs) if hidden is None else hidden
             return block.run_clean(hidden, **x.attention)
 
     @contextmanager
-    def _same_dropout(self, m: int, inputs: dict) -> Iterator[None]:
-        """In both runs of a block: keyed as the noise is, by seed, step and row."""
+    def _same_dropout(self, k: int, m: int) -> Iterator[None]:
+        """In both runs of a block over a micro-batch: keyed by seed, step, both, and the rank."""
+        args, step = self._trainer.args, self._trainer.state.global_step
+        key, = keyed_generators([args.seed, step, k, m], [args.process_index])
         device = self._trainer.args.device
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-            torch.manual_seed(self._trainer.noise_generators(m, find_batch_size(inputs))[0].initial_seed())
+            torch.manual_seed(key.initial_seed())
             yield
 
     def _move(self) -> None:
@@ -170,8 +179,7 @@ class TogetherSteps:
         with without_gradients(shared):
             if trainer._averages_gradients and own:
                 trainer.layout.average_gradients(own, [])
-            if trainer.args.max_grad_norm > 0:
-                self._norms.append(trainer.accelerator.clip_grad_norm_(own, trainer.args.max_grad_norm))
+            self._norms.append(trainer.accelerator.clip_grad_norm_(own, trainer.args.max_grad_norm or math.inf))
             trainer.optimizer.step()
             trainer.control = trainer.callback_handler.on_optimizer_step(trainer.args, trainer.state, trainer.control)
             for parameter in own:

@@ -76,6 +76,9 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
                 "noise_distribution='information' has no noise_table yet: call fit_noise_schedule(model, dataloader)"
             )
         args = copy.copy(args)  # the caller's stay as they are, for another model
+        columns = getattr(kwargs.get("train_dataset"), "column_names", None) or ()
+        if args.block_schedule is None and cached_column(args.train_blocks or model.resident_blocks, columns):
+            args.block_schedule = "random"  # one block: there is no other to be trained together with
         args.objective = args.objective_of(model.config.objective)
         if args.block_schedule is None:
             args.block_schedule = "together" if args.objective == "exact" else "random"
@@ -86,10 +89,9 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
                 "in z, and a block has little to learn from it. Convert with prior_fraction=1.0"
             )
         self.num_blocks = model.config.num_blocks
-        columns = getattr(kwargs.get("train_dataset"), "column_names", None) or ()
         self.train_blocks = blocks_to_train(model, args, columns)
-        check_schedule(model, args)
         self._cached_column = cached_column(self.train_blocks, columns)
+        check_schedule(model, args, self._cached_column)
         self.layout = Layout(self.train_blocks, args.world_size, args.process_index, args.block_parallel)
         if args.updates_per_block is not None:
             args.max_steps = args.updates_per_block * (1 if together else len(self.layout.blocks))
@@ -259,7 +261,10 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         # By the norm over the blocks of all lanes; the Trainer knows those of one process.
         if self.layout.num_lanes > 1 and self._parameters[None]:
             return self.layout.clip_gradients(*self._trained_now(), self.args.max_grad_norm)
-        norm = super()._clip_grad_norm(model)
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
         return norm if self._together is None else self._together.norm(norm)
 
     def exchange_blocks(self) -> None:
@@ -337,6 +342,8 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
                 f"block {k}: layers {block.layer_indices[0]}-{block.layer_indices[-1]}, trains at {schedule.level_name} "
                 f"({low:.4g}, {high:.4g}], {sum(p.numel() for p in block.parameters()):,} parameters"
             )
+        if self._together is not None:
+            self._together.forget()
         self._trained = TrainedParameters(self.model, self.train_blocks, self.args.train_shared)
         with self._trained:
             result = super().train(*args, **kwargs)
