@@ -17,7 +17,7 @@ RECOMMENDED: dict[tuple[str, str], dict[str, Any]] = {
     ("text-generation", "fresh"): {**_LOSSLESS, "readout_layers": 1, "objective": "local"},
     # (p_mean places the blocks' boundaries, which the walk to one of few labels wants higher.)
     ("image-classification", "fresh"): {**_LOSSLESS, "p_mean": 0.5, "objective": "local"},
-    # (Blocks that share patches and final layer pull these apart.)
+    # (Blocks that share patches and final layer pull these apart. Those of masked text do not: nothing is added there.)
     ("image-generation", "fresh"): {"shared": "per_block"},
 }
 PRESETS = ("recommended", "paper")
