@@ -243,7 +243,7 @@ def test_best_model_is_loaded_at_the_end(plain_model, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"block_schedule": "round-robin"}, r"block_schedule='round-robin' must be one of 'random', 'sequential'"),
+        ({"block_schedule": "round-robin"}, "block_schedule='round-robin' must be one of None, 'random', 'sequential', 'together'"),
         ({"offload_inactive_blocks": "disk"}, r"offload_inactive_blocks='disk' must be one of 'none', 'cpu'"),
         ({"block_switch_interval": 0}, r"block_switch_interval=0 must be at least 1"),
         ({"updates_per_block": 0}, r"updates_per_block=0 must be at least 1"),

@@ -35,11 +35,11 @@ class TogetherSteps:
         #: whether a block starts from what the one before it put out, which is then handed to it here
         self._passes_on = self._model.context.passes_on
         self._gathered: list[dict] = []  # micro-batches of the step, until all are there
-        self._entering: list[torch.Tensor | None] = []  # the active block, of each micro-batch; None: it embeds by itself
-        self._leaving: list[torch.Tensor | None] = []  # local: it
+        self._entering: list[torch.Tensor | None] = []  # what enters the active block; None: it embeds
+        self._leaving: list[torch.Tensor | None] = []  # local: what leaves it
+        self._gradients: list[torch.Tensor | None] = []  # exact: of what leaves it (each list has a place a micro-batch)
         self._before: list[list[torch.Tensor | None]] = []  # exact: what enters the blocks before it
-        self._gradients: list[torch.Tensor | None] = []  # exact: of what leaves it
-        self._norms: list[torch.Tensor] = []  # of gradients, of the blocks that have moved
+        self._norms: list[torch.Tensor] = []  # of the gradients of the blocks that have moved
 
     def training_step(self, inputs: dict, num_items: torch.Tensor | int | None) -> torch.Tensor:
         """Take note of a micro-batch; of the last one, train all blocks. Returns the step's loss then, and 0 before."""
@@ -69,10 +69,9 @@ class TogetherSteps:
         every.append([hidden.grad for hidden in self._entering if hidden is not None])
         return [tensor for of_block in every for tensor in of_block if tensor is not None]
 
-    def norm(self, shared: torch.Tensor | float) -> torch.Tensor:
-        """Of the whole step's gradients, before they were clipped, from that of those of what blocks share."""
-        shared = torch.as_tensor(shared)
-        return torch.stack([norm.to(shared.device) for norm in (*self._norms, shared)]).square().sum().sqrt()
+    def norm(self, shared: float) -> float:
+        """Of all gradients of the last step, before they were clipped, from that of those of what blocks share."""
+        return math.hypot(*(norm.item() for norm in self._norms), shared)
 
     # ---- local
 

@@ -263,10 +263,6 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             return self.layout.clip_gradients(*self._trained_now(), self.args.max_grad_norm)
         return super()._clip_grad_norm(model)
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm)
-        return norm if self._together is None else self._together.norm(norm)
-
     def exchange_blocks(self) -> None:
         """Give every rank the blocks that other lanes have trained. All ranks call it."""
         for block in sorted(self._stale):
@@ -332,6 +328,8 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             totals = self.accelerator.reduce(self._block_losses, "sum").tolist()
             logs |= {f"loss_block_{k}": total / count for k, (total, count) in enumerate(totals) if count}
             self._block_losses.zero_()
+        if self._together is not None and "grad_norm" in logs:
+            logs["grad_norm"] = self._together.norm(logs["grad_norm"])
         super().log(logs, *args, **kwargs)
 
     def train(self, *args, **kwargs):
