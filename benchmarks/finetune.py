@@ -110,11 +110,11 @@ class Near:
     def training_output(self, active, x, cached=None, output=None):
         block = self.blocks[active.first]
         hidden = self.entering(block, x, cached)
-        output = block.run_clean(hidden, **x.attention)
+        left = block.run_clean(hidden, **x.attention)
         with torch.no_grad():
             goal = self.pretrained[0].blocks[active.first].run_clean(hidden, **x.attention)
-        self.distance = F.mse_loss(output, goal) / goal.square().mean()
-        return block.run_local_head(output, **x.attention)
+        self.distance = F.mse_loss(left, goal) / goal.square().mean()
+        return block.run_local_head(left, **x.attention)
 
     def forward(self, *args, **kwargs):
         result = super().forward(*args, **kwargs)

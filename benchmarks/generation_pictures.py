@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from cached_runs import file_of
 from quality_generation import ROWS, STEPS
 
 import hf_diffusionblocks as db
@@ -26,12 +27,8 @@ WALKED = "B=3 of 2 layers, own ends"
 NAMES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 
 
-def file_of(results: Path, row: str, updates: int) -> Path:
-    return results / f"row{list(ROWS).index(row):02}-seed0-updates{updates}.json"
-
-
 def model_of(results: Path, row: str, updates: int):
-    return db.DiffusionBlocksForImageGeneration.from_pretrained(file_of(results, row, updates).with_suffix(""))
+    return db.DiffusionBlocksForImageGeneration.from_pretrained(file_of(results, ROWS, row, updates).with_suffix(""))
 
 
 def draw_samples(results: Path, updates: int, file: Path) -> None:
@@ -80,7 +77,7 @@ def draw_walk(results: Path, updates: int, file: Path, steps: int = 12) -> None:
 
 def draw_blocks(results: Path, updates: int, file: Path) -> None:
     """Six layers in B blocks: quality, and what a step of sampling and of training costs."""
-    found = {b: json.loads(file_of(results, row, updates).read_text()) for b, row in BY_BLOCKS.items()}
+    found = {b: json.loads(file_of(results, ROWS, row, updates).read_text()) for b, row in BY_BLOCKS.items()}
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
     panels = (
         ("held-out denoising loss", lambda b, run: run["loss"]),

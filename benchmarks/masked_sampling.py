@@ -21,6 +21,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from cached_runs import file_of
 from characters import characters, decode
 from gutenberg import config_for
 from quality_masked import LENGTH, MASK, ROWS, WIDTH
@@ -152,8 +153,8 @@ def main() -> None:
     parser.add_argument("--seconds", action="store_true", help="measure the seconds instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    files = {row: options.results / f"row{list(ROWS).index(row):02}-seed0-updates{options.updates}" for row in SAMPLED}
-    models = {row: db.DiffusionBlocksForMaskedLM.from_pretrained(file).eval() for row, file in files.items()}
+    folders = {row: file_of(options.results, ROWS, row, options.updates).with_suffix("") for row in SAMPLED}
+    models = {row: db.DiffusionBlocksForMaskedLM.from_pretrained(folder).eval() for row, folder in folders.items()}
     seconds_file = options.results / "sampling-seconds.json"
     if options.seconds:
         seconds_file.write_text(json.dumps(seconds_a_token(models)))

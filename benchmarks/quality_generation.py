@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from cached_runs import results_of
 from copied_blocks import copy_to_every_block
 from generation_metrics import (
     frechet_distance, held_out_losses, in_batches, precision_and_recall, trained_classifier,
@@ -274,20 +274,11 @@ def main() -> None:
         "updates": options.updates, "samples": options.samples, "output": str(options.output), "data": data_file,
         "classifier": classifier_file,
     }  # fmt: skip
-    jobs = []
-    for seed in options.seeds:  # whole tables first
-        for row in options.rows:
-            file = options.output / f"row{list(ROWS).index(row):02}-seed{seed}-updates{options.updates}.json"
-            if not file.is_file():
-                jobs.append((row, seed, settings, file))
-    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
-        for _ in pool.imap(run, jobs):
-            pass
+    results = results_of(run, ROWS, options.rows, options.seeds, settings, options.output, options.processes)
     features = [in_batches(classifier.features, data[split][0]).double().numpy() for split in ("train", "test")]
     floor = frechet_distance(features[0][: options.samples], features[1])
-    files = sorted(options.output.glob(f"row*-updates{options.updates}.json"))
     seconds = json.loads(seconds_file.read_text()) if seconds_file.is_file() else {}
-    result = table([json.loads(file.read_text()) for file in files], seconds, floor)
+    result = table(results, seconds, floor)
     (options.output / f"table-{options.updates}.md").write_text(result + "\n")
     print(result)
 

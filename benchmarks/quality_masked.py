@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from cached_runs import results_of
 from characters import ALPHABET, characters
 from copied_blocks import copy_to_every_block
 from gutenberg import config_for
@@ -139,7 +139,7 @@ def run(job: tuple) -> None:
 
 COLUMNS = (
     "", "seeds", "bits a character", "over end to end", "by quarter of the masked share, least first", "CPU seconds",
-    "layers run a training step", "layers an evaluation", "memory of a training step",
+    "layers a step of training or sampling", "memory of a training step",
 )  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def _cells(row: str, runs: list[dict], end_to_end: dict[int, dict]) -> list[str]
         "" if row == END_TO_END else _over([run for run in runs if run["seed"] in end_to_end], end_to_end),
         " ".join(f"{quarter:.2f}" for quarter in quarters),
         f"{statistics.mean(run['seconds'] for run in runs):.0f}",
-        *_layers(row),
+        _layers_a_step(row),
         f"{runs[0]['step bytes'] / 2**20:.0f} MiB",
     ]
 
@@ -183,14 +183,13 @@ def _standard_error(values: list[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
-def _layers(row: str) -> tuple[str, str]:
-    """Layers that run in a step of training, and in one evaluation of a sampler; from least to most."""
+def _layers_a_step(row: str) -> str:
+    """Layers that a step runs, from least to most."""
     layers, fields = ROWS[row]
     counts = fields.get("layers_per_block", [layers // fields["num_blocks"]] * fields["num_blocks"])
     if fields.get("context") == "carried":
         counts = [sum(counts[: k + 1]) for k in range(len(counts))]
-    spans = f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else str(counts[0])
-    return spans, spans
+    return f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else str(counts[0])
 
 
 def main() -> None:
@@ -209,17 +208,8 @@ def main() -> None:
         "updates": options.updates, "learning_rate": options.learning_rate, "texts": options.texts,
         "output": str(options.output), "characters": characters(options.data, options.output),
     }  # fmt: skip
-    jobs = []
-    for seed in options.seeds:  # whole tables first
-        for row in options.rows:
-            file = options.output / f"row{list(ROWS).index(row):02}-seed{seed}-updates{options.updates}.json"
-            if not file.is_file():
-                jobs.append((row, seed, settings, file))
-    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
-        for _ in pool.imap(run, jobs):
-            pass
-    files = sorted(options.output.glob(f"row*-updates{options.updates}.json"))
-    result = table([json.loads(file.read_text()) for file in files])
+    results = results_of(run, ROWS, options.rows, options.seeds, settings, options.output, options.processes)
+    result = table(results)
     (options.output / f"table-{options.updates}.md").write_text(result + "\n")
     print(result)
 

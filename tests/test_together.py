@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import LoraConfig
 from process_scenarios import DIT, GPT2, LLAMA, VIT, arguments_of, made, rows, trainer_of
-from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hf_diffusionblocks as db

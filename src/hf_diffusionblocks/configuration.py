@@ -239,8 +239,8 @@ class DiffusionBlocksConfig(PreTrainedConfig):
             )
         if self.objective != "local" and (self.denoiser, self.context) != ("factorized", "carried"):
             raise ValueError(
-                f"objective={self.objective!r} needs denoiser='factorized' and context='carried', so that a block's output runs on "
-                f"through the later ones, not {self.denoiser!r} and {self.context!r}"
+                f"objective={self.objective!r} needs denoiser='factorized' and context='carried', so that a block's output runs "
+                f"on through the later ones, not {self.denoiser!r} and {self.context!r}"
             )
         self._check_noise_table()
         self.noise_schedule(overlap=0.0)

@@ -17,8 +17,8 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
     """`TrainingArguments`, and how blocks take turns.
 
     `max_steps` and `num_train_epochs` count optimizer steps as always, and each step trains one block, unless they are
-    trained together: for as many updates a block as a plain model gets, set `updates_per_block` instead. Learning-rate schedules, warm-up
-    included, run on each block's own update count.
+    trained together: for as many updates a block as a plain model gets, set `updates_per_block` instead. Learning-rate
+    schedules, warm-up included, run on each block's own update count.
     """
 
     block_schedule: str | None = field(

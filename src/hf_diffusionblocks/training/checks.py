@@ -49,14 +49,14 @@ def blocks_to_train(
     if args.objective != "local":
         if model.num_blocks - 1 not in model.blocks[min(blocks)].readers:
             raise ValueError(
-                f"objective={args.objective!r} needs denoiser='factorized' and context='carried', so that a block's output runs on "
-                f"through the later ones; this model is {model.config.formulation}"
+                f"objective={args.objective!r} needs denoiser='factorized' and context='carried', so that a block's output runs "
+                f"on through the later ones; this model is {model.config.formulation}"
             )
         later = sorted(set(range(min(blocks), model.num_blocks)) - set(resident))
         if later:
             raise ValueError(
-                f"objective={args.objective!r} with train_blocks={blocks} needs the later blocks {later}: load them, too, or set "
-                "objective='local'"
+                f"objective={args.objective!r} with train_blocks={blocks} needs the later blocks {later}: load them, too, "
+                "or set objective='local'"
             )
     return blocks
 
@@ -83,7 +83,8 @@ def check_schedule(
         raise ValueError(f"{schedule} with block_parallel=True: each process trains blocks of its own, and none has all")
     if args.fp16:
         raise ValueError(
-            f"{schedule} with fp16=True: blocks would share one loss scale. bf16=True needs none; or set block_schedule='random'"
+            f"{schedule} with fp16=True: blocks would share one loss scale. bf16=True needs none; or set "
+            "block_schedule='random'"
         )
     if cached is not None:
         raise ValueError(f"{schedule} with the column {cached!r}: a job on cached inputs trains one block, and runs no other")

@@ -37,9 +37,8 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     Each optimizer step trains one block, the same for all its micro-batches and, without `block_parallel`, on all ranks; or
     (`block_schedule="together"`) all blocks, one after another. Only the gradients of one block are there at a time, and
-    those of what blocks share. Noise is keyed by seed, step and the row's
-    number in the step's batch: a resumed run repeats the uninterrupted one, and neither several processes nor gradient
-    accumulation change what a row meets.
+    those of what blocks share. Noise is keyed by seed, step and the row's number in the step's batch: a resumed run repeats
+    the uninterrupted one, and neither several processes nor gradient accumulation change what a row meets.
 
     Args:
         model: from [`convert`] or `from_pretrained`.
@@ -85,8 +84,8 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         together = args.block_schedule == "together"
         if args.objective != "local" and model.config.prior_fraction < 1:
             logger.warning(
-                f"prior_fraction={model.config.prior_fraction} with objective={args.objective!r}: where the noise is low, the label is "
-                "in z, and a block has little to learn from it. Convert with prior_fraction=1.0"
+                f"prior_fraction={model.config.prior_fraction} with objective={args.objective!r}: where the noise is low, the "
+                "label is in z, and a block has little to learn from it. Convert with prior_fraction=1.0"
             )
         self.num_blocks = model.config.num_blocks
         self.train_blocks = blocks_to_train(model, args, columns)

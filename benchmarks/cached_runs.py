@@ -1,0 +1,33 @@
+"""Runs of a benchmark's rows, each in a process of its own, kept in a folder: one that is there is not made again."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+
+def file_of(folder: Path, rows: Iterable[str], row: str, updates: int, seed: int = 0) -> Path:
+    """Where a run's results are kept; without the suffix, the folder of its model."""
+    return folder / f"row{list(rows).index(row):02}-seed{seed}-updates{updates}.json"
+
+
+def results_of(
+    run: Callable[[tuple], None], rows: Iterable[str], chosen: Sequence[str], seeds: Sequence[int], settings: dict,
+    folder: Path, processes: int,
+) -> list[dict]:  # fmt: skip
+    """Make the chosen runs that are missing, whole tables first, and give all results that the folder has.
+
+    Args:
+        run: of (row, seed, settings, file); writes the file.
+        rows: all rows of the benchmark, in the order of their numbers.
+        settings: with "updates"; what else a run needs.
+        processes: runs at a time.
+    """
+    updates = settings["updates"]
+    wanted = [(row, seed, settings, file_of(folder, rows, row, updates, seed)) for seed in seeds for row in chosen]
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
+        for _ in pool.imap(run, [job for job in wanted if not job[-1].is_file()]):
+            pass
+    return [json.loads(file.read_text()) for file in sorted(folder.glob(f"row*-updates{updates}.json"))]
