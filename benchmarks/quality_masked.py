@@ -41,7 +41,6 @@ ROWS: dict[str, tuple[int, dict]] = {
     "B=3 of 2 layers (paper)": (6, {"num_blocks": 3}),
     "B=3 of 6 layers": (18, {"num_blocks": 3}),
     "B=3 of 2 layers, own ends": (6, {"num_blocks": 3, "shared": "per_block"}),
-    "B=3 of 2 layers, carried": (6, {"num_blocks": 3, "context": "carried"}),
     "B=3 of 2 layers, from one of 2 layers": (6, {"num_blocks": 3}),
     "B=3 of 6 layers, from one of 6 layers": (18, {"num_blocks": 3}),
     "B=3 of 1, 2, 3 layers": (6, {"num_blocks": 3, "layers_per_block": [1, 2, 3]}),
@@ -187,8 +186,6 @@ def _layers_a_step(row: str) -> str:
     """Layers that a step runs, from least to most."""
     layers, fields = ROWS[row]
     counts = fields.get("layers_per_block", [layers // fields["num_blocks"]] * fields["num_blocks"])
-    if fields.get("context") == "carried":
-        counts = [sum(counts[: k + 1]) for k in range(len(counts))]
     return f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else str(counts[0])
 
 

@@ -137,11 +137,10 @@ CASES = {
     "dit": Case(DIT),
     "dit, own": Case(DIT, {"shared": "per_block"}),
     "bert": Case(BERT),
-    "bert, carried": Case(BERT, {"context": "carried"}),
     "bert, own": Case(BERT, {"shared": "per_block"}, trained=False),
-    "modernbert, carried, own": Case(MODERNBERT, {"context": "carried", "shared": "per_block"}, trained=False),
+    "modernbert, own": Case(MODERNBERT, {"shared": "per_block"}, trained=False),
     "llama, masked": Case(TEXT_CONFIGS["llama"], {"task": "fill-mask"}),
-    "gpt2, masked, carried": Case(TEXT_CONFIGS["gpt2"], {"task": "fill-mask", "context": "carried"}, trained=False),
+    "gpt2, masked": Case(TEXT_CONFIGS["gpt2"], {"task": "fill-mask"}, trained=False),
     "point": Case(point_family.TinyConfig()),
     "point, carried, own": Case(point_family.TinyConfig(), {"context": "carried", "shared": "per_block"}, trained=False),
 }

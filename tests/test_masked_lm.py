@@ -21,7 +21,6 @@ from hf_diffusionblocks.models.masked_lm import model as model_module
 CONFIGS = {**TEXT_CONFIGS, "bert": BERT, "modernbert": MODERNBERT}
 MASK = 3
 every_architecture = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-both_contexts = pytest.mark.parametrize("context", ["independent", "carried"])
 
 
 def plain_of(config):
@@ -56,7 +55,7 @@ def runs(model, call) -> tuple[list[torch.Tensor], list[int]]:
 @torch.no_grad()
 def test_layers_attend_both_ways_and_to_no_padding(config, ids, tmp_path):
     """As the stock model does that its config tells to; with tokens that change, since a cache would show only then."""
-    model = masked_model(config, context="carried")
+    model = masked_model(config, num_blocks=1)
     z = ids.clone()
     z[:, 4] = MASK
     z[1, 5] = MASK
@@ -88,13 +87,16 @@ def test_the_same_architecture_stays_causal_for_text_generation(config, ids):
     changed[:, 6] = 8
     assert model.task == "text-generation"
     assert torch.equal(model(ids).logits[:, :6], model(changed).logits[:, :6])
-    both_ways = masked_model(config, context="carried").to_plain()
+    both_ways = masked_model(config, num_blocks=1).to_plain()
     with pytest.raises(ValueError, match="is_causal=False"):
         db.convert(both_ways, 2)(ids)
 
 
 def test_what_has_no_meaning_for_masks_is_refused(ids):
-    asked = {"readout": "posterior", "loss_weighting": "edm", "prior_fraction": 0.5, "noise_distribution": "information"}
+    asked = {
+        "context": "carried", "readout": "posterior", "loss_weighting": "edm", "prior_fraction": 0.5,
+        "noise_distribution": "information",
+    }  # fmt: skip
     for field, value in asked.items():
         with pytest.raises(ValueError, match=f"{field}={value!r} must be"):
             masked_model(**{field: value})
@@ -102,14 +104,14 @@ def test_what_has_no_meaning_for_masks_is_refused(ids):
         masked_model(mask_token_id=50)
     with pytest.raises(ValueError, match="mask_token_id=3 must be None for task 'text-generation'"):
         db.convert(TEXT_CONFIGS["llama"], 2, mask_token_id=3)
-    with pytest.raises(ValueError, match=r"to_plain\(\) needs context='carried'"):
+    with pytest.raises(ValueError, match=r"to_plain\(\) needs num_blocks=1, this model has 2"):
         masked_model().to_plain()
     with pytest.raises(ValueError, match="is_decoder=True"):
         db.convert(type(BERT)(is_decoder=True))
     with pytest.raises(TypeError, match="must have levels of sigma to fit, and has a masked share"):
         db.fit_noise_schedule(masked_model(), [{"input_ids": ids, "labels": ids}])
     with pytest.raises(ValueError, match="inputs of blocks cannot be cached"):
-        masked_model(context="carried").clean_input({})
+        masked_model().clean_input({})
 
 
 # ---- MASK
@@ -197,11 +199,10 @@ def test_token_types_and_positions_reach_the_embeddings(ids):
 # ---- training
 
 
-@both_contexts
 @pytest.mark.parametrize("block_index", [0, 1, 2])
-def test_training_masks_the_block_s_share_of_labels_and_weighs_them_in_counts(context, block_index, ids):
+def test_training_masks_the_block_s_share_of_labels_and_weighs_them_in_counts(block_index, ids):
     """And draws nothing from padding, or where a label is -100."""
-    model = masked_model(TEXT_CONFIGS["gpt2"], num_blocks=3, context=context, overlap=0.0).train()
+    model = masked_model(TEXT_CONFIGS["gpt2"], num_blocks=3, overlap=0.0).train()
     ids = ids.repeat(4, 1)
     labels, attention = ids.clone(), torch.ones_like(ids)
     labels[1:4, :3], attention[5, 6:] = -100, 0
@@ -241,10 +242,9 @@ def test_training_on_what_is_masked_already_is_refused(ids):
             model(ids, **kwargs)
 
 
-@both_contexts
 @torch.no_grad()
-def test_training_logits_do_not_depend_on_what_was_masked(context, ids):
-    model, other = masked_model(context=context), ids.clone()
+def test_training_logits_do_not_depend_on_what_was_masked(ids):
+    model, other = masked_model(), ids.clone()
     call = {"block_index": 1, "return_logits": True, "mask_ratio": 0.3}
     (z,), _ = runs(model, lambda: model(ids, labels=ids, **call, generator=seeded()))
     other[z == MASK] = 9
@@ -258,11 +258,10 @@ def test_training_logits_do_not_depend_on_what_was_masked(context, ids):
 # ---- evaluation
 
 
-@both_contexts
 @torch.no_grad()
-def test_each_text_is_answered_by_the_block_that_owns_its_share(context, ids):
+def test_each_text_is_answered_by_the_block_that_owns_its_share(ids):
     """In one batch; padding is not counted."""
-    model, z, attention = masked_model(num_blocks=4, context=context), ids.clone(), torch.ones_like(ids)
+    model, z, attention = masked_model(num_blocks=4), ids.clone(), torch.ones_like(ids)
     z[0], z[1, :5], z[2, :2] = MASK, MASK, MASK  # shares 1, 1/2, 1/5 and 0
     attention[2, 4:] = 0  # now 1/2
     answers = []
@@ -291,11 +290,10 @@ def test_with_labels_only_masks_count(ids):
         assert model(z, labels=ids, return_logits=return_logits).loss.item() == pytest.approx(mean, abs=1e-5)
 
 
-@both_contexts
 @torch.no_grad()
-def test_a_whole_text_is_never_scored_by_a_look_at_its_own_answer(context, ids):
+def test_a_whole_text_is_never_scored_by_a_look_at_its_own_answer(ids):
     """It is masked first, each text in its own way: all that counts is answers to MASK."""
-    model, outputs = masked_model(context=context), []
+    model, outputs = masked_model(), []
     scored = []
     sums = model.sums_of_rows
     model.sums_of_rows = lambda block, hidden, labels, masked: scored.append(masked) or sums(block, hidden, labels, masked)

@@ -77,9 +77,8 @@ FILL_MASK = Task(
     usage='fill = pipeline("fill-mask", model="{name}")\nfill(f"Once upon a {{fill.tokenizer.mask_token}}.")',
     generation=Generation(MaskedTextOptions, generate),
     evaluation={
-        ("joint", context): "`model(...).logits` are those of the block that owns the text's share of masked tokens; MASK "
-        "is never an answer."
-        for context in ("independent", "carried")
+        ("joint", "independent"): "`model(...).logits` are those of the block that owns the text's share of masked tokens; "
+        "MASK is never an answer."
     },
     settle=settle,
     fields_of_source=fields_of_source,
