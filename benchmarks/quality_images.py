@@ -32,7 +32,7 @@ CARRIED = {**WITH_PRIOR, "context": "carried"}
 FACTORIZED = {**CARRIED, "denoiser": "factorized"}
 LOCAL = {**FACTORIZED, "prior_fraction": 1.0}
 
-#: Row -> None for a plain model (with its number of layers), or what `convert` is given.
+#: Row -> layers of a plain model, or what `convert` is given. "together": all blocks in every step.
 ROWS: dict[str, dict | int] = {
     "end to end": LAYERS,
     "end to end, one block's depth": LAYERS // BLOCKS,
@@ -44,6 +44,7 @@ ROWS: dict[str, dict | int] = {
     "+ carried context": CARRIED,
     "+ factorized": FACTORIZED,
     "+ all draws at sigma_max": LOCAL,
+    "+ all draws at sigma_max, together": {**LOCAL, "together": True},
     "+ local head of one layer": {**LOCAL, "readout_layers": 1},
     "paper settings + EDM loss weight": {"loss_weighting": "edm"},
     "factorized, independent": {**FACTORIZED, "context": "independent"},
@@ -89,12 +90,16 @@ def train_and_read(row: str, seed: int, settings: dict, data_file: Path) -> dict
         args = TrainingArguments(max_steps=settings["updates"], **shared_args)
         trainer = Trainer(model=model, args=args, train_dataset=train_set, data_collator=collate)
     else:
-        model = db.convert(plain_config(LAYERS), preset="paper", **{"num_blocks": BLOCKS, **spec})
-        args = db.DiffusionBlocksTrainingArguments(updates_per_block=settings["updates"], **shared_args)
+        fields = {"num_blocks": BLOCKS, **spec}
+        schedule = "together" if fields.pop("together", False) else "random"
+        model = db.convert(plain_config(LAYERS), preset="paper", **fields)
+        args = db.DiffusionBlocksTrainingArguments(
+            updates_per_block=settings["updates"], block_schedule=schedule, **shared_args
+        )
         trainer = db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=train_set, data_collator=collate)
-    start = time.perf_counter()
+    start = time.process_time()
     trainer.train()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     return {**read(model.eval(), test_set), "seconds": seconds}
 
 

@@ -40,7 +40,8 @@ def test_a_step_moves_its_block_and_shared_parameters_only(case, accumulation, t
     """Every parameter, weight decay on: a gradient of zero, rather than none, would let decay move the others."""
     # (Of z that gives its target away, too little is to be learnt.)
     model, moves = case.model(**({"prior_fraction": 0.5} if case.has_known_targets else {})), Moves()
-    moves.trainer = trainer_of(model, case, tmp_path, callbacks=[moves], max_steps=4, gradient_accumulation_steps=accumulation)
+    arguments = {"max_steps": 4, "gradient_accumulation_steps": accumulation, "block_schedule": "random"}
+    moves.trainer = trainer_of(model, case, tmp_path, callbacks=[moves], **arguments)
     moves.trainer.train()
     assert sorted(block for block, _ in moves.seen) == [0, 0, 1, 1]
     for block, moved in moves.seen:
@@ -71,7 +72,8 @@ def test_offload_changes_nothing(case, tmp_path):
     results = []
     for place in ("none", "cpu"):
         model = case.model(num_blocks=4)
-        trainer = trainer_of(model, case, tmp_path / place, max_steps=12, offload_inactive_blocks=place)
+        arguments = {"max_steps": 12, "block_schedule": "random", "offload_inactive_blocks": place}
+        trainer = trainer_of(model, case, tmp_path / place, **arguments)
         trainer.train()
         assert [trainer.block_schedule.updates_before(12, block) for block in range(4)] == [3] * 4
         results.append((model.state_dict(), trainer.evaluate()["eval_loss"]))

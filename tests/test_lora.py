@@ -65,7 +65,7 @@ def test_every_adapter_is_its_block_s(case):
 
 def test_a_step_moves_the_active_adapter_alone(case, tmp_path):
     model = adapted(case)
-    trainer = trainer_of(model, case[0], tmp_path, {"max_steps": 4, "weight_decay": 0.1})
+    trainer = trainer_of(model, case[0], tmp_path, {"max_steps": 4, "weight_decay": 0.1, "block_schedule": "random"})
     before, moved = {}, []
     step, batches = trainer.training_step, trainer.get_batch_samples
 
@@ -246,7 +246,7 @@ def test_a_new_head_moves_in_the_last_block_s_steps(block, objective, tmp_path):
 def test_a_new_head_has_no_gradient_in_other_blocks_steps(tmp_path):
     """Though they are read out by it."""
     model = adapted(CASES["vit"], config=LoraConfig(r=4, modules_to_save=["classifier"]))
-    trainer, seen = trainer_of(model, VIT, tmp_path, {"max_steps": 4}), []
+    trainer, seen = trainer_of(model, VIT, tmp_path, {"max_steps": 4, "block_schedule": "random"}), []
     step = trainer.training_step
 
     def watched(*args, **kwargs):

@@ -154,7 +154,8 @@ def test_the_head_has_one_gradient():
 
 def test_the_trainer_keeps_a_ledger_of_each_block(tmp_path):
     model = made(TRAINED, CARRIED)
-    trainer = trainer_of(model, TRAINED, tmp_path, {"max_steps": 6, "gradient_accumulation_steps": 2})
+    arguments = {"max_steps": 6, "gradient_accumulation_steps": 2, "block_schedule": "random"}
+    trainer = trainer_of(model, TRAINED, tmp_path, arguments)
     trainer.train()
     assert sorted(trainer.ledgers) == [0, 1]
     shared = sum(p.nbytes for p in model.shared_parameters())

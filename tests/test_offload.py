@@ -115,7 +115,8 @@ def test_what_is_on_the_device(case, tmp_path):
     """At most the active block, the next one, and (carried context) one that runs forward; state of the first."""
     source, fields = case
     model = made(source, {"num_blocks": B, **fields})
-    trainer = trainer_of(model, source, tmp_path, {"max_steps": 3 * B, "offload_inactive_blocks": "cpu"})
+    arguments = {"max_steps": 3 * B, "block_schedule": "random", "offload_inactive_blocks": "cpu"}
+    trainer = trainer_of(model, source, tmp_path, arguments)
     residence = model.offload
     assert residence.bytes_on_device() == {"parameters": 0, "optimizer": 0}
     sizes = [sum(p.nbytes for p in model.block_parameters(block)) for block in range(B)]

@@ -193,7 +193,7 @@ def test_a_run_has_the_model_s_objective_unless_another_is_given(own, given, tmp
     expected = given or own
     assert trainer.args.objective == expected
     assert trainer.active.reader == (0 if expected == "local" else 1)
-    assert trainer.args.block_schedule == ("together" if expected == "exact" else "random")
+    assert trainer.args.block_schedule == ("random" if expected == "final" else "together")
     trainer.train()
     trainer.save_model()
     assert model.config.objective == own
@@ -208,6 +208,27 @@ def test_exact_is_the_final_loss_where_blocks_take_turns(turns, tmp_path):
     """Of the model's own objective; who asks a run for it is told that it needs all blocks in a step."""
     trainer = trainer_of(db.convert(GPT2LMHeadModel(GPT2), 2), GPT2, tmp_path, turns)
     assert trainer.args.objective == "final"
+
+
+@pytest.mark.parametrize(
+    "fields, arguments, schedule",
+    [
+        ({}, {}, "together"),  # a turn of the last block would run all others again
+        ({}, {"train_blocks": [1, 2], "train_shared": False}, "together"),
+        ({}, {"train_blocks": [2], "train_shared": False}, "random"),
+        ({"context": "independent"}, {}, "random"),
+        ({"denoiser": "joint", "prior_fraction": 0.5}, {}, "random"),  # (it cannot)
+        ({}, {"objective": "final"}, "random"),
+        ({}, {"block_switch_interval": 2}, "random"),
+        ({}, {"block_schedule": "sequential"}, "sequential"),
+        ({"context": "independent"}, {"block_schedule": "together"}, "together"),
+    ],
+    ids=str,
+)
+def test_blocks_train_together_where_turns_would_run_others_again(fields, arguments, schedule, tmp_path):
+    model = db.convert(GPT2, 4, preset="paper", **{**TRIPLE, **fields})
+    trainer = trainer_of(model, GPT2, tmp_path, {"max_steps": 1, **arguments})
+    assert trainer.args.block_schedule == schedule
 
 
 def test_the_caller_s_arguments_serve_another_model(tmp_path):

@@ -26,8 +26,8 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
         metadata={
             "help": "Which block each optimizer step trains: 'random' (each round of num_blocks steps visits every "
             "block once, in random order), 'sequential' (block 0 to its end, then block 1, ...), or 'together': every step "
-            "trains all, one after another, each alone with its gradients. Default: 'together' for the objective 'exact', "
-            "else 'random'.",
+            "trains all, one after another, each alone with its gradients. Default: 'together' where a turn of one block would "
+            "run others again (both factorized and carried), else 'random'.",
             "choices": list(ORDERS),
         },
     )
@@ -121,7 +121,7 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
     @property
     def in_turn(self) -> bool:
         """Whether blocks are asked to take turns."""
-        return self.block_parallel or self.block_schedule in ("random", "sequential")
+        return self.block_parallel or self.block_switch_interval > 1 or self.block_schedule in ("random", "sequential")
 
     def objective_of(self, configured: str) -> str:
         """The objective of a run: what is given here, or else what the model's config says. Its 'exact' is 'final' where

@@ -61,6 +61,26 @@ def blocks_to_train(
     return blocks
 
 
+def settle_schedule(
+    model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments, columns: Sequence[str]
+) -> None:
+    """Fill in schedule and objective where a run leaves them to the model: all blocks together where a turn of one would run
+    others again.
+
+    Args:
+        columns: of the training data.
+    """
+    blocks = args.train_blocks or model.resident_blocks
+    if args.block_schedule is None and (args.in_turn or cached_column(blocks, columns)):
+        args.block_schedule = "random"
+    args.objective = args.objective_of(model.config.objective)
+    if args.block_schedule is None:
+        runs_again = len(blocks) > 1 and model.computes_plain_model
+        needs_turns = args.objective == "final" or args.fp16
+        together = args.objective == "exact" or (runs_again and not needs_turns)
+        args.block_schedule = "together" if together else "random"
+
+
 def check_schedule(
     model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments, cached: str | None
 ) -> None:

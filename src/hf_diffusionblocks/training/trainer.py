@@ -23,7 +23,7 @@ from .block_evaluation import BlockEvaluation
 from .block_optimizer import learning_rate_curve, scheduler_by_block, split_by_block
 from .block_schedule import BlockSchedule
 from .checks import (
-    WithBlockInput, blocks_to_train, cached_column, check_processes, check_schedule, columns_to_keep,
+    WithBlockInput, blocks_to_train, cached_column, check_processes, check_schedule, columns_to_keep, settle_schedule,
 )  # fmt: skip
 from .parallel import Layout, all_states, broadcast
 from .step_ledgers import StepLedgers
@@ -76,11 +76,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             )
         args = copy.copy(args)  # the caller's stay as they are, for another model
         columns = getattr(kwargs.get("train_dataset"), "column_names", None) or ()
-        if args.block_schedule is None and cached_column(args.train_blocks or model.resident_blocks, columns):
-            args.block_schedule = "random"  # one block: there is no other to be trained together with
-        args.objective = args.objective_of(model.config.objective)
-        if args.block_schedule is None:
-            args.block_schedule = "together" if args.objective == "exact" else "random"
+        settle_schedule(model, args, columns)
         together = args.block_schedule == "together"
         if args.objective != "local" and model.config.prior_fraction < 1:
             logger.warning(
