@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from process_scenarios import DIT, GPT2, LLAMA, VIT, arguments_of, made, rows, trainer_of
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -56,6 +57,16 @@ def trained(model, source, folder, arguments: dict, callback: TrainerCallback | 
     return trainer
 
 
+def stock_trained(plain, source, folder, batch_size: int, arguments: dict) -> Trainer:
+    args = TrainingArguments(
+        str(folder), max_steps=STEPS, **UNCLIPPED, weight_decay=0.1, learning_rate=1e-2, use_cpu=True, save_strategy="no",
+        per_device_train_batch_size=batch_size, report_to=[], disable_tqdm=True, **arguments,
+    )  # fmt: skip
+    trainer = Trainer(model=plain, args=args, train_dataset=data(source))
+    trainer.train()
+    return trainer
+
+
 def assert_same(model, other, tolerance: float = 0.0) -> None:
     states = model.state_dict(), other.state_dict()
     assert states[0].keys() == states[1].keys()
@@ -82,13 +93,8 @@ def test_exact_is_end_to_end_training_of_the_stock_model(source, arguments, tmp_
     model = made(source, CARRIED).double()
     plain = copy.deepcopy(model.to_plain())
     trainer = trained(model, source, tmp_path, {**EXACT, **arguments})
-    args = TrainingArguments(
-        str(tmp_path), max_steps=STEPS, **UNCLIPPED, weight_decay=0.1, learning_rate=1e-2, use_cpu=True,
-        per_device_train_batch_size=trainer.args.per_device_train_batch_size, save_strategy="no", report_to=[],
-        disable_tqdm=True, **{name: value for name, value in arguments.items() if name not in ALONE},
-    )  # fmt: skip
-    reference = Trainer(model=plain, args=args, train_dataset=data(source))
-    reference.train()
+    both = {name: value for name, value in arguments.items() if name not in ALONE}
+    reference = stock_trained(plain, source, tmp_path, trainer.args.per_device_train_batch_size, both)
     assert_same(model.to_plain(), plain, tolerance=2e-6)  # of moves of 1e-2 a step
     losses = [of.state.log_history[-1]["train_loss"] for of in (trainer, reference)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -331,6 +337,26 @@ def test_adapters_on_all_blocks(objective, tmp_path):
     trained(model, GPT2, tmp_path, {**objective, "train_shared": False})
     moved = [name for name, p in model.named_parameters() if not torch.equal(p, before.get_parameter(name))]
     assert len(moved) == 2 * B and all("lora_" in name for name in moved)
+
+
+def adapters_of(model) -> dict[str, torch.Tensor]:
+    """By layer and part."""
+    return {re.sub(r".*\.h\.|\.(block_\d|default)", "", name): p for name, p in model.named_parameters() if "lora_" in name}
+
+
+def test_exact_adapters_train_as_stock_lora_s(tmp_path):
+    model = made(GPT2, CARRIED).double()
+    config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    plain = get_peft_model(model.to_plain(), copy.deepcopy(config))
+    lora.add_block_adapters(model, config)
+    start = {name: adapter.detach().clone() for name, adapter in adapters_of(model).items()}
+    for name, adapter in adapters_of(plain).items():
+        adapter.data.copy_(start[name])
+    trainer = trained(model, GPT2, tmp_path, {**EXACT, "train_shared": False})
+    stock_trained(plain, GPT2, tmp_path, trainer.args.per_device_train_batch_size, {})
+    for name, adapter in adapters_of(plain).items():
+        assert not torch.equal(adapter, start[name])
+        torch.testing.assert_close(adapters_of(model)[name], adapter, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("limit", [0.0, 1e9])
