@@ -18,13 +18,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_peft_available
 
-from ..backbones.base import backbone_for, backbone_of
+from ..backbones.base import Backbone, backbone_for, backbone_of
 from ..configuration import DiffusionBlocksConfig
 from ..conversion import convert
 from ..models.active import TrainedParameters
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..models.offload import OffloadedBlocks
-from ..presets import RECOMMENDED
+from ..presets import recommended
 from ..tasks import Task, task_of
 from .ledger import Ledger, measure_memory
 from .traffic import Traffic, traffic
@@ -115,12 +115,12 @@ class Step(NamedTuple):
     kept: Collection[torch.Tensor] = ()  #: hidden states that another pass has left
 
 
-def formulations_for(task: Task) -> dict[str, dict]:
+def formulations_for(task: Task, architecture: Backbone) -> dict[str, dict]:
     """Formulation -> what `convert` is given for it: what is recommended for a pretrained model, and the paper's. (Both
-    objectives are ways to train.)"""
-    recommended = dict(RECOMMENDED.get((task.name, "pretrained"), {}))
-    recommended.pop("objective", None)
-    return ({"recommended": recommended} if recommended else {}) | {"joint (paper)": PAPER}
+    objectives are ways to train, and the number of blocks is the workload's.)"""
+    fields = recommended(task.name, "pretrained", architecture)
+    fields = {name: value for name, value in fields.items() if name not in ("objective", "num_blocks")}
+    return ({"recommended": fields} if fields and fields != PAPER else {}) | {"joint (paper)": PAPER}
 
 
 def ways_to_train(formulations: Mapping[str, Mapping]) -> list[Way]:
