@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +18,11 @@ from hf_diffusionblocks.backbones.modulation import Modulation
 from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.diffusion.gaussian import precondition
 from hf_diffusionblocks.memory.scenarios import Way, Workload, ledger_of
+from hf_diffusionblocks.recipes import train_causal_lm
+from hf_diffusionblocks.recurrent_depth_llama import RecurrentDepthLlamaForCausalLM
 
 LENGTH, NEW = 8, 5
+CONFIGS = Path(train_causal_lm.__file__).parent / "configs"
 STEPS = [None, 1, 2, 5]
 READOUTS = ["edm", "posterior"]
 
@@ -208,6 +212,7 @@ def test_numbers_of_steps_that_mean_nothing_are_refused(model, ids):
 # ---- the rest of the house
 
 
+@pytest.mark.parametrize("model", ["posterior"], indirect=True)
 def test_a_reloaded_model_is_the_same_in_another_process(model, ids, tmp_path):
     model.save_pretrained(tmp_path)
     torch.save(ids, tmp_path / "ids.pt")
@@ -223,7 +228,7 @@ def test_a_reloaded_model_is_the_same_in_another_process(model, ids, tmp_path):
 def test_the_estimate_is_what_a_step_holds():
     workload = Workload(RECURRENT, 1, batch_size=3, sequence_length=12)
     estimate = db.estimate_memory(RECURRENT, batch_size=3, sequence_length=12, budget="1GiB")
-    assert estimate.workload.num_blocks == 1 and set(estimate.fitting.values()) == {1}
+    assert "recurrent_depth_llama, 3 layers, B=1" in str(estimate) and set(estimate.fitting.values()) == {1}
     for name, fields in (("end to end", None), ("joint (paper): all blocks in turn", {})):
         torch.manual_seed(0)
         measured = ledger_of(Way(name, fields), workload)
@@ -240,13 +245,30 @@ def test_the_trainer_lowers_the_bound(tmp_path):
     assert db.nll_bound(model, batches, num_samples=4).nats_per_token < before - 0.3
 
 
+@pytest.mark.parametrize("way", [[], ["--end_to_end"]], ids=["blocks", "end to end"])
+def test_the_recipe_trains_it_and_the_command_line_writes_with_it(way, tmp_path, capsys):
+    (tmp_path / "train.txt").write_text("\n\n".join(f"{k} bottles of {'x' * (k % 7)} on the wall" for k in range(200)))
+    sizes = "hidden_size=32, num_prelude_layers=1, num_core_layers=1, num_coda_layers=1, mean_recurrence=2, "
+    metrics = train_causal_lm.main([
+        "--config", str(CONFIGS / "gutenberg_recurrent.yaml"), "--train_file", str(tmp_path / "train.txt"), *way,
+        "--config_overrides", f"{sizes}num_attention_heads=2, num_key_value_heads=2, intermediate_size=48",
+        "--vocab_size", "300", "--sequence_length", "16", "--updates_per_block", "6", "--learning_rate", "1e-2",
+        "--use_cpu", "--disable_tqdm", "true", "--save_strategy", "no", "--eval_strategy", "no",
+        "--output_dir", str(tmp_path / "out"),
+    ])  # fmt: skip
+    assert metrics["eval_loss"] < 5.8
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model) is (RecurrentDepthLlamaForCausalLM if way else db.DiffusionBlocksForCausalLM)
+    if not way:
+        main(["generate", str(tmp_path / "out"), "--prompt", "9 bottles", "--max_new_tokens", "4", "--num_steps", "3"])
+        assert "9 bottles" in capsys.readouterr().out
+
+
 def test_the_command_line_converts_inspects_and_describes_it(tmp_path, capsys):
     randomized(AutoModelForCausalLM.from_config(RECURRENT)).save_pretrained(tmp_path / "plain")
     main(["convert", str(tmp_path / "plain"), str(tmp_path / "blocks")])
     assert "3 layers in 1 block" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "blocks")
     assert model.num_blocks == 1 and same(reloaded(model, tmp_path / "blocks").state_dict(), model.state_dict())
-    main(["estimate", "--model", str(tmp_path / "blocks"), "--sequence-length", "16"])
-    assert "recurrent_depth_llama, 3 layers, B=1" in capsys.readouterr().out
     main(["card", str(tmp_path / "blocks"), "--stdout"])
     assert "RecurrentDepthLlamaForCausalLM" in capsys.readouterr().out
