@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import time
 from pathlib import Path
 
@@ -197,6 +198,19 @@ def cells(result: dict) -> list[str]:
     ]  # fmt: skip
 
 
+def summary(result: dict) -> dict:
+    """A result with means over texts for its texts: `reading -> K -> [mean, standard error]`."""
+    bits = {
+        reading: {runs: _mean_and_error(of_texts) for runs, of_texts in by_runs.items()}
+        for reading, by_runs in result["bits"].items()
+    }
+    return {**result, "bits": bits}
+
+
+def _mean_and_error(of_texts: list[float]) -> list[float]:
+    return [round(statistics.mean(of_texts), 4), round(statistics.stdev(of_texts) / math.sqrt(len(of_texts)), 4)]
+
+
 def table(results: list[dict]) -> str:
     """Markdown; of blocks a cell has, in this order: all walks; half of them; the histogram; one noise."""
     heads = ["", *(f"K = {runs}" for runs in RUNS), "bound", "CPU seconds", "memory of a step", "layers an update, with gradient"]
@@ -251,7 +265,8 @@ def main() -> None:
     settings |= {"output": str(options.output), "characters": characters(options.data, options.output)}
     results = results_of(run, ROWS, options.rows, [0], settings, options.output, options.processes)
     (options.output / f"table-{options.updates}.md").write_text(table(results) + "\n")
-    (options.output / f"results-{options.updates}.json").write_text(json.dumps(results))
+    lines = ",\n ".join(json.dumps(summary(result)) for result in results)
+    (options.output / f"results-{options.updates}.json").write_text(f"[\n {lines}\n]\n")
     print(table(results))
     if options.picture:
         draw(results, options.picture)

@@ -176,9 +176,10 @@ class Streams:
         return self.architecture.enter(block.embedding_parts, embedded)
 
     def embed_noisy(self, block: Block, embeds: torch.Tensor) -> torch.Tensor:
-        """`c_in z` `[N, Q, D]`, as tokens at their positions that enter the block's first layer."""
-        told = self._prelude_output[:, self.kept] if self.architecture.prelude(block.embedding_parts) else None
-        return self.architecture.embed_noisy(block.embedding_parts, embeds, self.noisy_position_ids, told)
+        """`c_in z` `[N, Q, D]`, as tokens at their positions that enter the block's first layer; once clean ones have entered
+        theirs."""
+        prelude_output = self._prelude_output[:, self.kept]
+        return self.architecture.embed_noisy(block.embedding_parts, embeds, self.noisy_position_ids, prelude_output)
 
     def run_clean(self, block: Block, hidden: torch.Tensor, modulations, output: bool) -> torch.Tensor | None:
         """Clean tokens `[N, S, D]` through a block. Without `output`, the last layer computes keys and values only."""
