@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Training
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
+from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.models.causal_lm.task import plain_loss
 
 BATCH, LENGTH, WIDTH = 16, 128, 96
@@ -134,12 +135,12 @@ def bound_bits(model, tokens: torch.Tensor) -> list[float]:
 
 def step_bytes(row: str, settings: dict) -> int:
     """Peak bytes of a training step, by the ledger."""
-    set_seed(0)
     model, tokens = new_model(row, settings).train(), torch.randint(len(ALPHABET), (BATCH, LENGTH))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     if isinstance(model, db.DiffusionBlocksForCausalLM):
         return db.measure_memory(model, optimizer, lambda: model(tokens, labels=tokens, block_index=0).loss).total
-    return db.measure_memory(model, optimizer, lambda: plain_loss(model, labels=tokens, input_ids=tokens)).total
+    largest = backbone_for(model.config).largest_step(model.config)
+    return db.measure_memory(model, optimizer, lambda: plain_loss(model, labels=tokens, input_ids=tokens, **largest)).total
 
 
 def layers_an_update(row: str, settings: dict) -> tuple[float, float]:

@@ -78,6 +78,10 @@ class Backbone(ABC):
         """Have the stock model compute the activations of its layers again in the backward pass."""
         plain.activation_checkpointing_enable()
 
+    def largest_step(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """What the stock model's `forward` is told for a training step that holds as much as any, where steps differ."""
+        return {}
+
     # ---- sizes
 
     def num_layers(self, config: PreTrainedConfig) -> int:

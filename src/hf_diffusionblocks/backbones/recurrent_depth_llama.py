@@ -25,6 +25,9 @@ class RecurrentDepthLlamaBackbone(LlamaBackbone):
     fixed_fields = {"num_blocks": 1, "denoiser": "joint", "context": "independent"}
     fixed_because = "one core, whose state is z, is the denoiser of all noise levels"
 
+    def largest_step(self, config: RecurrentDepthLlamaConfig) -> dict[str, int]:
+        return {"num_steps": config.backprop_depth}  # what runs before these holds nothing
+
     def num_layers(self, config: RecurrentDepthLlamaConfig) -> int:
         """Those of core and coda."""
         return config.num_core_layers + config.num_coda_layers

@@ -116,10 +116,9 @@ class Step(NamedTuple):
 
 
 def formulations_for(task: Task, architecture: Backbone) -> dict[str, dict]:
-    """Formulation -> what `convert` is given for it: what is recommended for a pretrained model, and the paper's. (Both
-    objectives are ways to train, and the number of blocks is the workload's.)"""
-    fields = recommended(task.name, "pretrained", architecture)
-    fields = {name: value for name, value in fields.items() if name not in ("objective", "num_blocks")}
+    """Formulation -> what `convert` is given for it: what is recommended for a pretrained model, and the paper's."""
+    found = recommended(task.name, "pretrained", architecture)
+    fields = {name: found[name] for name in found if name not in ("objective", "num_blocks")}  # the ways', the workload's
     return ({"recommended": fields} if fields and fields != PAPER else {}) | {"joint (paper)": PAPER}
 
 
@@ -209,16 +208,18 @@ def _blocks_that_differ(config: DiffusionBlocksConfig) -> list[int]:
 
 
 def _plain_step(way: Way, workload: Workload, fake_mode) -> Step:
+    architecture = backbone_for(workload.config)
+
     def make() -> PreTrainedModel:
-        model = backbone_for(workload.config).make_plain(workload.config)
+        model = architecture.make_plain(workload.config)
         if way.lora:
             _add_adapters(model)
         return model
 
     model = _built(make, workload.dtype, fake_mode)
     if way.checkpointing:
-        backbone_for(workload.config).checkpoint_layers(model)
-    batch = workload.batch()
+        architecture.checkpoint_layers(model)
+    batch = workload.batch() | architecture.largest_step(workload.config)
     return Step(model, _optimizer(model), lambda: workload.task.plain_loss(model, **batch))
 
 
