@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer, LlamaPreTrainedModel, LlamaRMSNorm, LlamaRotaryEmbedding,
 )  # fmt: skip
