@@ -32,6 +32,7 @@ import torch
 from transformers import GPT2Config, ViTConfig
 
 import hf_diffusionblocks as db
+from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.memory.estimate import ledger_table
 from hf_diffusionblocks.diffusion.objectives import rows_per_chunk
 from hf_diffusionblocks.memory.scenarios import Step, Way, Workload, formulations_for, steps, ways_to_train
@@ -94,7 +95,7 @@ def measured(way: Way, workload: Workload, repetitions: int) -> tuple[db.Ledger,
 def report(model: str, workload: Workload, repetitions: int) -> tuple[str, dict[str, db.Ledger]]:
     """The table of a model, and its ledgers."""
     ledgers, counted, speed = {}, {}, {}
-    for way in ways_to_train(formulations_for(workload.task)):
+    for way in ways_to_train(formulations_for(workload.task, backbone_for(workload.config))):
         torch.manual_seed(0)
         ledgers[way.name], count, rate = measured(way, workload, repetitions)
         counted[way.name] = "" if count is None else f"{count / MIB:,.0f}"

@@ -78,18 +78,20 @@ class DataArguments:
     max_eval_samples: int | None = option(None, "Evaluate on that many randomly chosen rows of the data only.")
 
 
-def blocks_fields(args: ModelArguments, blocks_args: BlocksArguments, task: str) -> dict[str, Any] | None:
+def blocks_fields(
+    args: ModelArguments, blocks_args: BlocksArguments, task: str, config: PreTrainedConfig
+) -> dict[str, Any] | None:
     """Every field of the DiffusionBlocks model: those that are given, the preset's, the paper's; None with end_to_end."""
     if args.end_to_end:
         return None
     start = "pretrained" if args.model_name_or_path else "fresh"
     paper = {name: field.default for name, field in USER_FIELDS.items()}
-    return paper | with_preset(args.preset, task, start, config_fields(blocks_args))
+    return paper | with_preset(args.preset, task, start, config_fields(blocks_args), backbone_for(config))
 
 
-def denoiser_fields(args: ModelArguments, blocks_args: BlocksArguments, task: str) -> dict[str, Any]:
+def denoiser_fields(args: ModelArguments, blocks_args: BlocksArguments, task: str, config: PreTrainedConfig) -> dict[str, Any]:
     """As [`blocks_fields`], of a task whose plain model is a model of one block: that is what end_to_end gives."""
-    fields = blocks_fields(replace(args, end_to_end=False), blocks_args, task)
+    fields = blocks_fields(replace(args, end_to_end=False), blocks_args, task, config)
     return fields | {"num_blocks": 1, "layers_per_block": None} if args.end_to_end else fields
 
 

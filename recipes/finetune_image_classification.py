@@ -41,7 +41,9 @@ def prepare(
     training_args: db.DiffusionBlocksTrainingArguments,
 ) -> tuple[Trainer, str | None]:  # fmt: skip
     """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
-    fields = common.blocks_fields(model_args, blocks_args, "image-classification")
+    finetuning.check_source(model_args)
+    config = common.plain_config(model_args)
+    fields = common.blocks_fields(model_args, blocks_args, "image-classification", config)
     finetuning.check_arguments(model_args, tuning, fields, training_args)
     return train_image_classification.prepare(
         model_args, data_args, blocks_args, training_args,

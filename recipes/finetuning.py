@@ -45,13 +45,17 @@ def not_an_option(default=None):
     return field(init=False, default=default)
 
 
+def check_source(model_args: common.ModelArguments) -> None:
+    """Raises ValueError unless a pretrained model is named."""
+    if not model_args.model_name_or_path:
+        raise ValueError("model_name_or_path must name the model to fine-tune")
+
+
 def check_arguments(
     model_args: common.ModelArguments, tuning: FinetuningArguments, fields: dict[str, Any] | None,
     training_args: db.DiffusionBlocksTrainingArguments,
 ) -> None:  # fmt: skip
     """`fields` are those of [`blocks_fields`]. Raises ValueError naming the field, its value and what is allowed."""
-    if not model_args.model_name_or_path:
-        raise ValueError("model_name_or_path must name the model to fine-tune")
     for name in LORA_OPTIONS:
         if (value := getattr(tuning, name)) is not None and tuning.peft is None:
             raise ValueError(f"{name}={value} needs peft='lora'")

@@ -59,10 +59,10 @@ def prepare(
     text.check_arguments(model_args, data_args, training_args)
     if data_args.eval_nll_bound and model_args.end_to_end:
         raise ValueError(f"eval_nll_bound={data_args.eval_nll_bound} must be 0 with end_to_end: there is no diffusion")
-    fields = common.blocks_fields(model_args, blocks_args, TASK)
+    config = common.plain_config(model_args)
+    fields = common.blocks_fields(model_args, blocks_args, TASK, config)
     common.check_blocks(fields, training_args, adapters=adapt is not None)
     resume_from = common.checkpoint_to_resume(training_args)
-    config = common.plain_config(model_args)
     text.check_length(config, data_args.sequence_length)
     tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
     common.check_model(model_args, config, TASK, fields, {"input_ids": tokens})

@@ -146,10 +146,10 @@ def prepare(
     `adapt` gets the model before the Trainer does.
     """
     common.check_arguments(model_args, data_args)
-    fields = common.blocks_fields(model_args, blocks_args, "image-classification")
+    config = common.plain_config(model_args)
+    fields = common.blocks_fields(model_args, blocks_args, "image-classification", config)
     common.check_blocks(fields, training_args, adapters=adapt is not None)
     resume_from = common.checkpoint_to_resume(training_args)
-    config = common.plain_config(model_args)
     channels = getattr(config, "num_channels", 3)
     if channels not in (1, 3):
         raise ValueError(f"num_channels={channels} must be 1 (grayscale) or 3 (RGB)")

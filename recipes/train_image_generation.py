@@ -170,10 +170,10 @@ def prepare(
 ) -> tuple[Trainer, str | None]:  # fmt: skip
     """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
     check_arguments(model_args, data_args, samples)
-    fields = common.denoiser_fields(model_args, blocks_args, TASK)
+    config = common.plain_config(model_args)
+    fields = common.denoiser_fields(model_args, blocks_args, TASK, config)
     common.check_blocks(fields, training_args, adapters=False)
     resume_from = common.checkpoint_to_resume(training_args)
-    config = common.plain_config(model_args)
     check_config(config)
     with torch.device("meta"):
         number = torch.zeros(1, dtype=torch.long)

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.base import backbone_for
+from hf_diffusionblocks.recurrent_depth_llama import RecurrentDepthLlamaConfig
 from hf_diffusionblocks.tasks import TASKS, Task, task_of
 
 point_family.register()
@@ -34,6 +35,11 @@ TEXT_CONFIGS = {
     "llama": LlamaConfig(**LLAMA),
     "qwen3": Qwen3Config(head_dim=8, **LLAMA),
 }  # fmt: skip
+#: Prelude and coda of one layer, a core of two.
+RECURRENT = RecurrentDepthLlamaConfig(
+    num_prelude_layers=1, num_core_layers=2, num_coda_layers=1, mean_recurrence=4,
+    **{name: value for name, value in LLAMA.items() if name != "num_hidden_layers"},
+)  # fmt: skip
 BERT = BertConfig(
     vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48,
     max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
@@ -70,6 +76,15 @@ class Case:
     @property
     def task(self) -> Task:
         return task_of(self.config, self.fields.get("task"))
+
+    @property
+    def blocks(self) -> range:
+        """Two, where the architecture can be cut."""
+        return range(backbone_for(self.config).fixed_fields.get("num_blocks", 2))
+
+    @property
+    def last_block(self) -> int:
+        return self.blocks[-1]
 
     @property
     def length(self) -> int | None:
@@ -113,9 +128,10 @@ class Case:
         return randomized(backbone_for(self.config).make_plain(self.config)).eval()
 
     def model(self, **fields):
-        """Cut into two blocks, every parameter away from its start."""
+        """Cut into its blocks, every parameter away from its start."""
         torch.manual_seed(0)
-        return randomized(db.convert(self.config, **{"num_blocks": 2, "preset": "paper", **self.fields, **fields}))
+        fields = {"num_blocks": len(self.blocks), "preset": "paper", **self.fields, **fields}
+        return randomized(db.convert(self.config, **fields))
 
     def with_dropout(self, rate: float) -> Case:
         config = copy.deepcopy(self.config)
@@ -134,6 +150,8 @@ CASES = {
         for family, config in TEXT_CONFIGS.items()
         for name, fields in TEXT_FORMULATIONS.items()
     },
+    "recurrent, joint-edm": Case(RECURRENT),
+    "recurrent, joint-posterior-own": Case(RECURRENT, {"readout": "posterior", "shared": "per_block"}, trained=False),
     "dit": Case(DIT),
     "dit, own": Case(DIT, {"shared": "per_block"}),
     "bert": Case(BERT),
@@ -150,6 +168,12 @@ def grid(chosen: Callable[[Case], bool] = lambda case: True) -> dict:
     """Arguments of `pytest.mark.parametrize`: the cases that a claim is about."""
     cases = {name: case for name, case in CASES.items() if chosen(case)}
     return {"argnames": "case", "argvalues": cases.values(), "ids": cases.keys()}
+
+
+def grid_of_blocks(chosen: Callable[[Case], bool] = lambda case: True) -> dict:
+    """The same, with each block of each case as `block_index`."""
+    pairs = {f"{name}-{k}": (case, k) for name, case in CASES.items() if chosen(case) for k in case.blocks}
+    return {"argnames": ("case", "block_index"), "argvalues": pairs.values(), "ids": pairs.keys()}
 
 
 def seeded(seed: int = 0) -> torch.Generator:

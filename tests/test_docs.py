@@ -39,6 +39,7 @@ def test_readme_is_short():
         ("README.md", "accuracy"),
         ("docs/image_generation.md", "'eval_loss_block_2'"),
         ("docs/masked_text.md", " by the interpreter."),
+        ("docs/recurrent_depth.md", "likeliest at each step:"),
     ],
 )
 def test_quick_start_runs(tmp_path, page, printed):

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPT2Config, LlamaConfig, Qwen3Config, ViTConfig
 
 import hf_diffusionblocks as db
+from hf_diffusionblocks.backbones.base import BACKBONES
 from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.memory.estimate import ledger_table, parse_bytes, smallest_number_of_blocks
 from hf_diffusionblocks.memory.ledger import Parts
@@ -24,7 +25,7 @@ CONFIGS = {
     "qwen3": (Qwen3Config(**SIZES, vocab_size=307, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True), 24),
     "vit": (ViTConfig(**SIZES, image_size=16, patch_size=4, num_channels=1, num_labels=5), None),
 }
-WAYS = {way.name: way for way in ways_to_train(formulations_for(TASKS["text-generation"]))}
+WAYS = {way.name: way for way in ways_to_train(formulations_for(TASKS["text-generation"], BACKBONES["gpt2"]))}
 OTHERS = {
     "local head": {"denoiser": "factorized", "context": "carried", "readout_layers": 1},
     "z is seen": {"denoiser": "factorized", "context": "independent", "prior_fraction": 0.5},

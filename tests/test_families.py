@@ -13,7 +13,7 @@ import point_family
 import pytest
 import torch
 from conftest import randomized
-from families import CASES, estimate_of, grid, labelled, reloaded, same, seeded
+from families import CASES, estimate_of, grid, grid_of_blocks, labelled, reloaded, same, seeded
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
@@ -22,10 +22,10 @@ from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.diffusion.gaussian import edm_loss_weight
 from hf_diffusionblocks.tasks import TASKS
 
-BLOCKS = [0, 1]
 everywhere = pytest.mark.parametrize(**grid())
 with_known_targets = pytest.mark.parametrize(**grid(lambda case: case.has_known_targets))
-of_each_block = pytest.mark.parametrize("block_index", BLOCKS)
+of_each_block = pytest.mark.parametrize(**grid_of_blocks())
+of_each_block_with_known_targets = pytest.mark.parametrize(**grid_of_blocks(lambda case: case.has_known_targets))
 
 
 def test_the_family_of_the_tests_fits_a_screen_or_two():
@@ -38,13 +38,12 @@ def test_the_family_of_the_tests_fits_a_screen_or_two():
 @everywhere
 def test_parameters_of_blocks_and_shared_ones_are_disjoint_and_complete(case):
     model = case.model()
-    parts = [model.shared_parameters(), *(model.block_parameters(k) for k in BLOCKS)]
+    parts = [model.shared_parameters(), *(model.block_parameters(k) for k in case.blocks)]
     found = [id(parameter) for part in parts for parameter in part]
     assert sorted(found) == sorted(map(id, model.parameters())) and all(parts[1:])
     assert bool(parts[0]) is not case.is_own
 
 
-@everywhere
 @of_each_block
 def test_every_parameter_of_the_active_block_and_no_other_has_a_gradient(case, block_index):
     model = case.model().train()
@@ -57,7 +56,7 @@ def test_every_parameter_of_the_active_block_and_no_other_has_a_gradient(case, b
             assert parameter.grad is None, name
 
 
-@pytest.mark.parametrize(**grid(lambda case: case.is_own))
+@pytest.mark.parametrize(**grid(lambda case: case.is_own and case.last_block))
 def test_a_block_starts_from_its_own_embeddings_and_ends_in_its_own_head(case):
     """Moving another block's parameters changes nothing."""
     model, batch = case.model().eval(), case.rows()
@@ -82,10 +81,11 @@ def test_own_parts_of_a_converted_model_start_as_the_model_s(case):
 @everywhere
 def test_a_block_that_does_not_exist_is_refused(case):
     model = case.model()
-    with pytest.raises(ValueError, match=r"block_index=2 must lie in 0\.\.1"):
-        model.block_parameters(2)
-    with pytest.raises(ValueError, match=r"block_index=2 must lie in 0\.\.1"):
-        model(**case.rows(), block_index=2)
+    beyond = len(case.blocks)
+    with pytest.raises(ValueError, match=rf"block_index={beyond} must lie in 0\.\.{case.last_block}"):
+        model.block_parameters(beyond)
+    with pytest.raises(ValueError, match=rf"block_index={beyond} must lie in 0\.\.{case.last_block}"):
+        model(**case.rows(), block_index=beyond)
 
 
 @with_known_targets
@@ -121,8 +121,7 @@ def inputs_of_layer(model, index: int, run) -> list[torch.Tensor]:
 WITH_DROPOUT = ("vit", "gpt2", "bert")
 
 
-@pytest.mark.parametrize(**grid(lambda case: case.is_carried and case.config.model_type in WITH_DROPOUT))
-@of_each_block
+@pytest.mark.parametrize(**grid_of_blocks(lambda case: case.is_carried and case.config.model_type in WITH_DROPOUT))
 def test_carried_context_is_that_of_the_earlier_blocks_without_dropout(case, block_index):
     """And every part gets its own mode back."""
     model, batch = case.with_dropout(0.5).model().train(), case.rows()
@@ -165,7 +164,7 @@ def test_the_next_block_does_not_see_a_local_head(case):
 @everywhere
 def test_draws_come_from_the_generator_alone(case):
     model, batch, state = case.model().eval(), case.rows(), torch.get_rng_state()
-    losses = [model(**batch, block_index=1, generator=seeded(seed)).loss for seed in (3, 3, 4)]
+    losses = [model(**batch, block_index=case.last_block, generator=seeded(seed)).loss for seed in (3, 3, 4)]
     assert losses[0] == losses[1] != losses[2]
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -177,7 +176,7 @@ def test_every_row_has_noise_of_its_own(case, generator):
     model = case.model().eval()
     batch = {name: tensor[:1].expand(4, *tensor.shape[1:]) for name, tensor in case.rows().items()}
     kwargs = {"return_logits": True, "sigma": torch.full((4,), 0.3), "generator": generator()}
-    rows = estimate_of(model(**batch, block_index=1, **kwargs)).flatten(1)
+    rows = estimate_of(model(**batch, block_index=case.last_block, **kwargs)).flatten(1)
     assert all(not torch.allclose(rows[i], rows[j], atol=1e-3) for i in range(4) for j in range(i))
 
 
@@ -188,8 +187,7 @@ def test_targets_have_norm_one(case):
     assert torch.allclose(vectors.norm(dim=-1), torch.ones(len(vectors)))
 
 
-@with_known_targets
-@of_each_block
+@of_each_block_with_known_targets
 def test_the_loss_is_the_mean_cross_entropy_of_labelled_logits(case, block_index):
     batch = case.rows()
     if batch["labels"].dim() == 2:
@@ -234,9 +232,9 @@ def test_gradient_checkpointing_changes_nothing(case):
 
         model._run_layer = counted
         model.zero_grad()
-        model(**batch, block_index=1, generator=seeded()).loss.backward()
-        counts.append(runs[model.blocks[1].layers[-1]])
-        gradients.append([parameter.grad for parameter in model.block_parameters(1)])
+        model(**batch, block_index=case.last_block, generator=seeded()).loss.backward()
+        counts.append(runs[model.blocks[case.last_block].layers[-1]])
+        gradients.append([parameter.grad for parameter in model.block_parameters(case.last_block)])
     assert all(map(torch.equal, *gradients))
     assert counts[1] == 2 * counts[0] > 0
 
@@ -246,9 +244,9 @@ def test_bfloat16_is_as_close_to_float32_as_it_rounds(case):
     """Loss, gradients and priors, with the same weights and noise: bfloat16 rounds by up to 0.4 % at every step."""
     half, batch, found = case.model().to(torch.bfloat16).train(), case.rows(), []
     for model in (half, copy.deepcopy(half).float()):
-        loss = model(**batch, block_index=1, generator=seeded()).loss
+        loss = model(**batch, block_index=case.last_block, generator=seeded()).loss
         loss.backward()
-        gradients = [parameter.grad for parameter in model.block_parameters(1)]
+        gradients = [parameter.grad for parameter in model.block_parameters(case.last_block)]
         assert {gradient.dtype for gradient in gradients} == {model.dtype}
         with torch.no_grad():
             prior = None
@@ -266,8 +264,7 @@ def test_bfloat16_is_as_close_to_float32_as_it_rounds(case):
 # ---- what logits know
 
 
-@with_known_targets
-@of_each_block
+@of_each_block_with_known_targets
 def test_training_logits_see_the_target_through_z(case, block_index):
     """Positive control: the label's only way in is z, and it is open; to the logits of that label alone."""
     model, batch = case.model().eval(), case.rows()
@@ -367,7 +364,7 @@ def test_a_reloaded_model_is_the_same(case, tmp_path):
     assert torch.equal(again(**batch).loss, model(**batch).loss)
     if "logits" in (outputs := model(**batch)):
         assert torch.equal(again(**batch).logits, outputs.logits)
-    for k in BLOCKS:
+    for k in case.blocks:
         kept = db.load_block_state_dict(tmp_path, k)
         assert kept and all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in kept.items())
     assert same(again.state_dict(), model.state_dict())

@@ -26,6 +26,7 @@ def noisy_through_all(model, block_index: int, ids, mask=None) -> list[torch.Ten
     for realisation in ("apart", "in groups", "together"):
         hidden = block.embed({"input_ids": ids, "position_ids": positions})
         streams = Streams(model, hidden, mask, positions, kept, CleanKeys())
+        hidden = streams.enter(block, hidden)
         noisy = streams.embed_noisy(block, z)
         if realisation == "together":
             joined = [join(c, n, LENGTH, LENGTH) for c, n in zip(clean_modulations, noisy_modulations)]

@@ -13,6 +13,7 @@ from transformers import GPT2Config, LlamaConfig, ViTConfig
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
+from hf_diffusionblocks.backbones.base import BACKBONES
 from hf_diffusionblocks.memory.ledger import PARTS, Ledger, Parts
 from hf_diffusionblocks.diffusion.objectives import rows_per_chunk
 from hf_diffusionblocks.memory.activations import SavedActivations, gradient_bytes, state_tensors
@@ -34,7 +35,7 @@ CONFIGS = {
         None,
     ),
 }  # fmt: skip
-WAYS = {way.name: way for way in ways_to_train(formulations_for(TASKS["text-generation"]))}
+WAYS = {way.name: way for way in ways_to_train(formulations_for(TASKS["text-generation"], BACKBONES["gpt2"]))}
 
 
 def workload(family: str) -> Workload:

@@ -230,7 +230,7 @@ def test_inference_in_the_memory_of_one_block(case):
     expected = answers(model, case)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.offload_blocks("cpu")
-    size, held, use = max(sum(p.nbytes for p in model.block_parameters(k)) for k in (0, 1)), [], model.offload.use
+    size, held, use = max(sum(p.nbytes for p in model.block_parameters(k)) for k in case.blocks), [], model.offload.use
 
     def watched(block):
         use(block)

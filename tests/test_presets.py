@@ -105,7 +105,7 @@ def test_the_paper_s_model_has_the_class_s_defaults(config, plain):
 def test_the_memory_of_the_recommended_model_is_that_of_a_pretrained_one_of_either_task():
     for task in SOURCES:
         fields = {name: value for name, value in RECOMMENDED[task, "pretrained"].items() if name != "objective"}
-        assert formulations_for(TASKS[task])["recommended"] == fields == TRIPLE
+        assert formulations_for(TASKS[task], backbone_for(SOURCES[task]))["recommended"] == fields == TRIPLE
 
 
 @pytest.mark.parametrize("fields", [{}, {"shared": "per_block"}, {"prior_fraction": 0.5}, {"sampler": "ancestral"}])
@@ -318,10 +318,10 @@ def test_the_command_s_options_override_the_preset(gpt2, tmp_path, capsys):
 def test_the_recipes_take_a_preset(preset, given, task, start):
     name = {"model_name_or_path" if start == "pretrained" else "config_name": "some"}
     arguments = common.ModelArguments(preset=preset, **name)
-    fields = common.blocks_fields(arguments, BlocksArguments(num_blocks=2, **given), task)
+    fields = common.blocks_fields(arguments, BlocksArguments(num_blocks=2, **given), task, SOURCES[task])
     assert fields.keys() == USER_FIELDS.keys()
     made = db.DiffusionBlocksConfig(source_config=SOURCES[task], **fields)
-    wanted = with_preset(preset, task, start, given)
+    wanted = with_preset(preset, task, start, given, backbone_for(SOURCES[task]))
     assert formulation(made) == formulation(db.DiffusionBlocksConfig(source_config=SOURCES[task], num_blocks=2, **wanted))
 
 

@@ -161,6 +161,7 @@ class DiffusionBlocksConfig(PreTrainedConfig):
             self.id2label, self.label2id = self.source_config.id2label, self.source_config.label2id
         task = task_of(self.source_config, self.task)
         self.task = task.name
+        self._check_fixed_fields()
         task.settle(self)
         self.problem_type = self.problem_type or self.source_config.problem_type
         if self.readout is None:
@@ -187,6 +188,15 @@ class DiffusionBlocksConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and not isinstance(value, kinds):
                 raise ValueError(f"{name}={value!r} must be {allowed}")
+
+    def _check_fixed_fields(self) -> None:
+        architecture = backbone_for(self.source_config)
+        for name, allowed in architecture.fixed_fields.items():
+            if (value := getattr(self, name)) != allowed:
+                raise ValueError(
+                    f"{name}={value!r} must be {allowed!r} for model_type={architecture.model_type!r}: "
+                    f"{architecture.fixed_because}"
+                )
 
     def _check_fields(self) -> None:
         for name, allowed in CHOICES.items():

@@ -21,7 +21,7 @@ from .tasks import TASKS, task_of
 
 def convert(
     source: nn.Module | PreTrainedConfig | str | PathLike,
-    num_blocks: int = 4,
+    num_blocks: int | None = None,
     task: str | None = None,
     resident_blocks: Sequence[int] | None = None,
     *,
@@ -33,7 +33,7 @@ def convert(
     Args:
         source: a model (its weights are copied, it is left untouched), a config (fresh weights), or a hub id or
             folder (loaded from safetensors, weights kept).
-        num_blocks: B.
+        num_blocks: B; None is 4, or, of an architecture that is one block (recurrent depth), 1.
         task: what the model is for, as in `pipeline(task)`; None takes it from the source.
         resident_blocks: the blocks to load, for a job that trains these; the others never take memory. None: all.
             Fresh weights of a block depend on PyTorch's seed and the block, not on what else is loaded.
@@ -169,7 +169,7 @@ def plain_part(config: DiffusionBlocksConfig, resident_blocks: Sequence[int] | N
 
 
 def _config(
-    source: PreTrainedConfig, num_blocks: int, task: str | None, preset: str, start: str, fields: dict
+    source: PreTrainedConfig, num_blocks: int | None, task: str | None, preset: str, start: str, fields: dict
 ) -> DiffusionBlocksConfig:
     if isinstance(source, DiffusionBlocksConfig):
         raise ValueError(
@@ -177,5 +177,7 @@ def _config(
         )
     task = task_of(source, task).name
     check_known(fields)
-    fields = with_preset(preset, task, start, fields)
-    return DiffusionBlocksConfig(source_config=source, task=task, num_blocks=num_blocks, **fields)
+    if num_blocks is not None:
+        fields = {"num_blocks": num_blocks, **fields}
+    fields = with_preset(preset, task, start, fields, backbone_for(source))
+    return DiffusionBlocksConfig(source_config=source, task=task, **fields)

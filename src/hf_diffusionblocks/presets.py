@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .backbones.base import Backbone
+
 #: What recommended formulations of known targets have in common: no diffusion at inference, and a pretrained model is
 #: unchanged.
 _LOSSLESS = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
@@ -25,7 +27,16 @@ PRESETS = ("recommended", "paper")
 LEAVING = ("denoiser", "context", "readout")
 
 
-def with_preset(preset: str, task: str, start: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+def recommended(task: str, start: str, architecture: Backbone) -> dict[str, Any]:
+    """What the recommended preset says, of an architecture; arguments as in [`with_preset`]."""
+    if any(name in architecture.fixed_fields for name in LEAVING):  # the table's formulations are others
+        return dict(architecture.fixed_fields)
+    return {**RECOMMENDED.get((task, start), {}), **architecture.fixed_fields}
+
+
+def with_preset(
+    preset: str, task: str, start: str, fields: Mapping[str, Any], architecture: Backbone
+) -> dict[str, Any]:
     """Fields of [`DiffusionBlocksConfig`]: these, and those that a preset adds.
 
     Args:
@@ -34,6 +45,7 @@ def with_preset(preset: str, task: str, start: str, fields: Mapping[str, Any]) -
         start: of the weights, "pretrained" or "fresh".
         fields: override the preset's; if they name `denoiser`, `context` or `readout`, whatever the value, nothing is
             added, and what they do not say is the paper's.
+        architecture: of the plain model; what it leaves no choice in is added whatever the preset.
 
     Raises:
         ValueError: there is no such preset.
@@ -41,5 +53,5 @@ def with_preset(preset: str, task: str, start: str, fields: Mapping[str, Any]) -
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r} must be one of {', '.join(map(repr, PRESETS))}")
     if preset == "paper" or any(name in fields for name in LEAVING):
-        return dict(fields)
-    return {**RECOMMENDED.get((task, start), {}), **fields}
+        return {**architecture.fixed_fields, **fields}
+    return {**recommended(task, start, architecture), **fields}

@@ -79,7 +79,7 @@ class Task:
 
     def serves(self, backbone: Backbone) -> bool:
         """Whether models of this architecture can be converted for this task."""
-        return isinstance(backbone, self.backbones)
+        return isinstance(backbone, self.backbones) and (backbone.tasks is None or self.name in backbone.tasks)
 
 
 #: `Task.evaluation` where the target is one of many known vectors, a label's or a token's.

@@ -26,9 +26,13 @@ class Backbone(ABC):
     model_type: ClassVar[str]  #: `model_type` of the plain model's config
     plain_class: ClassVar[type[nn.Module]]  #: the stock model that is converted
     layers_path: ClassVar[str]  #: path of its list of layers, for example "vit.layers"
-    embedding_paths: ClassVar[Sequence[str]]  #: paths of what `embed` uses
+    embedding_paths: ClassVar[Sequence[str]]  #: paths of what the input runs through before the first layer
     noisy_embedding_paths: ClassVar[Sequence[str]] = ()  #: paths of those of them that noisy tokens need, too
     readout_paths: ClassVar[Sequence[str]]  #: paths of what `read_out` uses
+    tasks: ClassVar[Sequence[str] | None] = None  #: what it serves, as in pipeline(task); None: all that its kind does
+    #: Fields of DiffusionBlocksConfig without a choice for it, and what they are; why is said in `fixed_because`
+    fixed_fields: ClassVar[Mapping[str, Any]] = {}
+    fixed_because: ClassVar[str] = ""
     lora_targets: ClassVar[Sequence[str]] = ("q_proj", "v_proj")  #: what LoRA adapts in a layer, if not told
 
     def check(self, config: PreTrainedConfig) -> None:
@@ -73,6 +77,10 @@ class Backbone(ABC):
     def checkpoint_layers(self, plain: nn.Module) -> None:
         """Have the stock model compute the activations of its layers again in the backward pass."""
         plain.activation_checkpointing_enable()
+
+    def largest_step(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """What the stock model's `forward` is told for a training step that holds as much as any, where steps differ."""
+        return {}
 
     # ---- sizes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -42,8 +43,23 @@ class Decoder(Backbone):
     ) -> torch.Tensor:
         """Tokens `[N, S]` (or their embeddings) at positions `[N or 1, S]` -> `[N, S, D]`."""
 
-    def embed_noisy(self, plain: nn.Module, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Noisy tokens `[N, S, D]`, each at the position of the token it becomes."""
+    def prelude(self, plain: nn.Module) -> Sequence[nn.Module]:
+        """Layers that clean tokens alone run through, before the layers that are cut into blocks."""
+        return ()
+
+    def enter(self, plain: nn.Module, prelude_output: torch.Tensor) -> torch.Tensor:
+        """Clean tokens `[N, S, D]`, as they enter the first layer."""
+        return prelude_output
+
+    def embed_noisy(
+        self, plain: nn.Module, embeds: torch.Tensor, position_ids: torch.Tensor, prelude_output: torch.Tensor
+    ) -> torch.Tensor:
+        """Noisy tokens `[N, Q, D]`, as they enter the first layer.
+
+        Args:
+            position_ids: `[N or 1, Q]`, of the token that each becomes.
+            prelude_output: `[N, Q, D]`, what the prelude made of the clean token before it.
+        """
         return self.embed(plain, inputs_embeds=embeds, position_ids=position_ids)
 
     @abstractmethod
@@ -55,6 +71,10 @@ class Decoder(Backbone):
         self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **positions
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values `[N, heads, S, head width]` a layer computes, and nothing else of it."""
+
+    def cache_slot(self, layer: nn.Module) -> int:
+        """Where in a cache a layer's keys and values are."""
+        return getattr(layer, self.attention_name).layer_idx
 
     def causal_mask(
         self,

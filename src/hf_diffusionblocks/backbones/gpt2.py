@@ -36,10 +36,12 @@ class GPT2Backbone(Decoder):
             inputs_embeds = parts.wte(input_ids)
         return parts.drop(inputs_embeds + parts.wpe(position_ids))
 
-    def embed_noisy(self, plain: nn.Module, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    def embed_noisy(
+        self, plain: nn.Module, embeds: torch.Tensor, position_ids: torch.Tensor, prelude_output: torch.Tensor
+    ) -> torch.Tensor:
         # The token after a full context has logits, as in the plain model, though no position of its own.
         last = plain.transformer.wpe.num_embeddings - 1
-        return super().embed_noisy(plain, embeds, position_ids.clamp(max=last))
+        return super().embed_noisy(plain, embeds, position_ids.clamp(max=last), prelude_output)
 
     def positions(self, plain: GPT2LMHeadModel, hidden: torch.Tensor, position_ids: torch.Tensor) -> dict:
         return {}

@@ -84,7 +84,7 @@ def estimate_memory(
 
     Args:
         model_or_config: plain or DiffusionBlocks; a model's weights are not looked at.
-        num_blocks: B; None is the DiffusionBlocks model's, or 4.
+        num_blocks: B; None is the DiffusionBlocks model's, or as [`convert`] has it.
         batch_size: rows of a step.
         sequence_length: tokens a row; text only.
         dtype: of parameters, and so of gradients, optimizer state and activations, as when a model is loaded in it (not
@@ -110,12 +110,14 @@ def estimate_memory(
         of_model = {name: getattr(config, name) for name in USER_FIELDS if name not in others}
         config_fields, config = of_model | config_fields, config.source_config
     task = task_of(config, task)
-    formulations = formulations_for(task)
+    architecture = backbone_for(config)
+    formulations = formulations_for(task, architecture)
+    num_blocks = architecture.fixed_fields.get("num_blocks", 4) if num_blocks is None else num_blocks
     if config_fields:
         check_known(config_fields)
-        checked = DiffusionBlocksConfig(source_config=config, task=task.name, num_blocks=num_blocks or 4, **config_fields)
+        checked = DiffusionBlocksConfig(source_config=config, task=task.name, num_blocks=num_blocks, **config_fields)
         formulations = {checked.formulation: config_fields}
-    workload = _workload(config, task, 4 if num_blocks is None else num_blocks, batch_size, sequence_length, dtype, ema)
+    workload = _workload(config, task, num_blocks, batch_size, sequence_length, dtype, ema)
     limit = None if budget is None else parse_bytes(budget)
     ways = ways_to_train(formulations)
     ledgers = {way.name: _followed(way, workload) for way in ways}
@@ -172,7 +174,10 @@ def smallest_number_of_blocks(way: Way, workload: Workload, budget: int) -> int 
 
     More blocks never hold more, since the largest has no more layers.
     """
-    layers = backbone_for(workload.config).num_layers(workload.config)
+    architecture = backbone_for(workload.config)
+    layers = architecture.num_layers(workload.config)
+    if "num_blocks" in architecture.fixed_fields:
+        layers = architecture.fixed_fields["num_blocks"]  # no other cut is possible
     numbers = sorted({-(-layers // size) for size in range(1, layers + 1)})  # the smallest for each size of the largest
     way = replace(way, fields={**way.fields, "layers_per_block": None})
     low, high = 0, len(numbers)

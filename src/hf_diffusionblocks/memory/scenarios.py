@@ -18,13 +18,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_peft_available
 
-from ..backbones.base import backbone_for, backbone_of
+from ..backbones.base import Backbone, backbone_for, backbone_of
 from ..configuration import DiffusionBlocksConfig
 from ..conversion import convert
 from ..models.active import TrainedParameters
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..models.offload import OffloadedBlocks
-from ..presets import RECOMMENDED
+from ..presets import recommended
 from ..tasks import Task, task_of
 from .ledger import Ledger, measure_memory
 from .traffic import Traffic, traffic
@@ -115,12 +115,11 @@ class Step(NamedTuple):
     kept: Collection[torch.Tensor] = ()  #: hidden states that another pass has left
 
 
-def formulations_for(task: Task) -> dict[str, dict]:
-    """Formulation -> what `convert` is given for it: what is recommended for a pretrained model, and the paper's. (Both
-    objectives are ways to train.)"""
-    recommended = dict(RECOMMENDED.get((task.name, "pretrained"), {}))
-    recommended.pop("objective", None)
-    return ({"recommended": recommended} if recommended else {}) | {"joint (paper)": PAPER}
+def formulations_for(task: Task, architecture: Backbone) -> dict[str, dict]:
+    """Formulation -> what `convert` is given for it: what is recommended for a pretrained model, and the paper's."""
+    found = recommended(task.name, "pretrained", architecture)
+    fields = {name: found[name] for name in found if name not in ("objective", "num_blocks")}  # the ways', the workload's
+    return ({"recommended": fields} if fields and fields != PAPER else {}) | {"joint (paper)": PAPER}
 
 
 def ways_to_train(formulations: Mapping[str, Mapping]) -> list[Way]:
@@ -209,16 +208,18 @@ def _blocks_that_differ(config: DiffusionBlocksConfig) -> list[int]:
 
 
 def _plain_step(way: Way, workload: Workload, fake_mode) -> Step:
+    architecture = backbone_for(workload.config)
+
     def make() -> PreTrainedModel:
-        model = backbone_for(workload.config).make_plain(workload.config)
+        model = architecture.make_plain(workload.config)
         if way.lora:
             _add_adapters(model)
         return model
 
     model = _built(make, workload.dtype, fake_mode)
     if way.checkpointing:
-        backbone_for(workload.config).checkpoint_layers(model)
-    batch = workload.batch()
+        architecture.checkpoint_layers(model)
+    batch = workload.batch() | architecture.largest_step(workload.config)
     return Step(model, _optimizer(model), lambda: workload.task.plain_loss(model, **batch))
 
 

@@ -25,6 +25,10 @@ class TextOptions:
     top_p: float | None = field(
         default=None, metadata={"help": "Text: sample from the likeliest tokens of this probability. Not given: the same."}
     )
+    num_steps: int | None = field(
+        default=None,
+        metadata={"help": "Text: denoiser evaluations of a walk to a token (joint). Not given: the model's own."},
+    )
 
 
 def generate(

@@ -36,6 +36,18 @@ class FactorizedText:
         """What tokens 1 to S-1 are read out from, `[N, S-1, D]`."""
         return self.model.training_output(active, self.model.clean(text), text.block_input, text.block_output)[:, :-1]
 
+    def new_walk(self, num_steps: int | None) -> None:
+        """No walk: one evaluation says all.
+
+        Raises:
+            ValueError: several are asked for.
+        """
+        if num_steps not in (None, 1):
+            raise ValueError(
+                f"num_steps={num_steps!r} must be 1 or None with denoiser='factorized': its layers never see z, and say the "
+                "same at every step"
+            )
+
     def predict(self, text: Text, kept: torch.Tensor, text_walk) -> torch.Tensor:
         """Label-free logits `[N, Q, V]` of the tokens after the clean tokens `kept`."""
         return self._answer(self._rows(text, kept))

@@ -30,10 +30,10 @@ class WalkGeneration(GenerationMixin):
         """As in Transformers. A joint model walks to one token a row at a time: it has greedy search and sampling.
 
         Greedy search walks from keyed noise and leaves the global generator alone; sampling draws from that, noise
-        included, and with `top_k=1` is greedy search.
+        included, and with `top_k=1` is greedy search. `num_steps=K` walks in K evaluations of the denoiser.
 
         Raises:
-            ValueError: a joint model is asked for another search; names the argument.
+            ValueError: a joint model is asked for another search, or a factorized one for several steps; names the argument.
         """
         if self.denoiser.walks and kwargs.get("assistant_model") is not None:
             raise _no_such_search(f"assistant_model={type(kwargs['assistant_model']).__name__}")
@@ -53,7 +53,8 @@ class WalkGeneration(GenerationMixin):
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **model_kwargs):
         if self.denoiser.walks:
             # Sampling controls act inside the walk, where they still can: its last logits are next to a point mass.
-            model_kwargs["text_walk"] = TextWalk(self, logits_processor, generation_config.do_sample)
+            steps = model_kwargs.get("num_steps")
+            model_kwargs["text_walk"] = TextWalk(self, logits_processor, generation_config.do_sample, steps)
             logits_processor = LogitsProcessorList()
         return super()._sample(
             input_ids, logits_processor, stopping_criteria, generation_config, *args, **model_kwargs

@@ -51,6 +51,7 @@ class JointText:
         clean = model.entering(block, x, text.block_input)
         kept = torch.arange(clean.shape[1], device=clean.device)
         streams = Streams(model, clean, text.attention_mask, x.inputs["position_ids"], kept, CleanKeys())
+        clean = streams.enter(block, clean)
         streams.run_clean(block, clean, block.clean_modulations(), output=False)
         c_in = precondition(sigma, model.sigma_data).input[..., None]
         noisy = streams.embed_noisy(block, (c_in * z).to(clean.dtype))
@@ -59,14 +60,18 @@ class JointText:
         run = streams.run_noisy_in_groups if keeps_scores else streams.run_noisy
         return run(block, noisy, block.modulations(sigma[:, 0]))
 
-    def predict(self, text: Text, kept: torch.Tensor, text_walk: TextWalk | None) -> torch.Tensor:
-        """Label-free logits `[N, Q, V]` of the tokens after the clean tokens `kept`: the end of a walk."""
-        return (text_walk or TextWalk(self.model)).logits(text, kept)
+    def new_walk(self, num_steps: int | None) -> TextWalk:
+        """What goes to the next tokens, in so many evaluations; None is the config's number."""
+        return TextWalk(self.model, num_steps=num_steps)
 
-    def loss(self, text: Text, labels: torch.Tensor, num_items, text_walk: TextWalk | None) -> torch.Tensor:
+    def predict(self, text: Text, kept: torch.Tensor, text_walk: TextWalk) -> torch.Tensor:
+        """Label-free logits `[N, Q, V]` of the tokens after the clean tokens `kept`: the end of a walk."""
+        return text_walk.logits(text, kept)
+
+    def loss(self, text: Text, labels: torch.Tensor, num_items, text_walk: TextWalk) -> torch.Tensor:
         """Their mean cross-entropy, without ever holding all of them."""
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-        nats = (text_walk or TextWalk(self.model)).losses(text, following)
+        nats = text_walk.losses(text, following)
         # Added up as a cross-entropy is, whose last bit it then has: each token's nats are those of its one class.
         total = F.nll_loss(-nats[:, None], following.clamp(max=0), reduction="mean" if num_items is None else "sum")
         return total if num_items is None else total / num_items

@@ -120,6 +120,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         num_items_in_batch: torch.Tensor | int | None = None,
         return_logits: bool | None = None,
         text_walk: TextWalk | None = None,
+        num_steps: int | None = None,
         block_input: torch.Tensor | None = None,
         block_output: torch.Tensor | None = None,
         loss_block: int | None = None,
@@ -140,6 +141,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
             return_logits: whether to hold and return all logits; None returns them unless a block is trained. False: rows
                 are read out in chunks, and no more logits are held. (A walk with gradients holds what these need.)
             text_walk: what [`generate`] keeps from token to token.
+            num_steps: prediction: denoiser evaluations of a walk (joint); None is `config.num_inference_steps`.
             block_input: the hidden states `[N, S, D]` that enter the block, where the earlier blocks are not run but
                 their output was cached.
             block_output: the hidden states `[N, S, D]` that have left the block, where its layers have run already
@@ -153,8 +155,8 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
             factorized and independent, the mean of the blocks' log-priors; joint, the end of the walk from keyed noise.
 
         Raises:
-            ValueError: labels are missing for a block, or a block for training; or `inputs_embeds` are given to blocks
-                that have embeddings of their own.
+            ValueError: labels are missing for a block, or a block for training; `num_steps` is out of range; or
+                `inputs_embeds` are given to blocks that have embeddings of their own.
         """
         if inputs_embeds is not None and self.blocks[-1].embeds_apart:
             raise ValueError("inputs_embeds must be None with shared='per_block': each block embeds tokens by itself")
@@ -163,6 +165,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
             input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, block_input, block_output
         )
         if block_index is None:
+            text_walk = text_walk or self.denoiser.new_walk(num_steps)
             return self._predict(text, labels, use_cache, logits_to_keep, num_items_in_batch, return_logits, text_walk)
         active, targets = self.active_blocks(block_index, loss_block), labels[:, 1:]
         sigma = self.levels(active.last, targets, sigma, generator)
@@ -256,3 +259,19 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         others do for `prior_fraction` of their draws.
         """
         return self.denoiser.prior_logits(Text(input_ids, None, attention_mask, position_ids))
+
+    @torch.no_grad()
+    def trajectory(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, num_steps: int | None = None
+    ) -> torch.Tensor:
+        """The walk to the token after a text: its probabilities at each of T evaluations, from the highest noise down,
+        `[N, T, V]`; from keyed noise, as greedy search has it. `num_steps` is T, as in `forward`.
+
+        Raises:
+            ValueError: the denoiser is factorized, and walks nowhere; or `num_steps` is out of range.
+        """
+        if not self.denoiser.walks:
+            raise ValueError(f"denoiser={self.config.denoiser!r} must be 'joint': no other walks to a token")
+        last = torch.tensor([input_ids.shape[1] - 1], device=self.device)
+        text = Text(input_ids, None, attention_mask)
+        return self.denoiser.new_walk(num_steps).trajectory(text, last)[:, 0]

@@ -125,6 +125,7 @@ class Streams:
         self.num_clean = hidden.shape[1]
         self.noisy_position_ids = position_ids[:, kept] + 1
         self._position_ids, self._hidden = position_ids, hidden
+        self._prelude_output: torch.Tensor | None = None
         past = cache if hasattr(cache, "get_seq_length") else None
         self._mask_arguments = (attention_mask, position_ids, past)
         # Masks are made before anything runs: they count the tokens that the cache holds now. One row of an explicit
@@ -147,6 +148,10 @@ class Streams:
         return self._positions(self._position_ids)
 
     @cached_property
+    def _clean_attention(self) -> dict:
+        return {"attention_mask": self._clean_mask, "past_key_values": self.cache, **self._clean_positions}
+
+    @cached_property
     def _noisy_attention(self) -> dict:
         return {
             "attention_mask": noisy_mask(self._explicit_mask, self.kept),
@@ -162,21 +167,30 @@ class Streams:
             **self._positions(torch.cat([self._position_ids, self.noisy_position_ids], 1)),
         }
 
+    def enter(self, block: Block, embedded: torch.Tensor) -> torch.Tensor:
+        """Embedded clean tokens `[N, S, D]`, on to the block's first layer. What the prelude makes of them, noisy tokens are
+        told, too."""
+        for layer in self.architecture.prelude(block.embedding_parts):
+            embedded = self.model.run_layer(layer, embedded, None, **self._clean_attention)
+        self._prelude_output = embedded
+        return self.architecture.enter(block.embedding_parts, embedded)
+
     def embed_noisy(self, block: Block, embeds: torch.Tensor) -> torch.Tensor:
-        """`c_in z` `[N, Q, D]`, as tokens at their positions."""
-        return self.architecture.embed_noisy(block.embedding_parts, embeds, self.noisy_position_ids)
+        """`c_in z` `[N, Q, D]`, as tokens at their positions that enter the block's first layer; once clean ones have entered
+        theirs."""
+        prelude_output = self._prelude_output[:, self.kept]
+        return self.architecture.embed_noisy(block.embedding_parts, embeds, self.noisy_position_ids, prelude_output)
 
     def run_clean(self, block: Block, hidden: torch.Tensor, modulations, output: bool) -> torch.Tensor | None:
         """Clean tokens `[N, S, D]` through a block. Without `output`, the last layer computes keys and values only."""
-        attention = {"attention_mask": self._clean_mask, "past_key_values": self.cache, **self._clean_positions}
         if output:
-            return block.run(hidden, modulations, **attention)
+            return block.run(hidden, modulations, **self._clean_attention)
         block.fetch()
         *first, last = block.layers
         for layer, modulation in zip(first, modulations):
-            hidden = self.model.run_layer(layer, hidden, modulation, **attention)
+            hidden = self.model.run_layer(layer, hidden, modulation, **self._clean_attention)
         keys, values = self.architecture.keys_and_values(last, hidden, modulations[-1], **self._clean_positions)
-        self.cache.update(keys, values, block.layer_indices[-1])
+        self.cache.update(keys, values, self.architecture.cache_slot(last))
         return None
 
     def run_noisy(self, block: Block, hidden: torch.Tensor, modulations) -> torch.Tensor:

@@ -29,6 +29,10 @@ class TextWalk:
         sample: whether noise and each evaluation's token are drawn for every row, from the global generator as
             everywhere in generation, rather than noise keyed and tokens bridged as the config says. (Keyed noise, the
             same for all samples at a position, would favour the same tokens in all of them.)
+        num_steps: evaluations of a walk; None is the config's `num_inference_steps`, and then `num_blocks`.
+
+    Raises:
+        ValueError: `num_steps` is no whole number from 1.
     """
 
     def __init__(
@@ -36,12 +40,16 @@ class TextWalk:
         model: DiffusionBlocksPreTrainedModel,
         logits_processor: LogitsProcessorList | None = None,
         sample: bool = False,
+        num_steps: int | None = None,
     ):
+        if num_steps is not None and (not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1):
+            raise ValueError(f"num_steps={num_steps!r} must be a whole number from 1, or None")
         self.model, self.config, self.logits_processor, self.sample = model, model.config, logits_processor, sample
         self.generated: torch.Tensor | None = None  # all tokens so far, for the controls
         self.bridge = _drawn_bridge if sample else BRIDGES[model.bridge]
         self.targets = model.target_vectors()
-        self.sigmas = model.noise_schedule.inference_sigmas(self.config.num_inference_steps or self.config.num_blocks)
+        num_steps = num_steps or self.config.num_inference_steps or self.config.num_blocks
+        self.sigmas = model.noise_schedule.inference_sigmas(num_steps)
         self.blocks = [model.blocks[k] for k in model.noise_schedule.block_of(self.sigmas[:-1]).tolist()]
         levels = self.sigmas.to(model.device, torch.float32).split(1)
         self.levels = [
@@ -97,6 +105,18 @@ class TextWalk:
             run.advance_to(self.config.num_blocks)
         return torch.cat(nats)
 
+    def trajectory(self, text: Text, kept: torch.Tensor) -> torch.Tensor:
+        """Walk as [`logits`] does; the probabilities at every evaluation, `[N, Q, T, V]`, at the highest noise first."""
+        run, seen = _Run(self, text, kept), []
+
+        def denoise(z: torch.Tensor, step: int) -> torch.Tensor:
+            logits = run.denoise(z, step)
+            seen.append(logits.softmax(-1))
+            return logits
+
+        walk(denoise, self.targets, self.sigmas, run.noise, self.config.sampler, self.bridge)
+        return torch.stack(seen, 1).unflatten(0, (run.num_rows, len(kept)))
+
     def prior_logits(self, text: Text) -> torch.Tensor:
         """Every block's logits at sigma_max, from keyed noise: `[N, B, S, V]`."""
         run, first = _Run(self, text, torch.arange(text.num_tokens, device=self.model.device)), self.levels[0]
@@ -138,7 +158,7 @@ class _Run:
         if block.predecessors:
             return self._clean
         if self._embedded is None or block.embeds_apart:
-            self._embedded = block.embed(self.inputs)
+            self._embedded = self.streams.enter(block, block.embed(self.inputs))
         return self._embedded
 
     def advance_to(self, block_index: int) -> None:
@@ -162,10 +182,9 @@ class _Run:
         if self.num_tokens == 1 and self._done <= block.index:
             # One new token: clean and noisy together, in one pass over the block.
             self.advance_to(block.index)
+            clean = self._entering(block)
             noisy = self._embed_noisy(block, z, level)
-            self._clean, hidden = self.streams.run_together(
-                block, self._entering(block), noisy, plan.joint_modulations(step)
-            )
+            self._clean, hidden = self.streams.run_together(block, clean, noisy, plan.joint_modulations(step))
             self._done += 1
             return hidden
         self.advance_to(block.index + 1)

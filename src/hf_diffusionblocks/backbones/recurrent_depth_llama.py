@@ -1,0 +1,47 @@
+"""Llama of recurrent depth: one core, run several times over, between a prelude and a coda."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..recurrent_depth_llama import RecurrentDepthLlamaConfig, RecurrentDepthLlamaForCausalLM
+from .llama import LlamaBackbone
+
+
+class RecurrentDepthLlamaBackbone(LlamaBackbone):
+    """What runs for noisy tokens is one block: the core, and the coda that reads its state. The state is z, or nothing.
+
+    So a training step runs the core once, where the plain model runs it several times over, and a walk of K levels
+    runs it K times (DiffusionBlocks, arXiv 2506.14202, section on recurrent depth).
+    """
+
+    model_type = RecurrentDepthLlamaConfig.model_type
+    plain_class = RecurrentDepthLlamaForCausalLM
+    embedding_paths = ("model.embed_tokens", "model.prelude", "model.adapter")
+    tasks = ("text-generation",)
+    fixed_fields = {"num_blocks": 1, "denoiser": "joint", "context": "independent"}
+    fixed_because = "one core, whose state is z, is the denoiser of all noise levels"
+
+    def largest_step(self, config: RecurrentDepthLlamaConfig) -> dict[str, int]:
+        return {"num_steps": config.backprop_depth}  # what runs before these holds nothing
+
+    def num_layers(self, config: RecurrentDepthLlamaConfig) -> int:
+        """Those of core and coda."""
+        return config.num_core_layers + config.num_coda_layers
+
+    def prelude(self, plain: nn.Module) -> Sequence[nn.Module]:
+        return plain.model.prelude
+
+    def enter(self, plain: nn.Module, prelude_output: torch.Tensor) -> torch.Tensor:
+        return self._inject(plain, torch.zeros_like(prelude_output), prelude_output)
+
+    def embed_noisy(
+        self, plain: nn.Module, embeds: torch.Tensor, position_ids: torch.Tensor, prelude_output: torch.Tensor
+    ) -> torch.Tensor:
+        return self._inject(plain, embeds, prelude_output)
+
+    def _inject(self, plain: nn.Module, state: torch.Tensor, prelude_output: torch.Tensor) -> torch.Tensor:
+        return plain.model.adapter(torch.cat([state, prelude_output], -1))
