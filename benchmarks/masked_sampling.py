@@ -159,6 +159,7 @@ def main() -> None:
     if options.seconds:
         seconds_file.write_text(json.dumps(seconds_a_token(models)))
         return
+    options.output.mkdir(parents=True, exist_ok=True)
     draw_unmasking(models[DRAWN], options.output / "masked_unmasking.png")
     data = {split: tokens.long() for split, tokens in torch.load(characters(options.data, options.results)).items()}
     reader = judge(options.results, Sequences(data["train"], LENGTH), options.judge_updates)
