@@ -147,7 +147,7 @@ def make(kind: str, task: Task, rate: float, options: dict, seed: int = 0, turns
         model = near
     if options.pop("adapters", False):
         lora.add_block_adapters(model, task.lora())
-    options.setdefault("train_shared", bool(task.head))
+    options = {"train_shared": bool(task.head), "block_schedule": "random", **options}
     args = db.DiffusionBlocksTrainingArguments(**arguments, **options)
     trainer_class = WithFirst if kind == "with first" else db.DiffusionBlocksTrainer
     collator = {"data_collator": collate} if isinstance(task, Clothes) else {}

@@ -142,8 +142,10 @@ def train_and_read(row: str, family: str, seed: int, settings: dict) -> dict[str
         model = make_model(spec, config)
         if model.config.noise_distribution == "information":
             db.fit_noise_schedule(model, torch.utils.data.DataLoader(train_set, settings["batch_size"]))
-        schedule = {"block_schedule": "together"} if spec.get("together") else {}
-        args = db.DiffusionBlocksTrainingArguments(updates_per_block=settings["updates"], **schedule, **shared_args)
+        schedule = "together" if spec.get("together") else "random"
+        args = db.DiffusionBlocksTrainingArguments(
+            updates_per_block=settings["updates"], block_schedule=schedule, **shared_args
+        )
         trainer_class = TwoBlocksTrainer if isinstance(model, TwoBlocks) else db.DiffusionBlocksTrainer
         trainer = trainer_class(model=model, args=args, train_dataset=train_set)
     start = time.process_time()
