@@ -33,6 +33,7 @@ import hf_diffusionblocks as db
 LAYERS, WIDTH, HEADS = 8, 64, 2
 HELD_OUT = 10**12  #: number of the first row to measure on
 NO_HEAD = {"readout_layers": 0}
+INDEPENDENT = {"denoiser": "factorized", "context": "independent", "readout": "posterior", "prior_fraction": 1.0}
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Row:
         fields: what `convert` is given beside the recommended preset; None is a plain model.
         layers: of the model.
         arguments: of the Trainer.
-        two_blocks: whether gradients run through a block and the one before it, which so moves twice a round: half of the
-            updates, then.
+        two_blocks: whether gradients run through a block and the one before it. All but the last then move twice a round,
+            and the rounds are half as many (the last block gets half of the updates).
     """
 
     fields: dict | None = field(default_factory=dict)
@@ -57,9 +58,10 @@ TOGETHER = {"block_schedule": "together"}
 ROWS: dict[str, Row] = {
     "end to end, 8 layers": Row(None),
     "end to end, 2 layers": Row(None, layers=2),
+    "end to end, 3 layers": Row(None, layers=3),
     "end to end, 4 layers": Row(None, layers=4),
     "B=4, recommended (local head of one layer)": Row(),
-    "the same, together": Row(arguments=TOGETHER),
+    "B=4, recommended, together": Row(arguments=TOGETHER),
     "B=4, no local head": Row(NO_HEAD),
     "B=4, no local head, together": Row(NO_HEAD, arguments=TOGETHER),
     "B=4, local head of two layers, together": Row({"readout_layers": 2}, arguments=TOGETHER),
@@ -70,8 +72,8 @@ ROWS: dict[str, Row] = {
     "B=4, own ends, together": Row({"shared": "per_block"}, arguments=TOGETHER),
     "B=2, recommended, together": Row({"num_blocks": 2}, arguments=TOGETHER),
     "B=8, recommended, together": Row({"num_blocks": 8}, arguments=TOGETHER),
-    "B=4, independent blocks": Row({"denoiser": "factorized", "context": "independent", "readout": "posterior", "prior_fraction": 1.0}),
-}  # fmt: skip
+    "B=4, independent blocks": Row(INDEPENDENT),
+}
 
 
 def new_model(row: Row):
@@ -132,7 +134,7 @@ def trained_bytes(trainer: Trainer, rows: torch.utils.data.Dataset, batch_size: 
 @torch.no_grad()
 def read(model, rows: PointerChasing) -> dict:
     """Accuracy by hops: of `logits`, of each block, and of the mean of the blocks' log-probabilities."""
-    batches = torch.utils.data.DataLoader(rows, 64)
+    batches = torch.utils.data.DataLoader(rows, 64, drop_last=True)  # equal batches: their means can be averaged
     totals: dict[str, torch.Tensor] = {}
     for batch in batches:
         labels = batch.pop("labels")
@@ -144,7 +146,7 @@ def read(model, rows: PointerChasing) -> dict:
         found["loss"] = F.cross_entropy(readings["logits"][:, PAIRS:-1].flatten(0, 1), labels[:, PAIRS + 1 :].flatten())
         for name, value in found.items():
             totals[name] = totals.get(name, 0.0) + value / len(batches)
-    return {name: [round(v, 5) for v in value.tolist()] if value.dim() else value.item() for name, value in totals.items()}
+    return {name: value.tolist() for name, value in totals.items()}
 
 
 def run(job: tuple) -> None:
@@ -170,15 +172,16 @@ def run(job: tuple) -> None:
 
 COLUMNS = (
     "", "seeds", *(f"{k} hop{'s' if k > 1 else ''}" for k in range(1, HOPS + 1)), "nats",
-    f"{HOPS} hops by block", f"{HOPS} hops, mean of blocks", "CPU seconds", "layer runs an update", "gradients and activations",
+    f"{HOPS} hops by block", f"{HOPS} hops, mean of blocks", "CPU seconds", "layer runs an update",
+    "gradients and activations",
 )  # fmt: skip
 
 
 def table(results: list[dict]) -> str:
     """Markdown: accuracies in per cent, means over seeds (of the most hops with their standard deviation)."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    chance = 100 / (ELEMENTS - 1)
-    lines.append(f"| any element but the start | | {' | '.join([f'{chance:.0f}'] * HOPS)} " + "| " * (len(COLUMNS) - 2 - HOPS) + "|")
+    guess = [f"{100 / (ELEMENTS - 1):.0f}"] * HOPS
+    lines.append(f"| {' | '.join(['any element but the start', '', *guess, *[''] * (len(COLUMNS) - 2 - HOPS)])} |")
     for name in ROWS:
         if runs := [result for result in results if result["row"] == name]:
             lines.append(f"| {' | '.join(_cells(name, runs))} |")
