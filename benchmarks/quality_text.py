@@ -71,10 +71,11 @@ BOUND_BATCHES = 8  # of 8 sequences: the bound costs ten passes a sequence
 
 
 class TwoBlocks(db.DiffusionBlocksForCausalLM):
-    """Trains the active block and the one before it, on the active block's loss."""
+    """Trains a block and the one before it, on the later one's loss."""
 
     def active_blocks(self, block_index, loss_block):
-        return neighbours(block_index)
+        # The Trainer gives the first block that moves, and the one that is read out.
+        return ActiveBlocks(range(block_index, loss_block + 1), loss_block)
 
 
 class TwoBlocksTrainer(db.DiffusionBlocksTrainer):

@@ -1,0 +1,237 @@
+"""A probe of depth: pointer chasing, whose accuracy by the number of hops says how many layers are used.
+
+    python benchmarks/depth_probe.py --output outputs/depth_probe
+
+A fresh Llama of 8 layers, width 64; a block of B=4 has 2. Rows of pointer_chasing.py, drawn as they are needed, none twice;
+equal updates of every parameter of the layers. Columns: held-out accuracy by hops and cross-entropy in nats of `logits`,
+the accuracy at the most hops of each block (read out with its local head) and of the mean of the blocks'
+log-probabilities; CPU seconds of training on one thread; how often a layer runs forward for one update of all
+(of local heads, too), and the bytes of gradients and of what autograd keeps, in the step of the block that needs most.
+Runs are cached in the output folder one by one, so an interrupted benchmark goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from cached_runs import results_of
+from pointer_chasing import ELEMENTS, HOPS, LENGTH, PAIRS, VOCABULARY, PointerChasing, by_hops
+from quality_text import TwoBlocks, TwoBlocksTrainer
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments, set_seed
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.utils import logging
+
+import hf_diffusionblocks as db
+
+LAYERS, WIDTH, HEADS = 8, 64, 2
+HELD_OUT = 10**12  #: number of the first row to measure on
+NO_HEAD = {"readout_layers": 0}
+INDEPENDENT = {"denoiser": "factorized", "context": "independent", "readout": "posterior", "prior_fraction": 1.0}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to train.
+
+    Args:
+        fields: what `convert` is given beside the recommended preset; None is a plain model.
+        layers: of the model.
+        arguments: of the Trainer.
+        two_blocks: whether gradients run through a block and the one before it. All but the last then move twice a round,
+            and the rounds are half as many (the last block gets half of the updates).
+    """
+
+    fields: dict | None = field(default_factory=dict)
+    layers: int = LAYERS
+    arguments: dict = field(default_factory=dict)
+    two_blocks: bool = False
+
+
+TOGETHER = {"block_schedule": "together"}
+ROWS: dict[str, Row] = {
+    "end to end, 8 layers": Row(None),
+    "end to end, 2 layers": Row(None, layers=2),
+    "end to end, 3 layers": Row(None, layers=3),
+    "end to end, 4 layers": Row(None, layers=4),
+    "B=4, recommended (local head of one layer)": Row(),
+    "B=4, recommended, together": Row(arguments=TOGETHER),
+    "B=4, no local head": Row(NO_HEAD),
+    "B=4, no local head, together": Row(NO_HEAD, arguments=TOGETHER),
+    "B=4, local head of two layers, together": Row({"readout_layers": 2}, arguments=TOGETHER),
+    "B=4, exact gradient, together": Row({**NO_HEAD, "objective": "exact"}),
+    "B=4, final loss, blocks in turn": Row({**NO_HEAD, "objective": "final"}),
+    "B=4, gradients through two blocks": Row(NO_HEAD, two_blocks=True),
+    "B=4, gradients through two blocks, local head of one layer": Row(two_blocks=True),
+    "B=4, own ends, together": Row({"shared": "per_block"}, arguments=TOGETHER),
+    "B=2, recommended, together": Row({"num_blocks": 2}, arguments=TOGETHER),
+    "B=8, recommended, together": Row({"num_blocks": 8}, arguments=TOGETHER),
+    "B=4, independent blocks": Row(INDEPENDENT),
+}
+
+
+def new_model(row: Row):
+    config = LlamaConfig(
+        num_hidden_layers=row.layers, hidden_size=WIDTH, intermediate_size=WIDTH * 8 // 3, num_attention_heads=HEADS,
+        vocab_size=VOCABULARY, max_position_embeddings=LENGTH, bos_token_id=0, eos_token_id=0, use_cache=False,
+        initializer_range=0.1,  # with the usual 0.02 the second hop takes twice as long to learn
+    )  # fmt: skip
+    if row.fields is None:
+        return AutoModelForCausalLM.from_config(config)
+    # The exact gradient is to be compared weight by weight: it starts from the plain model of this seed.
+    source = AutoModelForCausalLM.from_config(config) if row.fields.get("objective") == "exact" else config
+    model = db.convert(source, **{"num_blocks": 4, **row.fields})
+    return TwoBlocks(model.config) if row.two_blocks else model
+
+
+def new_trainer(model, row: Row, seed: int, settings: dict) -> Trainer:
+    updates, batch_size = settings["updates"], settings["batch_size"]
+    # As long for every row, so that all meet the rows in one order; those of a seed are no other seed's.
+    rows = PointerChasing(seed * 10**9, updates * batch_size * LAYERS)
+    common = dict(
+        output_dir=settings["output"], per_device_train_batch_size=batch_size, learning_rate=settings["learning_rate"],
+        adam_beta2=0.98, lr_scheduler_type="cosine", warmup_steps=0.05, max_grad_norm=0.0, seed=seed, use_cpu=True,
+        report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    if row.fields is None:
+        return Trainer(model=model, args=TrainingArguments(max_steps=updates, **common), train_dataset=rows)
+    updates = updates // 2 if row.two_blocks else updates
+    args = db.DiffusionBlocksTrainingArguments(updates_per_block=updates, **row.arguments, **common)
+    trainer_class = TwoBlocksTrainer if row.two_blocks else db.DiffusionBlocksTrainer
+    return trainer_class(model=model, args=args, train_dataset=rows)
+
+
+class LayerRuns:
+    """How often layers of a model run forward, by their attention: blocks call the parts of a layer."""
+
+    def __init__(self, model):
+        self.count = 0
+        for module in model.modules():
+            if isinstance(module, LlamaAttention):
+                module.register_forward_hook(self._add)
+
+    def _add(self, *args) -> None:
+        self.count += 1
+
+
+def trained_bytes(trainer: Trainer, rows: torch.utils.data.Dataset, batch_size: int) -> int:
+    """Gradients and saved activations of a step, of the block that has most; a plain model takes one more step for it."""
+    if isinstance(trainer, db.DiffusionBlocksTrainer):
+        ledgers = trainer.ledgers.values()
+    else:
+        model = trainer.model.train()
+        batch = torch.utils.data.default_collate([rows[k] for k in range(batch_size)])
+        ledgers = [db.measure_memory(model, torch.optim.AdamW(model.parameters()), lambda: model(**batch).loss)]
+    return max(ledger.parts.gradients + ledger.parts.activations for ledger in ledgers)
+
+
+@torch.no_grad()
+def read(model, rows: PointerChasing) -> dict:
+    """Accuracy by hops: of `logits`, of each block, and of the mean of the blocks' log-probabilities."""
+    batches = torch.utils.data.DataLoader(rows, 64, drop_last=True)  # equal batches: their means can be averaged
+    totals: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        labels = batch.pop("labels")
+        readings = {"logits": model(**batch).logits}
+        if isinstance(model, db.DiffusionBlocksForCausalLM):
+            priors = model.prior_logits(**batch).log_softmax(-1)
+            readings |= {"mean": priors.mean(1)} | {f"block {k}": prior for k, prior in enumerate(priors.unbind(1))}
+        found = {name: by_hops(logits, labels) for name, logits in readings.items()}
+        found["loss"] = F.cross_entropy(readings["logits"][:, PAIRS:-1].flatten(0, 1), labels[:, PAIRS + 1 :].flatten())
+        for name, value in found.items():
+            totals[name] = totals.get(name, 0.0) + value / len(batches)
+    return {name: value.tolist() for name, value in totals.items()}
+
+
+def run(job: tuple) -> None:
+    name, seed, settings, file = job
+    row = ROWS[name]
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    set_seed(seed)
+    model = new_model(row)
+    trainer, layer_runs = new_trainer(model, row, seed, settings), LayerRuns(model)
+    start = time.process_time()
+    trainer.train()
+    seconds = time.process_time() - start
+    result = {"seconds": seconds, "layer runs": layer_runs.count / settings["updates"]}
+    result |= read(model.eval(), PointerChasing(HELD_OUT, settings["held_out"]))
+    result["step bytes"] = trained_bytes(trainer, trainer.train_dataset, settings["batch_size"])
+    kept = {key: settings[key] for key in ("updates", "learning_rate", "batch_size")}
+    file.write_text(json.dumps({"row": name, "seed": seed, **kept, **result}))
+    print(f"{name}, seed {seed}: {result}", flush=True)
+
+
+# ---- the table
+
+COLUMNS = (
+    "", "seeds", *(f"{k} hop{'s' if k > 1 else ''}" for k in range(1, HOPS + 1)), "nats",
+    f"{HOPS} hops by block", f"{HOPS} hops, mean of blocks", "CPU seconds", "layer runs an update",
+    "gradients and activations",
+)  # fmt: skip
+
+
+def table(results: list[dict]) -> str:
+    """Markdown: accuracies in per cent, means over seeds (of the most hops with their standard deviation)."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    guess = [f"{100 / (ELEMENTS - 1):.0f}"] * HOPS
+    lines.append(f"| {' | '.join(['any element but the start', '', *guess, *[''] * (len(COLUMNS) - 2 - HOPS)])} |")
+    for name in ROWS:
+        if runs := [result for result in results if result["row"] == name]:
+            lines.append(f"| {' | '.join(_cells(name, runs))} |")
+    return "\n".join(lines)
+
+
+def _cells(name: str, runs: list[dict]) -> list[str]:
+    blocks = sum(key.startswith("block ") for key in runs[0])
+    most = [_percent(runs, f"block {k}", HOPS - 1) for k in range(blocks)]
+    spread = f" ± {statistics.stdev(100 * run['logits'][-1] for run in runs):.0f}" if len(runs) > 1 else ""
+    return [
+        name,
+        str(len(runs)),
+        *(_percent(runs, "logits", k) for k in range(HOPS - 1)),
+        _percent(runs, "logits", HOPS - 1) + spread,
+        f"{_mean(run['loss'] for run in runs):.3f}",
+        " ".join(most),
+        _percent(runs, "mean", HOPS - 1) if blocks else "",
+        f"{_mean(run['seconds'] for run in runs):.0f}",
+        f"{_mean(run['layer runs'] for run in runs):.1f}",
+        f"{runs[0]['step bytes'] / 2**20:.1f} MiB",
+    ]
+
+
+def _percent(runs: list[dict], reading: str, hop: int) -> str:
+    return f"{100 * _mean(run[reading][hop] for run in runs):.0f}"
+
+
+_mean = statistics.mean
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the cached runs and the table")
+    parser.add_argument("--updates", type=int, default=2000, help="updates of every layer")
+    parser.add_argument("--batch_size", type=int, default=16, help="cycles, of 32 queries each")
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--held_out", type=int, default=512, help="cycles to measure on")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(options, name) for name in ("updates", "batch_size", "learning_rate", "held_out")}
+    settings["output"] = str(options.output)
+    results = results_of(run, ROWS, options.rows, options.seeds, settings, options.output, options.processes)
+    (options.output / "results.json").write_text("[\n " + ",\n ".join(map(json.dumps, results)) + "\n]\n")
+    (options.output / f"table-{options.updates}.md").write_text(table(results) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
