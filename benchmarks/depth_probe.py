@@ -65,7 +65,7 @@ ROWS: dict[str, Row] = {
     "B=4, no local head": Row(NO_HEAD),
     "B=4, no local head, together": Row(NO_HEAD, arguments=TOGETHER),
     "B=4, local head of two layers, together": Row({"readout_layers": 2}, arguments=TOGETHER),
-    "B=4, exact gradient, together": Row({**NO_HEAD, "objective": "exact"}),
+    "B=4, exact gradient, together": Row({**NO_HEAD, "objective": "exact"}, arguments=TOGETHER),
     "B=4, final loss, blocks in turn": Row({**NO_HEAD, "objective": "final"}),
     "B=4, gradients through two blocks": Row(NO_HEAD, two_blocks=True),
     "B=4, gradients through two blocks, local head of one layer": Row(two_blocks=True),
@@ -102,7 +102,8 @@ def new_trainer(model, row: Row, seed: int, settings: dict) -> Trainer:
     if row.fields is None:
         return Trainer(model=model, args=TrainingArguments(max_steps=updates, **common), train_dataset=rows)
     updates = updates // 2 if row.two_blocks else updates
-    args = db.DiffusionBlocksTrainingArguments(updates_per_block=updates, **row.arguments, **common)
+    schedule = {"block_schedule": "random", **row.arguments}
+    args = db.DiffusionBlocksTrainingArguments(updates_per_block=updates, **schedule, **common)
     trainer_class = TwoBlocksTrainer if row.two_blocks else db.DiffusionBlocksTrainer
     return trainer_class(model=model, args=args, train_dataset=rows)
 
