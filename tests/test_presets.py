@@ -203,6 +203,13 @@ def test_a_run_has_the_model_s_objective_unless_another_is_given(own, given, tmp
     assert ("block-local training" in card) is (expected == "local")
 
 
+@pytest.mark.parametrize("objective", ["final", "exact"])
+def test_fresh_blocks_have_no_local_heads_for_the_whole_model_s_loss(objective):
+    assert db.convert(GPT2, 2).config.readout_layers == 1
+    config = db.convert(GPT2, 2, objective=objective).config
+    assert (config.objective, config.readout_layers, config.formulation) == (objective, 0, "factorized, carried")
+
+
 @pytest.mark.parametrize("turns", [{"block_schedule": "sequential"}, {"block_schedule": "random"}, {"block_parallel": True}])
 def test_exact_is_the_final_loss_where_blocks_take_turns(turns, tmp_path):
     """Of the model's own objective; who asks a run for it is told that it needs all blocks in a step."""

@@ -54,4 +54,6 @@ def with_preset(
         raise ValueError(f"preset={preset!r} must be one of {', '.join(map(repr, PRESETS))}")
     if preset == "paper" or any(name in fields for name in LEAVING):
         return {**architecture.fixed_fields, **fields}
+    if fields.get("objective", "local") != "local":
+        start = "pretrained"  # the whole model's loss asks for no local heads, however the weights start
     return {**recommended(task, start, architecture), **fields}
