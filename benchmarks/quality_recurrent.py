@@ -150,7 +150,7 @@ def layers_an_update(row: str, settings: dict) -> tuple[float, float]:
     if ROWS[row] is not None:  # clean tokens, then noisy ones; (of the last layer, clean ones need keys and values only)
         return PRELUDE + 2 * (CORE + CODA), PRELUDE + 2 * (CORE + CODA)
     config = new_model(row, settings).config
-    return PRELUDE + (config.mean_recurrence + 1) * CORE + CODA, PRELUDE + config.backprop_depth * CORE + CODA
+    return PRELUDE + (config.mean_recurrence + 1) * CORE + CODA, PRELUDE + config.num_backprop_steps * CORE + CODA
 
 
 def run(job: tuple) -> None:

@@ -197,6 +197,8 @@ def test_the_way_of_a_token_can_be_looked_at(model, ids):
     with torch.no_grad():
         assert torch.allclose(seen[:, -1], model(ids, num_steps=4).logits[:, -1].softmax(-1), atol=1e-5)
     assert torch.allclose(seen[:, 0], model.trajectory(ids, num_steps=1)[:, 0], atol=1e-5)  # all begin at sigma_max
+    padding = torch.ones_like(ids).index_fill(1, torch.tensor([0, 1]), 0)
+    assert torch.allclose(model.trajectory(ids, padding, 4), model.trajectory(ids[:, 2:], num_steps=4), atol=1e-5)
 
 
 def test_numbers_of_steps_that_mean_nothing_are_refused(model, ids):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import randomized
 from families import RECURRENT, VOCAB
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 
@@ -132,9 +133,31 @@ def test_logits_of_a_cached_token_are_those_of_the_whole_text(plain, ids):
     assert not torch.allclose(plain(ids, num_steps=4).logits, whole, atol=1e-2)
     assert torch.equal(torch.get_rng_state(), state)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
+    shorter = plain(ids[:1, 2:]).logits
+    assert torch.allclose(plain(ids[:1], attention_mask=mask).logits[:, 2:], shorter, atol=1e-5)
     padded = plain.generate(ids[:1], attention_mask=mask, max_new_tokens=NEW, do_sample=False)
     alone = plain.generate(ids[:1, 2:], max_new_tokens=NEW, do_sample=False)
     assert torch.equal(padded[:, 8:], alone[:, 6:])
+
+
+def test_sizes_given_as_a_model_is_loaded_are_its_depth(plain, tmp_path):
+    """Though they are set one by one."""
+    plain.save_pretrained(tmp_path)
+    deeper = AutoModelForCausalLM.from_pretrained(tmp_path, num_core_layers=3, num_coda_layers=2, mean_recurrence=16)
+    assert (len(deeper.model.layers), deeper.config.num_backprop_steps) == (5, 4)
+    deeper.save_pretrained(tmp_path / "deeper")
+    assert AutoConfig.from_pretrained(tmp_path / "deeper").num_hidden_layers == 6
+
+
+def test_what_libraries_around_it_do(plain, ids):
+    """PEFT names outputs that nobody asks for; a callback generates in training mode; labels need no cache."""
+    adapted = get_peft_model(copy.deepcopy(plain), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    assert torch.allclose(adapted(input_ids=ids, labels=ids).logits, plain(ids).logits, atol=1e-5)
+    with pytest.raises(ValueError, match="output_hidden_states=True must be False"):
+        plain(ids, output_hidden_states=True)
+    assert plain(ids, labels=ids).past_key_values is None
+    options = {"max_new_tokens": 2, "do_sample": False, "cache_implementation": "dynamic"}
+    assert plain.train().generate(ids, **options).shape[1] == ids.shape[1] + 2
 
 
 def test_it_trains_with_the_stock_trainer(plain, ids, tmp_path):
@@ -169,5 +192,5 @@ def test_what_cannot_be_generated_is_refused(plain, ids):
             plain(ids[:, :1], past_key_values=cache, num_steps=3)
     with pytest.raises(ValueError, match="num_steps=0 must be a whole number from 1"):
         plain.generate(ids, num_steps=0)
-    with pytest.raises(ValueError, match="cache_implementation='static' must be None"):
+    with pytest.raises(ValueError, match="cache_implementation='static' must be None or 'dynamic'"):
         plain.generate(ids, cache_implementation="static")

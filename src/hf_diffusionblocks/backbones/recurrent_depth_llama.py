@@ -26,7 +26,7 @@ class RecurrentDepthLlamaBackbone(LlamaBackbone):
     fixed_because = "one core, whose state is z, is the denoiser of all noise levels"
 
     def largest_step(self, config: RecurrentDepthLlamaConfig) -> dict[str, int]:
-        return {"num_steps": config.backprop_depth}  # what runs before these holds nothing
+        return {"num_steps": config.num_backprop_steps}  # what runs before these holds nothing
 
     def num_layers(self, config: RecurrentDepthLlamaConfig) -> int:
         """Those of core and coda."""

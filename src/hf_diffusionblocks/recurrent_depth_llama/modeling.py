@@ -58,7 +58,7 @@ class RecurrentDepthLlamaModel(RecurrentDepthLlamaPreTrainedModel):
         self.prelude = nn.ModuleList(LlamaDecoderLayer(config, index) for index in range(ends))
         self.adapter = nn.Linear(2 * width, width, bias=False)
         #: The core's, then the coda's: all that a noisy token runs through in a model of blocks.
-        self.layers = nn.ModuleList(LlamaDecoderLayer(config, index) for index in range(ends, config.num_hidden_layers))
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, index) for index in range(ends, config.num_layers))
         self.norm = LlamaRMSNorm(width, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -90,6 +90,8 @@ class RecurrentDepthLlamaModel(RecurrentDepthLlamaPreTrainedModel):
             past = past_key_values.get_seq_length()
         if position_ids is None:
             position_ids = torch.arange(past, past + embeds.shape[1], device=embeds.device)[None]
+            if attention_mask is not None and attention_mask.dim() == 2:  # the state's noise is keyed by position
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
         mask = create_causal_mask(
             config=self.config, inputs_embeds=embeds, attention_mask=attention_mask, past_key_values=past_key_values,
             position_ids=position_ids,
@@ -113,7 +115,7 @@ class RecurrentDepthLlamaModel(RecurrentDepthLlamaPreTrainedModel):
             return hidden
 
         prelude_output, state = run(self.prelude, embeds), self._initial_state(embeds, position_ids)
-        without_gradient = max(steps - self.config.backprop_depth, 0)
+        without_gradient = max(steps - self.config.num_backprop_steps, 0)
         for step in range(steps):
             with torch.set_grad_enabled(torch.is_grad_enabled() and step >= without_gradient):
                 state = run(core, self.adapter(torch.cat([state, prelude_output], -1)), step)
@@ -141,7 +143,7 @@ class RecurrentDepthLlamaModel(RecurrentDepthLlamaPreTrainedModel):
 
     def _check_slots(self, cache: Cache, steps: int) -> None:
         """A slot for each layer of each run: caches without a fixed number of them grow theirs."""
-        wanted = self.config.num_hidden_layers + (steps - 1) * self.config.num_core_layers
+        wanted = self.config.num_layers + (steps - 1) * self.config.num_core_layers
         fixed = cache.layer_class_to_replicate is None
         if len(cache.layers) != wanted and (fixed or cache.get_seq_length()):
             raise ValueError(
@@ -180,18 +182,28 @@ class RecurrentDepthLlamaForCausalLM(RecurrentDepthLlamaPreTrainedModel, Generat
         logits_to_keep: int | torch.Tensor = 0,
         num_steps: int | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits `[N, S, V]` of the tokens after each, and, with `labels`, their mean cross-entropy.
 
         Args:
             num_steps: how often the core runs; None is `mean_recurrence`, and in training drawn at random around it.
             past_key_values: an empty `DynamicCache()`, or one filled with the same `num_steps`.
+            output_attentions, output_hidden_states: None or False; PEFT names them.
 
-        The others are as in `LlamaForCausalLM`. Gradients run through the last `backprop_depth` runs of the core.
+        The others are as in `LlamaForCausalLM`. Gradients run through the last `num_backprop_steps` runs of
+        the core.
 
         Raises:
-            ValueError: `num_steps` is no whole number from 1, or not what the cache was filled with.
+            ValueError: `num_steps` is no whole number from 1, or not what the cache was filled with; or attentions or hidden
+                states are asked for.
         """
+        for name, asked in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
+            if asked:
+                raise ValueError(f"{name}={asked} must be False: a layer of the core has as many as there are runs")
+        if use_cache is None and labels is not None:
+            use_cache = False  # nobody goes on from a text that is scored
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, num_steps
         )
@@ -200,11 +212,15 @@ class RecurrentDepthLlamaForCausalLM(RecurrentDepthLlamaPreTrainedModel, Generat
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
+    def generate(self, *args, num_steps: int | None = None, **kwargs):
+        """As in Transformers. `num_steps` is how often the core runs for each token; None is `mean_recurrence`."""
+        return super().generate(*args, num_steps=self.config.mean_recurrence if num_steps is None else num_steps, **kwargs)
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if generation_config.cache_implementation is not None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} must be None: the number of slots depends on "
-                "num_steps, and a DynamicCache grows them"
+                f"cache_implementation={generation_config.cache_implementation!r} must be None or 'dynamic': the number of slots "
+                "depends on num_steps, and others are of a fixed number"
             )
         given = model_kwargs.get("past_key_values")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

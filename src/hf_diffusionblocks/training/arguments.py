@@ -120,8 +120,10 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
 
     @property
     def in_turn(self) -> bool:
-        """Whether blocks are asked to take turns."""
-        return self.block_parallel or self.block_switch_interval > 1 or self.block_schedule in ("random", "sequential")
+        """Whether blocks take turns, by what is asked for."""
+        if self.block_schedule is None:
+            return self.block_parallel or self.block_switch_interval > 1 or self.fp16
+        return self.block_schedule != "together"
 
     def objective_of(self, configured: str) -> str:
         """The objective of a run: what is given here, or else what the model's config says. Its 'exact' is 'final' where

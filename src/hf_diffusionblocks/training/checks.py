@@ -76,8 +76,7 @@ def settle_schedule(
     args.objective = args.objective_of(model.config.objective)
     if args.block_schedule is None:
         runs_again = len(blocks) > 1 and model.computes_plain_model
-        needs_turns = args.objective == "final" or args.fp16
-        together = args.objective == "exact" or (runs_again and not needs_turns)
+        together = args.objective == "exact" or (runs_again and args.objective == "local")
         args.block_schedule = "together" if together else "random"
 
 

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer, training one block per optimizer step."""
+"""The Hugging Face Trainer, training blocks one by one: in turns, or one after another in each step."""
 
 from __future__ import annotations
 

@@ -273,5 +273,6 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         if not self.denoiser.walks:
             raise ValueError(f"denoiser={self.config.denoiser!r} must be 'joint': no other walks to a token")
         last = torch.tensor([input_ids.shape[1] - 1], device=self.device)
-        text = Text(input_ids, None, attention_mask)
+        positions = None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # as generate's
+        text = Text(input_ids, None, attention_mask, positions)
         return self.denoiser.new_walk(num_steps).trajectory(text, last)[:, 0]
