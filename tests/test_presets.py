@@ -210,11 +210,20 @@ def test_fresh_blocks_have_no_local_heads_for_the_whole_model_s_loss(objective):
     assert (config.objective, config.readout_layers, config.formulation) == (objective, 0, "factorized, carried")
 
 
-@pytest.mark.parametrize("turns", [{"block_schedule": "sequential"}, {"block_schedule": "random"}, {"block_parallel": True}])
+@pytest.mark.parametrize(
+    "turns",
+    [{"block_schedule": "sequential"}, {"block_schedule": "random"}, {"block_parallel": True}, {"block_switch_interval": 2}],
+    ids=str,
+)
 def test_exact_is_the_final_loss_where_blocks_take_turns(turns, tmp_path):
     """Of the model's own objective; who asks a run for it is told that it needs all blocks in a step."""
     trainer = trainer_of(db.convert(GPT2LMHeadModel(GPT2), 2), GPT2, tmp_path, turns)
     assert trainer.args.objective == "final"
+
+
+def test_turns_have_no_length_where_blocks_are_asked_to_train_together(tmp_path):
+    together = {"block_schedule": "together", "block_switch_interval": 2}
+    assert trainer_of(db.convert(GPT2LMHeadModel(GPT2), 2), GPT2, tmp_path, together).args.objective == "exact"
 
 
 @pytest.mark.parametrize(
