@@ -128,7 +128,7 @@ def test_old_checkpoints_are_removed(tmp_path, limit, kept):
 def test_the_best_checkpoint_is_known_by_its_final_name(tmp_path):
     run = trainer(
         "all blocks", tmp_path, max_steps=4, save_total_limit=1, load_best_model_at_end=True, eval_strategy="steps",
-        eval_steps=1, metric_for_best_model="eval_loss", greater_is_better=True,
+        eval_steps=1, metric_for_best_model="eval_loss", greater_is_better=True, block_schedule="random",
     )  # fmt: skip
     run.train()
     losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
