@@ -42,7 +42,6 @@ ROWS: dict[str, dict | None] = {
     "blocks (paper)": {},
     "blocks, posterior readout": {"readout": "posterior"},
     PLAIN: None,
-    "blocks, posterior readout, half of the draws at sigma_max": {"readout": "posterior", "prior_fraction": 0.5},
 }
 
 
