@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+
+def add_run_options(parser: argparse.ArgumentParser, rows: Iterable[str]) -> None:
+    """Which runs, and how many at a time."""
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--rows", nargs="*", default=list(rows), choices=list(rows), metavar="ROW")
 
 
 def file_of(folder: Path, rows: Iterable[str], row: str, updates: int, seed: int = 0) -> Path:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from cached_runs import results_of
+from cached_runs import add_run_options, results_of
 from pointer_chasing import ELEMENTS, HOPS, LENGTH, PAIRS, VOCABULARY, PointerChasing, by_hops
 from quality_text import TwoBlocks, TwoBlocksTrainer
 from torch.nn import functional as F
@@ -221,9 +221,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16, help="cycles, of 32 queries each")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--held_out", type=int, default=512, help="cycles to measure on")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
-    parser.add_argument("--processes", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    add_run_options(parser, ROWS)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(options, name) for name in ("updates", "batch_size", "learning_rate", "held_out")}

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from cached_runs import results_of
+from cached_runs import add_run_options, results_of
 from copied_blocks import copy_to_every_block
 from generation_metrics import (
     frechet_distance, held_out_losses, in_batches, precision_and_recall, trained_classifier,
@@ -252,9 +252,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the cached runs, the models and the table")
     parser.add_argument("--updates", type=int, default=1500, help="updates of every parameter")
     parser.add_argument("--samples", type=int, default=2000)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
-    parser.add_argument("--processes", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    add_run_options(parser, ROWS)
     parser.add_argument("--seconds", action="store_true", help="measure the seconds of sampling instead")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from cached_runs import results_of
+from cached_runs import add_run_options, results_of
 from characters import ALPHABET, characters
 from copied_blocks import copy_to_every_block
 from gutenberg import config_for
@@ -196,9 +196,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=3000, help="updates of every parameter")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--texts", type=int, default=2048, help="of the held-out works, to measure on")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
-    parser.add_argument("--processes", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    add_run_options(parser, ROWS)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     settings = {
