@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import field, fields
 from typing import Any, ClassVar
 
@@ -161,7 +161,10 @@ class DiffusionBlocksConfig(PreTrainedConfig):
             self.id2label, self.label2id = self.source_config.id2label, self.source_config.label2id
         task = task_of(self.source_config, self.task)
         self.task = task.name
-        self._check_fixed_fields()
+        architecture = backbone_for(self.source_config)
+        self.check_fixed_fields(
+            architecture.fixed_fields, f"model_type={architecture.model_type!r}: {architecture.fixed_because}"
+        )
         task.settle(self)
         self.problem_type = self.problem_type or self.source_config.problem_type
         if self.readout is None:
@@ -189,14 +192,11 @@ class DiffusionBlocksConfig(PreTrainedConfig):
             if value is not None and not isinstance(value, kinds):
                 raise ValueError(f"{name}={value!r} must be {allowed}")
 
-    def _check_fixed_fields(self) -> None:
-        architecture = backbone_for(self.source_config)
-        for name, allowed in architecture.fixed_fields.items():
+    def check_fixed_fields(self, fixed: Mapping[str, Any], whom: str) -> None:
+        """Raise ValueError if a field without a choice is not what it has to be; `whom` says for whom, and why."""
+        for name, allowed in fixed.items():
             if (value := getattr(self, name)) != allowed:
-                raise ValueError(
-                    f"{name}={value!r} must be {allowed!r} for model_type={architecture.model_type!r}: "
-                    f"{architecture.fixed_because}"
-                )
+                raise ValueError(f"{name}={value!r} must be {allowed!r} for {whom}")
 
     def _check_fields(self) -> None:
         for name, allowed in CHOICES.items():

@@ -96,9 +96,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         if config.denoiser not in self.DENOISERS:
             allowed = ", ".join(map(repr, self.DENOISERS))
             raise ValueError(f"denoiser={config.denoiser!r} must be {allowed} for task {self.task!r}")
-        for name, allowed in self.fixed_fields.items():
-            if (value := getattr(config, name)) != allowed:
-                raise ValueError(f"{name}={value!r} must be {allowed!r} for task {self.task!r}: z is what a block reads")
+        config.check_fixed_fields(self.fixed_fields, f"task {self.task!r}: z is what a block reads")
 
     def _make_parts(self, config: DiffusionBlocksConfig, modulated: bool) -> None:
         """The modules that the stock model has not."""
