@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import randomized
 from families import CASES, RECURRENT, VOCAB, WIDTH, reloaded, same, trainer_of
+from text_models import logits_in_another_process
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -217,14 +216,7 @@ def test_numbers_of_steps_that_mean_nothing_are_refused(model, ids):
 @pytest.mark.parametrize("model", ["posterior"], indirect=True)
 def test_a_reloaded_model_is_the_same_in_another_process(model, ids, tmp_path):
     model.save_pretrained(tmp_path)
-    torch.save(ids, tmp_path / "ids.pt")
-    code = (
-        "import sys, torch, hf_diffusionblocks; from transformers import AutoModelForCausalLM\n"
-        "torch.set_num_threads(1); model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "torch.save(model(torch.load(sys.argv[1] + '/ids.pt'), num_steps=3).logits, sys.argv[1] + '/logits.pt')"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), model(ids, num_steps=3).logits)
+    assert torch.equal(logits_in_another_process(tmp_path, ids, num_steps=3), model(ids, num_steps=3).logits)
 
 
 def test_the_estimate_is_what_a_step_holds():

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import randomized
 from families import RECURRENT, VOCAB
 from peft import LoraConfig, get_peft_model
+from text_models import logits_in_another_process
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 
@@ -56,14 +55,7 @@ def by_hand(plain, ids, state, num_steps: int, without_gradient: int = 0) -> tor
 def test_importing_the_package_is_all_that_the_auto_classes_need(plain, ids, tmp_path):
     """In another process, bit for bit; the state's noise included."""
     plain.save_pretrained(tmp_path)
-    torch.save(ids, tmp_path / "ids.pt")
-    code = (
-        "import sys, torch, hf_diffusionblocks; from transformers import AutoModelForCausalLM\n"
-        "torch.set_num_threads(1); model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "torch.save(model(torch.load(sys.argv[1] + '/ids.pt')).logits, sys.argv[1] + '/logits.pt')"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), plain(ids).logits)
+    assert torch.equal(logits_in_another_process(tmp_path, ids), plain(ids).logits)
     assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == plain.config.to_diff_dict() | {"dtype": "float32"}
 
 

@@ -52,13 +52,15 @@ class Decoder(Backbone):
         return prelude_output
 
     def embed_noisy(
-        self, plain: nn.Module, embeds: torch.Tensor, position_ids: torch.Tensor, prelude_output: torch.Tensor
-    ) -> torch.Tensor:
+        self, plain: nn.Module, embeds: torch.Tensor, position_ids: torch.Tensor, prelude_output: torch.Tensor,
+        kept: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         """Noisy tokens `[N, Q, D]`, as they enter the first layer.
 
         Args:
             position_ids: `[N or 1, Q]`, of the token that each becomes.
-            prelude_output: `[N, Q, D]`, what the prelude made of the clean token before it.
+            prelude_output: `[N, S, D]`, what the prelude made of the clean tokens.
+            kept: `[Q]`, which of the S is the one before each.
         """
         return self.embed(plain, inputs_embeds=embeds, position_ids=position_ids)
 

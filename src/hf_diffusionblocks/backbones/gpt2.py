@@ -37,11 +37,12 @@ class GPT2Backbone(Decoder):
         return parts.drop(inputs_embeds + parts.wpe(position_ids))
 
     def embed_noisy(
-        self, plain: nn.Module, embeds: torch.Tensor, position_ids: torch.Tensor, prelude_output: torch.Tensor
-    ) -> torch.Tensor:
+        self, plain: nn.Module, embeds: torch.Tensor, position_ids: torch.Tensor, prelude_output: torch.Tensor,
+        kept: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         # The token after a full context has logits, as in the plain model, though no position of its own.
         last = plain.transformer.wpe.num_embeddings - 1
-        return super().embed_noisy(plain, embeds, position_ids.clamp(max=last), prelude_output)
+        return super().embed_noisy(plain, embeds, position_ids.clamp(max=last), prelude_output, kept)
 
     def positions(self, plain: GPT2LMHeadModel, hidden: torch.Tensor, position_ids: torch.Tensor) -> dict:
         return {}

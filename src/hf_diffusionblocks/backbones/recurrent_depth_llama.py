@@ -39,9 +39,10 @@ class RecurrentDepthLlamaBackbone(LlamaBackbone):
         return self._inject(plain, torch.zeros_like(prelude_output), prelude_output)
 
     def embed_noisy(
-        self, plain: nn.Module, embeds: torch.Tensor, position_ids: torch.Tensor, prelude_output: torch.Tensor
-    ) -> torch.Tensor:
-        return self._inject(plain, embeds, prelude_output)
+        self, plain: nn.Module, embeds: torch.Tensor, position_ids: torch.Tensor, prelude_output: torch.Tensor,
+        kept: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        return self._inject(plain, embeds, prelude_output[:, kept])
 
     def _inject(self, plain: nn.Module, state: torch.Tensor, prelude_output: torch.Tensor) -> torch.Tensor:
         return plain.model.adapter(torch.cat([state, prelude_output], -1))

@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import can_return_tuple
 
 from ..diffusion.randomness import PositionNoise
+from ..diffusion.samplers import check_num_steps
 from .configuration import RecurrentDepthLlamaConfig
 
 #: Standard deviation of the logarithm of the rate that numbers of core runs are drawn at (the paper's).
@@ -127,8 +128,7 @@ class RecurrentDepthLlamaModel(RecurrentDepthLlamaPreTrainedModel):
         """How often the core runs: as asked for; else drawn in training, and otherwise what training has about at its mean."""
         if num_steps is None:
             return draw_num_steps(self.config.mean_recurrence) if self.training else self.config.mean_recurrence
-        if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
-            raise ValueError(f"num_steps={num_steps!r} must be a whole number from 1, or None")
+        check_num_steps(num_steps)
         return num_steps
 
     def _initial_state(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:

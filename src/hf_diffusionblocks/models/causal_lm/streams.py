@@ -178,8 +178,9 @@ class Streams:
     def embed_noisy(self, block: Block, embeds: torch.Tensor) -> torch.Tensor:
         """`c_in z` `[N, Q, D]`, as tokens at their positions that enter the block's first layer; once clean ones have entered
         theirs."""
-        prelude_output = self._prelude_output[:, self.kept]
-        return self.architecture.embed_noisy(block.embedding_parts, embeds, self.noisy_position_ids, prelude_output)
+        return self.architecture.embed_noisy(
+            block.embedding_parts, embeds, self.noisy_position_ids, self._prelude_output, self.kept
+        )
 
     def run_clean(self, block: Block, hidden: torch.Tensor, modulations, output: bool) -> torch.Tensor | None:
         """Clean tokens `[N, S, D]` through a block. Without `output`, the last layer computes keys and values only."""
