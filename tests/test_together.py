@@ -14,8 +14,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks import lora
-from hf_diffusionblocks.memory.scenarios import Way, Workload, ledger_of
+from hf_diffusionblocks.memory.scenarios import ledger_of
 from hf_diffusionblocks.memory.traffic import traffic
+from hf_diffusionblocks.memory.ways import Way, Workload
 from hf_diffusionblocks.training.checks import check_schedule
 
 B, STEPS = 4, 5
@@ -213,12 +214,12 @@ def test_the_ledger_counts_gradients_and_activations_of_one_block(source, object
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_the_estimate_s_ledger_is_the_trainer_s(source, offload, tmp_path):
+def test_the_estimate_s_ledger_is_the_trainer_s(source, objective, offload, tmp_path):
     fields = {name: value for name, value in CARRIED.items() if name != "num_blocks"}
-    way = Way("exact", fields, exact=True, offload=offload)
+    way = Way("together", fields, together=True, objective=objective["objective"], offload=offload)
     expected = ledger_of(way, Workload(source, B, batch_size=2, sequence_length=None if source is VIT else 12))
     place = {"offload_inactive_blocks": "cpu" if offload else "none"}
-    ledgers = trained(made(source, CARRIED), source, tmp_path, {**EXACT, **place}).ledgers.values()
+    ledgers = trained(made(source, CARRIED), source, tmp_path, {**objective, **place}).ledgers.values()
     assert max(ledger.total for ledger in ledgers) == pytest.approx(expected.total, rel=0.02)
 
 
