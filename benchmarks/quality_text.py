@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+from block_variants import TwoBlocks, TwoBlocksTrainer
 from characters import ALPHABET, characters
 from gutenberg import config_for, prepare
 from torch.nn import functional as F
@@ -30,7 +31,6 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_s
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.models.active import ActiveBlocks
 from hf_diffusionblocks.models.causal_lm.task import plain_loss
 
 LAYERS = 8
@@ -78,26 +78,6 @@ ROWS: dict[str, int | dict] = {
     },
 }  # fmt: skip
 BOUND_BATCHES = 8  # of 8 sequences: the bound costs ten passes a sequence
-
-
-class TwoBlocks(db.DiffusionBlocksForCausalLM):
-    """Trains a block and the one before it, on the later one's loss."""
-
-    def active_blocks(self, block_index, loss_block):
-        # The Trainer gives the first block that moves, and the one that is read out.
-        return ActiveBlocks(range(block_index, loss_block + 1), loss_block)
-
-
-class TwoBlocksTrainer(db.DiffusionBlocksTrainer):
-    """The Trainer of these."""
-
-    def _active(self, block):
-        return neighbours(block)
-
-
-def neighbours(block: int) -> ActiveBlocks:
-    """A block and the one before it."""
-    return ActiveBlocks(range(max(block - 1, 0), block + 1), block)
 
 
 class ChunkedTrainer(Trainer):
