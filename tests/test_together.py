@@ -52,6 +52,16 @@ def test_exact_is_end_to_end_training_of_the_stock_model(source, arguments, tmp_
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+def test_exact_takes_embedded_tokens(tmp_path):
+    model = made(GPT2, CARRIED).double()
+    plain = copy.deepcopy(model.to_plain())
+    embed = plain.get_input_embeddings().weight.detach().clone()
+    texts = [{"inputs_embeds": embed[row["input_ids"]], "labels": row["labels"]} for row in data(GPT2)]
+    trained(model, GPT2, tmp_path, EXACT, dataset=texts)
+    stock_trained(plain, GPT2, tmp_path, 2, {}, dataset=texts)
+    assert_same(model.to_plain(), plain, tolerance=2e-6)
+
+
 def test_exact_for_some_blocks_is_end_to_end_training_of_these(source, tmp_path):
     model = made(source, CARRIED).double()
     reference = copy.deepcopy(model)

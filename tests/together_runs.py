@@ -28,22 +28,28 @@ def data(source):
     return found.remove_columns("labels").add_column("labels", labels.tolist()).with_format("torch")
 
 
-def trained(model, source, folder, arguments: dict, callback: TrainerCallback | None = None) -> db.DiffusionBlocksTrainer:
+def trained(
+    model, source, folder, arguments: dict, callback: TrainerCallback | None = None, dataset=None
+) -> db.DiffusionBlocksTrainer:
+    """
+    Args:
+        dataset: instead of the source's.
+    """
     arguments = {"max_steps": STEPS, "weight_decay": 0.1, **UNCLIPPED, **arguments}
     trainer = trainer_of(model, source, folder, arguments)
-    trainer.train_dataset = data(source)
+    trainer.train_dataset = dataset or data(source)
     if callback is not None:
         trainer.add_callback(callback)
     trainer.train()
     return trainer
 
 
-def stock_trained(plain, source, folder, batch_size: int, arguments: dict) -> Trainer:
+def stock_trained(plain, source, folder, batch_size: int, arguments: dict, dataset=None) -> Trainer:
     args = TrainingArguments(
         str(folder), max_steps=STEPS, **UNCLIPPED, weight_decay=0.1, learning_rate=1e-2, use_cpu=True, save_strategy="no",
         per_device_train_batch_size=batch_size, report_to=[], disable_tqdm=True, **arguments,
     )  # fmt: skip
-    trainer = Trainer(model=plain, args=args, train_dataset=data(source))
+    trainer = Trainer(model=plain, args=args, train_dataset=dataset or data(source))
     trainer.train()
     return trainer
 
