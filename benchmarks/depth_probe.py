@@ -24,6 +24,7 @@ from block_variants import KeepsInput, TwoBlocks, TwoBlocksTrainer, pass_input_b
 from cached_runs import add_run_options, results_of
 from pointer_chasing import ELEMENTS, HOPS, LENGTH, PAIRS, VOCABULARY, PointerChasing, by_hops
 from torch.nn import functional as F
+from trained_ledgers import ledgers_of
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments, set_seed
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.utils import logging
@@ -133,15 +134,9 @@ class LayerRuns:
         self.count += 1
 
 
-def trained_bytes(trainer: Trainer, rows: torch.utils.data.Dataset, batch_size: int) -> int:
-    """Gradients and saved activations of a step, of the block that has most; a plain model takes one more step for it."""
-    if isinstance(trainer, db.DiffusionBlocksTrainer):
-        ledgers = trainer.ledgers.values()
-    else:
-        model = trainer.model.train()
-        batch = torch.utils.data.default_collate([rows[k] for k in range(batch_size)])
-        ledgers = [db.measure_memory(model, torch.optim.AdamW(model.parameters()), lambda: model(**batch).loss)]
-    return max(ledger.parts.gradients + ledger.parts.activations for ledger in ledgers)
+def trained_bytes(trainer: Trainer) -> int:
+    """Gradients and saved activations of a step, of the block that has most."""
+    return max(ledger.parts.gradients + ledger.parts.activations for ledger in ledgers_of(trainer))
 
 
 @torch.no_grad()
@@ -175,7 +170,7 @@ def run(job: tuple) -> None:
     seconds = time.process_time() - start
     result = {"seconds": seconds, "layer runs": layer_runs.count / settings["updates"]}
     result |= read(model.eval(), PointerChasing(HELD_OUT, settings["held_out"]))
-    result["step bytes"] = trained_bytes(trainer, trainer.train_dataset, settings["batch_size"])
+    result["step bytes"] = trained_bytes(trainer)
     kept = {key: settings[key] for key in ("updates", "learning_rate", "batch_size")}
     file.write_text(json.dumps({"row": name, "seed": seed, **kept, **result}))
     print(f"{name}, seed {seed}: {result}", flush=True)

@@ -27,6 +27,7 @@ from block_variants import TwoBlocks, TwoBlocksTrainer
 from characters import ALPHABET, characters
 from gutenberg import config_for, prepare
 from torch.nn import functional as F
+from trained_ledgers import ledgers_of
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
@@ -141,10 +142,11 @@ def train_and_read(row: str, family: str, seed: int, settings: dict) -> dict[str
     start = time.process_time()
     trainer.train()
     seconds = time.process_time() - start
+    step_bytes = max(ledger.total for ledger in ledgers_of(trainer))
     readings = read(model.eval(), test_set)
     if settings["characters"]:
         readings = {name: nats / math.log(2) for name, nats in readings.items()}
-    return {**readings, "seconds": seconds, "bytes_per_token": data["bytes_per_token"]}
+    return {**readings, "seconds": seconds, "step bytes": step_bytes, "bytes_per_token": data["bytes_per_token"]}
 
 
 @torch.no_grad()
