@@ -4,8 +4,8 @@
     python benchmarks/scale.py --minutes 20 --device cuda --data scale.pt --output outputs/scale
     python benchmarks/scale.py --minutes 4 --device cpu --data small.pt --output outputs/scale_cpu
 
-On a GPU a GPT-2 small, and models of its depth, in bfloat16; on a CPU (one thread) tiny ones, which prove no more than that
-it works. A few steps of each row are timed first: they decide the number of updates, the same for every parameter of all
+On a GPU a GPT-2 small, and models of its depth, in bfloat16; on a CPU (one thread) tiny ones, which prove no more than
+that it works. A few steps of each row are timed first: they decide the number of updates, the same for every parameter of all
 rows of a task, so that the table is whole in the minutes given, evaluation included. One table and one JSON file come
 out. Plans and runs are cached in the output folder one by one, so an interrupted benchmark goes on where it stopped.
 """
@@ -26,7 +26,7 @@ import transformers
 from cached_runs import file_of
 from scale_data import unpacked
 from scale_tasks import TASKS, Row, Task, new_trainer
-from transformers import TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
@@ -70,6 +70,11 @@ def fresh(task: Task, row: Row):
     return task.new_model(row).to(task.device)
 
 
+def trained(trainer: Trainer):
+    """The model of a Trainer, ready to be measured: in float32, in which Accelerate leaves it only if asked."""
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+
+
 # ---- how many updates
 
 
@@ -81,7 +86,7 @@ def rehearsed(task: Task, row: Row, output: str) -> dict[str, float]:
     trainer.train()
     step_bytes = bytes_of_step(task, trainer)
     evaluating = now(task.device)
-    task.losses(model.eval(), EVALUATED)
+    task.losses(trained(trainer), EVALUATED)
     evaluation = (now(task.device) - evaluating) / EVALUATED
     steps = len(clock.times) // REHEARSED  # of an update of everything
     timed = [after - before for before, after in zip(clock.times, clock.times[1:])][UNTIMED * steps - 1 :]
@@ -89,7 +94,7 @@ def rehearsed(task: Task, row: Row, output: str) -> dict[str, float]:
     return {"update": steps * statistics.median(timed), "else": rest, "step bytes": step_bytes}
 
 
-def bytes_of_step(task: Task, trainer) -> int:
+def bytes_of_step(task: Task, trainer: Trainer) -> int:
     """Of the block that needs most: what CUDA gave out at the peak; on a CPU by the ledger."""
     if task.device == "cuda":
         return torch.cuda.max_memory_allocated()
@@ -132,7 +137,7 @@ def run(task: Task, name: str, updates: int, output: str) -> dict:
     begin = worked(task.device)
     trainer.train()
     seconds = worked(task.device) - begin
-    losses = task.losses(model.eval()).double()
+    losses = task.losses(trained(trainer)).double()
     return {
         "task": task.name, "row": name, "updates": updates, "layers": task.layers(row),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -198,10 +203,11 @@ def line(task: Task, result: dict, results: dict[str, dict]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def heading(task: Task) -> str:
+def heading(task: Task, plan: dict) -> str:
+    """Of a task's rows: its size, and what was chosen for the time."""
     size = task.size
     batch = f"{size.batch_size} x {size.length} tokens" if size.length > 1 else f"{size.batch_size} images"
-    title = f"**{task.name}**: {task.unit}; width {size.width}, {batch} an update"
+    title = f"**{task.name}**: {task.unit}; width {size.width}, {plan['updates']} updates of {batch} were chosen"
     return f"| {title}{' |' * len(COLUMNS)}"
 
 
@@ -210,6 +216,7 @@ def machine(device: str) -> dict[str, str]:
     return {
         "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()}), one thread",
         "dtype": "bfloat16 (autocast), evaluated in float32" if cuda else "float32",
+        "seconds": "of training, by the wall clock" if cuda else "of training, of CPU time",
         "torch": torch.__version__, "transformers": transformers.__version__, "hf_diffusionblocks": db.__version__,
     }  # fmt: skip
 
@@ -227,18 +234,19 @@ def main() -> None:
         torch.set_num_threads(1)
     data = unpacked(options.data)
     about, results = {"minutes": options.minutes, **machine(options.device)}, []
+    runs = options.output / f"{options.device}-{options.minutes:g}-minutes"
     seconds_left, shares_left = 60 * options.minutes - (time.perf_counter() - start), sum(task.share for task in TASKS)
-    lines = [f"{', '.join(f'{key}: {value}' for key, value in about.items())}", "", f"| {' | '.join(COLUMNS)} |"]
+    lines = ["; ".join(f"{key}: {value}" for key, value in about.items()), "", f"| {' | '.join(COLUMNS)} |"]
     lines.append("|---" * len(COLUMNS) + "|")
     for make_task in TASKS:
         task = make_task(data, options.device)
         seconds = seconds_left * task.share / shares_left
-        plan, found = results_of(task, seconds, options.output / task.name.replace(" ", "-"))
+        plan, found = results_of(task, seconds, runs / task.name.replace(" ", "-"))
         # What a task took too long, or left, is the next one's. (Cached runs count as when they were made.)
         seconds_left -= plan["wall seconds"] + sum(result["wall seconds"] for result in found)
         shares_left -= task.share
         of_row = {result["row"]: result for result in found}
-        lines += [heading(task), *(line(task, result, of_row) for result in found)]
+        lines += [heading(task, plan), *(line(task, result, of_row) for result in found)]
         results += [{key: value for key, value in result.items() if key != "of each"} for result in found]
     (options.output / "results.json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
     (options.output / "table.md").write_text("\n".join(lines) + "\n")

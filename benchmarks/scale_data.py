@@ -54,8 +54,8 @@ def main() -> None:
         parser.error(f"{options.file} has more than {MAX_BYTES >> 20} MiB: take fewer --train_bytes")
     data = torch.load(options.file)
     print(
-        f"{options.file}: {options.file.stat().st_size / 2**20:.1f} MiB, {len(data['train']) / 1e6:.1f} M tokens to train "
-        f"on, {len(data['validation']) / 1e6:.2f} M held out, {data['bytes_per_token']:.2f} bytes a token"
+        f"{options.file}: {options.file.stat().st_size / 2**20:.1f} MiB, {data['bytes_per_token']:.2f} bytes a token, "
+        f"{len(data['train']) / 1e6:.1f} M tokens to train on, {len(data['validation']) / 1e6:.2f} M held out"
     )
 
 

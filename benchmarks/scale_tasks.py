@@ -210,7 +210,9 @@ def new_trainer(task: Task, row: Row, model, updates: int, output: str, callback
         bf16=task.device == "cuda", report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
         remove_unused_columns=False, logging_nan_inf_filter=False,  # (which waits for the device in every step)
     )  # fmt: skip
-    given = {"model": model, "train_dataset": task.train_set, "data_collator": task.collator, "callbacks": list(callbacks)}
+    given = dict(
+        model=model, train_dataset=task.train_set, data_collator=task.collator, callbacks=list(callbacks)
+    )  # fmt: skip
     if row.fields is None:
         trainer = ChunkedTrainer(args=TrainingArguments(max_steps=updates, **common), **given)
     else:
