@@ -19,6 +19,8 @@ import math
 import platform
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -151,7 +153,7 @@ def standard_error(values: torch.Tensor) -> float:
     return (values.std() / math.sqrt(len(values))).item()
 
 
-def cached(file: Path, make) -> dict:
+def cached(file: Path, make: Callable[[], dict]) -> dict:
     """What the file has; what `make()` gives, if there is none."""
     if not file.is_file():
         file.write_text(json.dumps(make()))
@@ -161,7 +163,7 @@ def cached(file: Path, make) -> dict:
 def results_of(task: Task, seconds: float, folder: Path) -> tuple[dict, list[dict]]:
     """The plan of a task, and the results of its rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    plan = cached(folder / "plan.json", lambda: planned(task, seconds, str(folder)))
+    plan = cached(folder / "plan.json", partial(planned, task, seconds, str(folder)))
     print(f"{task.name}: {plan['updates']} updates, found in {plan['wall seconds']:.0f} s", flush=True)
     results: dict[str, dict] = {}
     for name, row in task.rows.items():
@@ -170,7 +172,7 @@ def results_of(task: Task, seconds: float, folder: Path) -> tuple[dict, list[dic
             like = next(iter(task.rows))
             updates = round(updates * slowest(task, results, "seconds") / results[like]["seconds"])
         file = file_of(folder, task.rows, name, updates)
-        results[name] = cached(file, lambda: run(task, name, updates, str(folder)))  # noqa: B023 (it is called here)
+        results[name] = cached(file, partial(run, task, name, updates, str(folder)))
         results[name]["step bytes"] = plan["rows"][like]["step bytes"]
         print(line(task, results[name], results), flush=True)
     return plan, list(results.values())
