@@ -85,7 +85,8 @@ class ChunkedTrainer(Trainer):
     """The stock Trainer, with the readout in chunks."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        return plain_loss(model, labels=inputs["input_ids"], input_ids=inputs["input_ids"])
+        with self.accelerator.autocast():  # (Accelerate casts in `forward`, of which this is no part)
+            return plain_loss(model, labels=inputs["input_ids"], input_ids=inputs["input_ids"])
 
 
 class Sequences(torch.utils.data.Dataset):
