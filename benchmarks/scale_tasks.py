@@ -112,8 +112,8 @@ class CausalText(Text):
     rows = {
         "end to end": Row(),
         "end to end, one block's depth": Row(depth=1 / 4),
-        "B=4, recommended, together": Row({"num_blocks": 4}, arguments=TOGETHER),
-        "B=4, exact gradient, together": Row({"num_blocks": 4, "objective": "exact"}, arguments=TOGETHER),
+        "B=4, own losses, local heads, together": Row({"num_blocks": 4, "objective": "local"}, arguments=TOGETHER),
+        "B=4, exact gradient, together (recommended)": Row({"num_blocks": 4, "objective": "exact"}, arguments=TOGETHER),
         "end to end, the seconds of the slowest row of blocks": Row(equal_seconds=True),
     }
 
@@ -121,8 +121,8 @@ class CausalText(Text):
         plain = AutoModelForCausalLM.from_config(self.config(self.layers(row)))
         if row.fields is None:
             return plain
-        # The exact gradient starts from the plain model of this seed; fresh blocks have local heads.
-        return db.convert(plain if "objective" in row.fields else plain.config, **row.fields)
+        # The exact gradient starts from the plain model of this seed; blocks on their own losses have local heads.
+        return db.convert(plain if row.fields["objective"] == "exact" else plain.config, **row.fields)
 
     @torch.no_grad()
     def losses(self, model, share: float = 1.0) -> torch.Tensor:

@@ -1,0 +1,131 @@
+"""What each way to train reaches, and what it holds: the picture of docs/when_to_use.md, from the results beside this file.
+
+    python benchmarks/quality_pictures.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+from pictures import INK, MUTED, QUIET
+
+HERE = Path(__file__).parent
+COLOURS = {"plain": "#7d8893", "own": "#d1495b", "exact": "#30638e"}
+KINDS = {"plain": "a plain model", "own": "blocks, each on its own loss", "exact": "blocks, exact gradient"}
+
+#: Where a name is -> points from its mark, and its own alignment
+SIDES = {"left": ((-8, 0), "right", "center"), "right": ((8, 0), "left", "center"), "above": ((0, 7), "center", "bottom")}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One task.
+
+    Args:
+        results: file of its runs.
+        updates: of the runs that count.
+        better: "up" or "down", of `value`; up is drawn up.
+        value: of a run.
+        rows: row of the results -> its name here, its kind, and where the name is, of [`SIDES`].
+            The first is what memory is told relative to.
+    """
+
+    title: str
+    label: str
+    results: str
+    updates: int
+    better: str
+    value: Callable[[dict], float]
+    rows: dict[str, tuple[str, str, str]]
+
+    def points(self) -> list[tuple[float, float, str, str, str]]:
+        """Memory over the first row's, value, name, kind and side of each row; means over seeds."""
+        runs = json.loads((HERE / "results" / self.results).read_text())
+        of_row = {row: [run for run in runs if run["row"] == row and run["updates"] == self.updates] for row in self.rows}
+        base = next(iter(of_row.values()))[0]["step bytes"]
+        return [
+            (found[0]["step bytes"] / base, mean(map(self.value, found)), *self.rows[row])
+            for row, found in of_row.items()
+            if found
+        ]
+
+
+PANELS = (
+    Panel(
+        "Text, character by character", "bits a character", "quality_characters.json", 2000, "down",
+        lambda run: min(run["logits"], run.get("mean prior", run["logits"])),
+        {
+            "end to end": ("8 layers", "plain", "right"),
+            "end to end, one block's depth (B=4)": ("2 layers", "plain", "right"),
+            "greedy local + local head of one layer, together": ("B=4, local heads", "own", "right"),
+            "exact gradient, together": ("B=4, exact", "exact", "right"),
+        },
+    ),
+    Panel(
+        "Chasing pointers over 4 hops", "right answers, %", "depth_probe.json", 2000, "up", lambda run: 100 * run["logits"][-1],
+        {
+            "end to end, 8 layers": ("8 layers", "plain", "right"),
+            "end to end, 2 layers": ("2 layers", "plain", "right"),
+            "B=4, own loss, no local head": ("B=4", "own", "right"),
+            "B=4, own loss, local head of one layer": ("B=4, local heads", "own", "right"),
+            "B=2, own loss, local head of one layer": ("B=2, local head", "own", "right"),
+            "B=4, exact gradient": ("B=4, exact", "exact", "right"),
+        },
+    ),
+    Panel(
+        "Masked text", "bits a character", "quality_masked.json", 3000, "down", lambda run: run["bits"],
+        {
+            "end to end, 6 layers": ("6 layers", "plain", "right"),
+            "end to end, 2 layers": ("2 layers", "plain", "right"),
+            "B=3 of 2 layers (paper)": ("B=3 of 2 layers", "own", "right"),
+            "B=3 of 6 layers": ("B=3 of 6 layers", "own", "left"),
+        },
+    ),
+    Panel(
+        "Images by diffusion", "Frechet distance", "quality_generation.json", 1500, "down", lambda run: run["frechet karras"],
+        {
+            "end to end, 6 layers": ("6 layers", "plain", "right"),
+            "end to end, 2 layers": ("2 layers", "plain", "right"),
+            "B=3 of 2 layers, own ends": ("B=3 of 2 layers", "own", "left"),
+            "B=2 of 3 layers, own ends": ("B=2 of 3 layers", "own", "above"),
+            "B=3 of 6 layers": ("B=3 of 6 layers", "own", "left"),
+        },
+    ),
+)  # fmt: skip
+
+
+def draw(file: Path) -> None:
+    figure = Figure(figsize=(10, 6.6), layout="constrained", facecolor="white")
+    for panel, axes in zip(PANELS, figure.subplots(2, 2).flat):
+        for memory, value, name, kind, side in panel.points():
+            axes.plot(memory, value, "o", color=COLOURS[kind], markersize=7)
+            away, across, along = SIDES[side]
+            axes.annotate(
+                name, (memory, value), away, textcoords="offset points", fontsize=9, color=INK, ha=across, va=along
+            )
+        axes.set_title(panel.title, fontsize=10, color=INK, loc="left")
+        axes.set_ylabel(panel.label, fontsize=9, color=MUTED)
+        axes.set_xlim(0, 1.25)
+        axes.margins(y=0.15)
+        if panel.better == "down":
+            axes.invert_yaxis()
+        axes.tick_params(colors=MUTED, labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(QUIET)
+        axes.grid(color=QUIET, linewidth=0.4)
+    for axes in figure.axes[2:]:
+        axes.set_xlabel("memory of a training step, over the plain model's", fontsize=9, color=MUTED)
+    marks = [axes.plot([], [], "o", color=COLOURS[kind], label=label)[0] for kind, label in KINDS.items()]
+    figure.legend(handles=marks, loc="outside upper center", ncols=len(marks), frameon=False, fontsize=9, labelcolor=INK)
+    figure.savefig(file, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "docs"})
+    draw(HERE.parent / "docs" / "quality_and_memory.svg")
