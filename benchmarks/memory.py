@@ -35,7 +35,8 @@ import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.memory.estimate import ledger_table
 from hf_diffusionblocks.diffusion.objectives import rows_per_chunk
-from hf_diffusionblocks.memory.scenarios import Step, Way, Workload, formulations_for, steps, ways_to_train
+from hf_diffusionblocks.memory.scenarios import Step, steps
+from hf_diffusionblocks.memory.ways import Way, Workload, formulations_for, ways_to_train
 
 #: Of a ledger's parts, the colour in the chart.
 COLOURS = {

@@ -18,7 +18,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks import lora
-from hf_diffusionblocks.memory.scenarios import Way, Workload, ledger_of
+from hf_diffusionblocks.memory.scenarios import ledger_of
+from hf_diffusionblocks.memory.ways import Way, Workload
 from hf_diffusionblocks.training.averages import FILE, WeightAverages
 from hf_diffusionblocks.training.checks import check_processes
 from hf_diffusionblocks.training.parallel import Layout
@@ -189,7 +190,7 @@ def test_an_estimate_counts_them():
     all_trained = sum(parameter.numel() for parameter in model.parameters())
     job = Way("job", CARRIED, job=True, train_shared=False)
     of_a_block = sum(parameter.numel() for parameter in model.block_parameters(1))
-    ways = [(Way("in turn", CARRIED), all_trained), (Way("final", CARRIED, final=True), all_trained)]
+    ways = [(Way("in turn", CARRIED), all_trained), (Way("final", CARRIED, objective="final"), all_trained)]
     ways += [(job, of_a_block), (replace(job, offload=True), 0)]
     plain = Workload(TEXT.config, 2, batch_size=2, sequence_length=12, dtype=torch.bfloat16)
     for way, in_averages in ways:

@@ -14,7 +14,8 @@ from hf_diffusionblocks.backbones.base import BACKBONES
 from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.memory.estimate import ledger_table, parse_bytes, smallest_number_of_blocks
 from hf_diffusionblocks.memory.ledger import Parts
-from hf_diffusionblocks.memory.scenarios import Way, Workload, formulations_for, ledger_of, ways_to_train
+from hf_diffusionblocks.memory.scenarios import ledger_of
+from hf_diffusionblocks.memory.ways import Way, Workload, formulations_for, ways_to_train
 from hf_diffusionblocks.tasks import TASKS
 
 SIZES = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}

@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.cli import main
-from hf_diffusionblocks.memory.scenarios import Way, Workload, ledger_of
+from hf_diffusionblocks.memory.scenarios import ledger_of
+from hf_diffusionblocks.memory.ways import Way, Workload
 
 everywhere = pytest.mark.parametrize(**grid(lambda case: case.trained))
 #: Formulations that the rest of the house knows apart: what passes on, and what is modulated.

@@ -22,7 +22,7 @@ from hf_diffusionblocks.cli.arguments import BlocksArguments
 from hf_diffusionblocks.configuration import USER_FIELDS
 from hf_diffusionblocks.presets import PRESETS, RECOMMENDED, with_preset
 from hf_diffusionblocks.recipes import common
-from hf_diffusionblocks.memory.scenarios import formulations_for
+from hf_diffusionblocks.memory.ways import formulations_for
 from hf_diffusionblocks.tasks import TASKS
 
 TRIPLE = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}

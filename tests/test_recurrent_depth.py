@@ -16,7 +16,8 @@ import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.modulation import Modulation
 from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.diffusion.gaussian import precondition
-from hf_diffusionblocks.memory.scenarios import Way, Workload, ledger_of
+from hf_diffusionblocks.memory.scenarios import ledger_of
+from hf_diffusionblocks.memory.ways import Way, Workload
 from hf_diffusionblocks.recipes import train_causal_lm
 from hf_diffusionblocks.recurrent_depth_llama import RecurrentDepthLlamaForCausalLM
 

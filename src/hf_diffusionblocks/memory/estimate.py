@@ -14,8 +14,9 @@ from ..backbones.base import backbone_for
 from ..configuration import USER_FIELDS, DiffusionBlocksConfig, check_known
 from ..tasks import Task, task_of
 from .ledger import Ledger, Parts
-from .scenarios import Way, Workload, formulations_for, ledger_of, traffic_of, ways_to_train
+from .scenarios import ledger_of, traffic_of
 from .traffic import Traffic
+from .ways import Way, Workload, formulations_for, ways_to_train
 
 DTYPES = {
     "fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,

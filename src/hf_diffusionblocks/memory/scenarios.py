@@ -1,109 +1,30 @@
-"""The ways to train a model whose memory is compared: end to end, and block by block; each ready to take a step.
+"""Steps of the ways to train, each ready to be taken.
 
 `benchmarks/memory.py` takes these steps, `estimate_memory` follows them without memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import is_peft_available
 
-from ..backbones.base import Backbone, backbone_for, backbone_of
+from ..backbones.base import backbone_for, backbone_of
 from ..configuration import DiffusionBlocksConfig
 from ..conversion import convert
 from ..models.active import TrainedParameters
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..models.offload import OffloadedBlocks
-from ..presets import recommended
-from ..tasks import Task, task_of
 from .ledger import Ledger, measure_memory
 from .traffic import Traffic, traffic
-
-#: What `convert` is given for the paper's formulation.
-PAPER = {"denoiser": "joint", "context": "independent"}
-LORA_RANK = 16
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is trained on what.
-
-    Args:
-        config: of the plain model.
-        num_blocks: B.
-        batch_size: sequences or images of a step.
-        sequence_length: tokens a sequence; None for images.
-        dtype: of parameters, hence of gradients, optimizer state and activations.
-        task_name: as in `pipeline(task)`; None is the architecture's usual one.
-        ema: whether there are averages of the trained weights (`ema_decay`): in float32, and where other blocks are in host
-            memory, there.
-    """
-
-    config: PreTrainedConfig
-    num_blocks: int
-    batch_size: int
-    sequence_length: int | None
-    dtype: torch.dtype = torch.float32
-    task_name: str | None = None
-    ema: bool = False
-
-    @property
-    def task(self) -> Task:
-        """The row of what it is trained for."""
-        return task_of(self.config, self.task_name)
-
-    def batch(self) -> dict[str, torch.Tensor]:
-        """Random inputs and labels."""
-        batch = self.task.example(self.config, self.batch_size, self.sequence_length)
-        return {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in batch.items()}
-
-    def hidden(self) -> torch.Tensor:
-        """What enters a block, as a cache would hold it."""
-        positions = self.task.num_positions(self.config, self.sequence_length)
-        return torch.randn(self.batch_size, positions, backbone_for(self.config).width(self.config)).to(self.dtype)
-
-
-@dataclass(frozen=True)
-class Way:
-    """A way to train: the plain model (`fields` is None), or what `convert` makes of it by `fields`.
-
-    Args:
-        job: one block; otherwise all blocks in turn.
-        train_shared: False leaves what blocks share as it is.
-        cached: carried context comes from a cache, and no earlier block is loaded.
-        offload: other blocks than the active (and, if there are several to train, the next one) are in host memory.
-        final: a block's loss is the whole model's (`objective="final"`).
-        exact: all blocks in one step, last to first (`block_schedule="together"`, `objective="exact"`).
-    """
-
-    name: str
-    fields: Mapping | None = None
-    checkpointing: bool = False
-    lora: bool = False
-    job: bool = False
-    train_shared: bool = True
-    cached: bool = False
-    offload: bool = False
-    final: bool = False
-    exact: bool = False
-
-    @property
-    def carried(self) -> bool:
-        return self.fields is not None and self.fields.get("context") == "carried"
-
-    def loss_block(self, workload: Workload) -> int | None:
-        """The block that is read out for the loss of another; None: each reads out itself."""
-        return workload.num_blocks - 1 if self.final else None
+from .ways import LORA_RANK, Way, Workload
 
 
 class Step(NamedTuple):
@@ -113,47 +34,6 @@ class Step(NamedTuple):
     optimizer: torch.optim.Optimizer
     loss: Callable[[], torch.Tensor]
     kept: Collection[torch.Tensor] = ()  #: hidden states that another pass has left
-
-
-def formulations_for(task: Task, architecture: Backbone) -> dict[str, dict]:
-    """Formulation -> what `convert` is given for it: what is recommended for a pretrained model, and the paper's."""
-    found = recommended(task.name, "pretrained", architecture)
-    fields = {name: found[name] for name in found if name not in ("objective", "num_blocks")}  # the ways', the workload's
-    return ({"recommended": fields} if fields and fields != PAPER else {}) | {"joint (paper)": PAPER}
-
-
-def ways_to_train(formulations: Mapping[str, Mapping]) -> list[Way]:
-    """End to end, and each formulation in each mode."""
-    ways = [Way("end to end"), Way("end to end, checkpointing", checkpointing=True)]
-    if is_peft_available():
-        name = f"LoRA (r={LORA_RANK}, attention)"
-        ways += [Way(name, lora=True), Way(f"{name}, checkpointing", lora=True, checkpointing=True)]
-    for name, fields in formulations.items():
-        carried = fields.get("context") == "carried"
-        cached = ", cached inputs" if carried else ""
-        common, own = {**fields, "shared": "common"}, {**fields, "shared": "per_block"}
-        ways += [
-            Way(f"{name}: all blocks in turn", common),
-            Way(f"{name}: all blocks, inactive ones in host memory", common, offload=True),
-            Way(f"{name}: job, own embeddings and head{cached}", own, job=True, cached=carried),
-            Way(f"{name}: job, shared part frozen{cached}", common, job=True, train_shared=False, cached=carried),
-        ]
-        if carried:
-            around = f"{name}: job, shared part frozen, around the earlier blocks"
-            ways.append(Way(around, common, job=True, train_shared=False))
-        if carried and fields.get("denoiser") == "factorized":
-            least = Way(
-                f"{name}: job, shared part frozen, final loss, checkpointing, other blocks in host memory", common,
-                checkpointing=True, job=True, train_shared=False, offload=True, final=True,
-            )  # fmt: skip
-            ways += [Way(f"{name}: all blocks in turn, final loss", common, final=True), least]
-            together = f"{name}: all blocks together, exact gradient"
-            elsewhere = Way(
-                f"{together}, checkpointing, inactive ones in host memory", common, True, offload=True, exact=True
-            )
-            frozen = replace(elsewhere, name=f"{elsewhere.name}, shared part frozen", train_shared=False)
-            ways += [Way(together, common, exact=True), elsewhere, frozen]
-    return ways
 
 
 def ledger_of(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = None) -> Ledger:
@@ -182,7 +62,7 @@ def steps(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = None)
     if way.job:
         for block in blocks:
             yield from _job_step(way, workload, block, fake_mode)
-    elif way.exact:
+    elif way.together:
         yield from _steps_together(way, workload, blocks, fake_mode)
     else:
         yield from _steps_in_turn(way, workload, blocks, fake_mode)
@@ -195,8 +75,7 @@ def traffic_of(way: Way, workload: Workload) -> Traffic | None:
     with torch.device("meta"):
         model = _converted(way, workload)().to(workload.dtype)
     sizes = [sum(parameter.nbytes for parameter in model.block_parameters(k)) for k in range(workload.num_blocks)]
-    objective = "exact" if way.exact else "final" if way.final else "local"
-    return traffic(sizes, [2 * size for size in sizes], objective, way.exact, way.carried, way.job)
+    return traffic(sizes, [2 * size for size in sizes], way.objective, way.together, way.carried, way.job)
 
 
 def _blocks_that_differ(config: DiffusionBlocksConfig) -> list[int]:
@@ -240,30 +119,46 @@ def _trained_before(way: Way, workload: Workload, fake_mode) -> tuple[DiffusionB
 
 
 def _steps_together(way: Way, workload: Workload, blocks: list[int], fake_mode) -> Iterator[Step]:
-    """A block's part in a step from the last block to the first: what enters it and the blocks before is kept, and what it
-    gets is the gradient of what left it. What all blocks share has a gradient from the last block on."""
+    """A block's part in a step of all: `_own_part` first block to last, or `_exact_part` last block to first."""
     model, optimizer = _trained_before(way, workload, fake_mode)
-    last, batch = workload.num_blocks - 1, workload.batch()
+    exact, last = way.objective == "exact", workload.num_blocks - 1
     for block in blocks:
+        following = block - 1 if exact else (block + 1) % workload.num_blocks
         if way.offload:
-            model.offload.activate(block, block - 1 if block else None)
-        with fake_mode or nullcontext():
-            kept = [workload.hidden() for _ in range(block + (block < last))]  # the last of them: a gradient
-            for parameter in model.shared_parameters() if way.train_shared and block < last else ():
+            model.offload.activate(block, following if following not in (-1, block) else None)
+        loss, kept = (_exact_part if exact else _own_part)(model, workload, block, fake_mode)
+        with fake_mode or nullcontext():  # what all blocks share has a gradient from the first of them that trains
+            for parameter in model.shared_parameters() if way.train_shared and block != (last if exact else 0) else ():
                 parameter.grad = torch.zeros_like(parameter)
-        entering = kept[block - 1].requires_grad_() if block else None
-
-        def loss() -> torch.Tensor:
-            if block == last:
-                given = {} if entering is None else {"block_input": entering}
-                return model(**batch, **given, block_index=block).loss
-            x, own = model.clean_input(batch), model.blocks[block]
-            hidden = own.run_clean(own.embed(x.inputs) if entering is None else entering, **x.attention)
-            return (hidden * kept[-1]).sum()
-
         with TrainedParameters(model, [block], way.train_shared):
             yield Step(model, optimizer, loss, kept)
         optimizer.zero_grad()
+
+
+def _own_part(model: DiffusionBlocksPreTrainedModel, workload: Workload, block: int, fake_mode):
+    """A block's own loss, and what is kept meanwhile: what the one before it has put out."""
+    given = _entering(workload, fake_mode) if block else {}
+    arguments = {**workload.batch(), **given, "block_index": block}
+    return lambda: model(**arguments).loss, list(given.values())
+
+
+def _exact_part(model: DiffusionBlocksPreTrainedModel, workload: Workload, block: int, fake_mode):
+    """The loss through the last block, or what sends a gradient back through another; what enters it and the blocks before
+    is kept, and the gradient of what left it."""
+    last, batch = workload.num_blocks - 1, workload.batch()
+    with fake_mode or nullcontext():
+        kept = [workload.hidden() for _ in range(block + (block < last))]  # the last of them: a gradient
+    entering = kept[block - 1].requires_grad_() if block else None
+
+    def loss() -> torch.Tensor:
+        if block == last:
+            given = {} if entering is None else {"block_input": entering}
+            return model(**batch, **given, block_index=block).loss
+        x, own = model.clean_input(batch), model.blocks[block]
+        hidden = own.run_clean(own.embed(x.inputs) if entering is None else entering, **x.attention)
+        return (hidden * kept[-1]).sum()
+
+    return loss, kept
 
 
 def _steps_in_turn(way: Way, workload: Workload, blocks: list[int], fake_mode) -> Iterator[Step]:
@@ -278,13 +173,14 @@ def _steps_in_turn(way: Way, workload: Workload, blocks: list[int], fake_mode) -
             entering = _entering(workload, fake_mode)
             model.blocks[block - 1].fetch()
         arguments = {**batch, **entering, "block_index": block, "loss_block": way.loss_block(workload)}
-        with TrainedParameters(model, [block] if way.final else range(workload.num_blocks), train_shared=True):
+        with TrainedParameters(model, [block] if way.objective == "final" else range(workload.num_blocks), train_shared=True):
             yield Step(model, optimizer, lambda: model(**arguments).loss)
 
 
 def _job_step(way: Way, workload: Workload, block: int, fake_mode) -> Iterator[Step]:
-    resident = [block] if way.cached or not way.carried else range(workload.num_blocks if way.final else block + 1)
-    model = _built(_converted(way, workload, resident), workload.dtype, fake_mode)
+    loss_block = way.loss_block(workload)
+    run = range((block if loss_block is None else loss_block) + 1) if way.carried and not way.cached else [block]
+    model = _built(_converted(way, workload, run), workload.dtype, fake_mode)
     batch = workload.batch()
     if way.carried and block and (way.cached or fake_mode is not None):
         batch |= _entering(workload, fake_mode)
@@ -295,7 +191,7 @@ def _job_step(way: Way, workload: Workload, block: int, fake_mode) -> Iterator[S
         if way.offload:
             _offload(model, optimizer)
             model.offload.activate(block)
-        yield Step(model, optimizer, lambda: model(**batch, block_index=block, loss_block=way.loss_block(workload)).loss)
+        yield Step(model, optimizer, lambda: model(**batch, block_index=block, loss_block=loss_block).loss)
 
 
 def _converted(

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..diffusion.randomness import keyed_generators
 from ..models.active import without_dropout
+from .gradient_norms import GradientNorms
 
 if TYPE_CHECKING:
     from .trainer import DiffusionBlocksTrainer
@@ -40,6 +41,8 @@ class TogetherSteps:
         self._gradients: list[torch.Tensor | None] = []  # exact: of what leaves it (each list has a place a micro-batch)
         self._before: list[list[torch.Tensor | None]] = []  # exact: what enters the blocks before it
         self._norms: list[torch.Tensor] = []  # of the gradients of the blocks that have moved
+        if self.exact:
+            trainer.add_callback(GradientNorms())
 
     def training_step(self, inputs: dict, num_items: torch.Tensor | int | None) -> torch.Tensor:
         """Take note of a micro-batch; of the last one, train all blocks. Returns the step's loss then, and 0 before."""
@@ -178,11 +181,28 @@ class TogetherSteps:
         with without_gradients(shared):
             if trainer._averages_gradients and own:
                 trainer.layout.average_gradients(own, [])
-            self._norms.append(trainer.accelerator.clip_grad_norm_(own, trainer.args.max_grad_norm or math.inf))
+            self._norms.append(self._clip(own))
             trainer.optimizer.step()
             trainer.control = trainer.callback_handler.on_optimizer_step(trainer.args, trainer.state, trainer.control)
             for parameter in own:
                 parameter.grad = None
+
+
+    def _clip(self, own: list[nn.Parameter]) -> torch.Tensor:
+        """Clip the gradients of the active block; their norm before."""
+        trainer, limit = self._trainer, self._trainer.args.max_grad_norm
+        if self.exact:
+            return self._gradient_norms.clip(str(trainer.active_block), own, limit)
+        return trainer.accelerator.clip_grad_norm_(own, limit or math.inf)
+
+    def clip_shared(self) -> torch.Tensor:
+        """Exact: clip the gradients of what blocks share; their norm before."""
+        return self._gradient_norms.clip("shared", self._trainer._trained_now()[1], self._trainer.args.max_grad_norm)
+
+    @property
+    def _gradient_norms(self) -> GradientNorms:
+        # (A resumed run may have put another in the place of that which was added.)
+        return next(each for each in self._trainer.callback_handler.callbacks if isinstance(each, GradientNorms))
 
 
 @contextmanager

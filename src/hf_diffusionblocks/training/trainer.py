@@ -256,6 +256,8 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         # By the norm over the blocks of all lanes; the Trainer knows those of one process.
         if self.layout.num_lanes > 1 and self._parameters[None]:
             return self.layout.clip_gradients(*self._trained_now(), self.args.max_grad_norm)
+        if self._together is not None and self._together.exact:
+            return self._together.clip_shared()
         return super()._clip_grad_norm(model)
 
     def exchange_blocks(self) -> None:
