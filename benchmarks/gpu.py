@@ -3,13 +3,13 @@
     make check-gpu                                   # python benchmarks/gpu.py --output outputs/check_gpu.json
     python benchmarks/gpu.py --only offload memory   # the checks with such a word in the name
 
-One GPU, no network, no data but random ones, some minutes. Every check is a row of one table: what was looked at, what was found,
-what it may be, and whether it holds; measures are ratios of two runs side by side, and have no limit unless one is given. Exits
-with status 1 where something does not hold, raises, or does not come to its turn in `--minutes`. Without a GPU the same runs on
-the CPU, in small: it checks the checks, and what needs a GPU says so and counts neither way.
+One GPU, no network, no data but random ones, some minutes. Every check is a row of one table: what was looked at, what was
+found, what it may be, and whether it holds; measures are ratios of runs side by side, without a limit unless one is given.
+Exits with status 1 where something does not hold, raises, or does not come to its turn in `--minutes`. Without a GPU the same
+runs on the CPU, in small: it checks the checks, and what needs a GPU says so and counts neither way.
 
-Float32 is compared with TF32 off; the models that are timed are in bfloat16. "Floor" is what counted multiplications make of a
-ratio (benchmarks/step_cost_text.py).
+Float32 is compared with TF32 off; the models whose steps are timed are in bfloat16. "Floor" is what counted multiplications
+make of a ratio, as in benchmarks/step_cost_text.py.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def describe(machine: Machine) -> dict[str, str]:
-    device = torch.cuda.get_device_name(machine.device) if machine.is_gpu else f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name(machine.device) if machine.is_gpu else f"CPU, {torch.get_num_threads()} thread(s)"
     return {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
@@ -82,12 +82,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file for the rows, the device's name and versions")
     parser.add_argument("--minutes", type=float, default=10.0, help="no row is begun after these")
-    parser.add_argument("--only", nargs="*", default=[""], metavar="WORD", help="of the checks, those with such a word in the name")
+    parser.add_argument("--only", nargs="*", default=[""], metavar="WORD", help="the checks with such a word in the name")
     options = parser.parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     machine = Machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if not machine.is_gpu:
+        torch.set_num_threads(1)
     about = describe(machine)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     if not machine.is_gpu:

@@ -1,4 +1,4 @@
-"""Checks of `benchmarks/gpu.py` that run a model's passes: that they say the same on every device, in every implementation."""
+"""Checks of `benchmarks/gpu.py` that run a model's passes: the same on every device, and in every implementation."""
 
 from __future__ import annotations
 

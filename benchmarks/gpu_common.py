@@ -1,4 +1,4 @@
-"""What the checks of an accelerator share: rows of the table, the registry, the machine, clocks, and models of every family."""
+"""What the checks of a GPU share: rows of the table, the registry, the machine, clocks, and models of every family."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from hf_diffusionblocks.recurrent_depth_llama import RecurrentDepthLlamaConfig
 from hf_diffusionblocks.tasks import Task, task_of
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: deterministic products, where asked for
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 # ---- the table
@@ -83,8 +84,8 @@ CHECKS: list[Check] = []  #: in the order in which they run
 
 
 def check(name: str, needs_gpu: bool = False, over: Mapping[str, Any] | None = None) -> Callable:
-    """Register a function `(machine) -> rows`; or (`over`) `(machine, name, subject) -> rows`, as a check for each of them: what
-    one raises does not stop the others."""
+    """Register a function `(machine) -> rows`; or (`over`) `(machine, name, subject) -> rows`, as a check for each of them:
+    what one raises does not stop the others."""
 
     def register(run: Callable[..., Iterator[Row]]):
         if over is None:
@@ -100,7 +101,7 @@ def check(name: str, needs_gpu: bool = False, over: Mapping[str, Any] | None = N
 
 
 class Clock:
-    """Seconds between marks: of the device, as its stream comes to them; or of CPU time, whatever else the machine does."""
+    """Seconds between marks: as the device's stream comes to them; or of CPU time, whatever else the machine does."""
 
     def __init__(self, machine: Machine):
         self.machine = machine
@@ -113,26 +114,24 @@ class Clock:
         self._marks.append(torch.cuda.Event(enable_timing=True))
         self._marks[-1].record()
 
-    def seconds(self) -> list[float]:
-        """Between the first mark and the second, the third and the fourth, ..."""
+    def laps(self) -> list[float]:
+        """From each mark to the next."""
         self.machine.wait()
-        pairs = zip(self._marks[::2], self._marks[1::2])
+        pairs = zip(self._marks, self._marks[1:])
         if self.machine.is_gpu:
             return [start.elapsed_time(end) / 1000 for start, end in pairs]
         return [end - start for start, end in pairs]
 
 
-def fastest(machine: Machine, runs: dict[str, Callable[[], object]], repetitions: int = 5) -> dict[str, float]:
+def fastest(machine: Machine, runs: Mapping[str, Callable[[], object]], repetitions: int = 5) -> dict[str, float]:
     """Seconds of each run, at the fastest of interleaved repetitions, after one that warms up."""
     clocks = {name: Clock(machine) for name in runs}
     for repetition in range(repetitions + 1):
         for name, run in runs.items():
-            if repetition:
-                clocks[name].mark()
+            clocks[name].mark()
             run()
-            if repetition:
-                clocks[name].mark()
-    return {name: min(clock.seconds()) for name, clock in clocks.items()}
+            clocks[name].mark()
+    return {name: min(clock.laps()[2::2]) for name, clock in clocks.items()}
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import hf_diffusionblocks as db
 from gpu_common import CARRIED, DIT, GPT2, LLAMA, VIT, Family, Machine, Row, check, deterministic, equal
@@ -52,7 +52,9 @@ def trainer_of(model, batch: dict, folder: Path, device: torch.device, **argumen
         str(folder), per_device_train_batch_size=len(rows), use_cpu=device.type == "cpu", report_to=[], disable_tqdm=True,
         logging_strategy="no", dataloader_pin_memory=device.type != "cpu", **arguments,
     )  # fmt: skip
-    return types[1](model=model, args=args, train_dataset=rows)
+    trainer = types[1](model=model, args=args, train_dataset=rows)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def trained(name: str, folder: Path, device: torch.device, resume: str | None = None, **arguments) -> dict:
@@ -127,56 +129,51 @@ class Waits(TrainerCallback):
         if state.global_step == self.first_step:
             self._warnings.__enter__()
             warnings.simplefilter("always")
-            warnings.showwarning = self.note
+            warnings.showwarning = self._note
             torch.cuda.set_sync_debug_mode("warn")
         elif state.global_step == state.max_steps:
             torch.cuda.set_sync_debug_mode("default")
             self._warnings.__exit__(None, None, None)
 
-    def note(self, message, *args, **kwargs) -> None:
-        if "synchroniz" not in str(message):
+    def _note(self, message, *args, **kwargs) -> None:
+        if not str(message).startswith("called a synchronizing"):
             return
         frames = traceback.extract_stack()[:-1]
-        outside = [frame for frame in frames if "/torch/" not in frame.filename and not frame.filename.endswith("warnings.py")]
-        place = outside[-1] if outside else frames[-1]
-        parts = Path(place.filename).parts
-        self.places[f"{'/'.join(parts[-3:])}:{place.lineno}"] += 1
+        passed = ("/torch/", "/warnings.py")
+        outside = [frame for frame in frames if not any(part in frame.filename for part in passed)]
+        place = (outside or frames)[-1]
+        self.places[place.filename, place.lineno] += 1
 
 
-def waits(model, batch: dict, machine: Machine, **arguments) -> Counter:
-    """Of the last four steps."""
-    counted = Waits(first_step=STEPS - 4)
+def waits(model, batch: dict, machine: Machine, **arguments) -> tuple[Counter, Counter]:
+    """Of the last four steps: in this package, and elsewhere."""
+    counted, package = Waits(first_step=STEPS - 4), Path(db.__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(model, batch, Path(folder), machine.device, **arguments)
         trainer.add_callback(counted)
-        try:
-            trainer.train()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return counted.places
-
-
-def is_ours(place: str) -> bool:
-    """Whether a place is in this package, of which a path's last three parts tell."""
-    root = Path(db.__file__).parent
-    file = place.rsplit(":", 1)[0]
-    return any(str(path).endswith(file) for path in root.rglob("*.py"))
+        trainer.train()
+    ours, others = Counter(), Counter()
+    for (file, line), count in counted.places.items():
+        found = ours if Path(file).is_relative_to(package) else others
+        found[f"{Path(file).name}:{line}"] += count
+    return ours, others
 
 
 @check("no waiting", needs_gpu=True, over=RUNS)
 def no_waiting(machine: Machine, name: str, subject: tuple[Family, dict]) -> Iterator[Row]:
-    """In a step, our code has the host wait nowhere. The stock Trainer's waits, on the plain model, are given beside it."""
+    """In a step, our code has the host wait for the device nowhere. Beside it, what the libraries do, there and in the stock
+    Trainer's steps of the plain model."""
     family, schedule = subject
     batch = family.batch()
-    found = waits(family.model(), batch, machine, **schedule)
-    ours = {place: count for place, count in found.items() if is_ours(place)}
-    places = "".join(f"; {place} x {count}" for place, count in ours.items())
-    yield Row(f"no waiting: {name}, of ours in 4 steps", f"{sum(ours.values())}{places}", "0", not ours)
-    stock = "none to compare"
+    ours, others = waits(family.model(), batch, machine, **schedule)
+    places = "".join(f", {place} x {count}" for place, count in ours.items())
+    yield Row(f"no waiting: {name}, our waits in 4 steps", f"{ours.total()}{places}", "0", not ours)
+    places = "".join(f", {place} x {count}" for place, count in others.items())
+    stock = ""
     if family.task.name in ("text-generation", "image-classification"):
         plain = backbone_for(family.config).make_plain(family.config)
-        stock = f"{sum(waits(plain, batch, machine).values())} in the plain model's"
-    yield Row(f"no waiting: {name}, of others", f"{sum(found.values()) - sum(ours.values())}; {stock}")
+        stock = f"; {waits(plain, batch, machine)[1].total()} in the plain model's steps"
+    yield Row(f"no waiting: {name}, the libraries'", f"{others.total()}{places}{stock}")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ merge_blocks() {
         [[ -e $2/block-$k/done ]] || missing+=("$k")
     done
     if ((${#missing[@]})); then
-        fail "of the $1 blocks in $2 these are not done: ${missing[*]}. Nothing is merged; start their jobs again, and they go on"
+        fail "of the $1 blocks in $2 these are not done: ${missing[*]}. Nothing is merged; start them again, and they go on"
     fi
     diffusionblocks merge --overwrite "$2/whole" "${folders[@]}"
 }
