@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BertConfig, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen3Config, ViTConfig
 
 import hf_diffusionblocks as db
@@ -19,7 +20,9 @@ from hf_diffusionblocks.backbones.dit import DiTConfig
 from hf_diffusionblocks.recurrent_depth_llama import RecurrentDepthLlamaConfig
 from hf_diffusionblocks.tasks import Task, task_of
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: deterministic products, where asked for
+# Before CUDA starts: deterministic products, where these are asked for; and one GPU of those that may be used.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
@@ -136,10 +139,11 @@ def fastest(machine: Machine, runs: Mapping[str, Callable[[], object]], repetiti
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """The same sums each time, where PyTorch has them; a warning where it has not."""
+    """The same sums each time, where PyTorch has them; a warning where it has not (so attention is by its plain kernel)."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         torch.use_deterministic_algorithms(False)
 

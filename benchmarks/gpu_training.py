@@ -151,7 +151,10 @@ def waits(model, batch: dict, machine: Machine, **arguments) -> tuple[Counter, C
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(model, batch, Path(folder), machine.device, **arguments)
         trainer.add_callback(counted)
-        trainer.train()
+        try:
+            trainer.train()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     ours, others = Counter(), Counter()
     for (file, line), count in counted.places.items():
         found = ours if Path(file).is_relative_to(package) else others
