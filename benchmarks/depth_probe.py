@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from block_variants import KeepsInput, TwoBlocks, TwoBlocksTrainer, pass_input_beside, remember_what_is_passed_on
 from cached_runs import add_run_options, results_of
 from pointer_chasing import ELEMENTS, HOPS, LENGTH, PAIRS, VOCABULARY, PointerChasing, by_hops
-from quality_text import TwoBlocks, TwoBlocksTrainer
 from torch.nn import functional as F
+from trained_ledgers import ledgers_of
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments, set_seed
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.utils import logging
@@ -32,7 +33,9 @@ import hf_diffusionblocks as db
 
 LAYERS, WIDTH, HEADS = 8, 64, 2
 HELD_OUT = 10**12  #: number of the first row to measure on
-NO_HEAD = {"readout_layers": 0}
+NO_HEAD, HEAD = {"readout_layers": 0}, {"readout_layers": 1}
+EXACT = {**NO_HEAD, "objective": "exact"}
+TOGETHER, IN_TURN = {"block_schedule": "together"}, {"block_schedule": "random"}
 INDEPENDENT = {"denoiser": "factorized", "context": "independent", "readout": "posterior", "prior_fraction": 1.0}
 
 
@@ -46,33 +49,39 @@ class Row:
         arguments: of the Trainer.
         two_blocks: whether gradients run through a block and the one before it. All but the last then move twice a round,
             and the rounds are half as many (the last block gets half of the updates).
+        input_beside: whether the embedded input is added to what enters each block.
+        keeps_input: whether blocks are trained to keep their input, too.
     """
 
     fields: dict | None = field(default_factory=dict)
     layers: int = LAYERS
     arguments: dict = field(default_factory=dict)
     two_blocks: bool = False
+    input_beside: bool = False
+    keeps_input: bool = False
 
 
-TOGETHER = {"block_schedule": "together"}
 ROWS: dict[str, Row] = {
     "end to end, 8 layers": Row(None),
     "end to end, 2 layers": Row(None, layers=2),
     "end to end, 3 layers": Row(None, layers=3),
     "end to end, 4 layers": Row(None, layers=4),
-    "B=4, recommended (local head of one layer)": Row(),
-    "B=4, recommended, together": Row(arguments=TOGETHER),
-    "B=4, no local head": Row(NO_HEAD),
-    "B=4, no local head, together": Row(NO_HEAD, arguments=TOGETHER),
-    "B=4, local head of two layers, together": Row({"readout_layers": 2}, arguments=TOGETHER),
-    "B=4, exact gradient, together": Row({**NO_HEAD, "objective": "exact"}, arguments=TOGETHER),
-    "B=4, final loss, blocks in turn": Row({**NO_HEAD, "objective": "final"}),
-    "B=4, gradients through two blocks": Row(NO_HEAD, two_blocks=True),
-    "B=4, gradients through two blocks, local head of one layer": Row(two_blocks=True),
-    "B=4, own ends, together": Row({"shared": "per_block"}, arguments=TOGETHER),
-    "B=2, recommended, together": Row({"num_blocks": 2}, arguments=TOGETHER),
-    "B=8, recommended, together": Row({"num_blocks": 8}, arguments=TOGETHER),
-    "B=4, independent blocks": Row(INDEPENDENT),
+    "B=4, own loss, no local head": Row(NO_HEAD, arguments=TOGETHER),
+    "B=4, own loss, local head of one layer": Row(HEAD, arguments=TOGETHER),
+    "B=4, own loss, local head of two layers": Row({"readout_layers": 2}, arguments=TOGETHER),
+    "B=4, own loss, local head of one layer, own ends": Row({**HEAD, "shared": "per_block"}, arguments=TOGETHER),
+    "B=4, own loss, local head of one layer, in turn": Row(HEAD, arguments=IN_TURN),
+    "B=2, own loss, local head of one layer": Row({**HEAD, "num_blocks": 2}, arguments=TOGETHER),
+    "B=8, own loss, local head of one layer": Row({**HEAD, "num_blocks": 8}, arguments=TOGETHER),
+    "B=4, own loss, local head of one layer, input kept": Row(HEAD, arguments=TOGETHER, keeps_input=True),
+    "B=4, own loss, local head of one layer, input beside": Row(HEAD, arguments=TOGETHER, input_beside=True),
+    "B=4, gradients through two blocks": Row(NO_HEAD, arguments=IN_TURN, two_blocks=True),
+    "B=4, gradients through two blocks, local head of one layer": Row(HEAD, arguments=IN_TURN, two_blocks=True),
+    "B=4, final loss, blocks in turn": Row({**NO_HEAD, "objective": "final"}, arguments=IN_TURN),
+    "B=4, independent blocks": Row(INDEPENDENT, arguments=IN_TURN),
+    "B=4, exact gradient": Row(EXACT, arguments=TOGETHER),
+    "end to end, 12 layers": Row(None, layers=12),
+    "B=6 of 12 layers, exact gradient": Row({**EXACT, "num_blocks": 6}, layers=12, arguments=TOGETHER),
 }
 
 
@@ -87,6 +96,10 @@ def new_model(row: Row):
     # The exact gradient is to be compared weight by weight: it starts from the plain model of this seed.
     source = AutoModelForCausalLM.from_config(config) if row.fields.get("objective") == "exact" else config
     model = db.convert(source, **{"num_blocks": 4, **row.fields})
+    if row.input_beside:
+        pass_input_beside(model)
+    if row.keeps_input:
+        remember_what_is_passed_on(model)
     return TwoBlocks(model.config) if row.two_blocks else model
 
 
@@ -102,9 +115,9 @@ def new_trainer(model, row: Row, seed: int, settings: dict) -> Trainer:
     if row.fields is None:
         return Trainer(model=model, args=TrainingArguments(max_steps=updates, **common), train_dataset=rows)
     updates = updates // 2 if row.two_blocks else updates
-    schedule = {"block_schedule": "random", **row.arguments}
-    args = db.DiffusionBlocksTrainingArguments(updates_per_block=updates, **schedule, **common)
-    trainer_class = TwoBlocksTrainer if row.two_blocks else db.DiffusionBlocksTrainer
+    args = db.DiffusionBlocksTrainingArguments(updates_per_block=updates, **row.arguments, **common)
+    plain = KeepsInput if row.keeps_input else db.DiffusionBlocksTrainer
+    trainer_class = TwoBlocksTrainer if row.two_blocks else plain
     return trainer_class(model=model, args=args, train_dataset=rows)
 
 
@@ -121,15 +134,9 @@ class LayerRuns:
         self.count += 1
 
 
-def trained_bytes(trainer: Trainer, rows: torch.utils.data.Dataset, batch_size: int) -> int:
-    """Gradients and saved activations of a step, of the block that has most; a plain model takes one more step for it."""
-    if isinstance(trainer, db.DiffusionBlocksTrainer):
-        ledgers = trainer.ledgers.values()
-    else:
-        model = trainer.model.train()
-        batch = torch.utils.data.default_collate([rows[k] for k in range(batch_size)])
-        ledgers = [db.measure_memory(model, torch.optim.AdamW(model.parameters()), lambda: model(**batch).loss)]
-    return max(ledger.parts.gradients + ledger.parts.activations for ledger in ledgers)
+def trained_bytes(trainer: Trainer) -> int:
+    """Gradients and saved activations of a step, of the block that has most."""
+    return max(ledger.parts.gradients + ledger.parts.activations for ledger in ledgers_of(trainer))
 
 
 @torch.no_grad()
@@ -163,7 +170,7 @@ def run(job: tuple) -> None:
     seconds = time.process_time() - start
     result = {"seconds": seconds, "layer runs": layer_runs.count / settings["updates"]}
     result |= read(model.eval(), PointerChasing(HELD_OUT, settings["held_out"]))
-    result["step bytes"] = trained_bytes(trainer, trainer.train_dataset, settings["batch_size"])
+    result["step bytes"] = trained_bytes(trainer)
     kept = {key: settings[key] for key in ("updates", "learning_rate", "batch_size")}
     file.write_text(json.dumps({"row": name, "seed": seed, **kept, **result}))
     print(f"{name}, seed {seed}: {result}", flush=True)

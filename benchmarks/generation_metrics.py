@@ -83,13 +83,20 @@ def precision_and_recall(made: np.ndarray, real: np.ndarray, neighbours: int = 3
     return covered(made, real), covered(real, made)
 
 
-@torch.no_grad()
 def held_out_losses(
     denoise: Callable[..., torch.Tensor], images: torch.Tensor, labels: torch.Tensor, sigma_data: float
 ) -> list[float]:
-    """EDM's weighted loss by quarter of the noise distribution, lowest first: the same levels and noise for every model."""
+    """EDM's weighted loss by quarter of the noise distribution, lowest first."""
+    return held_out_errors(denoise, images, labels, sigma_data).mean(1).tolist()
+
+
+@torch.no_grad()
+def held_out_errors(
+    denoise: Callable[..., torch.Tensor], images: torch.Tensor, labels: torch.Tensor, sigma_data: float
+) -> torch.Tensor:
+    """The same of each image, `[4, N]`: the same levels and noise for every model."""
     quarters = NoiseSchedule(num_blocks=4)
-    losses = []
+    errors = []
     for block in (3, 2, 1, 0):
         parts = []
         for number, (y, own) in enumerate(zip(images.split(250), labels.split(250))):
@@ -98,5 +105,5 @@ def held_out_losses(
             z = corrupt(y.flatten(1), sigma, generator=generator).view_as(y)
             error = (denoise(z, sigma, own) - y).square().mean((1, 2, 3))
             parts.append(edm_loss_weight(sigma, sigma_data) * error)
-        losses.append(torch.cat(parts).mean().item())
-    return losses
+        errors.append(torch.cat(parts))
+    return torch.stack(errors)

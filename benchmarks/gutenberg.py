@@ -54,15 +54,17 @@ def works(path: Path, size: int) -> list[str]:
     return chosen
 
 
-def config_for(family: str, layers: int, width: int, vocab_size: int, length: int) -> PreTrainedConfig:
-    """A GPT-2 or Llama with heads of 32 and no dropout."""
+def config_for(
+    family: str, layers: int, width: int, vocab_size: int, length: int, head_size: int = 32
+) -> PreTrainedConfig:
+    """A GPT-2 or Llama without dropout."""
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     if family == "gpt2":
         return GPT2Config(
-            n_layer=layers, n_embd=width, n_head=width // 32, vocab_size=vocab_size, n_positions=length,
+            n_layer=layers, n_embd=width, n_head=width // head_size, vocab_size=vocab_size, n_positions=length,
             attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, **ends,
         )  # fmt: skip
     return LlamaConfig(
-        num_hidden_layers=layers, hidden_size=width, intermediate_size=width * 8 // 3, num_attention_heads=width // 32,
-        vocab_size=vocab_size, max_position_embeddings=length, **ends,
+        num_hidden_layers=layers, hidden_size=width, intermediate_size=width * 8 // 3,
+        num_attention_heads=width // head_size, vocab_size=vocab_size, max_position_embeddings=length, **ends,
     )  # fmt: skip

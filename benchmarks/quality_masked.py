@@ -95,10 +95,11 @@ def bits_by_quarter(model, tokens: torch.Tensor) -> torch.Tensor:
 
 def losses_of(model, tokens: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """`-ln p` of each text's masked tokens, summed, by the blocks that own their shares; `[N]`."""
-    sums = torch.zeros(len(tokens), dtype=torch.float64)
-    for block, rows, hidden in model.answers(MaskedText(tokens).masked(masked, MASK)):
+    tokens, masked = tokens.to(model.device), masked.to(model.device)
+    sums = torch.zeros(len(tokens), dtype=torch.float64, device=model.device)
+    for block, rows, hidden in model.answers(MaskedText(tokens).masked(masked, model.mask_token_id)):
         sums[rows] = model.sums_of_rows(block, hidden, tokens[rows], masked[rows])
-    return sums
+    return sums.cpu()
 
 
 def step_memory(row: str) -> int:

@@ -23,14 +23,15 @@ import time
 from pathlib import Path
 
 import torch
+from block_variants import TwoBlocks, TwoBlocksTrainer
 from characters import ALPHABET, characters
 from gutenberg import config_for, prepare
 from torch.nn import functional as F
+from trained_ledgers import ledgers_of
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.models.active import ActiveBlocks
 from hf_diffusionblocks.models.causal_lm.task import plain_loss
 
 LAYERS = 8
@@ -80,31 +81,12 @@ ROWS: dict[str, int | dict] = {
 BOUND_BATCHES = 8  # of 8 sequences: the bound costs ten passes a sequence
 
 
-class TwoBlocks(db.DiffusionBlocksForCausalLM):
-    """Trains a block and the one before it, on the later one's loss."""
-
-    def active_blocks(self, block_index, loss_block):
-        # The Trainer gives the first block that moves, and the one that is read out.
-        return ActiveBlocks(range(block_index, loss_block + 1), loss_block)
-
-
-class TwoBlocksTrainer(db.DiffusionBlocksTrainer):
-    """The Trainer of these."""
-
-    def _active(self, block):
-        return neighbours(block)
-
-
-def neighbours(block: int) -> ActiveBlocks:
-    """A block and the one before it."""
-    return ActiveBlocks(range(max(block - 1, 0), block + 1), block)
-
-
 class ChunkedTrainer(Trainer):
     """The stock Trainer, with the readout in chunks."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        return plain_loss(model, labels=inputs["input_ids"], input_ids=inputs["input_ids"])
+        with self.accelerator.autocast():  # (Accelerate casts in `forward`, of which this is no part)
+            return plain_loss(model, labels=inputs["input_ids"], input_ids=inputs["input_ids"])
 
 
 class Sequences(torch.utils.data.Dataset):
@@ -161,10 +143,11 @@ def train_and_read(row: str, family: str, seed: int, settings: dict) -> dict[str
     start = time.process_time()
     trainer.train()
     seconds = time.process_time() - start
+    step_bytes = max(ledger.total for ledger in ledgers_of(trainer))
     readings = read(model.eval(), test_set)
     if settings["characters"]:
         readings = {name: nats / math.log(2) for name, nats in readings.items()}
-    return {**readings, "seconds": seconds, "bytes_per_token": data["bytes_per_token"]}
+    return {**readings, "seconds": seconds, "step bytes": step_bytes, "bytes_per_token": data["bytes_per_token"]}
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def prepare(
     """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
     finetuning.check_source(model_args)
     config = common.plain_config(model_args)
-    fields = common.blocks_fields(model_args, blocks_args, "text-generation", config)
+    fields = common.blocks_fields(model_args, blocks_args, training_args, "text-generation", config)
     finetuning.check_arguments(model_args, tuning, fields, training_args)
     check_data(data_args)
     instructions = data_args.prompt_column or data_args.messages_column

@@ -43,7 +43,7 @@ def prepare(
     """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
     finetuning.check_source(model_args)
     config = common.plain_config(model_args)
-    fields = common.blocks_fields(model_args, blocks_args, "image-classification", config)
+    fields = common.blocks_fields(model_args, blocks_args, training_args, "image-classification", config)
     finetuning.check_arguments(model_args, tuning, fields, training_args)
     return train_image_classification.prepare(
         model_args, data_args, blocks_args, training_args,

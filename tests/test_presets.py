@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randomized
-from process_scenarios import DIT, GPT2, VIT, trainer_of
+from process_scenarios import DIT, GPT2, VIT, arguments_of, trainer_of
 from transformers import AutoConfig, GPT2LMHeadModel
 from transformers.utils import logging
 
@@ -31,7 +31,7 @@ SOURCES = {"text-generation": GPT2, "image-classification": VIT}
 TABLE = {
     ("text-generation", "pretrained"): (0, "exact"),
     ("image-classification", "pretrained"): (0, "exact"),
-    ("text-generation", "fresh"): (1, "local"),
+    ("text-generation", "fresh"): (0, "exact"),
     ("image-classification", "fresh"): (0, "local"),
 }
 
@@ -135,7 +135,7 @@ def test_one_block_and_one_layer(config, layers, tmp_path):
 def test_fields_override_the_preset_s():
     config = db.convert(GPT2, 2, prior_fraction=0.5, readout_layers=2, overlap=0.2).config
     assert formulation(config) == {
-        **TRIPLE, "prior_fraction": 0.5, "readout": "posterior", "readout_layers": 2, "objective": "local"
+        **TRIPLE, "prior_fraction": 0.5, "readout": "posterior", "readout_layers": 2, "objective": "exact"
     }  # fmt: skip
     assert config.overlap == 0.2
     plain = GPT2LMHeadModel(GPT2)
@@ -203,11 +203,16 @@ def test_a_run_has_the_model_s_objective_unless_another_is_given(own, given, tmp
     assert ("block-local training" in card) is (expected == "local")
 
 
-@pytest.mark.parametrize("objective", ["final", "exact"])
-def test_fresh_blocks_have_no_local_heads_for_the_whole_model_s_loss(objective):
-    assert db.convert(GPT2, 2).config.readout_layers == 1
-    config = db.convert(GPT2, 2, objective=objective).config
-    assert (config.objective, config.readout_layers, config.formulation) == (objective, 0, "factorized, carried")
+@pytest.mark.parametrize(
+    "given, heads",
+    [({}, 0), ({"objective": "final"}, 0), ({"objective": "local"}, 1), ({"resident_blocks": [0]}, 1)],
+    ids=str,
+)
+def test_fresh_text_blocks_have_local_heads_for_their_own_losses(given, heads):
+    """And so have those of a job that loads some of the blocks: it has no other loss."""
+    config = db.convert(GPT2, 2, **given).config
+    assert (config.readout_layers, config.formulation) == (heads, "factorized, carried")
+    assert config.objective == given.get("objective", "local" if heads else "exact")
 
 
 @pytest.mark.parametrize(
@@ -215,10 +220,13 @@ def test_fresh_blocks_have_no_local_heads_for_the_whole_model_s_loss(objective):
     [{"block_schedule": "sequential"}, {"block_schedule": "random"}, {"block_parallel": True}, {"block_switch_interval": 2}],
     ids=str,
 )
-def test_exact_is_the_final_loss_where_blocks_take_turns(turns, tmp_path):
+def test_exact_is_the_final_loss_where_blocks_take_turns(turns, tmp_path, caplog):
     """Of the model's own objective; who asks a run for it is told that it needs all blocks in a step."""
+    caplog.set_level("WARNING")
+    logging.get_logger("hf_diffusionblocks").propagate = True
     trainer = trainer_of(db.convert(GPT2LMHeadModel(GPT2), 2), GPT2, tmp_path, turns)
     assert trainer.args.objective == "final"
+    assert "the model's objective='exact' is 'final' in this run" in caplog.text
 
 
 def test_turns_have_no_length_where_blocks_are_asked_to_train_together(tmp_path):
@@ -274,8 +282,8 @@ def test_low_noise_and_the_whole_model_s_loss_warn(tmp_path, caplog):
 
 
 def test_a_converted_card_speaks_of_the_model_s_objective(tmp_path):
-    for source, local in ((GPT2, True), (GPT2LMHeadModel(GPT2), False)):
-        db.convert(source, 2).save_pretrained(tmp_path)
+    for objective, local in (("local", True), ("exact", False)):
+        db.convert(GPT2, 2, objective=objective).save_pretrained(tmp_path)
         assert ("block-local training" in (tmp_path / "README.md").read_text()) is local
 
 
@@ -328,13 +336,25 @@ def test_the_command_s_options_override_the_preset(gpt2, tmp_path, capsys):
     assert "--preset: invalid choice: 'best'" in capsys.readouterr().err
 
 
+def fields_of_recipe(preset: str, given: dict, task: str, start: str, training_args) -> dict:
+    name = {"model_name_or_path" if start == "pretrained" else "config_name": "some"}
+    arguments = common.ModelArguments(preset=preset, **name)
+    return common.blocks_fields(arguments, BlocksArguments(num_blocks=2, **given), training_args, task, SOURCES[task])
+
+
+@pytest.mark.parametrize("run", [{"train_blocks": [0], "train_shared": False}, {"block_parallel": True}], ids=str)
+def test_a_recipe_s_fresh_blocks_that_do_not_train_together_have_their_own_losses(run, tmp_path):
+    fields = fields_of_recipe("recommended", {}, "text-generation", "fresh", arguments_of(tmp_path, run))
+    assert (fields["objective"], fields["readout_layers"]) == ("local", 1)
+    fields = fields_of_recipe("recommended", {}, "text-generation", "pretrained", arguments_of(tmp_path, run))
+    assert (fields["objective"], fields["readout_layers"]) == ("exact", 0)
+
+
 @pytest.mark.parametrize(("task", "start"), TABLE)
 @pytest.mark.parametrize("given", [{}, {"prior_fraction": 0.5}, {"context": "carried"}], ids=str)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_recipes_take_a_preset(preset, given, task, start):
-    name = {"model_name_or_path" if start == "pretrained" else "config_name": "some"}
-    arguments = common.ModelArguments(preset=preset, **name)
-    fields = common.blocks_fields(arguments, BlocksArguments(num_blocks=2, **given), task, SOURCES[task])
+def test_the_recipes_take_a_preset(preset, given, task, start, tmp_path):
+    fields = fields_of_recipe(preset, given, task, start, arguments_of(tmp_path, {}))
     assert fields.keys() == USER_FIELDS.keys()
     made = db.DiffusionBlocksConfig(source_config=SOURCES[task], **fields)
     wanted = with_preset(preset, task, start, given, backbone_for(SOURCES[task]))

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import copy
 import re
-from collections import Counter
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from process_scenarios import DIT, GPT2, LLAMA, VIT, arguments_of, made, rows, trainer_of
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from process_scenarios import DIT, GPT2, VIT, arguments_of, made, rows, trainer_of
+from together_runs import B, CARRIED, EXACT, LOCAL, SOURCES, STEPS, UNCLIPPED, assert_same, data, stock_trained, trained
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks import lora
-from hf_diffusionblocks.memory.scenarios import ledger_of
-from hf_diffusionblocks.memory.traffic import traffic
-from hf_diffusionblocks.memory.ways import Way, Workload
 from hf_diffusionblocks.training.checks import check_schedule
-
-B, STEPS = 4, 5
-CARRIED = {"num_blocks": B, "denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
-SOURCES = {"gpt2": GPT2, "llama": LLAMA, "vit": VIT}
-EXACT = {"block_schedule": "together", "objective": "exact"}
-#: (Without its epsilon, AdamW makes signs of what is nearly nothing.)
-UNCLIPPED = {"max_grad_norm": 0.0, "adam_epsilon": 1e-3}
-LOCAL = {"block_schedule": "together", "objective": "local"}
 
 
 @pytest.fixture(params=SOURCES)
@@ -36,43 +24,6 @@ def source(request):
 @pytest.fixture(params=[EXACT, LOCAL], ids=["exact", "local"])
 def objective(request):
     return request.param
-
-
-def data(source):
-    """Rows whose first token has no label: the stock Trainer would count it where a model's name is not as it expects."""
-    found = rows(source)
-    if source in (VIT, DIT):
-        return found
-    labels = found["labels"][:].clone()
-    labels[:, 0] = -100
-    return found.remove_columns("labels").add_column("labels", labels.tolist()).with_format("torch")
-
-
-def trained(model, source, folder, arguments: dict, callback: TrainerCallback | None = None) -> db.DiffusionBlocksTrainer:
-    arguments = {"max_steps": STEPS, "weight_decay": 0.1, **UNCLIPPED, **arguments}
-    trainer = trainer_of(model, source, folder, arguments)
-    trainer.train_dataset = data(source)
-    if callback is not None:
-        trainer.add_callback(callback)
-    trainer.train()
-    return trainer
-
-
-def stock_trained(plain, source, folder, batch_size: int, arguments: dict) -> Trainer:
-    args = TrainingArguments(
-        str(folder), max_steps=STEPS, **UNCLIPPED, weight_decay=0.1, learning_rate=1e-2, use_cpu=True, save_strategy="no",
-        per_device_train_batch_size=batch_size, report_to=[], disable_tqdm=True, **arguments,
-    )  # fmt: skip
-    trainer = Trainer(model=plain, args=args, train_dataset=data(source))
-    trainer.train()
-    return trainer
-
-
-def assert_same(model, other, tolerance: float = 0.0) -> None:
-    states = model.state_dict(), other.state_dict()
-    assert states[0].keys() == states[1].keys()
-    for name, tensor in states[0].items():
-        torch.testing.assert_close(tensor, states[1][name], rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
 
 
 # ---- exact: end-to-end training
@@ -99,6 +50,16 @@ def test_exact_is_end_to_end_training_of_the_stock_model(source, arguments, tmp_
     assert_same(model.to_plain(), plain, tolerance=2e-6)  # of moves of 1e-2 a step
     losses = [of.state.log_history[-1]["train_loss"] for of in (trainer, reference)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_exact_takes_embedded_tokens(tmp_path):
+    model = made(GPT2, CARRIED).double()
+    plain = copy.deepcopy(model.to_plain())
+    embed = plain.get_input_embeddings().weight.detach().clone()
+    texts = [{"inputs_embeds": embed[row["input_ids"]], "labels": row["labels"]} for row in data(GPT2)]
+    trained(model, GPT2, tmp_path, EXACT, dataset=texts)
+    stock_trained(plain, GPT2, tmp_path, 2, {}, dataset=texts)
+    assert_same(model.to_plain(), plain, tolerance=2e-6)
 
 
 def test_exact_for_some_blocks_is_end_to_end_training_of_these(source, tmp_path):
@@ -170,102 +131,6 @@ def test_independent_blocks_train_together_too(source, fields, tmp_path):
     assert trainer.state.global_step == 3
     moved = {model.block_of_parameter(name) for name, p in model.named_parameters() if not torch.equal(before[name], p)}
     assert {0, 1} <= moved
-
-
-# ---- one block at a time
-
-
-class Watch(TrainerCallback):
-    """Notes whose gradients are there, and what blocks have on the device, as a block moves."""
-
-    def __init__(self, model):
-        self.model, self.owners, self.on_device = model, [], []
-
-    def on_optimizer_step(self, *args, **kwargs):
-        named = self.model.named_parameters()
-        self.owners.append({self.model.block_of_parameter(name) for name, p in named if p.grad is not None})
-        if self.model.offload is not None:
-            self.on_device.append(self.model.offload.bytes_on_device())
-
-
-def test_blocks_move_one_by_one_and_then_what_they_share(source, objective, tmp_path):
-    model = made(source, CARRIED)
-    watch = Watch(model)
-    trained(model, source, tmp_path, {**objective, "max_steps": 2}, watch)
-    order = [{k} for k in range(B)]
-    assert watch.owners == 2 * [*(reversed(order) if objective is EXACT else order), {None}]
-
-
-def test_the_ledger_counts_gradients_and_activations_of_one_block(source, objective, tmp_path):
-    """And, where others are in host memory, optimizer state of one."""
-    model = made(source, CARRIED)
-    trainer = trained(model, source, tmp_path, {**objective, "offload_inactive_blocks": "cpu"}, watch := Watch(model))
-    sizes = [sum(p.nbytes for p in model.block_parameters(k)) for k in range(B)]
-    shared = sum(p.nbytes for p in model.shared_parameters())
-    plain = trained(made(source, {**CARRIED, "num_blocks": 1}), source, tmp_path, {"max_steps": 2}).ledgers[0].parts
-    kept = B * 2 * (12 if source is not VIT else 5) * 32 * 4  # what enters each block, at most
-    for k, ledger in trainer.ledgers.items():
-        assert ledger.parts.gradients <= sizes[k] + shared
-        assert ledger.parts.optimizer <= 2 * (sizes[k] + shared) + 1000
-        assert ledger.parts.activations < plain.activations / 2 + kept
-    assert plain.gradients == sum(sizes) + shared
-    assert all(held["parameters"] <= 2 * max(sizes) for held in watch.on_device)
-    assert model.offload.bytes_on_device() == {"parameters": 0, "optimizer": 0}
-
-
-@pytest.mark.parametrize("offload", [False, True])
-def test_the_estimate_s_ledger_is_the_trainer_s(source, objective, offload, tmp_path):
-    fields = {name: value for name, value in CARRIED.items() if name != "num_blocks"}
-    way = Way("together", fields, together=True, objective=objective["objective"], offload=offload)
-    expected = ledger_of(way, Workload(source, B, batch_size=2, sequence_length=None if source is VIT else 12))
-    place = {"offload_inactive_blocks": "cpu" if offload else "none"}
-    ledgers = trained(made(source, CARRIED), source, tmp_path, {**objective, **place}).ledgers.values()
-    assert max(ledger.total for ledger in ledgers) == pytest.approx(expected.total, rel=0.02)
-
-
-def test_layers_run_once_a_batch_or_twice(source, objective, tmp_path):
-    model, runs = made(source, CARRIED), Counter()
-    run, numbers = model._run_layer, {id(layer): k for k, layer in enumerate(l for b in model.blocks for l in b.layers)}
-
-    def counted(layer, *args, **kwargs):
-        runs[numbers[id(layer)]] += 1
-        return run(layer, *args, **kwargs)
-
-    model._run_layer = counted
-    trained(model, source, tmp_path, {**objective, "max_steps": 3, "gradient_accumulation_steps": 2})
-    times = {k: 2 if objective is EXACT and k < B - 1 else 1 for k in range(B)}  # (of the last block nothing is dropped)
-    assert runs == {k: 3 * 2 * times[k] for k in range(B)}
-
-
-def test_offloaded_blocks_train_the_same_and_cross_as_the_formula_says(source, objective, tmp_path):
-    expected, model = made(source, CARRIED), made(source, CARRIED)
-    trained(expected, source, tmp_path, objective)
-    seen = []
-
-    class Copied(TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
-            seen.append(dict(model.offload.copied))
-
-    trained(model, source, tmp_path, {**objective, "offload_inactive_blocks": "cpu"}, Copied())
-    assert_same(expected, model)
-    sizes = [sum(p.nbytes for p in model.block_parameters(k)) for k in range(B)]
-    formula = traffic(sizes, [2 * size for size in sizes], objective["objective"], together=True, carried=True)
-    counts = 4 * len(list(model.parameters()))  # of Adam's steps, a number each
-    for direction, expected_bytes in vars(formula).items():
-        assert 0 <= seen[3][direction] - seen[2][direction] - expected_bytes <= counts
-
-
-@pytest.mark.parametrize("objective_in_turn, fields", [("local", {"context": "independent"}), ("local", {}), ("final", {})], ids=str)
-def test_in_turns_no_more_crosses_than_the_formula_says(objective_in_turn, fields, tmp_path):
-    """Eight rounds, of which the first has no state; and no less than what trains and comes back."""
-    model = made(GPT2, {**CARRIED, **fields})
-    arguments = {"objective": objective_in_turn, "block_schedule": "random", "max_steps": 8 * B, "optim": "sgd"}
-    arguments["offload_inactive_blocks"] = "cpu"
-    trained(model, GPT2, tmp_path, arguments)
-    sizes = [sum(p.nbytes for p in model.block_parameters(k)) for k in range(B)]
-    formula = traffic(sizes, [0] * B, objective_in_turn, together=False, carried=not fields)
-    assert 8 * sum(sizes) * 0.7 < model.offload.copied["to_device"] <= 8 * formula.to_device
-    assert 8 * sum(sizes) * 0.7 < model.offload.copied["to_host"] <= 8 * formula.to_host
 
 
 # ---- what every way to train has
@@ -358,62 +223,6 @@ def test_exact_adapters_train_as_stock_lora_s(tmp_path):
     for name, adapter in adapters_of(plain).items():
         assert not torch.equal(adapter, start[name])
         torch.testing.assert_close(adapters_of(model)[name], adapter, rtol=0, atol=2e-6)
-
-
-@pytest.mark.parametrize("limit", [0.0, 1e9])
-def test_the_log_has_the_norm_of_all_gradients(limit, tmp_path):
-    """Before each block's was clipped by its own."""
-    model, norms = made(GPT2, CARRIED), []
-    plain = model.to_plain()
-    arguments = {"max_steps": 1, "max_grad_norm": limit}
-    norms.append(trained(model, GPT2, tmp_path, {**EXACT, **arguments}).state.log_history[0]["grad_norm"])
-    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=2, logging_steps=1, use_cpu=True, report_to=[], **arguments)
-    stock = Trainer(model=plain, args=args, train_dataset=data(GPT2))
-    stock.train()
-    norms.append(stock.state.log_history[0]["grad_norm"])
-    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
-
-
-class LengthOfMoves(TrainerCallback):
-    """How far each step moved some parameters."""
-
-    def __init__(self, parameters):
-        self.parameters, self.of_step = list(parameters), []
-
-    def on_step_begin(self, *args, **kwargs):
-        self._before = [p.detach().clone() for p in self.parameters]
-
-    def on_step_end(self, *args, **kwargs):
-        moves = [(p.detach() - before).norm() for p, before in zip(self.parameters, self._before)]
-        self.of_step.append(torch.stack(moves).norm().item())
-
-
-def test_exact_gradients_are_clipped_by_the_norm_of_all(tmp_path):
-    """But in the first step, which does not know those of blocks that are yet to come: what these had in the last one counts.
-    One batch, and steps that hardly move, so that these are the same."""
-    model, batch = made(GPT2, CARRIED), data(GPT2).select([0] * 8)
-    plain = model.to_plain()
-    once = {"optim": "sgd", "learning_rate": 1e-3, "lr_scheduler_type": "constant", "max_steps": 3, "max_grad_norm": 1e-2}
-    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", **once)
-    trainers = [trainer_of(model, GPT2, tmp_path, {**EXACT, **once}), Trainer(model=plain, args=args)]
-    lengths = [LengthOfMoves(model.backbone.transformer.h.parameters()), LengthOfMoves(plain.transformer.h.parameters())]
-    for trainer, length in zip(trainers, lengths):
-        trainer.train_dataset = batch
-        trainer.add_callback(length)
-        trainer.train()
-    ours, theirs = (length.of_step for length in lengths)
-    assert ours[0] > 1.05 * theirs[0]
-    assert ours[1:] == pytest.approx(theirs[1:], rel=1e-3)
-
-
-def test_blocks_on_their_own_losses_are_clipped_by_their_own_norms(tmp_path):
-    model = made(GPT2, CARRIED)
-    before = [[p.detach().clone() for p in model.block_parameters(k)] for k in range(B)]
-    arguments = {**LOCAL, "max_steps": 1, "optim": "sgd", "weight_decay": 0.0, "max_grad_norm": 1e-3}
-    trained(model, GPT2, tmp_path, arguments)
-    for k in range(B):
-        moves = [after - start for after, start in zip(model.block_parameters(k), before[k])]
-        assert torch.stack([move.norm() for move in moves]).norm().item() == pytest.approx(1e-2 * 1e-3, rel=1e-2)
 
 
 def test_the_log_and_the_card_say_so(objective, tmp_path):

@@ -61,6 +61,8 @@ def convert(
     if loading.get("dtype") == "auto":
         loading["dtype"] = source.dtype
     if isinstance(source, PreTrainedConfig):
+        if resident_blocks is not None:  # a job's blocks: others that the whole model's loss would run through are as fresh
+            fields = {"objective": "local", **fields}
         config = _config(plain_config, num_blocks, task, preset, "fresh", fields)
         return build(TASKS[config.task].model_class, config, resident_blocks, **loading)
     config = _config(plain_config, num_blocks, task, preset, "pretrained", fields)

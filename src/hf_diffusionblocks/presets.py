@@ -14,14 +14,16 @@ _LOSSLESS = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1
 RECOMMENDED: dict[tuple[str, str], dict[str, Any]] = {
     ("text-generation", "pretrained"): {**_LOSSLESS, "objective": "exact"},
     ("image-classification", "pretrained"): {**_LOSSLESS, "objective": "exact"},
-    # Fresh blocks change under one another: each is trained on its own readout. Where depth counts, as it does for text, a
-    # local head keeps early blocks from throwing away what later ones need.
-    ("text-generation", "fresh"): {**_LOSSLESS, "readout_layers": 1, "objective": "local"},
+    # Blocks on their own losses are as good where depth counts a little, and far behind where a task needs it.
+    ("text-generation", "fresh"): {**_LOSSLESS, "objective": "exact"},
     # (p_mean places the blocks' boundaries, which the walk to one of few labels wants higher.)
     ("image-classification", "fresh"): {**_LOSSLESS, "p_mean": 0.5, "objective": "local"},
     # (Blocks that share patches and final layer pull these apart. Those of masked text do not: nothing is added there.)
     ("image-generation", "fresh"): {"shared": "per_block"},
 }
+#: Task -> what fresh blocks have besides that train on their own losses: a local head keeps early blocks from throwing away
+#: what later ones need.
+ON_OWN_LOSSES: dict[str, dict[str, Any]] = {"text-generation": {"readout_layers": 1}}
 PRESETS = ("recommended", "paper")
 #: Naming one of these leaves the preset: the other fields of the table are chosen for its formulation, not for another.
 LEAVING = ("denoiser", "context", "readout")
@@ -54,6 +56,7 @@ def with_preset(
         raise ValueError(f"preset={preset!r} must be one of {', '.join(map(repr, PRESETS))}")
     if preset == "paper" or any(name in fields for name in LEAVING):
         return {**architecture.fixed_fields, **fields}
-    if fields.get("objective", "local") != "local":
-        start = "pretrained"  # the whole model's loss asks for no local heads, however the weights start
-    return {**recommended(task, start, architecture), **fields}
+    found = {**recommended(task, start, architecture), **fields}
+    if start == "fresh" and found.get("objective") == "local":
+        return {**ON_OWN_LOSSES.get(task, {}), **found}
+    return found

@@ -9,12 +9,15 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer
+from transformers.utils import logging
 
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..saving.resident import checked_blocks
 from .arguments import DiffusionBlocksTrainingArguments
 from .cached_inputs import column_of, predecessors_column_of
 from .parallel import Layout
+
+logger = logging.get_logger(__name__)
 
 
 def blocks_to_train(
@@ -73,7 +76,13 @@ def settle_schedule(
     blocks = args.train_blocks or model.resident_blocks
     if args.block_schedule is None and (args.in_turn or cached_column(blocks, columns)):
         args.block_schedule = "random"
-    args.objective = args.objective_of(model.config.objective)
+    found = args.objective_of(model.config.objective)
+    if args.objective is None and found != model.config.objective:
+        logger.warning(
+            f"blocks take turns, so that the model's objective={model.config.objective!r} is {found!r} in this run: it is for "
+            "pretrained blocks. Fresh ones want objective='local'"
+        )
+    args.objective = found
     if args.block_schedule is None:
         runs_again = len(blocks) > 1 and model.computes_plain_model
         together = args.objective == "exact" or (runs_again and args.objective == "local")

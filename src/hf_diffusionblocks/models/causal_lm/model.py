@@ -214,7 +214,8 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         return total / (max(len(tensors[0]), 1) if num_items is None else num_items)
 
     def clean_input(self, batch: Mapping[str, torch.Tensor]) -> Clean:
-        return self.clean(Text(batch["input_ids"], None, batch.get("attention_mask"), batch.get("position_ids")))
+        given = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+        return self.clean(Text(*(batch.get(name) for name in given)))
 
     def clean(self, text: Text) -> Clean:
         """What embeds the clean tokens, and what attention takes to run them."""

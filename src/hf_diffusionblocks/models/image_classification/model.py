@@ -152,7 +152,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         return posterior_logits(logits, z, visible, self.label_embeddings.vectors())
 
     def clean_input(self, batch: Mapping[str, torch.Tensor]) -> Clean:
-        return self._clean(batch["pixel_values"], False)
+        return self._clean(batch["pixel_values"], batch.get("interpolate_pos_encoding", False))
 
     def _clean(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> Clean:
         return Clean({"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}, {})
