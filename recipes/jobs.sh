@@ -10,7 +10,8 @@
 #   recipes/jobs.sh all 4 outputs/jobs causal-lm --config recipes/configs/gutenberg.yaml \
 #       --train_file train.parquet --validation_file validation.parquet
 #
-# Added to them are `--train_blocks K --context independent --shared per_block`: no job needs another's weights.
+# Added to them are `--train_blocks K --context independent --shared per_block --objective local`: no job needs another's
+# weights.
 #
 # `all` runs as many jobs at a time as there are GPUs, each on its own (JOBS=2 says otherwise; without a GPU it is one), and
 # they write OUT_DIR/block-K/log.txt. If one fails, the others go on, nothing is merged, and it says which and ends with
@@ -23,7 +24,7 @@ fail() {
     exit 1
 }
 
-# One block's job: `train_block K B OUT_DIR TASK [OPTION...]`. What the options say of block, ends and context gives way.
+# One block's job: `train_block K B OUT_DIR TASK [OPTION...]`. What the options say of what is added gives way.
 train_block() {
     local k=$1 blocks=$2 job=$3/block-$1 asked resume=()
     shift 3
@@ -42,7 +43,7 @@ train_block() {
         resume=(--resume_from_checkpoint last)
     fi
     diffusionblocks train --num_processes 1 "$@" --num_blocks "$blocks" --train_blocks "$k" --context independent \
-        --shared per_block --output_dir "$job" "${resume[@]}" || exit # it has said why
+        --shared per_block --objective local --output_dir "$job" "${resume[@]}" || exit # it has said why
     touch "$job/done"
 }
 
