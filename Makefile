@@ -1,13 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test
+.PHONY: demo test check-gpu
 
 demo: .venv/installed
 	$(BIN)/python recipes/demo_digits.py --output_dir outputs/demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest tests -n 2
+
+check-gpu: .venv/installed
+	$(BIN)/python benchmarks/gpu.py --output outputs/check_gpu.json
 
 .venv/installed: requirements-dev.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv

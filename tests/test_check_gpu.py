@@ -1,0 +1,76 @@
+"""`make check-gpu`: its table, and its exit status. (What it checks, it checks; without a GPU on the CPU, in small.)"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import gpu  # noqa: E402
+from gpu_common import Check, Row  # noqa: E402
+
+HOLDS = Check("holds", lambda machine: iter([Row("one and one", "2", "2", True), Row("of a GPU", "3.1x")]), needs_gpu=False)
+FAILS = Check("fails", lambda machine: iter([Row("one and two", "4", "3", False)]), needs_gpu=False)
+WAITS = Check("waits", lambda machine: iter([Row("never seen", "", holds=False)]), needs_gpu=True)
+
+
+def raising(machine):
+    yield Row("before", "1", holds=True)
+    raise RuntimeError("out of\nluck")
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs the program with these checks, without a GPU; its status, and its rows by name."""
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+
+    def run_with(*checks: Check, options=()):
+        monkeypatch.setattr(gpu, "CHECKS", checks)
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path / "rows.json"), *options])
+        status = gpu.main()
+        return status, {row["check"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+
+    return run_with
+
+
+def test_where_all_holds_it_succeeds_and_measures_count_neither_way(run, capsys):
+    status, rows = run(HOLDS)
+    assert status == 0 and rows["one and one"]["holds"] is True and rows["of a GPU"]["holds"] is None
+    assert "| one and one | 2      | 2       | yes   |" in capsys.readouterr().out
+
+
+def test_what_does_not_hold_fails_it(run):
+    status, rows = run(HOLDS, FAILS)
+    assert status == 1 and rows["one and two"]["holds"] is False
+
+
+def test_what_raises_is_a_row_and_the_others_go_on(run):
+    status, rows = run(Check("raises", raising, needs_gpu=False), HOLDS)
+    assert status == 1 and rows["raises"]["result"] == "RuntimeError: out of luck"
+    assert rows["before"]["holds"] and rows["one and one"]["holds"]
+
+
+def test_what_needs_a_gpu_says_so(run):
+    status, rows = run(WAITS)
+    assert status == 0 and rows == {"waits": {"check": "waits", "result": "needs a GPU", "allowed": "", "holds": None}}
+
+
+def test_what_has_no_time_left_is_not_taken_to_hold(run):
+    status, rows = run(HOLDS, options=["--minutes", "0"])
+    assert status == 1 and rows["holds"]["result"] == "not begun: out of time"
+
+
+def test_some_checks_by_name(run):
+    status, rows = run(HOLDS, FAILS, options=["--only", "hold"])
+    assert status == 0 and "one and two" not in rows
+
+
+def test_it_says_what_it_ran_on(run, tmp_path, capsys):
+    run(HOLDS)
+    about = json.loads((tmp_path / "rows.json").read_text())
+    assert about["device"].startswith("CPU") and {"torch", "transformers", "seconds"} <= about.keys()
+    assert "No GPU here" in capsys.readouterr().out
