@@ -179,7 +179,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
     def noise_generators(self, micro_batch: int, num_rows: int) -> list[torch.Generator]:
         """Of each row of a micro-batch of the step."""
         first = (micro_batch * self.layout.num_replicas + self.layout.replica) * self.args.train_batch_size
-        return keyed_generators([self.args.seed, self.state.global_step], range(first, first + num_rows))
+        return keyed_generators([self.args.seed, self.state.global_step], range(first, first + num_rows), self.args.device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._together is not None:
