@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest import mock
 
 import torch
-from families import CASES, Case
+from families import CASES, trainer_of
+from test_device import STEPS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+from transformers.masking_utils import create_causal_mask
 from transformers.utils import import_utils
 
 import hf_diffusionblocks
-from hf_diffusionblocks.diffusion.randomness import keyed_generators
 
 
 class MadeUpBackend(_DummyBackendModule):
@@ -104,26 +106,62 @@ def moved(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def batch_of(case: Case) -> dict[str, torch.Tensor]:
+def made_up(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     with FAKE:
-        return {name: torch.empty_like(each, device=DEVICE) for name, each in case.rows().items()}
+        return {name: torch.empty_like(each, device=DEVICE) for name, each in batch.items()}
 
 
-def step_of(case: Case, **fields) -> Callable[[], None]:
-    """Forward and backward pass of each block, with noise as the Trainer gives it."""
-    model, batch = moved(case.model(**fields)).train(), batch_of(case)
+def step_of(name: str, fields: dict, columns: Sequence[str], arguments: dict, folder: str) -> Callable[[], None]:
+    """What the Trainer does with a batch that is on the device, for a step of each block, or for one of all together, up to
+    the gradients of the last that moves. `columns` of ones are added to the batch."""
+    case = CASES[name]
+    model, batch = case.model(**fields), case.rows()
+    batch |= {column: torch.ones_like(batch["input_ids"]) for column in columns}
+    arguments = {"max_steps": len(case.blocks), "measure_memory": False, **arguments}
+    trainer = trainer_of(model, case, folder, **arguments)
+    moved(model)
+    trainer.args.__dict__["_setup_devices"] = DEVICE
+    trainer.create_scheduler(trainer.args.max_steps, torch.optim.SGD(model.parameters()))
+    trainer.optimizer = torch.optim.SGD(model.parameters())  # (not wrapped by Accelerate, which is no part of ours)
+    trainer.current_gradient_accumulation_steps = 1
+    batch, state = made_up(batch), made_up({"losses": trainer._block_losses, "items": torch.ones(())})
+    trainer._block_losses = state["losses"]
 
     def step() -> None:
-        for block in case.blocks:
-            generator = keyed_generators([0, 0], range(4), DEVICE)
-            model(**batch, block_index=block, generator=generator).loss.backward()
+        with trainer._trained:
+            for trainer.state.global_step in range(1 if trainer._together else len(case.blocks)):
+                if not trainer._together:
+                    trainer._begin_turn(trainer.state.global_step)
+                trainer.training_step(model, batch, state["items"])
 
     return step
 
 
+def looked_up_by_transformers() -> None:
+    """Whether a mask hides anything."""
+    batch = made_up({"hidden": torch.ones(2, 3, 4), "mask": torch.ones(2, 3)})
+    create_causal_mask(CASES["llama, masked"].config, batch["hidden"], batch["mask"], None)
+
+
+#: What has to be found.
+CONTROLS = {
+    "value": lambda: made_up({"x": torch.ones(3)})["x"].sum().item(),
+    "choice": lambda: bool(made_up({"x": torch.ones(3)})["x"].any()),
+    "rows of a mask": lambda: made_up({"x": torch.ones(3) > 0})["x"].nonzero(),
+    "look of Transformers": looked_up_by_transformers,
+    "copy to the device": lambda: torch.ones(3).to(DEVICE),
+    "numbers to the device": lambda: torch.tensor([1.0, 2.0], device=DEVICE),
+    "copy to the host": lambda: made_up({"x": torch.ones(3)})["x"].cpu(),
+    "draw on the CPU": lambda: torch.randn(3),
+    "draw on the CPU by a row's generator": lambda: torch.rand(3, generator=torch.Generator()),
+}
+
+
 def main() -> None:
     torch.Generator = Generator
-    found = {name: first_wait(step_of(case)) for name, case in CASES.items()}
+    with TemporaryDirectory() as folder:
+        found = {name: first_wait(step_of(*step, folder)) for name, step in STEPS.items()}
+    found |= {name: first_wait(control) for name, control in CONTROLS.items()}
     print(json.dumps(found))
 
 

@@ -1,0 +1,52 @@
+"""A training step on an accelerator waits for it nowhere, and draws nothing on the CPU. It needs none: see no_waits.py. What
+is computed there: test_gpu.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from families import CASES
+
+RECOMMENDED = {"prior_fraction": 1.0}
+#: Name -> case, fields of `convert`, columns of ones in the batch, training arguments.
+STEPS = {
+    **{name: (name, {}, (), {}) for name, case in CASES.items() if case.trained},
+    **{f"{name}, recommended": (name, RECOMMENDED, (), {}) for name in ("vit, factorized-carried", "gpt2, factorized-carried")},
+    **{
+        f"{name}, exact": (name, RECOMMENDED, (), {"objective": "exact"})
+        for name in ("vit, factorized-carried", "gpt2, factorized-carried")
+    },
+    "text, final loss": ("gpt2, factorized-carried", {}, (), {"objective": "final"}),
+    **{
+        f"{name}, padded": (name, {}, ("attention_mask",), {})
+        for name in ("gpt2, factorized-carried", "gpt2, joint-edm-independent", "llama, masked", "bert")
+    },
+}
+CONTROLS = (
+    "value", "choice", "rows of a mask", "look of Transformers", "copy to the device", "numbers to the device",
+    "copy to the host", "draw on the CPU", "draw on the CPU by a row's generator",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def waits() -> dict[str, str | None]:
+    """Of each step, the first operation that it must not have."""
+    script = Path(__file__).with_name("no_waits.py")
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_neither_waits_for_the_device_nor_draws_on_the_cpu(name, waits):
+    assert waits[name] is None
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_what_does_is_found(name, waits):
+    assert waits[name] is not None
