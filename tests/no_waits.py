@@ -133,6 +133,7 @@ def step_of(name: str, fields: dict, columns: Sequence[str], arguments: dict, fo
                 if not trainer._together:
                     trainer._begin_turn(trainer.state.global_step)
                 trainer.training_step(model, batch, state["items"])
+                trainer._clip_grad_norm(model)
 
     return step
 

@@ -15,12 +15,13 @@ from families import CASES
 RECOMMENDED = {"prior_fraction": 1.0}
 #: Name -> case, fields of `convert`, columns of ones in the batch, training arguments.
 STEPS = {
-    **{name: (name, {}, (), {}) for name, case in CASES.items() if case.trained},
+    **{name: (name, {}, (), {}) for name, case in CASES.items() if case.trained and not case.is_own},
     **{f"{name}, recommended": (name, RECOMMENDED, (), {}) for name in ("vit, factorized-carried", "gpt2, factorized-carried")},
     **{
         f"{name}, exact": (name, RECOMMENDED, (), {"objective": "exact"})
         for name in ("vit, factorized-carried", "gpt2, factorized-carried")
     },
+    "text, exact, shared part frozen": ("gpt2, factorized-carried", RECOMMENDED, (), {"objective": "exact", "train_shared": False}),
     "text, final loss": ("gpt2, factorized-carried", {}, (), {"objective": "final"}),
     **{
         f"{name}, padded": (name, {}, ("attention_mask",), {})
