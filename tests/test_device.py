@@ -21,13 +21,15 @@ STEPS = {
         f"{name}, exact": (name, RECOMMENDED, (), {"objective": "exact"})
         for name in ("vit, factorized-carried", "gpt2, factorized-carried")
     },
-    "text, exact, shared part frozen": ("gpt2, factorized-carried", RECOMMENDED, (), {"objective": "exact", "train_shared": False}),
+    "text, exact, shared part frozen": (
+        "gpt2, factorized-carried", RECOMMENDED, (), {"objective": "exact", "train_shared": False}
+    ),
     "text, final loss": ("gpt2, factorized-carried", {}, (), {"objective": "final"}),
     **{
         f"{name}, padded": (name, {}, ("attention_mask",), {})
         for name in ("gpt2, factorized-carried", "gpt2, joint-edm-independent", "llama, masked", "bert")
     },
-}
+}  # fmt: skip
 CONTROLS = (
     "value", "choice", "rows of a mask", "look of Transformers", "copy to the device", "numbers to the device",
     "copy to the host", "draw on the CPU", "draw on the CPU by a row's generator",
