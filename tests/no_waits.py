@@ -1,14 +1,15 @@
 """What test_device.py runs, in a process of its own, since a made-up kind of device stays: a training step of every model on
 tensors that have no memory, and say they are on an accelerator.
 
-    python no_waits.py
+    python no_waits.py FILE
 
-Prints, as JSON, what first made each step wait for the accelerator, or draw on the CPU, and where; null where nothing does.
+Writes, as JSON, what first made each step wait for the accelerator, or draw on the CPU, and where; null where nothing does.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -163,7 +164,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         found = {name: first_wait(step_of(*step, folder)) for name, step in STEPS.items()}
     found |= {name: first_wait(control) for name, control in CONTROLS.items()}
-    print(json.dumps(found))
+    Path(sys.argv[1]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

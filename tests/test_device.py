@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from families import CASES
+from filelock import FileLock
 
 RECOMMENDED = {"prior_fraction": 1.0}
 #: Name -> case, fields of `convert`, columns of ones in the batch, training arguments.
@@ -36,13 +37,18 @@ CONTROLS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def waits() -> dict[str, str | None]:
-    """Of each step, the first operation that it must not have."""
-    script = Path(__file__).with_name("no_waits.py")
-    run = subprocess.run([sys.executable, script], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+@pytest.fixture(scope="session")
+def waits(tmp_path_factory) -> dict[str, str | None]:
+    """Of each step, the first operation that it must not have; found once for all of pytest's workers."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    found = folder / "waits.json"
+    with FileLock(f"{found}.lock"):
+        if not found.is_file():
+            command = [sys.executable, Path(__file__).with_name("no_waits.py"), found]
+            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return json.loads(found.read_text())
 
 
 @pytest.mark.parametrize("name", STEPS)
