@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from families import CASES
 from filelock import FileLock
+from transformers import default_data_collator
+
+from hf_diffusionblocks.training.checks import WithoutFullMask
 
 RECOMMENDED = {"prior_fraction": 1.0}
 #: Name -> case, fields of `convert`, columns of ones in the batch, training arguments.
@@ -59,3 +62,9 @@ def test_a_step_neither_waits_for_the_device_nor_draws_on_the_cpu(name, waits):
 @pytest.mark.parametrize("name", CONTROLS)
 def test_what_does_is_found(name, waits):
     assert waits[name] is not None
+
+
+@pytest.mark.parametrize("mask, kept", [([1, 1], False), ([1, 0], True), ([[[1, 1], [1, 1]]], True)])
+def test_a_mask_that_hides_nothing_is_left_out_where_the_batch_is_made(mask, kept):
+    batch = WithoutFullMask(default_data_collator)([{"input_ids": [3, 4], "attention_mask": mask}] * 2)
+    assert ("attention_mask" in batch) == kept and batch["input_ids"].shape == (2, 2)

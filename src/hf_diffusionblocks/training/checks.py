@@ -236,6 +236,6 @@ class WithoutFullMask:
     def __call__(self, rows: list[dict]) -> dict:
         batch = self.collator(rows)
         mask = batch.get("attention_mask")
-        if mask is None or not bool((mask == 1).all()):
+        if mask is None or mask.dim() != 2 or not bool((mask == 1).all()):  # (one of four dimensions says who sees whom)
             return batch
         return {name: value for name, value in batch.items() if name != "attention_mask"}
