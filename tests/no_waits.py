@@ -141,19 +141,19 @@ def step_of(name: str, fields: dict, columns: Sequence[str], arguments: dict, fo
 
 def looked_up_by_transformers() -> None:
     """Whether a mask hides anything."""
-    batch = made_up({"hidden": torch.ones(2, 3, 4), "mask": torch.ones(2, 3)})
-    create_causal_mask(CASES["llama, masked"].config, batch["hidden"], batch["mask"], None)
+    hidden, mask = torch.ones(2, 3, 4, device=DEVICE), torch.ones(2, 3, device=DEVICE)
+    create_causal_mask(CASES["gpt2, factorized-carried"].model().backbone.config, hidden, mask, None)
 
 
 #: What has to be found.
 CONTROLS = {
-    "value": lambda: made_up({"x": torch.ones(3)})["x"].sum().item(),
-    "choice": lambda: bool(made_up({"x": torch.ones(3)})["x"].any()),
-    "rows of a mask": lambda: made_up({"x": torch.ones(3) > 0})["x"].nonzero(),
+    "value": lambda: torch.ones(3, device=DEVICE).sum().item(),
+    "choice": lambda: bool(torch.ones(3, device=DEVICE).any()),
+    "rows of a mask": lambda: torch.ones(3, device=DEVICE).nonzero(),
     "look of Transformers": looked_up_by_transformers,
     "copy to the device": lambda: torch.ones(3).to(DEVICE),
     "numbers to the device": lambda: torch.tensor([1.0, 2.0], device=DEVICE),
-    "copy to the host": lambda: made_up({"x": torch.ones(3)})["x"].cpu(),
+    "copy to the host": lambda: torch.ones(3, device=DEVICE).cpu(),
     "draw on the CPU": lambda: torch.randn(3),
     "draw on the CPU by a row's generator": lambda: torch.rand(3, generator=torch.Generator()),
 }
