@@ -60,7 +60,8 @@ def by_count(step: Step, ledger: db.Ledger, workload: Workload) -> int:
     logits = workload.batch_size * 1000
     if workload.sequence_length is not None:
         vocab_size = workload.config.vocab_size
-        logits = rows_per_chunk(workload.batch_size * (workload.sequence_length - 1), vocab_size) * vocab_size
+        rows = workload.batch_size * (workload.sequence_length - 1)
+        logits = rows_per_chunk(rows, vocab_size, step.model.device) * vocab_size
     return 4 * (held + trained + 2 * moving + 2 * logits) + ledger.parts.activations
 
 

@@ -34,6 +34,11 @@ FORMULATIONS = {
 }  # fmt: skip
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 @pytest.fixture(autouse=True)
 def logging_as_before():
     """What a test does to the volume of logs ends with it."""

@@ -207,7 +207,7 @@ def test_independent_factorized_logits_are_the_mean_of_the_blocks_log_priors(pla
 
 
 def chunks_of(rows_at_a_time, monkeypatch):
-    monkeypatch.setattr(losses, "rows_per_chunk", lambda num_rows, num_logits: rows_at_a_time)
+    monkeypatch.setattr(losses, "rows_per_chunk", lambda num_rows, num_logits, device: rows_at_a_time)
 
 
 @pytest.mark.parametrize("rows_at_a_time", [1, 7, 1000])
@@ -243,8 +243,9 @@ def test_no_more_than_a_chunk_of_logits_is_ever_held(monkeypatch):
     assert kept[0] == kept[1]
 
 
-def test_chunks_of_a_large_vocabulary_are_32_mib():
-    assert losses.rows_per_chunk(100_000, 50_257) * 50_257 * 4 == pytest.approx(2**25, rel=0.01)
+@pytest.mark.parametrize("device, size", [("cpu", 2**25), ("cuda", 2**28)])
+def test_chunks_of_a_large_vocabulary_are_so_large_on_a_device(device, size):
+    assert losses.rows_per_chunk(100_000, 50_257, torch.device(device)) * 50_257 * 4 == pytest.approx(size, rel=0.01)
 
 
 # ---- everything the core gives

@@ -25,7 +25,7 @@ def noisy_through_all(model, block_index: int, ids, mask=None) -> list[torch.Ten
     clean_modulations, noisy_modulations = block.clean_modulations(), block.modulations(sigma)
     for realisation in ("apart", "in groups", "together"):
         hidden = block.embed({"input_ids": ids, "position_ids": positions})
-        streams = Streams(model, hidden, mask, positions, kept, CleanKeys())
+        streams = Streams(model, hidden, Text(ids, None, mask, positions), kept, CleanKeys())
         hidden = streams.enter(block, hidden)
         noisy = streams.embed_noisy(block, z)
         if realisation == "together":

@@ -97,7 +97,7 @@ def test_parts_are_those_counted_one_by_one(family, name):
         assert saved.bytes <= parts.activations + parts.logits
         if not (way.checkpointing or way.objective == "final"):
             rows = sizes.batch_size * (sizes.sequence_length or 1)
-            chunk = rows_per_chunk(rows, 307) * 4 * (8 * 32 + 307)
+            chunk = rows_per_chunk(rows, 307, torch.device("cpu")) * 4 * (8 * 32 + 307)
             assert parts.activations <= saved.bytes + sum(hidden.nbytes for hidden in kept) + chunk
         del graph
 
@@ -105,7 +105,7 @@ def test_parts_are_those_counted_one_by_one(family, name):
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_logits_are_those_of_a_chunk(family):
     parts = ledger_of(WAYS["recommended: job, shared part frozen, cached inputs"], workload(family)).parts
-    one = rows_per_chunk(3 * 23, 307) * 307 * 4
+    one = rows_per_chunk(3 * 23, 307, torch.device("cpu")) * 307 * 4
     assert one <= parts.logits <= 4 * one < 3 * 23 * 307 * 4 * 2
 
 

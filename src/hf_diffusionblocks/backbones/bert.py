@@ -8,6 +8,7 @@ from transformers import BertConfig, BertForMaskedLM
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert.modeling_bert import BertLayer
 
+from .base import may_look
 from .encoder import Encoder
 
 
@@ -31,7 +32,9 @@ class BertBackbone(Encoder):
         return plain.bert.embeddings(input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids)
 
     def attention_both_ways(self, plain, hidden, attention_mask, position_ids) -> dict:
-        return {"attention_mask": create_bidirectional_mask(plain.config, hidden, attention_mask)}
+        skip = may_look(plain, attention_mask)
+        mask = create_bidirectional_mask(plain.config, hidden, attention_mask, allow_is_bidirectional_skip=skip)
+        return {"attention_mask": mask}
 
     def head(self, plain: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         return plain.cls(hidden)

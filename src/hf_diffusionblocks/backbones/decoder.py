@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 from .modulation import Modulation, modulate
-from .base import Backbone
+from .base import Backbone, may_look
 
 
 class Decoder(Backbone):
@@ -83,11 +83,14 @@ class Decoder(Backbone):
         plain: PreTrainedModel,
         hidden: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
         past_key_values,
         explicit: bool = False,
     ) -> torch.Tensor | None:
         """HF's own causal mask for its attention implementation; None, unless `explicit`, where that needs none.
+
+        Args:
+            position_ids: those that the caller gave, which may restart and so mark packed texts, or None.
 
         Raises:
             ValueError: the config says that the model attends both ways: it would see the tokens it has to predict.
@@ -96,7 +99,7 @@ class Decoder(Backbone):
             raise ValueError("is_causal=False in the plain model's config must be True, or absent, to predict next tokens")
         return create_causal_mask(
             config=plain.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=past_key_values,
-            position_ids=position_ids, allow_is_causal_skip=not explicit,
+            position_ids=position_ids, allow_is_causal_skip=not explicit and may_look(plain, attention_mask),
         )  # fmt: skip
 
     def attention_both_ways(
@@ -104,7 +107,9 @@ class Decoder(Backbone):
     ) -> dict[str, Any]:
         """As in [`Encoder`]; no cache goes with it."""
         return {
-            "attention_mask": create_bidirectional_mask(plain.config, hidden, attention_mask),
+            "attention_mask": create_bidirectional_mask(
+                plain.config, hidden, attention_mask, allow_is_bidirectional_skip=may_look(plain, attention_mask)
+            ),
             "is_causal": False,  # sdpa, given no mask, would go by the module's own
             **self.positions(plain, hidden, position_ids),
         }

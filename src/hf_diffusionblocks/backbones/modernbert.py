@@ -8,6 +8,7 @@ from transformers import ModernBertConfig, ModernBertForMaskedLM
 from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 from transformers.models.modernbert.modeling_modernbert import ModernBertEncoderLayer
 
+from .base import may_look
 from .decoder import layer_beyond_the_last
 from .encoder import Encoder
 
@@ -31,9 +32,12 @@ class ModernBertBackbone(Encoder):
     def attention_both_ways(self, plain, hidden, attention_mask, position_ids) -> dict:
         """By the kind of layer."""
         kinds = set(plain.config.layer_types)
-        rotary = plain.model.rotary_emb
+        rotary, skip = plain.model.rotary_emb, may_look(plain, attention_mask)
+        masks = {
+            kind: MASKS[kind](plain.config, hidden, attention_mask, allow_is_bidirectional_skip=skip) for kind in kinds
+        }
         return {
-            "attention_mask": {kind: MASKS[kind](plain.config, hidden, attention_mask) for kind in kinds},
+            "attention_mask": masks,
             "position_embeddings": {kind: rotary(hidden, position_ids, kind) for kind in kinds},
         }
 

@@ -42,7 +42,7 @@ def corrupt(
 ) -> torch.Tensor:
     """`z = y + sigma eps` for targets `[..., D]` and levels `[...]`; eps is `noise`, standard normal, or drawn."""
     if noise is None:
-        noise = draw(torch.randn, tuple(y.shape), generator)
+        noise = draw(torch.randn, tuple(y.shape), generator, y.device)
     return y + sigma[..., None] * noise.to(y.device, torch.float32)
 
 

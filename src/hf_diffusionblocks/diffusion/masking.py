@@ -62,6 +62,10 @@ class MaskingSchedule:
         most = ((low + 1) * width + gamma.numerator) * tokens // parts
         return least, torch.minimum(most, maskable)
 
+    def most(self, block_index: int, tokens: int, overlap: float = 0.0) -> int:
+        """The largest number of masked tokens that a block answers for, in a text of so many."""
+        return int(self.counts(block_index, torch.tensor(tokens), torch.tensor(tokens), overlap)[1])
+
 
 def draw_counts(least: torch.Tensor, most: torch.Tensor, generator: Generators) -> torch.Tensor:
     """How many tokens of each text to mask: uniform on `least..most` (`[N]` each), 0 where there is no such number.
@@ -69,7 +73,7 @@ def draw_counts(least: torch.Tensor, most: torch.Tensor, generator: Generators) 
     Stratified over the batch: each N-th part of the range is met by one text. Which one, and where within its part, the
     texts' own generators say; so a text's count depends on what it is batched with, though its distribution does not.
     """
-    order, within = draw(torch.rand, (len(least), 2), generator, dtype=torch.float64).unbind(1)
+    order, within = draw(torch.rand, (len(least), 2), generator, least.device, dtype=torch.float64).unbind(1)
     uniform = ((order.argsort().argsort() + within) / len(least)).to(least.device)
     size = (most - least + 1).clamp(min=0)
     counts = least + torch.minimum((uniform * size).long(), size - 1)
@@ -78,6 +82,6 @@ def draw_counts(least: torch.Tensor, most: torch.Tensor, generator: Generators) 
 
 def draw_masked(counts: torch.Tensor, maskable: torch.Tensor, generator: Generators) -> torch.Tensor:
     """A uniformly random set of exactly `counts` `[N]` of the maskable tokens: bool, `[N, S]` like these."""
-    keys = draw(torch.rand, maskable.shape, generator, dtype=torch.float64).to(maskable.device)
+    keys = draw(torch.rand, maskable.shape, generator, maskable.device, dtype=torch.float64).to(maskable.device)
     ranks = keys.masked_fill(~maskable, 2.0).argsort(1).argsort(1)  # (above any key)
     return ranks < counts[:, None]

@@ -11,8 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .gaussian import edm_loss_weight
 
-#: A chunk has at most this many logits (32 MiB of float32), and never more than a quarter of the rows.
-CHUNK_LOGITS = 2**23
+IGNORED = -100  #: target of a row that has no loss, everywhere in Transformers
+
+#: A chunk has at most this many bytes of float32 logits, and never more than a quarter of the rows. A CPU's stay in its
+#: cache; an accelerator's are many enough that adding up gradients of a head after each, as large as the head, costs little.
+CPU_CHUNK, ACCELERATOR_CHUNK = 2**25, 2**28
 MIN_CHUNKS = 4
 
 #: `(hidden [R, ...], *other rows) -> sum of their losses`
@@ -30,23 +33,37 @@ def weighted(loss: torch.Tensor, weighting: str | None, sigma: torch.Tensor, sig
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """`-ln softmax(logits)[target]` of each row, `[R]` from `[R, V]` and `[R]`, first derivatives only."""
+    """`-ln softmax(logits)[target]` of each row, `[R]` from `[R, V]` and `[R]`, first derivatives only; 0 where the target is
+    `IGNORED`."""
     return _CrossEntropy.apply(logits, targets)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: torch.Tensor, targets: torch.Tensor):
-        total = torch.logsumexp(logits, -1, keepdim=True)
-        ctx.save_for_backward(logits, total, targets)
-        return (total - logits.gather(-1, targets[:, None]))[:, 0]
+        total, ignored = torch.logsumexp(logits, -1, keepdim=True), targets == IGNORED
+        targets = targets.masked_fill(ignored, 0)
+        ctx.save_for_backward(logits, total, targets, ignored)
+        return (total - logits.gather(-1, targets[:, None]))[:, 0].masked_fill(ignored, 0)
 
     @staticmethod
     def backward(ctx, upstream: torch.Tensor):
-        logits, total, targets = ctx.saved_tensors
+        logits, total, targets, ignored = ctx.saved_tensors
         gradient = (logits - total).clamp_(min=LEAST_LOG_PROBABILITY).exp_()
         gradient[torch.arange(len(targets), device=targets.device), targets] -= 1
-        return gradient.mul_(upstream[:, None]), None
+        return gradient.mul_(upstream.masked_fill(ignored, 0)[:, None]), None
+
+
+def rows_with_loss(targets: torch.Tensor, at_most: int) -> torch.Tensor:
+    """Numbers of the rows `[R]` whose target is not `IGNORED`, to read out no others.
+
+    How many there are, a CPU counts. An accelerator would have to be waited for: there it is `at_most`, and rows without a
+    loss fill that up.
+    """
+    ignored = targets == IGNORED
+    if targets.device.type == "cpu":
+        return (~ignored).nonzero()[:, 0]
+    return ignored.byte().argsort(stable=True)[:at_most]
 
 
 def chunked_sum(
@@ -55,7 +72,9 @@ def chunked_sum(
     """Sum a loss over rows, a chunk of rows at a time.
 
     With gradients enabled, each chunk's are taken at once, while its logits are there: nothing of a chunk is kept or
-    computed again. (Second derivatives are not available.)
+    computed again. Those of parameters are added up in float32 at least: in bfloat16 a sum of many chunks loses what is small
+    beside it. (Second derivatives are not available. PyTorch's own `linear_cross_entropy` does the like for a bare head and
+    no z: for 1024 rows of width 256, float32, on one CPU thread, in 0.94x of our time with 512 classes, in 3.1x with 32,768.)
 
     Args:
         loss_of_rows: called with a chunk of each of `rows`, gives their summed loss.
@@ -71,13 +90,15 @@ def chunked_sum(
     )
 
 
-def rows_per_chunk(num_rows: int, num_logits: int) -> int:
-    """How many rows are read out at a time."""
-    return max(1, min(CHUNK_LOGITS // num_logits, -(-num_rows // MIN_CHUNKS)))
+def rows_per_chunk(num_rows: int, num_logits: int, device: torch.device) -> int:
+    """How many rows are read out at a time on a device."""
+    most = CPU_CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK
+    return max(1, min(most // (4 * num_logits), -(-num_rows // MIN_CHUNKS)))
 
 
 def _chunks(rows: Sequence[torch.Tensor], num_logits: int):
-    return zip(*(tensor.split(rows_per_chunk(len(rows[0]), num_logits)) for tensor in rows))
+    size = rows_per_chunk(len(rows[0]), num_logits, rows[0].device)
+    return zip(*(tensor.split(size) for tensor in rows))
 
 
 class _ChunkedSum(torch.autograd.Function):
@@ -85,7 +106,7 @@ class _ChunkedSum(torch.autograd.Function):
     def forward(ctx, loss_of_rows: LossOfRows, num_logits: int, num_tensors: int, *tensors: torch.Tensor):
         rows, parameters = tensors[:num_tensors], tensors[num_tensors:]
         total = torch.zeros((), device=rows[0].device)
-        of_hidden, of_parameters = [], [torch.zeros_like(parameter) for parameter in parameters]
+        of_hidden, of_parameters = [], [torch.zeros_like(each, dtype=_summed_in(each)) for each in parameters]
         for hidden, *others in _chunks(rows, num_logits):
             hidden = hidden.detach().requires_grad_()
             if isinstance(hidden, FakeTensor) and len(of_hidden) > 1 and hidden.shape == of_hidden[-1].shape:
@@ -101,6 +122,7 @@ class _ChunkedSum(torch.autograd.Function):
             del loss
         ctx.save_for_backward(torch.cat(of_hidden) if of_hidden else torch.zeros_like(rows[0]))
         ctx.of_parameters = of_parameters  # these become the parameters' gradients: no activations
+        ctx.dtypes = [parameter.dtype for parameter in parameters]
         ctx.num_other_rows = num_tensors - 1
         return total
 
@@ -109,6 +131,10 @@ class _ChunkedSum(torch.autograd.Function):
         # Scaled in place and let go, to hold no second copy of a head's gradient: what nothing else refers to, autograd
         # takes as `.grad` itself. It refuses a second pass by its own.
         of_parameters, ctx.of_parameters = ctx.of_parameters, None
-        gradients = [gradient.mul_(upstream) for gradient in (*ctx.saved_tensors, *of_parameters)]
-        del of_parameters
-        return None, None, None, gradients[0], *[None] * ctx.num_other_rows, *gradients[1:]
+        (of_hidden,) = ctx.saved_tensors
+        gradients = [of_parameters.pop(0).mul_(upstream).to(dtype) for dtype in ctx.dtypes]
+        return None, None, None, of_hidden.mul_(upstream), *[None] * ctx.num_other_rows, *gradients
+
+
+def _summed_in(parameter: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)

@@ -9,18 +9,30 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-#: None is the global generator.
+#: None is the global generator, of the device that draws.
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-def draw(kind: Callable[..., torch.Tensor], shape: Sequence[int], generator: Generators, **kwargs) -> torch.Tensor:
-    """`kind` (`torch.rand` or `torch.randn`) of `[N, ...]`, on the generators' device (CPU for None).
+def drawing_device(device: torch.device | str) -> torch.device:
+    """Where to draw what a device needs: there, or, if it has no float64, on the CPU."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def draw(
+    kind: Callable[..., torch.Tensor],
+    shape: Sequence[int],
+    generator: Generators,
+    device: torch.device | str = "cpu",
+    **kwargs,
+) -> torch.Tensor:
+    """`kind` (`torch.rand` or `torch.randn`) of `[N, ...]`, where the generators are; without any, on `device`.
 
     Raises:
         ValueError: there are several generators, and not N.
     """
     if generator is None:
-        return kind(shape, **kwargs)
+        return kind(shape, device=drawing_device(device), **kwargs)
     if isinstance(generator, torch.Generator):
         return kind(shape, generator=generator, device=generator.device, **kwargs)
     if len(generator) != shape[0]:
@@ -28,10 +40,13 @@ def draw(kind: Callable[..., torch.Tensor], shape: Sequence[int], generator: Gen
     return torch.stack([kind(tuple(shape[1:]), generator=own, device=own.device, **kwargs) for own in generator])
 
 
-def keyed_generators(key: Sequence[int], rows: Sequence[int]) -> list[torch.Generator]:
-    """A generator for each row, a function of the key and the row's number alone."""
+def keyed_generators(
+    key: Sequence[int], rows: Sequence[int], device: torch.device | str = "cpu"
+) -> list[torch.Generator]:
+    """A generator for each row, a function of the key and the row's number alone. Kinds of devices draw other numbers from
+    it: what is to be the same on all of them is drawn on the CPU."""
     seeds = (np.random.SeedSequence([*key, row]).generate_state(1, np.uint64)[0] for row in rows)
-    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    return [torch.Generator(drawing_device(device)).manual_seed(int(seed)) for seed in seeds]
 
 
 class Noise(ABC):

@@ -55,7 +55,10 @@ class NoiseSchedule:
         self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
         self.p_mean, self.p_std = float(p_mean), float(p_std)
         self.overlap, self.prior_fraction = float(overlap), float(prior_fraction)
-        self._table = None if table is None else np.asarray(table, dtype=np.float64).T
+        self._tables: dict[torch.device, torch.Tensor] = {}  # (ln sigma, probability), `[2, n]`, on devices that draw
+        if table is not None:
+            levels, probabilities = np.asarray(table, dtype=np.float64).T
+            self._tables[torch.device("cpu")] = torch.from_numpy(np.stack([np.log(levels), probabilities]))
         with torch.device("cpu"):  # from_pretrained builds models, and their schedules, under the meta device
             ends = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64)
             self._mass_below_min, self._mass_below_max = self._normal_cdf(ends).tolist()
@@ -72,12 +75,18 @@ class NoiseSchedule:
     def _normal_cdf(self, sigma: torch.Tensor) -> torch.Tensor:
         return torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std)
 
+    def _table_on(self, device: torch.device) -> torch.Tensor:
+        """Copied there once: a training step would wait for the copy."""
+        if device not in self._tables:
+            self._tables[device] = self._tables[torch.device("cpu")].to(device)
+        return self._tables[device]
+
     def cdf(self, sigma: torch.Tensor) -> torch.Tensor:
         """Probability of a level below `sigma`; float64, same shape."""
         sigma = torch.as_tensor(sigma, dtype=torch.float64)
-        if self._table is not None:
-            levels, probabilities = self._table
-            return _interpolate(sigma.log(), np.log(levels), probabilities)
+        if self._tables:
+            levels, probabilities = self._table_on(sigma.device)
+            return _interpolate(sigma.log(), levels, probabilities)
         mass = self._normal_cdf(sigma)
         return ((mass - self._mass_below_min) / (self._mass_below_max - self._mass_below_min)).clamp(0, 1)
 
@@ -87,9 +96,9 @@ class NoiseSchedule:
         The ends are exact: 0 gives sigma_min and 1 gives sigma_max.
         """
         fraction = torch.as_tensor(fraction, dtype=torch.float64)
-        if self._table is not None:
-            levels, probabilities = self._table
-            sigma = _interpolate(fraction, probabilities, np.log(levels)).exp()
+        if self._tables:
+            levels, probabilities = self._table_on(fraction.device)
+            sigma = _interpolate(fraction, probabilities, levels).exp()
         else:
             mass = self._mass_below_min + fraction * (self._mass_below_max - self._mass_below_min)
             sigma = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(mass))
@@ -116,23 +125,35 @@ class NoiseSchedule:
         widening = math.exp(overlap * math.log(high / low))
         return max(low / widening, self.sigma_min), min(high * widening, self.sigma_max)
 
-    def sample(self, block_index: int, shape: tuple[int, ...], generator: Generators = None) -> torch.Tensor:
+    def sample(
+        self,
+        block_index: int,
+        shape: tuple[int, ...],
+        generator: Generators = None,
+        device: torch.device | str = "cpu",
+    ) -> torch.Tensor:
         """Draw training noise levels for a block: the truncated log-normal, restricted to its widened interval.
 
-        Returns float64 of `shape`, on the generators' device (CPU without one).
+        Returns float64 of `shape`, where [`draw`] draws for the device.
         """
         low, high = self.interval(block_index, self.overlap)
         # 1 - [0, 1) is (0, 1]: the interval's open lower end is never drawn.
-        uniform = 1 - draw(torch.rand, shape, generator, dtype=torch.float64)
+        uniform = 1 - draw(torch.rand, shape, generator, device, dtype=torch.float64)
         cdf_low, cdf_high = self.cdf(torch.tensor([low, high], dtype=torch.float64)).tolist()
         sigma = self.quantile(cdf_low + uniform * (cdf_high - cdf_low))
         return sigma.clamp(math.nextafter(low, math.inf), high)
 
-    def training_levels(self, block_index: int, shape: tuple[int, ...], generator: Generators = None) -> torch.Tensor:
+    def training_levels(
+        self,
+        block_index: int,
+        shape: tuple[int, ...],
+        generator: Generators = None,
+        device: torch.device | str = "cpu",
+    ) -> torch.Tensor:
         """What a block trains at: draws of [`sample`], of which a share of `prior_fraction` is moved to sigma_max."""
-        sigma = self.sample(block_index, shape, generator)
+        sigma = self.sample(block_index, shape, generator, device)
         if self.prior_fraction:
-            chosen = draw(torch.rand, shape, generator) < self.prior_fraction
+            chosen = draw(torch.rand, shape, generator, device) < self.prior_fraction
             sigma = torch.where(chosen, self.sigma_max, sigma)
         return sigma
 
@@ -171,5 +192,9 @@ class NoiseSchedule:
         return sigmas
 
 
-def _interpolate(x: torch.Tensor, xs: np.ndarray, ys: np.ndarray) -> torch.Tensor:
-    return torch.as_tensor(np.interp(x.cpu().numpy(), xs, ys), device=x.device)
+def _interpolate(x: torch.Tensor, xs: torch.Tensor, ys: torch.Tensor) -> torch.Tensor:
+    """The line through the points (xs `[n]`, ascending; ys), at x; beyond its ends, what they are. As `numpy.interp`."""
+    left = torch.bucketize(x, xs, right=True).clamp(1, len(xs) - 1) - 1
+    slope = (ys[left + 1] - ys[left]) / (xs[left + 1] - xs[left])
+    y = torch.where(x < xs[0], ys[0], slope * (x - xs[left]) + ys[left])
+    return torch.where(x >= xs[-1], ys[-1], y)

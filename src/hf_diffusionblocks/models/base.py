@@ -14,6 +14,7 @@ from transformers import initialization as init
 from ..backbones.base import backbone_for
 from ..backbones.modulation import AdaLNModulation, Modulation, SigmaEmbedding
 from ..configuration import DiffusionBlocksConfig
+from ..diffusion.randomness import Generators
 from ..diffusion.schedule import NoiseSchedule
 from ..saving.pretrained import SavedByBlock
 from .active import ActiveBlocks, without_dropout
@@ -284,6 +285,22 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
                 f"{self.config.formulation})"
             )
         return ActiveBlocks(range(block_index, block_index + 1), reader)
+
+    def sees_z(self, sigma: torch.Tensor | None) -> bool:
+        """Whether z is looked at where the noise levels are these, or (None) drawn: at sigma_max it says nothing of the
+        target, and layers that are not modulated never see it. Levels on an accelerator are not looked at themselves, which
+        would wait for it."""
+        if self.denoiser.modulated:
+            return True
+        if sigma is None:
+            return self.config.prior_fraction < 1
+        return sigma.device.type != "cpu" or bool((sigma < self.config.sigma_max).any())
+
+    def draw_levels(self, block_index: int, shape: tuple[int, ...], generator: Generators) -> torch.Tensor:
+        """Noise levels to train a block at: nothing is drawn where no z is looked at."""
+        if not self.sees_z(None):
+            return torch.full(shape, self.config.sigma_max, device=self.device)
+        return self.blocks[block_index].draw_levels(shape, generator)
 
     def evaluation_levels(self, block_index: int, num_rows: int) -> dict[str, torch.Tensor]:
         """What to give `forward` to evaluate one block while others are missing: levels where z says nothing of the target."""

@@ -66,7 +66,8 @@ class Block:
 
     def draw_levels(self, shape: tuple[int, ...], generator: Generators) -> torch.Tensor:
         """Noise levels to train at, on the model's device."""
-        return self.model.noise_schedule.training_levels(self.index, shape, generator).to(self.model.device, torch.float32)
+        device = self.model.device
+        return self.model.noise_schedule.training_levels(self.index, shape, generator, device).to(device, torch.float32)
 
     # ---- its ways in and out
 

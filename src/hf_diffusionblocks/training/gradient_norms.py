@@ -26,6 +26,8 @@ class GradientNorms(TrainerCallback, ExportableState):
             max_norm: 0 clips nothing.
         """
         norm = norm_of(parameters)
+        if all(parameter.grad is None for parameter in parameters):  # the norm of nothing is on the CPU
+            return norm
         self.of_part[part] = norm
         if max_norm:
             total = torch.stack([norm for _, norm in sorted(self.of_part.items())]).norm()  # (a checkpoint sorts)

@@ -67,6 +67,8 @@ class Layout:
         """
         if self.num_replicas > 1:  # (groups are made by all ranks at once, so also by those that have nothing to average)
             _average(own, self._group("replicas", next(iter([*own, *shared])).device))
+        if self.num_lanes > 1:
+            _reach_alike(shared)
         if self.world_size > 1:
             _average(shared, dist.group.WORLD)
 
@@ -125,17 +127,22 @@ def _gradients(parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def _average(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
-    if not parameters:
+def _reach_alike(shared: Sequence[nn.Parameter]) -> None:
+    """Lanes differ in which shared parameters they reach: a gradient of zero for those that others do. One that none reaches
+    keeps none. (The host waits for the device here, as ranks of one lane need not.)"""
+    if not shared:
         return
-    # Lanes differ in which shared parameters they reach; a parameter that none reaches keeps no gradient.
-    reached = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=parameters[0].device)
-    dist.all_reduce(reached, dist.ReduceOp.MAX, group)
-    pending = []
-    for parameter in (parameter for parameter, is_reached in zip(parameters, reached.tolist()) if is_reached):
-        if parameter.grad is None:
+    reached = torch.tensor([p.grad is not None for p in shared], dtype=torch.uint8, device=shared[0].device)
+    dist.all_reduce(reached, dist.ReduceOp.MAX)
+    for parameter, is_reached in zip(shared, reached.tolist()):
+        if is_reached and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        parameter.grad /= dist.get_world_size(group)
-        pending.append(dist.all_reduce(parameter.grad, group=group, async_op=True))
+
+
+def _average(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+    pending = []
+    for gradient in _gradients(parameters):
+        gradient /= dist.get_world_size(group)
+        pending.append(dist.all_reduce(gradient, group=group, async_op=True))
     for work in pending:
         work.wait()

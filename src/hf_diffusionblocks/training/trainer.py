@@ -23,7 +23,8 @@ from .block_evaluation import BlockEvaluation
 from .block_optimizer import learning_rate_curve, scheduler_by_block, split_by_block
 from .block_schedule import BlockSchedule
 from .checks import (
-    WithBlockInput, blocks_to_train, cached_column, check_processes, check_schedule, columns_to_keep, settle_schedule,
+    WithBlockInput, WithoutFullMask, blocks_to_train, cached_column, check_processes, check_schedule, columns_to_keep,
+    settle_schedule,
 )  # fmt: skip
 from .parallel import Layout, all_states, broadcast
 from .step_ledgers import StepLedgers
@@ -100,6 +101,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         if self._cached_column:
             self.data_collator = WithBlockInput(self.data_collator, self.train_blocks[0])
+        self.data_collator = WithoutFullMask(self.data_collator)
         learning_rate_curve(args, num_updates=1)  # complain before training
         self.block_schedule: BlockSchedule | None = None  # known once training knows its number of steps
         self.active = self._active(self.layout.blocks[0])
@@ -179,7 +181,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
     def noise_generators(self, micro_batch: int, num_rows: int) -> list[torch.Generator]:
         """Of each row of a micro-batch of the step."""
         first = (micro_batch * self.layout.num_replicas + self.layout.replica) * self.args.train_batch_size
-        return keyed_generators([self.args.seed, self.state.global_step], range(first, first + num_rows))
+        return keyed_generators([self.args.seed, self.state.global_step], range(first, first + num_rows), self.args.device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._together is not None:

@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from ...diffusion.likelihood import LikelihoodTerms
-from ...diffusion.objectives import rows_per_chunk
+from ...diffusion.objectives import IGNORED, rows_per_chunk
 from ..active import ActiveBlocks
 from ..base import DiffusionBlocksPreTrainedModel
-from .text import IGNORED, Rows, Text
+from .text import Rows, Text
 
 
 def likelihood_terms(
@@ -63,7 +63,7 @@ def _sum_of_rows(
     sigma = model.levels(block_index, targets, sigma, generator)
     z = model.corrupt(targets, sigma, None, generator)
     rows, targets = Rows(model.denoiser.run(active, text, z, sigma), z, sigma).flat(), targets.flatten()
-    vectors, size = model.target_vectors(), rows_per_chunk(len(targets), model.config.vocab_size)
+    vectors, size = model.target_vectors(), rows_per_chunk(len(targets), model.config.vocab_size, targets.device)
     values = torch.zeros(len(targets), dtype=torch.float64, device=model.device)
     for start in range(0, len(targets), size):
         part = slice(start, start + size)

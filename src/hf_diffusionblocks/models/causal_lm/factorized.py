@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ...diffusion.objectives import cross_entropy
+from ...diffusion.objectives import cross_entropy, rows_with_loss
 from ..active import ActiveBlocks
 from ..base import DiffusionBlocksPreTrainedModel
-from .text import IGNORED, Text
+from .text import Text
 
 
 class FactorizedText:
@@ -27,10 +27,6 @@ class FactorizedText:
     def shape_of_levels(self, targets: torch.Tensor) -> tuple[int, ...]:
         """A noise level for each token: layers do not depend on it."""
         return targets.shape
-
-    def sees(self, sigma: torch.Tensor) -> bool:
-        """Whether any z is looked at: at sigma_max it says nothing."""
-        return bool((sigma < self.model.config.sigma_max).any())
 
     def run(self, active: ActiveBlocks, text: Text, z: torch.Tensor | None, sigma: torch.Tensor) -> torch.Tensor:
         """What tokens 1 to S-1 are read out from, `[N, S-1, D]`."""
@@ -56,7 +52,7 @@ class FactorizedText:
         """Their mean cross-entropy, without ever holding all of them."""
         kept = torch.arange(labels.shape[1] - 1, device=labels.device)
         rows, targets = self._rows(text, kept).flatten(0, 1), labels[:, 1:].flatten()
-        labelled = targets != IGNORED
+        labelled = rows_with_loss(targets, at_most=len(targets))
         return self.model.mean_of_rows(
             lambda rows, targets: cross_entropy(self._answer(rows).float(), targets).sum(),
             [rows[labelled], targets[labelled]],

@@ -6,10 +6,11 @@ import torch
 from torch.nn import functional as F
 
 from ...diffusion.gaussian import precondition
+from ...diffusion.objectives import IGNORED
 from ..active import ActiveBlocks
 from ..base import DiffusionBlocksPreTrainedModel
 from .streams import CleanKeys, Streams
-from .text import IGNORED, Text
+from .text import Text
 from .walk import TextWalk
 
 
@@ -40,17 +41,13 @@ class JointText:
         """A noise level for each sequence: it modulates the layers."""
         return targets.shape[:1]
 
-    def sees(self, sigma: torch.Tensor) -> bool:
-        """Whether any z is looked at."""
-        return True
-
     def run(self, active: ActiveBlocks, text: Text, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """What tokens 1 to S-1 are read out from, `[N, S-1, D]`."""
         model, block, text = self.model, self.model.blocks[active.first], text.without_last()
         x = model.clean(text)
         clean = model.entering(block, x, text.block_input)
         kept = torch.arange(clean.shape[1], device=clean.device)
-        streams = Streams(model, clean, text.attention_mask, x.inputs["position_ids"], kept, CleanKeys())
+        streams = Streams(model, clean, text, kept, CleanKeys())
         clean = streams.enter(block, clean)
         streams.run_clean(block, clean, block.clean_modulations(), output=False)
         c_in = precondition(sigma, model.sigma_data).input[..., None]

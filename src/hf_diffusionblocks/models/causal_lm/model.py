@@ -14,7 +14,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ...configuration import DiffusionBlocksConfig
 from ...diffusion.gaussian import corrupt
-from ...diffusion.objectives import chunked_sum, cross_entropy, weighted
+from ...diffusion.objectives import IGNORED, chunked_sum, cross_entropy, rows_with_loss, weighted
 from ...diffusion.randomness import Generators
 from ..base import Clean, DiffusionBlocksPreTrainedModel
 from ..block import Block
@@ -24,7 +24,7 @@ from .factorized import FactorizedText
 from .generation import WalkGeneration
 from .joint import JointText
 from .readouts import READOUTS
-from .text import IGNORED, Rows, Text
+from .text import Rows, Text
 from .walk import TextWalk
 
 
@@ -168,8 +168,9 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
             text_walk = text_walk or self.denoiser.new_walk(num_steps)
             return self._predict(text, labels, use_cache, logits_to_keep, num_items_in_batch, return_logits, text_walk)
         active, targets = self.active_blocks(block_index, loss_block), labels[:, 1:]
+        sees_z = self.sees_z(sigma)
         sigma = self.levels(active.last, targets, sigma, generator)
-        z = self.corrupt(targets, sigma, noise, generator)
+        z = self.corrupt(targets, sigma, noise, generator) if sees_z else None
         rows = Rows(self.denoiser.run(active, text, z, sigma), z, sigma)
         loss = self._objective(active.reader, rows, targets, num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=self.logits(active.reader, rows) if return_logits else None)
@@ -179,14 +180,12 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
     def levels(self, block_index: int, targets: torch.Tensor, sigma: torch.Tensor | None, generator) -> torch.Tensor:
         """Noise levels `[N, S-1]` float32 for the targets `[N, S-1]`: those given, or drawn for the block."""
         if sigma is None:
-            sigma = self.blocks[block_index].draw_levels(self.denoiser.shape_of_levels(targets), generator)
+            sigma = self.draw_levels(block_index, self.denoiser.shape_of_levels(targets), generator)
         sigma = sigma.to(self.device, torch.float32)
         return (sigma if sigma.dim() == 2 else sigma[:, None]).expand(targets.shape)
 
-    def corrupt(self, targets: torch.Tensor, sigma: torch.Tensor, noise, generator) -> torch.Tensor | None:
-        """`z = y + sigma eps`, `[N, S-1, D]`; None where no z would be looked at."""
-        if not self.denoiser.sees(sigma):
-            return None
+    def corrupt(self, targets: torch.Tensor, sigma: torch.Tensor, noise, generator) -> torch.Tensor:
+        """`z = y + sigma eps`, `[N, S-1, D]`."""
         # A token without loss has no target: any will do.
         return corrupt(F.embedding(targets.clamp(min=0), self.target_vectors()), sigma, noise, generator)
 
@@ -196,8 +195,9 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
 
     def _objective(self, block_index: int, rows: Rows, targets: torch.Tensor, num_items) -> torch.Tensor:
         """The mean cross-entropy of labelled tokens, read out in chunks."""
-        block, labelled = self.blocks[block_index], targets.flatten() != IGNORED
-        rows, targets = rows.flat().where(labelled), targets.flatten()[labelled]
+        block, targets = self.blocks[block_index], targets.flatten()
+        labelled = rows_with_loss(targets, at_most=len(targets))
+        rows, targets = rows.flat().where(labelled), targets[labelled]
         vectors = None if rows.z is None else self.readout.targets()
 
         def loss_of_rows(hidden, targets, sigma, z=None):
@@ -208,10 +208,14 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         return self.mean_of_rows(loss_of_rows, tensors, [block], num_items)
 
     def mean_of_rows(self, loss_of_rows, tensors, blocks: list[Block], num_items) -> torch.Tensor:
-        """The sum of a loss over rows that these blocks read out, in chunks, over their number or `num_items`."""
+        """The sum of a loss over rows that these blocks read out, in chunks, over the number of targets or `num_items`.
+
+        Args:
+            tensors: hidden states, targets, and what else `loss_of_rows` takes, by row.
+        """
         parameters = [parameter for block in blocks for parameter in block.readout_parameters()]
         total = chunked_sum(loss_of_rows, tensors, list(dict.fromkeys(parameters)), self.config.vocab_size)
-        return total / (max(len(tensors[0]), 1) if num_items is None else num_items)
+        return total / ((tensors[1] != IGNORED).sum().clamp(min=1) if num_items is None else num_items)
 
     def clean_input(self, batch: Mapping[str, torch.Tensor]) -> Clean:
         given = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
@@ -221,7 +225,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         """What embeds the clean tokens, and what attention takes to run them."""
         inputs, shape = text.positioned(), text.shape_in(self.dtype)
         mask = self.architecture.causal_mask(
-            self.backbone, shape, text.attention_mask, inputs["position_ids"], text.past_key_values
+            self.backbone, shape, text.attention_mask, text.position_ids, text.past_key_values
         )
         positions = self.architecture.positions(self.backbone, shape, inputs["position_ids"])
         return Clean(inputs, {"attention_mask": mask, "past_key_values": text.past_key_values, **positions})

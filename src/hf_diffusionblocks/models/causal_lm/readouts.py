@@ -61,7 +61,7 @@ class PosteriorReadout:
         """`[R, V]` of p(token | before, z); without z, or at sigma_max, of p(token | before)."""
         hidden, z, sigma = rows
         prior, sigma_max = block.read_out(hidden).float(), self.model.config.sigma_max
-        if z is None or bool((sigma >= sigma_max).all()):
+        if z is None:
             return prior
         visible = torch.where(sigma < sigma_max, sigma, torch.inf)
         return posterior_logits(prior, z, visible, self.targets() if targets is None else targets)

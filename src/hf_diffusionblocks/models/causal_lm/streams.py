@@ -15,6 +15,7 @@ import torch
 from ...backbones.modulation import Modulation
 from ..base import DiffusionBlocksPreTrainedModel
 from ..block import Block
+from .text import Text
 
 #: Noisy tokens of a group, where they run in groups: fewer copy the clean keys more often, more have more idle scores.
 GROUP = 128
@@ -106,8 +107,7 @@ class Streams:
     Args:
         model: whose layers run.
         hidden: any hidden states of the clean tokens `[N, S, D]`, for their shape, dtype and device.
-        attention_mask: `[N, P + S]`, 0 for padding, or None.
-        position_ids: of the clean tokens, `[N or 1, S]`.
+        text: the clean tokens.
         kept: `[Q]`, the clean tokens (of the S) that have a noisy one.
         cache: keys and values of clean tokens: the P earlier ones', and soon these'.
     """
@@ -116,21 +116,20 @@ class Streams:
         self,
         model: DiffusionBlocksPreTrainedModel,
         hidden: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor,
+        text: Text,
         kept: torch.Tensor,
         cache,
     ):
         self.model, self.architecture, self.cache, self.kept = model, model.architecture, cache, kept
         self.num_clean = hidden.shape[1]
-        self.noisy_position_ids = position_ids[:, kept] + 1
-        self._position_ids, self._hidden = position_ids, hidden
+        self._position_ids, self._hidden = text.positioned()["position_ids"], hidden
+        self.noisy_position_ids = self._position_ids[:, kept] + 1
         self._prelude_output: torch.Tensor | None = None
         past = cache if hasattr(cache, "get_seq_length") else None
-        self._mask_arguments = (attention_mask, position_ids, past)
+        self._mask_arguments = (text.attention_mask, text.position_ids, past)
         # Masks are made before anything runs: they count the tokens that the cache holds now. One row of an explicit
         # mask serves the whole batch where rows do not differ.
-        one_row = hidden if attention_mask is not None or len(position_ids) > 1 else hidden[:1]
+        one_row = hidden if text.attention_mask is not None or len(self._position_ids) > 1 else hidden[:1]
         self._explicit_mask = self._mask(one_row, explicit=True)
         self._clean_mask = self._mask(hidden) if self.num_clean > 1 else self._explicit_mask
 

@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-IGNORED = -100  # label of a token that has no loss, everywhere in Transformers
-
 
 class Text(NamedTuple):
     """x: clean tokens, by id or embedded."""
@@ -57,6 +55,6 @@ class Rows(NamedTuple):
         """`[R, ...]`."""
         return Rows(self.hidden.flatten(0, 1), None if self.z is None else self.z.flatten(0, 1), self.sigma.flatten())
 
-    def where(self, chosen: torch.Tensor) -> Rows:
-        """Some of the rows: a mask `[R]`, or a slice."""
+    def where(self, chosen: torch.Tensor | slice) -> Rows:
+        """Some of the rows, by number."""
         return Rows(*(tensor if tensor is None else tensor[chosen] for tensor in self))

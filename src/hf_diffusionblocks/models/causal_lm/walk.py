@@ -85,7 +85,7 @@ class TextWalk:
         A chunk of rows is read out, bridged and moved on at a time: without gradients, no more logits are ever held.
         """
         run = _Run(self, text, torch.arange(text.num_tokens, device=self.model.device))
-        size, levels = rows_per_chunk(len(labels), len(self.targets)), self.sigmas.tolist()
+        size, levels = rows_per_chunk(len(labels), len(self.targets), labels.device), self.sigmas.tolist()
         noises = [PositionNoise(positions, self.config.inference_seed) for positions in run.positions.split(size)]
         rows = [levels[0] * noise.normal(self.targets.shape[-1]) for noise in noises]
         nats = []
@@ -144,7 +144,7 @@ class _Run:
         self.dtype, (self.num_rows, self.num_tokens) = shape.dtype, shape.shape[:2]
         cache = text.past_key_values
         cache = DynamicCache(config=self.model.config.source_config) if cache is None else cache
-        self.streams = Streams(self.model, shape, text.attention_mask, self.inputs["position_ids"], kept, cache)
+        self.streams = Streams(self.model, shape, text, kept, cache)
         self.positions = self.streams.noisy_position_ids.expand(self.num_rows, -1).flatten()
         if plan.sample:
             self.noise = NoiseSource(len(self.positions), 0, torch.default_generator, self.positions.device)

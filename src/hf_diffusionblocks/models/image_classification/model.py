@@ -127,8 +127,10 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
             loss = None if labels is None else F.cross_entropy(logits.float(), labels)
             return ImageClassifierOutput(loss=loss, logits=logits)
         active = self.active_blocks(block_index, loss_block)
+        sees_z = self.sees_z(sigma)
         sigma = self.levels(active.last, labels, sigma, generator)
-        z = corrupt(F.embedding(labels, self.label_embeddings.vectors()), sigma, noise, generator)
+        targets = F.embedding(labels, self.label_embeddings.vectors())
+        z = corrupt(targets, sigma, noise, generator) if sees_z else None
         logits = self.readout(self.denoiser.network(active, x, z, sigma, block_input, block_output), z, sigma)
         loss = F.cross_entropy(logits.float(), labels, reduction="none")
         loss = weighted(loss, self.config.loss_weighting, sigma, self.sigma_data).mean()
@@ -137,17 +139,19 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
     def levels(self, block_index: int, labels: torch.Tensor, sigma: torch.Tensor | None, generator) -> torch.Tensor:
         """Noise levels `[N]` float32: those given, or drawn for the block."""
         if sigma is None:
-            sigma = self.blocks[block_index].draw_levels((len(labels),), generator)
+            sigma = self.draw_levels(block_index, (len(labels),), generator)
         return sigma.to(self.device, torch.float32)
 
-    def readout(self, logits: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """Logits `[N, V]` of p(label | x, z) from a network's.
+    def readout(self, logits: torch.Tensor, z: torch.Tensor | None, sigma: torch.Tensor) -> torch.Tensor:
+        """Logits `[N, V]` of p(label | x, z) from a network's; without z, of p(label | x).
 
         "edm", the paper's: its layers have read z, and what they say is all. "posterior": it gives the prior, and z its
         likelihood, by Bayes' rule; at sigma_max z says nothing.
         """
         if self.config.readout == "edm":
             return logits
+        if z is None:
+            return logits.float()
         visible = torch.where(sigma < self.config.sigma_max, sigma, torch.inf)
         return posterior_logits(logits, z, visible, self.label_embeddings.vectors())
 

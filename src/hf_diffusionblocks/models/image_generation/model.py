@@ -149,7 +149,7 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
         if sigma is None:
             sigma = self.blocks[active.last].draw_levels((len(pixel_values),), generator)
         if self.training and self.config.label_dropout:
-            hidden = draw(torch.rand, (len(pixel_values),), generator) < self.config.label_dropout
+            hidden = draw(torch.rand, (len(pixel_values),), generator, self.device) < self.config.label_dropout
             class_labels = torch.where(hidden.to(self.device), self.num_classes, class_labels)
         loss, estimate = self._loss(active, pixel_values, class_labels, sigma, noise, generator, block_input)
         return ImageDenoiserOutput(loss=loss, estimate=estimate)

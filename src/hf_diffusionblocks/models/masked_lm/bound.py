@@ -8,8 +8,9 @@ import torch
 
 from ...diffusion.likelihood import LikelihoodTerms
 from ...diffusion.masking import draw_masked
+from ...diffusion.objectives import IGNORED
 from ..base import DiffusionBlocksPreTrainedModel
-from .text import IGNORED, MaskedText
+from .text import MaskedText
 
 
 def likelihood_terms(

@@ -14,13 +14,13 @@ from transformers.utils.generic import can_return_tuple
 
 from ...configuration import DiffusionBlocksConfig
 from ...diffusion.masking import MaskingSchedule, draw_counts, draw_masked
-from ...diffusion.objectives import chunked_sum, cross_entropy, rows_per_chunk
+from ...diffusion.objectives import IGNORED, chunked_sum, cross_entropy, rows_per_chunk, rows_with_loss
 from ...diffusion.randomness import Generators, keyed_generators
 from ..base import Clean, DiffusionBlocksPreTrainedModel
 from ..block import Block
 from .bound import likelihood_terms
 from .generation import UnmaskingGeneration
-from .text import IGNORED, MaskedText
+from .text import MaskedText
 
 logger = logging.get_logger(__name__)
 
@@ -171,7 +171,8 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         reader = self.blocks[active.reader]
         weights = self._weights(active.last, text, masked, maskable)
         items = maskable.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        loss = self._weighted_sum(reader, hidden, labels, masked, weights) / items
+        targets = labels.masked_fill(~masked, IGNORED)
+        loss = self._weighted_sum(reader, hidden, targets, weights, self._at_most(active.last, targets, mask_ratio)) / items
         return MaskedLMOutput(loss=loss, logits=self.logits(reader, hidden) if return_logits else None)
 
     def _refuse_masked(self, text: MaskedText) -> None:
@@ -203,16 +204,22 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         least, most = self.noise_schedule.counts(block_index, text.attended.sum(1), maskable.sum(1))
         return self.num_blocks * (most - least + 1).clamp(min=0) / masked.sum(1).clamp(min=1)
 
+    def _at_most(self, block_index: int, targets: torch.Tensor, mask_ratio: torch.Tensor | float | None) -> int:
+        """How many of the tokens `[N, S]` a block can find masked, by what is known without a look at them."""
+        num_rows, length = targets.shape
+        overlap = self.noise_schedule.overlap if self.training else 0.0
+        return num_rows * (length if mask_ratio is not None else self.noise_schedule.most(block_index, length, overlap))
+
     def _weighted_sum(
-        self, reader: Block, hidden: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor, weights: torch.Tensor
+        self, reader: Block, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, at_most: int
     ) -> torch.Tensor:
-        """`-ln p` of the masked tokens, weighted by text and summed, in chunks."""
-        where = masked.nonzero(as_tuple=True)
+        """`-ln p` of the targets `[N, S]`, weighted by text and summed, in chunks."""
+        masked = rows_with_loss(targets.flatten(), at_most)
 
         def loss_of_rows(hidden, targets, weights):
             return (weights * cross_entropy(self.logits(reader, hidden).float(), targets)).sum()
 
-        rows = [hidden[where], labels[where], weights[where[0]]]
+        rows = [hidden.flatten(0, 1)[masked], targets.flatten()[masked], weights[masked // targets.shape[1]]]
         return chunked_sum(loss_of_rows, rows, reader.readout_parameters(), self.config.vocab_size)
 
     def seen(self, text: MaskedText) -> Clean:
@@ -286,7 +293,7 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         """`-ln p` of each text's masked tokens, summed: `[N]` float64, of hidden states `[N, S, D]`. In chunks."""
         where = masked.nonzero(as_tuple=True)
         row_of, hidden, targets = where[0], hidden[where], labels[where]
-        size = rows_per_chunk(len(targets), self.config.vocab_size)
+        size = rows_per_chunk(len(targets), self.config.vocab_size, targets.device)
         sums = torch.zeros(len(masked), dtype=torch.float64, device=masked.device)
         for start in range(0, len(targets), size):
             part = slice(start, start + size)

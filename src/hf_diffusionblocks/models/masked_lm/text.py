@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-IGNORED = -100  # label of a token that has no loss, everywhere in Transformers
-
 
 class MaskedText(NamedTuple):
     """z: tokens, some of them MASK."""
