@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.base import backbone_for
-from hf_diffusionblocks.cli.arguments import BlocksArguments, config_fields, parse, preset_option
-from hf_diffusionblocks.configuration import USER_FIELDS
+from hf_diffusionblocks.cli.arguments import BlocksArguments, parse, preset_option
 from hf_diffusionblocks.conversion import plain_part, read_config
 from hf_diffusionblocks.extras import MissingExtraError
 from hf_diffusionblocks.saving.resident import checked_blocks
-from hf_diffusionblocks.presets import with_preset
 from hf_diffusionblocks.training.checks import check_one_job
 
 #: What the libraries below raise on bad input; anything else is a bug and keeps its traceback.
@@ -76,29 +74,6 @@ class DataArguments:
     )
     max_train_samples: int | None = option(None, "Train on that many randomly chosen rows of the data only.")
     max_eval_samples: int | None = option(None, "Evaluate on that many randomly chosen rows of the data only.")
-
-
-def blocks_fields(
-    args: ModelArguments, blocks_args: BlocksArguments, training_args: db.DiffusionBlocksTrainingArguments, task: str,
-    config: PreTrainedConfig,
-) -> dict[str, Any] | None:  # fmt: skip
-    """Every field of the DiffusionBlocks model: those that are given, the preset's, the paper's; None with end_to_end."""
-    if args.end_to_end:
-        return None
-    paper = {name: field.default for name, field in USER_FIELDS.items()}
-    start, given = "pretrained" if args.model_name_or_path else "fresh", config_fields(blocks_args)
-    if start == "fresh" and (training_args.train_blocks is not None or training_args.in_turn):
-        given = {"objective": "local", **given}  # other blocks, which the whole model's loss would run through, are as fresh
-    return paper | with_preset(args.preset, task, start, given, backbone_for(config))
-
-
-def denoiser_fields(
-    args: ModelArguments, blocks_args: BlocksArguments, training_args: db.DiffusionBlocksTrainingArguments, task: str,
-    config: PreTrainedConfig,
-) -> dict[str, Any]:  # fmt: skip
-    """As [`blocks_fields`], of a task whose plain model is a model of one block: that is what end_to_end gives."""
-    fields = blocks_fields(replace(args, end_to_end=False), blocks_args, training_args, task, config)
-    return fields | {"num_blocks": 1, "layers_per_block": None} if args.end_to_end else fields
 
 
 # ---- checks that need neither data nor weights

@@ -23,6 +23,7 @@ from hf_diffusionblocks.cli.arguments import BlocksArguments
 from hf_diffusionblocks.recipes import common, completions, finetuning, text, train_causal_lm
 from hf_diffusionblocks.recipes.common import option
 from hf_diffusionblocks.recipes.finetuning import FinetuningArguments, not_an_option
+from hf_diffusionblocks.recipes.formulation import blocks_fields
 
 PROG = "finetune_causal_lm.py"
 
@@ -66,7 +67,7 @@ def prepare(
     """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
     finetuning.check_source(model_args)
     config = common.plain_config(model_args)
-    fields = common.blocks_fields(model_args, blocks_args, training_args, "text-generation", config)
+    fields = blocks_fields(model_args, blocks_args, training_args, "text-generation", config)
     finetuning.check_arguments(model_args, tuning, fields, training_args)
     check_data(data_args)
     instructions = data_args.prompt_column or data_args.messages_column

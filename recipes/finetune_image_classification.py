@@ -22,6 +22,7 @@ from hf_diffusionblocks.cli.arguments import BlocksArguments
 from hf_diffusionblocks.recipes import common, finetuning, train_image_classification
 from hf_diffusionblocks.recipes.common import option
 from hf_diffusionblocks.recipes.finetuning import FinetuningArguments, not_an_option
+from hf_diffusionblocks.recipes.formulation import blocks_fields
 from hf_diffusionblocks.recipes.train_image_classification import DataArguments
 
 PROG = "finetune_image_classification.py"
@@ -43,7 +44,7 @@ def prepare(
     """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
     finetuning.check_source(model_args)
     config = common.plain_config(model_args)
-    fields = common.blocks_fields(model_args, blocks_args, training_args, "image-classification", config)
+    fields = blocks_fields(model_args, blocks_args, training_args, "image-classification", config)
     finetuning.check_arguments(model_args, tuning, fields, training_args)
     return train_image_classification.prepare(
         model_args, data_args, blocks_args, training_args,

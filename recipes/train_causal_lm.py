@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, Trainer
 import hf_diffusionblocks as db
 from hf_diffusionblocks.cli.arguments import BlocksArguments
 from hf_diffusionblocks.recipes import common, text
+from hf_diffusionblocks.recipes.formulation import blocks_fields
 from hf_diffusionblocks.recipes.text import DataArguments, Format, ModelArguments
 
 PROG = "train_causal_lm.py"
@@ -60,7 +61,7 @@ def prepare(
     if data_args.eval_nll_bound and model_args.end_to_end:
         raise ValueError(f"eval_nll_bound={data_args.eval_nll_bound} must be 0 with end_to_end: there is no diffusion")
     config = common.plain_config(model_args)
-    fields = common.blocks_fields(model_args, blocks_args, training_args, TASK, config)
+    fields = blocks_fields(model_args, blocks_args, training_args, TASK, config)
     common.check_blocks(fields, training_args, adapters=adapt is not None)
     resume_from = common.checkpoint_to_resume(training_args)
     text.check_length(config, data_args.sequence_length)

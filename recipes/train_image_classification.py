@@ -26,6 +26,7 @@ import hf_diffusionblocks as db
 from hf_diffusionblocks.cli.arguments import BlocksArguments
 from hf_diffusionblocks.recipes import common
 from hf_diffusionblocks.recipes.common import option
+from hf_diffusionblocks.recipes.formulation import blocks_fields
 
 PROG = "train_image_classification.py"
 
@@ -147,7 +148,7 @@ def prepare(
     """
     common.check_arguments(model_args, data_args)
     config = common.plain_config(model_args)
-    fields = common.blocks_fields(model_args, blocks_args, training_args, "image-classification", config)
+    fields = blocks_fields(model_args, blocks_args, training_args, "image-classification", config)
     common.check_blocks(fields, training_args, adapters=adapt is not None)
     resume_from = common.checkpoint_to_resume(training_args)
     channels = getattr(config, "num_channels", 3)

@@ -27,6 +27,7 @@ from hf_diffusionblocks.backbones.dit import DiTConfig
 from hf_diffusionblocks.cli.arguments import BlocksArguments
 from hf_diffusionblocks.recipes import common, train_image_classification
 from hf_diffusionblocks.recipes.common import option
+from hf_diffusionblocks.recipes.formulation import denoiser_fields
 from hf_diffusionblocks.recipes.train_image_classification import find_labels, load_data
 
 PROG = "train_image_generation.py"
@@ -171,7 +172,7 @@ def prepare(
     """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
     check_arguments(model_args, data_args, samples)
     config = common.plain_config(model_args)
-    fields = common.denoiser_fields(model_args, blocks_args, training_args, TASK, config)
+    fields = denoiser_fields(model_args, blocks_args, training_args, TASK, config)
     common.check_blocks(fields, training_args, adapters=False)
     resume_from = common.checkpoint_to_resume(training_args)
     check_config(config)

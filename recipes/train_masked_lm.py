@@ -27,6 +27,7 @@ import hf_diffusionblocks as db
 from hf_diffusionblocks.cli.arguments import BlocksArguments
 from hf_diffusionblocks.recipes import common, text
 from hf_diffusionblocks.recipes.common import option
+from hf_diffusionblocks.recipes.formulation import denoiser_fields
 from hf_diffusionblocks.recipes.text import DataArguments, Format
 
 logger = logging.getLogger("hf_diffusionblocks.recipes.train_masked_lm")
@@ -87,7 +88,7 @@ def prepare(
     """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
     text.check_arguments(model_args, data_args, training_args)
     config = common.plain_config(model_args)
-    fields = common.denoiser_fields(model_args, blocks_args, training_args, TASK, config)
+    fields = denoiser_fields(model_args, blocks_args, training_args, TASK, config)
     common.check_blocks(fields, training_args, adapters=False)
     resume_from = common.checkpoint_to_resume(training_args)
     text.check_length(config, data_args.sequence_length)

@@ -22,6 +22,7 @@ from hf_diffusionblocks.cli.arguments import BlocksArguments
 from hf_diffusionblocks.configuration import USER_FIELDS
 from hf_diffusionblocks.presets import PRESETS, RECOMMENDED, with_preset
 from hf_diffusionblocks.recipes import common
+from hf_diffusionblocks.recipes.formulation import blocks_fields
 from hf_diffusionblocks.memory.ways import formulations_for
 from hf_diffusionblocks.tasks import TASKS
 
@@ -339,7 +340,7 @@ def test_the_command_s_options_override_the_preset(gpt2, tmp_path, capsys):
 def fields_of_recipe(preset: str, given: dict, task: str, start: str, training_args) -> dict:
     name = {"model_name_or_path" if start == "pretrained" else "config_name": "some"}
     arguments = common.ModelArguments(preset=preset, **name)
-    return common.blocks_fields(arguments, BlocksArguments(num_blocks=2, **given), training_args, task, SOURCES[task])
+    return blocks_fields(arguments, BlocksArguments(num_blocks=2, **given), training_args, task, SOURCES[task])
 
 
 @pytest.mark.parametrize("run", [{"train_blocks": [0], "train_shared": False}, {"block_parallel": True}], ids=str)
