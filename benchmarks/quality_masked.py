@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from cached_runs import add_run_options, results_of
 from characters import ALPHABET, characters
-from copied_blocks import copy_to_every_block
 from gutenberg import config_for
 from quality_text import Sequences
 from transformers import set_seed
@@ -41,13 +40,8 @@ ROWS: dict[str, tuple[int, dict]] = {
     "B=3 of 2 layers (paper)": (6, {"num_blocks": 3}),
     "B=3 of 6 layers": (18, {"num_blocks": 3}),
     "B=3 of 2 layers, own ends": (6, {"num_blocks": 3, "shared": "per_block"}),
-    "B=3 of 2 layers, from one of 2 layers": (6, {"num_blocks": 3}),
-    "B=3 of 6 layers, from one of 6 layers": (18, {"num_blocks": 3}),
     "B=3 of 1, 2, 3 layers": (6, {"num_blocks": 3, "layers_per_block": [1, 2, 3]}),
-    "B=2 of 3 layers": (6, {"num_blocks": 2}),
 }
-#: Of a row that starts so: half of its updates train one block's depth on all shares, which then all blocks start from.
-FROM_ONE = ", from one of "
 
 
 def new_model(layers: int, fields: dict):
@@ -65,16 +59,9 @@ def train(model, updates: int, seed: int, train_set, settings: dict) -> None:
 
 
 def trained_model(row: str, seed: int, train_set, settings: dict):
-    (layers, fields), updates = ROWS[row], settings["updates"]
     set_seed(seed)
-    model = new_model(layers, fields)
-    if FROM_ONE in row:
-        depth = layers // fields["num_blocks"]
-        one = new_model(depth, {"num_blocks": 1})
-        train(one, updates // 2, seed, train_set, settings)
-        copy_to_every_block(one, model, depth)
-        updates -= updates // 2
-    train(model, updates, seed, train_set, settings)
+    model = new_model(*ROWS[row])
+    train(model, settings["updates"], seed, train_set, settings)
     return model.eval()
 
 
