@@ -49,12 +49,9 @@ def check(way: Way, workload: Workload) -> None:
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize(
     "family, dtype",
-    [
-        ("gpt2", torch.float32), ("gpt2", torch.bfloat16), ("llama", torch.float32), ("qwen3", torch.bfloat16),
-        ("vit", torch.bfloat16),
-    ],
+    [("gpt2", torch.float32), ("qwen3", torch.bfloat16), ("vit", torch.bfloat16)],
     ids=str,
-)  # fmt: skip
+)
 def test_the_estimate_is_the_ledger(family, dtype, way):
     config, length = CONFIGS[family]
     check(way, Workload(config, 3, batch_size=3, sequence_length=length, dtype=dtype))
