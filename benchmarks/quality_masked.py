@@ -131,8 +131,8 @@ COLUMNS = (
 
 
 def table(results: list[dict]) -> str:
-    """Markdown. Of one seed, `±` is the standard error over texts; of several, the standard deviation over seeds. What a row
-    is over end to end has the standard error of paired texts, of the seeds that both have."""
+    """Markdown. Of one seed, `±` is the standard error over texts (what a row is over end to end: of paired ones); of several,
+    the standard deviation over seeds."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     end_to_end = {result["seed"]: result for result in results if result["row"] == END_TO_END}
     for row in ROWS:
@@ -160,10 +160,12 @@ def _cells(row: str, runs: list[dict], end_to_end: dict[int, dict]) -> list[str]
 def _over(runs: list[dict], end_to_end: dict[int, dict]) -> str:
     if not runs:
         return ""
-    pairs = [(torch.tensor(run["of texts"]), torch.tensor(end_to_end[run["seed"]]["of texts"])) for run in runs]
-    differences = torch.stack([ours - theirs for ours, theirs in pairs]).mean(0)
-    base = torch.stack([theirs for _, theirs in pairs]).mean()
-    return f"{100 * differences.mean() / base:+.1f} ± {100 * _standard_error(differences.tolist()) / base:.1f} %"
+    if len(runs) > 1:
+        over = [100 * (run["bits"] / end_to_end[run["seed"]]["bits"] - 1) for run in runs]
+        return f"{statistics.mean(over):+.1f} ± {statistics.stdev(over):.1f} %"
+    ours, theirs = runs[0], end_to_end[runs[0]["seed"]]
+    differences = torch.tensor(ours["of texts"]) - torch.tensor(theirs["of texts"])
+    return f"{100 * differences.mean() / theirs['bits']:+.1f} ± {100 * _standard_error(differences.tolist()) / theirs['bits']:.1f} %"
 
 
 def _standard_error(values: list[float]) -> float:
