@@ -24,9 +24,8 @@ def blocks_fields(
         return None
     paper = {name: field.default for name, field in USER_FIELDS.items()}
     start, given = "pretrained" if args.model_name_or_path else "fresh", config_fields(blocks_args)
-    if start == "fresh" and (training_args.train_blocks is not None or training_args.in_turn):
-        given = {"objective": "local", **given}  # other blocks, which the whole model's loss would run through, are as fresh
-    return paper | with_preset(args.preset, task, start, given, backbone_for(config))
+    together = training_args.train_blocks is None and not training_args.in_turn
+    return paper | with_preset(args.preset, task, start, given, backbone_for(config), together)
 
 
 def denoiser_fields(

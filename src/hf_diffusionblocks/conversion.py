@@ -61,9 +61,7 @@ def convert(
     if loading.get("dtype") == "auto":
         loading["dtype"] = source.dtype
     if isinstance(source, PreTrainedConfig):
-        if resident_blocks is not None:  # a job's blocks: others that the whole model's loss would run through are as fresh
-            fields = {"objective": "local", **fields}
-        config = _config(plain_config, num_blocks, task, preset, "fresh", fields)
+        config = _config(plain_config, num_blocks, task, preset, "fresh", fields, together=resident_blocks is None)
         return build(TASKS[config.task].model_class, config, resident_blocks, **loading)
     config = _config(plain_config, num_blocks, task, preset, "pretrained", fields)
     plain_class = backbone_for(plain_config).plain_class
@@ -171,8 +169,9 @@ def plain_part(config: DiffusionBlocksConfig, resident_blocks: Sequence[int] | N
 
 
 def _config(
-    source: PreTrainedConfig, num_blocks: int | None, task: str | None, preset: str, start: str, fields: dict
-) -> DiffusionBlocksConfig:
+    source: PreTrainedConfig, num_blocks: int | None, task: str | None, preset: str, start: str, fields: dict,
+    together: bool = True,
+) -> DiffusionBlocksConfig:  # fmt: skip
     if isinstance(source, DiffusionBlocksConfig):
         raise ValueError(
             f"source is a DiffusionBlocks model already (num_blocks={source.num_blocks}): convert the plain model"
@@ -181,5 +180,5 @@ def _config(
     check_known(fields)
     if num_blocks is not None:
         fields = {"num_blocks": num_blocks, **fields}
-    fields = with_preset(preset, task, start, fields, backbone_for(source))
+    fields = with_preset(preset, task, start, fields, backbone_for(source), together)
     return DiffusionBlocksConfig(source_config=source, task=task, **fields)

@@ -37,7 +37,7 @@ def recommended(task: str, start: str, architecture: Backbone) -> dict[str, Any]
 
 
 def with_preset(
-    preset: str, task: str, start: str, fields: Mapping[str, Any], architecture: Backbone
+    preset: str, task: str, start: str, fields: Mapping[str, Any], architecture: Backbone, together: bool = True
 ) -> dict[str, Any]:
     """Fields of [`DiffusionBlocksConfig`]: these, and those that a preset adds.
 
@@ -48,6 +48,8 @@ def with_preset(
         fields: override the preset's; if they name `denoiser`, `context` or `readout`, whatever the value, nothing is
             added, and what they do not say is the paper's.
         architecture: of the plain model; what it leaves no choice in is added whatever the preset.
+        together: whether all blocks can train in one step. Otherwise fresh ones, unless the fields say so, have their own
+            losses: others, which the whole model's would run through, are as fresh.
 
     Raises:
         ValueError: there is no such preset.
@@ -56,6 +58,8 @@ def with_preset(
         raise ValueError(f"preset={preset!r} must be one of {', '.join(map(repr, PRESETS))}")
     if preset == "paper" or any(name in fields for name in LEAVING):
         return {**architecture.fixed_fields, **fields}
+    if start == "fresh" and not together:
+        fields = {"objective": "local", **fields}
     found = {**recommended(task, start, architecture), **fields}
     if start == "fresh" and found.get("objective") == "local":
         return {**ON_OWN_LOSSES.get(task, {}), **found}

@@ -126,7 +126,7 @@ def _final(name: str, common: Mapping) -> list[Way]:
     least = f"{name}: job, shared part frozen, final loss, checkpointing, other blocks in host memory"
     return [
         Way(f"{name}: all blocks in turn, final loss", common, objective="final"),
-        Way(least, common, True, job=True, train_shared=False, offload=True, objective="final"),
+        Way(least, common, checkpointing=True, job=True, train_shared=False, offload=True, objective="final"),
     ]
 
 

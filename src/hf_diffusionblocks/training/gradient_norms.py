@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
+
+from .parallel import gradients_of
 
 
 class GradientNorms(TrainerCallback, ExportableState):
@@ -25,8 +27,9 @@ class GradientNorms(TrainerCallback, ExportableState):
         Args:
             max_norm: 0 clips nothing.
         """
-        norm = norm_of(parameters)
-        if all(parameter.grad is None for parameter in parameters):  # the norm of nothing is on the CPU
+        gradients = gradients_of(parameters)
+        norm = nn.utils.get_total_norm(gradients)
+        if not gradients:  # the norm of nothing is on the CPU
             return norm
         self.of_part[part] = norm
         if max_norm:
@@ -41,8 +44,3 @@ class GradientNorms(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get(type(self).__name__)  # none in a checkpoint of another way to train
         norms = saved["attributes"]["of_part"] if saved and state.global_step else {}
         self.of_part = {part: torch.tensor(norm, device=args.device) for part, norm in norms.items()}
-
-
-def norm_of(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    """Of their gradients."""
-    return nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])

@@ -81,7 +81,7 @@ class Layout:
             the norm before.
         """
         device = shared[0].device  # (the norm of nothing is on the CPU)
-        own_square, shared_square = (get_total_norm(_gradients(part)).square().to(device) for part in (own, shared))
+        own_square, shared_square = (get_total_norm(gradients_of(part)).square().to(device) for part in (own, shared))
         dist.all_reduce(own_square, group=self._group("lanes", own_square.device))
         total = (own_square + shared_square).sqrt()
         clip_grads_with_norm_([*own, *shared], max_norm, total)
@@ -123,7 +123,8 @@ def all_states(
             del optimizer.state[parameter]
 
 
-def _gradients(parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+def gradients_of(parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+    """Those that are there."""
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
@@ -141,7 +142,7 @@ def _reach_alike(shared: Sequence[nn.Parameter]) -> None:
 
 def _average(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
     pending = []
-    for gradient in _gradients(parameters):
+    for gradient in gradients_of(parameters):
         gradient /= dist.get_world_size(group)
         pending.append(dist.all_reduce(gradient, group=group, async_op=True))
     for work in pending:

@@ -187,7 +187,6 @@ class TogetherSteps:
             for parameter in own:
                 parameter.grad = None
 
-
     def _clip(self, own: list[nn.Parameter]) -> torch.Tensor:
         """Clip the gradients of the active block; their norm before."""
         trainer, limit = self._trainer, self._trainer.args.max_grad_norm
