@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
@@ -45,6 +46,13 @@ def logging_as_before():
     verbosity = logging.get_verbosity()
     yield
     logging.set_verbosity(verbosity)
+
+
+@pytest.fixture(scope="session")
+def folder_of_all_workers(tmp_path_factory) -> Path:
+    """For what is made once for all of pytest's workers."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @pytest.fixture(params=FORMULATIONS.values(), ids=FORMULATIONS.keys())

@@ -41,12 +41,9 @@ CONTROLS = (
 
 
 @pytest.fixture(scope="session")
-def waits(tmp_path_factory) -> dict[str, str | None]:
+def waits(folder_of_all_workers) -> dict[str, str | None]:
     """Of each step, the first operation that it must not have; found once for all of pytest's workers."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    found = folder / "waits.json"
+    found = folder_of_all_workers / "waits.json"
     with FileLock(f"{found}.lock"):
         if not found.is_file():
             command = [sys.executable, Path(__file__).with_name("no_waits.py"), found]

@@ -46,12 +46,9 @@ def launched(*arguments, **kwargs) -> None:
 
 
 @pytest.fixture(scope="session")
-def outcomes(tmp_path_factory) -> Path:
+def outcomes(folder_of_all_workers) -> Path:
     """Folder with what all scenarios left: one launch for each number of processes, shared by pytest's workers."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    folder = folder / "scenarios"
+    folder = folder_of_all_workers / "scenarios"
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             folder.mkdir()

@@ -9,21 +9,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from process_scenarios import DIT, GPT2, VIT, arguments_of, made, rows, trainer_of
-from together_runs import B, CARRIED, EXACT, LOCAL, SOURCES, STEPS, UNCLIPPED, assert_same, data, stock_trained, trained
+from together_runs import (
+    B, CARRIED, EXACT, LOCAL, STEPS, UNCLIPPED, assert_same, data, objective, source, stock_trained, trained,
+)  # fmt: skip
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks import lora
 from hf_diffusionblocks.training.checks import check_schedule
-
-
-@pytest.fixture(params=SOURCES)
-def source(request):
-    return SOURCES[request.param]
-
-
-@pytest.fixture(params=[EXACT, LOCAL], ids=["exact", "local"])
-def objective(request):
-    return request.param
 
 
 # ---- exact: end-to-end training

@@ -6,22 +6,12 @@ from collections import Counter
 
 import pytest
 from process_scenarios import GPT2, VIT, made
-from together_runs import B, CARRIED, EXACT, LOCAL, SOURCES, assert_same, trained
+from together_runs import B, CARRIED, EXACT, assert_same, objective, source, trained
 from transformers import TrainerCallback
 
 from hf_diffusionblocks.memory.scenarios import ledger_of
 from hf_diffusionblocks.memory.traffic import traffic
 from hf_diffusionblocks.memory.ways import Way, Workload
-
-
-@pytest.fixture(params=SOURCES)
-def source(request):
-    return SOURCES[request.param]
-
-
-@pytest.fixture(params=[EXACT, LOCAL], ids=["exact", "local"])
-def objective(request):
-    return request.param
 
 
 class Watch(TrainerCallback):

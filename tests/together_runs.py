@@ -18,6 +18,16 @@ UNCLIPPED = {"max_grad_norm": 0.0, "adam_epsilon": 1e-3}
 LOCAL = {"block_schedule": "together", "objective": "local"}
 
 
+@pytest.fixture(params=SOURCES)
+def source(request):
+    return SOURCES[request.param]
+
+
+@pytest.fixture(params=[EXACT, LOCAL], ids=["exact", "local"])
+def objective(request):
+    return request.param
+
+
 def data(source):
     """Rows whose first token has no label: the stock Trainer would count it where a model's name is not as it expects."""
     found = rows(source)
