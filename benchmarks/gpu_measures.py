@@ -34,6 +34,7 @@ SCHEDULES = {
 }
 NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 
+
 def dtype_of(machine: Machine) -> torch.dtype:
     return torch.bfloat16 if machine.is_gpu else torch.float32
 

@@ -28,11 +28,11 @@ import transformers
 from cached_runs import file_of
 from scale_data import unpacked
 from scale_tasks import TASKS, Row, Task, new_trainer
+from trained_ledgers import ledgers_of
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.models.causal_lm.task import plain_loss
 
 REHEARSED, UNTIMED = 8, 3  #: updates of a rehearsal, and how many of these come before the clock runs
 EVALUATED = 1 / 8  #: share of the held-out texts or images that a rehearsal is measured on
@@ -100,12 +100,7 @@ def bytes_of_step(task: Task, trainer: Trainer) -> int:
     """Of the block that needs most: what CUDA gave out at the peak; on a CPU by the ledger."""
     if task.device == "cuda":
         return torch.cuda.max_memory_allocated()
-    if isinstance(trainer, db.DiffusionBlocksTrainer):
-        return max(ledger.total for ledger in trainer.ledgers.values())
-    model = trainer.model.train()
-    batch = torch.stack([task.train_set[k]["input_ids"] for k in range(task.size.batch_size)])
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    return db.measure_memory(model, optimizer, lambda: plain_loss(model, labels=batch, input_ids=batch)).total
+    return max(ledger.total for ledger in ledgers_of(trainer))
 
 
 def planned(task: Task, seconds: float, output: str) -> dict:
