@@ -43,7 +43,7 @@ CARRIED = {**FACTORIZED, "context": "carried"}
 LOCAL = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
 
 #: Row -> layers of a plain model, or what `convert` is given. "neighbours": gradients through two blocks; "together": all
-#: blocks in every step.
+#: blocks in every step; "layers": how many, where not LAYERS.
 ROWS: dict[str, int | dict] = {
     "end to end": LAYERS,
     "end to end, one block's depth (B=4)": LAYERS // 4,
@@ -77,6 +77,17 @@ ROWS: dict[str, int | dict] = {
     "greedy local + local head of one layer, gradients through two blocks": {
         **LOCAL, "readout_layers": 1, "neighbours": True
     },
+    "final loss, blocks in turn": {**LOCAL, "objective": "final"},
+    "greedy local + local head of one layer, B=8, together": {
+        **LOCAL, "num_blocks": 8, "readout_layers": 1, "together": True
+    },
+    "end to end, 12 layers": 12,
+    "exact gradient, B=6 of 12 layers, together": {
+        **LOCAL, "objective": "exact", "num_blocks": 6, "layers": 12, "together": True
+    },
+    "greedy local + local head of one layer, B=6 of 12 layers, together": {
+        **LOCAL, "num_blocks": 6, "layers": 12, "readout_layers": 1, "together": True
+    },
 }  # fmt: skip
 BOUND_BATCHES = 8  # of 8 sequences: the bound costs ten passes a sequence
 
@@ -104,7 +115,9 @@ class Sequences(torch.utils.data.Dataset):
 
 def make_model(spec: dict, config):
     fields = {"num_blocks": 4, **spec}
-    two_blocks, _ = fields.pop("neighbours", False), fields.pop("together", False)
+    two_blocks = fields.pop("neighbours", False)
+    for name in ("together", "layers"):
+        fields.pop(name, None)
     model = db.convert(config, preset="paper", **fields)
     return TwoBlocks(model.config) if two_blocks else model
 
@@ -120,7 +133,7 @@ def train_and_read(row: str, family: str, seed: int, settings: dict) -> dict[str
     test_set = Sequences(data["validation"][: settings["eval_tokens"]], settings["length"])
     spec = ROWS[row]
     set_seed(seed)
-    layers = spec if isinstance(spec, int) else LAYERS
+    layers = spec if isinstance(spec, int) else spec.get("layers", LAYERS)
     config = config_for(family, layers, settings["width"], settings["vocab_size"], settings["length"])
     shared_args = dict(
         output_dir=settings["output"], per_device_train_batch_size=settings["batch_size"], weight_decay=0.1,
