@@ -69,6 +69,15 @@ def test_training_noise_is_drawn_there_and_a_row_s_own():
     assert whole.device.type == torch.device(DEVICE).type and torch.equal(whole[2:], half)
 
 
+def test_fresh_weights_made_there_leave_its_generator_as_it_was():
+    case = CASES["vit, factorized-carried"]
+    torch.manual_seed(3)
+    before = torch.cuda.get_rng_state()
+    with torch.device(DEVICE):
+        model = db.convert(case.config, len(case.blocks))
+    assert model.device.type == DEVICE and torch.equal(torch.cuda.get_rng_state(), before)
+
+
 @trained
 def test_offload_changes_nothing(case, tmp_path, monkeypatch):
     """Bit for bit, where kernels are deterministic."""

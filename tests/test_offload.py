@@ -1,4 +1,5 @@
-"""Inactive blocks in host memory: the same training, in fewer bytes. "The device" is the CPU: copies are copies."""
+"""Inactive blocks in host memory: the same training, in fewer bytes. "The device" is the CPU: copies are copies, and made as
+late as those of a real one may be."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from families import Case, grid
 from process_scenarios import GPT2, LLAMA, VIT, made, trainer_of
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import TrainerCallback
 
 import hf_diffusionblocks as db
@@ -25,6 +27,45 @@ CASES = {
     "vit-joint-own": (VIT, {"shared": "per_block"}),
     "vit-carried": (VIT, CARRIED),
 }
+
+
+class LateCopies:
+    """A [`CopyStream`] as slow as can be: what it has copied is there when somebody waits for it, and NaN before."""
+
+    def __init__(self, device: torch.device):
+        self._queue: list[tuple[str, Callable[[], None]]] = []
+        self._on_the_way: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # address of a host tensor -> it, and its new value
+
+    def to_device(self, host: torch.Tensor) -> torch.Tensor:
+        there = torch.full_like(host, torch.nan)
+        self._queue.append(("to device", lambda: there.copy_(self._on_the_way.get(host.data_ptr(), (host, host))[1])))
+        return there
+
+    def to_host(self, value: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
+        copied = host, value.clone()
+        host.fill_(torch.nan)
+        self._queue.append(("to host", lambda: self._on_the_way.update({host.data_ptr(): copied})))
+        return host
+
+    @property
+    def under_way(self) -> set[str]:
+        return {way for way, _ in self._queue}
+
+    def join(self) -> None:
+        for _, copy in self._queue:
+            copy()
+        self._queue.clear()
+
+    def settle(self) -> None:
+        self.join()
+        for host, value in self._on_the_way.values():
+            host.copy_(value)
+        self._on_the_way.clear()
+
+
+@pytest.fixture(autouse=True)
+def late_copies(monkeypatch):
+    monkeypatch.setattr("hf_diffusionblocks.models.offload.CopyStream", LateCopies)
 
 
 class Watch(TrainerCallback):
@@ -51,8 +92,8 @@ def trained(case, folder, **arguments) -> db.DiffusionBlocksTrainer:
 
 
 def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    states = one.state_dict(), other.state_dict()
-    return all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+    others = dict(other.named_parameters())
+    return all(torch.equal(parameter, others[name]) for name, parameter in one.named_parameters())
 
 
 @pytest.mark.parametrize("order", [{"block_switch_interval": 2}, {"block_schedule": "sequential"}], ids=str)
@@ -65,6 +106,26 @@ def test_longer_turns_are_the_same_bit_for_bit(case, tmp_path, order):
     assert actual.evaluate()["eval_loss"] == expected.evaluate()["eval_loss"]
 
 
+@pytest.mark.parametrize("objective", ["local", "exact"])
+def test_copies_both_ways_are_made_while_a_block_computes(objective, tmp_path):
+    """They are still under way when it is about to move, and waits for them: what has left is the block before, what has come
+    are its own state and the block after. A step that begins with the last block has none before it, and what blocks share
+    moves without a wait."""
+    fields = {"num_blocks": B, **CARRIED, "prior_fraction": 1.0}
+    fields |= {"context": "independent"} if objective == "local" else {}
+    model = made(GPT2, fields)
+    arguments = {"objective": objective, "offload_inactive_blocks": "cpu", "max_steps": 3 * B}
+    arguments["block_schedule"] = {"local": "random", "exact": "together"}[objective]
+    trainer = trainer_of(model, GPT2, tmp_path, arguments)
+    under_way = []
+    hook = register_optimizer_step_pre_hook(lambda *_: under_way.append(model.offload._copies.under_way))
+    trainer.train()
+    hook.remove()
+    came, left = {"to device"}, {"to host"}
+    moves = {"local": [came | left] * B, "exact": [came, *[came | left] * (B - 1), left]}[objective]
+    assert under_way[-len(moves) :] == moves
+
+
 class State(TrainerCallback):
     """Notes Adam's moments of every block at the end of each step, wherever they are."""
 
@@ -72,6 +133,7 @@ class State(TrainerCallback):
         self.trainer, self.seen = None, []
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        optimizer.state_dict()  # waits for copies
         moments = {
             name: {key: value.clone() for key, value in optimizer.state[parameter].items()}
             for name, parameter in model.named_parameters()
@@ -156,6 +218,31 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
     )
     best = min(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["random", "sequential", "together"])
+def test_checkpoints_are_those_of_a_run_without(schedule, tmp_path):
+    """Of weights, averages of them, and optimizer state, at every step: just as blocks leave and come."""
+    objective = "exact" if schedule == "together" else "local"
+    arguments = {
+        "max_steps": 6, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "ema_decay": 0.9,
+        "block_schedule": schedule, "objective": objective,
+    }  # fmt: skip
+    case = GPT2, {**CARRIED, "prior_fraction": 1.0}
+    for place in ("none", "cpu"):
+        trained(case, tmp_path / place, offload_inactive_blocks=place, **arguments)
+    checkpoints = sorted((tmp_path / "none").glob("checkpoint-*"))
+    assert len(checkpoints) == 6
+    for kept in checkpoints:
+        moved = tmp_path / "cpu" / kept.name
+        files = {file.relative_to(kept) for file in kept.rglob("*.safetensors")}
+        assert files == {file.relative_to(moved) for file in moved.rglob("*.safetensors")} and len(files) > B
+        for file in files:
+            assert (kept / file).read_bytes() == (moved / file).read_bytes(), file
+        states = [torch.load(folder / "optimizer.pt")["state"] for folder in (kept, moved)]
+        assert states[0].keys() == states[1].keys()
+        for number, state in states[0].items():
+            assert all(torch.equal(value, states[1][number][name]) for name, value in state.items()), number
 
 
 def test_an_offloaded_model_is_saved_whole(tmp_path):

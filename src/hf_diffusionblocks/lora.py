@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .diffusion.randomness import seeded
 from .extras import from_extra
 from .models.base import DiffusionBlocksPreTrainedModel
 from .saving.adapters import BACKBONE, PEFT_PREFIX, save_block_adapters  # noqa: F401  (the last is public here)
@@ -84,8 +84,7 @@ def add_block_adapters(
         own.layers_pattern = model.architecture.layers_path.rpartition(".")[2]
         whole = list(config.modules_to_save or []) if block == model.num_blocks - 1 else []
         own.modules_to_save = [*whole, *model.blocks[block].own_readout] or None
-        with torch.random.fork_rng(devices=[]):  # as all fresh weights of a block: whichever others are loaded
-            torch.manual_seed(int(np.random.SeedSequence([seed, block]).generate_state(1)[0]))
+        with seeded([seed, block], model.device):  # as all fresh weights of a block: whichever others are loaded
             _add(model, own, block)
     _activate(model)
     return model

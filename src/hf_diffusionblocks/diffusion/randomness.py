@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -47,6 +48,15 @@ def keyed_generators(
     it: what is to be the same on all of them is drawn on the CPU."""
     seeds = (np.random.SeedSequence([*key, row]).generate_state(1, np.uint64)[0] for row in rows)
     return [torch.Generator(drawing_device(device)).manual_seed(int(seed)) for seed in seeds]
+
+
+@contextmanager
+def seeded(key: Sequence[int], device: torch.device) -> Iterator[None]:
+    """PyTorch's global generators, of the CPU and of a device, start from a key, and afterwards go on as if nothing had been
+    drawn."""
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(int(np.random.SeedSequence(list(key)).generate_state(1)[0]))
+        yield
 
 
 class Noise(ABC):

@@ -34,8 +34,9 @@ def traffic(
     """
     moved = 0 if jobs else sum(parameters) + sum(states)  # each block, when it trains, with its state; and back
     if together:
-        # Exact: the forward pass takes parameters alone; of the last block they are still there when it trains.
-        again = sum(parameters[:-1]) if objective == "exact" else 0
+        # Exact: the forward pass takes parameters alone. The first block's are still there from the step before, and the last
+        # one's when it trains.
+        again = sum(parameters[1:-1]) if objective == "exact" else 0
         return Traffic(moved + again, moved)
     forward = 0
     for k in range(len(parameters)):

@@ -221,11 +221,16 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             device: where blocks run; None ends it, and leaves the whole model in host memory.
         """
         if self.offload is not None:
-            self.offload.activate(None)
+            self.offload.put_away()
             self.offload = None
             self.to("cpu")
         if device is not None:
             self.offload = OffloadedBlocks(self, torch.device(device))
+
+    def state_dict(self, *args, **kwargs) -> dict[str, torch.Tensor]:
+        if self.offload is not None:
+            self.offload.settle()
+        return super().state_dict(*args, **kwargs)
 
     @property
     def device(self) -> torch.device:

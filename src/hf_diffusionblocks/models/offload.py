@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .copy_stream import CopyStream
 
 
 class OffloadedBlocks:
@@ -16,7 +19,9 @@ class OffloadedBlocks:
     then; and those of other blocks that run (earlier ones of carried context, later ones for the final loss, all in
     evaluation and inference), one at a time. What no block owns, or all read, stays on the device.
 
-    The copy is a copy even where "the device" is the CPU, which is what makes this testable without another.
+    Copies are made beside computing, which waits for those alone that it needs: a step for the block's state, a forward pass
+    for its parameters. The host waits for none: who reads parameters or state by other means calls `settle` before (their
+    `state_dict()` does). The copy is a copy even where "the device" is the CPU, which makes this testable without another.
 
     Args:
         model: whose blocks; its parameters move at once.
@@ -26,16 +31,18 @@ class OffloadedBlocks:
     def __init__(self, model: nn.Module, device: torch.device):
         self.device = device
         self._optimizer: torch.optim.Optimizer | None = None
-        self._waits = None  # the optimizer's hook
+        self._hooks: list[RemovableHandle] = []  # of the optimizer
         stays = set(_new_head(model))
         self._parameters = {
             block: [p for p in model.block_parameters(block) if p not in stays] for block in model.resident_blocks
         }
-        self._stream = torch.Stream(device) if device.type != "cpu" else None
+        self._copies = CopyStream(device)
         self.copied = {"to_device": 0, "to_host": 0}  #: bytes, of blocks' parameters and state, so far
         self._active: int | None = None
         self._next: int | None = None
         self._on_device: set[int] = set()
+        self._arriving: set[int] = set()  # of these, those that nothing has waited for
+        self._changed: set[int] = set()  # and those that have trained there
         self._with_state: set[int] = set()
         # The host's own tensors of what is on the device.
         self._host: dict[nn.Parameter, torch.Tensor] = {}
@@ -49,48 +56,66 @@ class OffloadedBlocks:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
-        """Whose state moves with a block, and which waits for it."""
+        """Whose state moves with a block, and which waits for it, as who reads it does."""
         return self._optimizer
 
     @optimizer.setter
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        if self._waits is not None:
-            self._waits.remove()
+        for hook in self._hooks:
+            hook.remove()
         stock = getattr(optimizer, "optimizer", optimizer)  # of Accelerate's wrapper
-        self._waits = stock.register_step_pre_hook(lambda *_: self._wait())
+        self._hooks = [
+            stock.register_step_pre_hook(lambda *_: self._join() if self._with_state else None),
+            stock.register_state_dict_pre_hook(lambda *_: self.settle()),
+        ]
 
     def activate(self, block: int | None, following: int | None = None) -> None:
         """Make a block the one that trains (None: none does), and start to copy the one that follows."""
-        self._wait()
+        self._join()  # before anything leaves, which is not to be waited for
         for other in self._on_device - {block}:
             self._evict(other)
         self._active, self._next = block, following
         if block is not None:
-            self._load(block, ahead=False)
+            self._fetch(block)
             self._load_state(block)
+            self._changed.add(block)
         if following is not None:
-            self._load(following, ahead=True)
+            self._load(following)
+
+    def rest(self) -> None:
+        """No block trains for now. The one that did stays until another is used, without its optimizer state."""
+        if self._active is not None:
+            self._evict_state(self._active)
+        self._active = self._next = None
 
     def use(self, block: int, following: int | None = None) -> None:
         """Have a block's parameters on the device, for a forward pass, and start to copy those of the one that runs next."""
-        if block == self._next:
-            self._wait()
+        if block in self._arriving:
+            self._join()
         if block not in self._on_device or following is not None:
             for other in self._on_device - {self._active, self._next, block}:
                 self._evict(other)
-        self._load(block, ahead=False)
+        self._fetch(block)
         if following is not None:
             self._next = following
-            self._load(following, ahead=True)
+            self._load(following)
+
+    def settle(self) -> None:
+        """Have the host, and what the device computes, wait until all is where it is said to be."""
+        self._join()
+        self._copies.settle()
+
+    def put_away(self) -> None:
+        """Have all blocks in host memory."""
+        self.activate(None)
+        self.settle()
 
     @contextmanager
     def all_away(self) -> Iterator[None]:
-        """Have all blocks in host memory, to be written there; afterwards those that train are on the device again."""
+        """The same, to read or write them there; afterwards those that train are on the device again."""
         active, following = self._active, self._next
-        self.activate(None)
-        if self._stream is not None:  # copies from host memory may be under way, or queued
-            torch.accelerator.synchronize(self.device)
+        self.put_away()
         try:
             yield
         finally:
@@ -118,13 +143,24 @@ class OffloadedBlocks:
 
     # ---- moving
 
-    def _load(self, block: int, ahead: bool) -> None:
+    def _join(self) -> None:
+        self._copies.join()
+        self._arriving.clear()
+
+    def _fetch(self, block: int) -> None:
+        """To be computed with now."""
+        if block not in self._on_device:
+            self._load(block)
+            self._join()
+
+    def _load(self, block: int) -> None:
         if block in self._on_device:
             return
         for parameter in self._parameters[block]:
             self._host[parameter] = parameter.data
-            parameter.data = self._copy(parameter.data, ahead)
+            parameter.data = self._to_device(parameter.data)
         self._on_device.add(block)
+        self._arriving.add(block)
 
     def _load_state(self, block: int) -> None:
         if block in self._with_state:
@@ -132,24 +168,27 @@ class OffloadedBlocks:
         for parameter in self._parameters[block]:
             self._host_states[parameter] = self._states(parameter)
             for name, value in self._states(parameter).items():
-                self.optimizer.state[parameter][name] = self._copy(value, ahead=True)
+                self.optimizer.state[parameter][name] = self._to_device(value)
         self._with_state.add(block)
 
     def _evict(self, block: int) -> None:
-        changed = block == self._active
+        self._evict_state(block)
         for parameter in self._parameters[block]:
             host = self._host.pop(parameter)
-            parameter.data = self._returned(host, parameter.data) if changed else host
-            if block not in self._with_state:
-                continue
+            parameter.data = self._to_host(parameter.data, host) if block in self._changed else host
+        for blocks in (self._on_device, self._arriving, self._changed):
+            blocks.discard(block)
+
+    def _evict_state(self, block: int) -> None:
+        if block not in self._with_state:
+            return
+        for parameter in self._parameters[block]:
             host_states = self._host_states.pop(parameter)
             for name, value in self._states(parameter).items():
                 if name not in host_states:  # the block's first update has made it
                     host_states[name] = self._pinned(torch.empty_like(value, device="cpu"))
-                host = host_states[name]
-                self.optimizer.state[parameter][name] = self._returned(host, value) if changed else host
-        self._on_device.remove(block)
-        self._with_state.discard(block)
+                self.optimizer.state[parameter][name] = self._to_host(value, host_states[name])
+        self._with_state.remove(block)
 
     def _states(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
         """What the optimizer keeps of a parameter and wants beside it. (Counts of steps stay on the host, mostly.)"""
@@ -159,27 +198,16 @@ class OffloadedBlocks:
         )
         return {name: value for name, value in state.items() if torch.is_tensor(value) and (value.dim() or counts_too)}
 
-    def _returned(self, host: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _to_host(self, value: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
         self.copied["to_host"] += value.nbytes
-        return host.copy_(value)
+        return self._copies.to_host(value, host)
 
-    def _copy(self, host: torch.Tensor, ahead: bool) -> torch.Tensor:
+    def _to_device(self, host: torch.Tensor) -> torch.Tensor:
         self.copied["to_device"] += host.nbytes
-        if not ahead or self._stream is None:
-            return host.to(self.device, non_blocking=True, copy=True)
-        # Room is made on the stream that computes, so that what leaves it can be used again at once.
-        arriving = torch.empty_like(host, device=self.device)
-        self._stream.wait_stream(torch.accelerator.current_stream(self.device))
-        with self._stream:
-            return arriving.copy_(host, non_blocking=True)
+        return self._copies.to_device(host)
 
     def _pinned(self, host: torch.Tensor) -> torch.Tensor:
         return host.pin_memory() if self.device.type == "cuda" else host
-
-    def _wait(self) -> None:
-        """Until what was copied ahead is there."""
-        if self._stream is not None:
-            torch.accelerator.current_stream(self.device).wait_stream(self._stream)
 
     def _block_parameters(self) -> Iterable[nn.Parameter]:
         return (parameter for parameters in self._parameters.values() for parameter in parameters)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from os import PathLike
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from ..configuration import DiffusionBlocksConfig
+from ..diffusion.randomness import seeded
 from . import shards
 
 #: Arguments of `from_pretrained` that say where on the Hub, and how, to find a file.
@@ -48,9 +48,8 @@ def build(
     if model.device.type == "meta":
         return model
     owner_of = {name: model.block_of_parameter(name) for name, _ in _tensors(model)}
-    with torch.random.fork_rng(devices=[]):
-        for owner in (None, *model.resident_blocks):
-            torch.manual_seed(int(np.random.SeedSequence([seed, 0 if owner is None else owner + 1]).generate_state(1)[0]))
+    for owner in (None, *model.resident_blocks):
+        with seeded([seed, 0 if owner is None else owner + 1], model.device):
             _initialize(model, {name for name, of in owner_of.items() if of == owner})
     return model
 

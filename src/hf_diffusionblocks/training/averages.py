@@ -89,20 +89,25 @@ class WeightAverages(TrainerCallback):
         if self._are_in_model:
             yield
             return
-        own = {name: self._parameters[name].detach().to("cpu", copy=True) for name in self._averages}
+        with self._parameters_at_hand():
+            own = {name: self._parameters[name].detach().to("cpu", copy=True) for name in self._averages}
+            self._write(self._averages)
         self._are_in_model = True
         try:
-            self._write(self._averages)
             yield
         finally:
-            self._write(own)
+            with self._parameters_at_hand():
+                self._write(own)
             self._are_in_model = False
 
-    def _write(self, values: Mapping[str, torch.Tensor]) -> None:
+    def _parameters_at_hand(self) -> AbstractContextManager[None]:
+        """To read and write those of all blocks."""
         offload = self._trainer.model.offload
-        with nullcontext() if offload is None else offload.all_away():
-            for name, value in values.items():
-                self._parameters[name].data.copy_(value)
+        return nullcontext() if offload is None else offload.all_away()
+
+    def _write(self, values: Mapping[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            self._parameters[name].data.copy_(value)
 
     # ---- in a checkpoint
 

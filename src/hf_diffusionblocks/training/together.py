@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ..diffusion.randomness import keyed_generators
+from ..diffusion.randomness import seeded
 from ..models.active import without_dropout
 from .gradient_norms import GradientNorms
 
@@ -115,8 +115,8 @@ class TogetherSteps:
             self._gradients = [None if hidden is None else hidden.grad for hidden in self._entering]
             if k in trained:
                 self._move()
-        if self._model.offload is not None:  # the next forward pass begins with parameters alone
-            self._model.offload.activate(None)
+        if self._model.offload is not None:
+            self._model.offload.rest()
         return loss
 
     @torch.no_grad()
@@ -164,15 +164,10 @@ class TogetherSteps:
             hidden = block.embed(x.inputs) if hidden is None else hidden
             return block.run_clean(hidden, **x.attention)
 
-    @contextmanager
-    def _same_dropout(self, k: int, m: int) -> Iterator[None]:
+    def _same_dropout(self, k: int, m: int) -> AbstractContextManager[None]:
         """In both runs of a block over a micro-batch: keyed by seed, step, both, and the rank."""
         args, step = self._trainer.args, self._trainer.state.global_step
-        key, = keyed_generators([args.seed, step, k, m], [args.process_index])
-        device = self._trainer.args.device
-        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-            torch.manual_seed(key.initial_seed())
-            yield
+        return seeded([args.seed, step, k, m, args.process_index], args.device)
 
     def _move(self) -> None:
         """An optimizer step of the active block alone."""

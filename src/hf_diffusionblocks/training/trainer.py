@@ -346,7 +346,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             result = super().train(*args, **kwargs)
         self.exchange_blocks()
         if self.model.offload is not None:
-            self.model.offload.activate(None)
+            self.model.offload.put_away()
         if self._ledgers:
             self._ledgers.log()
         return result
@@ -354,7 +354,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
     def _load_best_model(self) -> None:
         # The Trainer's would load weights into blocks on the device that go back to host memory, and knows no adapters.
         if self.model.offload is not None:
-            self.model.offload.activate(None)
+            self.model.offload.put_away()
         if self.model.has_adapters:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
@@ -368,6 +368,8 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         # Each lane has the state of its own blocks alone.
         if self.layout.num_lanes == 1:
             return super()._save_optimizer_and_scheduler(output_dir)
+        if self.model.offload is not None:
+            self.model.offload.settle()
         with all_states(self.optimizer, self._parameters, self.layout):  # one file, as if one process had trained all
             super()._save_optimizer_and_scheduler(output_dir)
 
