@@ -59,7 +59,7 @@ def partition(folder: Path) -> None:
 
 
 def memory(folder: Path) -> None:
-    estimate = db.estimate_memory(LLAMA_8B, num_blocks=8, batch_size=1, sequence_length=2048, dtype="bf16")
+    estimate = db.estimate_memory(LLAMA_8B, num_blocks=8, batch_size=1, sequence_length=2048, dtype="bf16", device="cuda")
     print(estimate)
     draw_memory({title: estimate.ledgers[name] for name, title in ROWS.items()}, folder / "memory_8b.svg")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from transformers import GPT2Config, LlamaConfig, Qwen3Config, ViTConfig
 import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.base import BACKBONES
 from hf_diffusionblocks.cli import main
+from hf_diffusionblocks.diffusion import objectives
 from hf_diffusionblocks.memory.estimate import ledger_table, parse_bytes, smallest_number_of_blocks
 from hf_diffusionblocks.memory.ledger import Parts
 from hf_diffusionblocks.memory.scenarios import ledger_of
@@ -62,6 +63,20 @@ def test_the_estimate_is_the_ledger(family, dtype, way):
 def test_so_it_is_in_other_formulations(family, way):
     config, length = CONFIGS[family]
     check(way, Workload(config, 3, batch_size=3, sequence_length=length))
+
+
+def test_logits_are_as_many_as_the_device_reads_out_at_a_time(monkeypatch):
+    """A few rows' on a CPU, more on others: what a CPU holds if it reads out as many."""
+    monkeypatch.setattr(objectives, "CPU_CHUNK", 2**12)
+    monkeypatch.setattr(objectives, "ACCELERATOR_CHUNK", 2**14)
+    way = WAYS["recommended: all blocks in turn"]
+    workload = Workload(GPT2, 3, batch_size=3, sequence_length=24)
+    on_cpu, on_gpu = (estimated(way, replace(workload, device=kind)).parts.logits for kind in ("cpu", "cuda"))
+    assert ledger_of(way, workload).parts.logits == on_cpu
+    monkeypatch.setattr(objectives, "CPU_CHUNK", 2**14)
+    assert ledger_of(way, workload).parts.logits == on_gpu > 3 * on_cpu
+    found = db.estimate_memory(GPT2, 3, 3, 24, device="cuda")
+    assert found.ledgers[way.name].parts.logits == on_gpu and "AdamW, cuda" in str(found)
 
 
 def test_the_largest_block_is_among_those_that_are_followed():
@@ -123,6 +138,7 @@ def test_a_diffusionblocks_model_is_estimated_as_it_is():
         ({"batch_size": 0}, "batch_size=0 must be a whole number from 1"),
         ({"sequence_length": None}, "sequence_length=None must be a whole number from 2"),
         ({"sequence_length": 64}, "sequence_length=64 must be at most max_position_embeddings=32"),
+        ({"device": "gpu"}, "device='gpu' must be a kind of device that PyTorch knows"),
         ({"denoiser": "both"}, "denoiser='both' must be one of 'joint', 'factorized'"),
         ({"denoisr": "joint"}, "denoisr: not a field of DiffusionBlocksConfig"),
     ],

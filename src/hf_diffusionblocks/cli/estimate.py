@@ -31,6 +31,10 @@ class EstimateArguments:
     budget: str | None = field(
         default=None, metadata={"help": "Bytes, as in 24GiB: also find the smallest number of blocks that fits."}
     )
+    device: str | None = field(
+        default=None,
+        metadata={"help": "What trains, cuda or cpu: a GPU reads out more rows at a time. Not given: this machine's."},
+    )
     ema: bool = field(default=False, metadata={"help": "With float32 averages of the trained weights (ema_decay)."})
 
 
@@ -53,6 +57,6 @@ def run(args: list[str]) -> None:
     print(
         estimate_memory(
             config, num_blocks, options.batch_size, options.sequence_length, options.dtype, options.budget, options.ema,
-            options.task, **given,
+            options.task, options.device, **given,
         )
     )

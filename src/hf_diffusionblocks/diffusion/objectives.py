@@ -3,7 +3,9 @@ z gives away."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import nn
@@ -54,6 +56,24 @@ class _CrossEntropy(torch.autograd.Function):
         return gradient.mul_(upstream.masked_fill(ignored, 0)[:, None]), None
 
 
+_read_out_as_on: ContextVar[str | None] = ContextVar("the kind of device as on which rows are read out", default=None)
+
+
+@contextmanager
+def reading_out_as_on(kind: str | None) -> Iterator[None]:
+    """Read out as many rows at a time as a kind of device ("cpu", "cuda") would: `estimate_memory` follows it on the CPU. None:
+    as on the device that they are on."""
+    token = _read_out_as_on.set(kind)
+    try:
+        yield
+    finally:
+        _read_out_as_on.reset(token)
+
+
+def _as_on_cpu(device: torch.device) -> bool:
+    return (_read_out_as_on.get() or device.type) == "cpu"
+
+
 def rows_with_loss(targets: torch.Tensor, at_most: int) -> torch.Tensor:
     """Numbers of the rows `[R]` whose target is not `IGNORED`, to read out no others.
 
@@ -61,7 +81,7 @@ def rows_with_loss(targets: torch.Tensor, at_most: int) -> torch.Tensor:
     loss fill that up.
     """
     ignored = targets == IGNORED
-    if targets.device.type == "cpu":
+    if _as_on_cpu(targets.device):
         return (~ignored).nonzero()[:, 0]
     return ignored.byte().argsort(stable=True)[:at_most]
 
@@ -92,7 +112,7 @@ def chunked_sum(
 
 def rows_per_chunk(num_rows: int, num_logits: int, device: torch.device) -> int:
     """How many rows are read out at a time on a device."""
-    most = CPU_CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK
+    most = CPU_CHUNK if _as_on_cpu(device) else ACCELERATOR_CHUNK
     return max(1, min(most // (4 * num_logits), -(-num_rows // MIN_CHUNKS)))
 
 

@@ -53,7 +53,7 @@ class MemoryEstimate:
         )
         title = (
             f"{config.model_type}, {backbone_for(config).num_layers(config)} layers, B={workload.num_blocks}, {size}, "
-            f"{str(workload.dtype).removeprefix('torch.')}, AdamW"
+            f"{str(workload.dtype).removeprefix('torch.')}, AdamW, {workload.device}"
         )
         unit, decimals = table_unit(self.ledgers)
         copied = {name: "" for name in self.ledgers} | {
@@ -75,13 +75,14 @@ def estimate_memory(
     budget: int | str | None = None,
     ema: bool = False,
     task: str | None = None,
+    device: str | None = None,
     **config_fields,
 ) -> MemoryEstimate:
     """What a training step would hold: end to end, checkpointed, with LoRA (if peft is installed), and block by block.
 
     The real step runs on tensors that have sizes and no memory, under the same [`StepMemory`] that measures it: what it
-    says is what would be measured on a CPU. (On a GPU, attention with dropout takes less: other kernels.) Text is read
-    out in chunks in all ways.
+    says is what would be measured on a CPU, but for the logits, which are as many as there are on `device`. (On a GPU,
+    attention with dropout takes less: other kernels.) Text is read out in chunks in all ways.
 
     Args:
         model_or_config: plain or DiffusionBlocks; a model's weights are not looked at.
@@ -94,6 +95,8 @@ def estimate_memory(
         ema: with averages of the trained weights (`ema_decay`).
         task: what the model is for, as in `pipeline(task)`; None is the DiffusionBlocks model's own, or the architecture's
             usual one.
+        device: the kind that trains, "cuda" or "cpu": an accelerator reads out more rows at a time. None is this machine's
+            accelerator, if it has one.
         config_fields: of [`DiffusionBlocksConfig`]; without any, and for a plain model, the recommended formulation and
             the paper's.
 
@@ -118,7 +121,7 @@ def estimate_memory(
         check_known(config_fields)
         checked = DiffusionBlocksConfig(source_config=config, task=task.name, num_blocks=num_blocks, **config_fields)
         formulations = {checked.formulation: config_fields}
-    workload = _workload(config, task, num_blocks, batch_size, sequence_length, dtype, ema)
+    workload = _workload(config, task, num_blocks, batch_size, sequence_length, dtype, ema, _kind_of_device(device))
     limit = None if budget is None else parse_bytes(budget)
     ways = ways_to_train(formulations)
     ledgers = {way.name: _followed(way, workload) for way in ways}
@@ -132,7 +135,7 @@ def estimate_memory(
 
 
 def _workload(
-    config: PreTrainedConfig, task: Task, num_blocks: int, batch_size, sequence_length, dtype, ema: bool
+    config: PreTrainedConfig, task: Task, num_blocks: int, batch_size, sequence_length, dtype, ema: bool, device: str
 ) -> Workload:
     text = task.takes_sequence_length
     DiffusionBlocksConfig(source_config=config, task=task.name, num_blocks=num_blocks)  # complains of num_blocks
@@ -149,7 +152,17 @@ def _workload(
         if (dtype or "fp32") not in DTYPES:
             raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype or "fp32"]
-    return Workload(config, num_blocks, batch_size, sequence_length, dtype, task.name, ema)
+    return Workload(config, num_blocks, batch_size, sequence_length, dtype, task.name, ema, device)
+
+
+def _kind_of_device(device: str | None) -> str:
+    if device is None:
+        here = torch.accelerator.current_accelerator(check_available=True)
+        return "cpu" if here is None else here.type
+    try:
+        return torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f'device={device!r} must be a kind of device that PyTorch knows: "cuda", "cpu", ...') from error
 
 
 def parse_bytes(size: int | str) -> int:

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ..backbones.base import backbone_for, backbone_of
 from ..configuration import DiffusionBlocksConfig
 from ..conversion import convert
+from ..diffusion.objectives import reading_out_as_on
 from ..models.active import TrainedParameters
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..models.offload import OffloadedBlocks
@@ -42,7 +43,8 @@ def ledger_of(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = N
     for step in steps(way, workload, fake_mode):
         with nullcontext() if fake_mode is None else WithoutMemory(fake_mode):
             averages = _averages(step) if workload.ema and not way.offload else ()
-            ledgers.append(measure_memory(*step[:3], averages, step.kept))
+            with reading_out_as_on(workload.device):
+                ledgers.append(measure_memory(*step[:3], averages, step.kept))
     return max(ledgers, key=lambda ledger: ledger.total)
 
 

@@ -31,6 +31,7 @@ class Workload:
         task_name: as in `pipeline(task)`; None is the architecture's usual one.
         ema: whether there are averages of the trained weights (`ema_decay`): in float32, and where other blocks are in host
             memory, there.
+        device: the kind, as on which rows are read out where steps are only followed; None: as where they are.
     """
 
     config: PreTrainedConfig
@@ -40,6 +41,7 @@ class Workload:
     dtype: torch.dtype = torch.float32
     task_name: str | None = None
     ema: bool = False
+    device: str | None = None
 
     @property
     def task(self) -> Task:
