@@ -33,10 +33,10 @@ import hf_diffusionblocks as db
 
 LAYERS, WIDTH, HEADS = 8, 64, 2
 HELD_OUT = 10**12  #: number of the first row to measure on
-NO_HEAD, HEAD = {"readout_layers": 0}, {"readout_layers": 1}
-EXACT = {**NO_HEAD, "objective": "exact"}
+EXACT = {"readout_layers": 0, "objective": "exact"}
+NO_HEAD, HEAD = ({"readout_layers": layers, "objective": "local"} for layers in (0, 1))
 TOGETHER, IN_TURN = {"block_schedule": "together"}, {"block_schedule": "random"}
-INDEPENDENT = {"denoiser": "factorized", "context": "independent", "readout": "posterior", "prior_fraction": 1.0}
+INDEPENDENT = {"objective": "local", "denoiser": "factorized", "context": "independent", "readout": "posterior", "prior_fraction": 1.0}
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ ROWS: dict[str, Row] = {
     "end to end, 4 layers": Row(None, layers=4),
     "B=4, own loss, no local head": Row(NO_HEAD, arguments=TOGETHER),
     "B=4, own loss, local head of one layer": Row(HEAD, arguments=TOGETHER),
-    "B=4, own loss, local head of two layers": Row({"readout_layers": 2}, arguments=TOGETHER),
+    "B=4, own loss, local head of two layers": Row({**HEAD, "readout_layers": 2}, arguments=TOGETHER),
     "B=4, own loss, local head of one layer, own ends": Row({**HEAD, "shared": "per_block"}, arguments=TOGETHER),
     "B=4, own loss, local head of one layer, in turn": Row(HEAD, arguments=IN_TURN),
     "B=2, own loss, local head of one layer": Row({**HEAD, "num_blocks": 2}, arguments=TOGETHER),
@@ -82,6 +82,7 @@ ROWS: dict[str, Row] = {
     "B=4, exact gradient": Row(EXACT, arguments=TOGETHER),
     "end to end, 12 layers": Row(None, layers=12),
     "B=6 of 12 layers, exact gradient": Row({**EXACT, "num_blocks": 6}, layers=12, arguments=TOGETHER),
+    "B=4, exact gradient, own ends": Row({**EXACT, "shared": "per_block"}, arguments=TOGETHER),
 }
 
 
