@@ -274,11 +274,14 @@ def test_one_block_alone_is_told_how_to_train_without_the_later_ones(tmp_path):
     trainer_of(model, GPT2, tmp_path, {**arguments, "objective": "local"}).train()
 
 
-def test_low_noise_and_the_whole_model_s_loss_warn(tmp_path, caplog):
+@pytest.mark.parametrize("own", [{"prior_fraction": 0.5}, {"readout_layers": 1}], ids=str)
+def test_what_is_for_own_losses_warns_beside_the_whole_model_s(own, tmp_path, caplog):
     logging.enable_propagation()
-    for fraction in (1.0, 0.5):
-        trainer_of(db.convert(GPT2LMHeadModel(GPT2), 2, prior_fraction=fraction), GPT2, tmp_path, {})
-        assert ("prior_fraction=0.5 with objective='exact'" in caplog.text) is (fraction == 0.5)
+    (name, value), = own.items()
+    for fields, arguments in (({}, {}), (own, {"objective": "local"}), (own, {})):
+        assert f"{name}={value} with objective='exact'" not in caplog.text
+        trainer_of(db.convert(GPT2LMHeadModel(GPT2), 2, **fields), GPT2, tmp_path, arguments)
+    assert f"{name}={value} with objective='exact'" in caplog.text
     logging.disable_propagation()
 
 

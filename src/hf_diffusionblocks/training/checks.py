@@ -89,6 +89,23 @@ def settle_schedule(
         args.block_schedule = "together" if together else "random"
 
 
+def warn_of_own_fields(model: DiffusionBlocksPreTrainedModel, objective: str) -> None:
+    """Say which fields of a model are for blocks' own losses, where it trains on the whole model's."""
+    config = model.config
+    if objective == "local":
+        return
+    if config.prior_fraction < 1:
+        logger.warning(
+            f"prior_fraction={config.prior_fraction} with objective={objective!r}: where the noise is low, the "
+            "label is in z, and a block has little to learn from it. Convert with prior_fraction=1.0"
+        )
+    if config.readout_layers:
+        logger.warning(
+            f"readout_layers={config.readout_layers} with objective={objective!r}: local heads stay as they are. Blocks' own "
+            "losses (objective='local') train them"
+        )
+
+
 def check_schedule(
     model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments, cached: str | None
 ) -> None:

@@ -24,7 +24,7 @@ from .block_optimizer import learning_rate_curve, scheduler_by_block, split_by_b
 from .block_schedule import BlockSchedule
 from .checks import (
     WithBlockInput, WithoutFullMask, blocks_to_train, cached_column, check_processes, check_schedule, columns_to_keep,
-    settle_schedule,
+    settle_schedule, warn_of_own_fields,
 )  # fmt: skip
 from .parallel import Layout, all_states, broadcast
 from .step_ledgers import StepLedgers
@@ -79,11 +79,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         columns = getattr(kwargs.get("train_dataset"), "column_names", None) or ()
         settle_schedule(model, args, columns)
         together = args.block_schedule == "together"
-        if args.objective != "local" and model.config.prior_fraction < 1:
-            logger.warning(
-                f"prior_fraction={model.config.prior_fraction} with objective={args.objective!r}: where the noise is low, the "
-                "label is in z, and a block has little to learn from it. Convert with prior_fraction=1.0"
-            )
+        warn_of_own_fields(model, args.objective)
         self.num_blocks = model.config.num_blocks
         self.train_blocks = blocks_to_train(model, args, columns)
         self._cached_column = cached_column(self.train_blocks, columns)
