@@ -2,8 +2,8 @@
 
     python benchmarks/depth_probe.py --output outputs/depth_probe
 
-A fresh Llama of 8 layers, width 64; a block of B=4 has 2. Rows of pointer_chasing.py, drawn as they are needed, none twice;
-equal updates of every parameter of the layers. Columns: held-out accuracy by hops and cross-entropy in nats of `logits`,
+A fresh Llama of 8 layers, width 64; a block of B=4 has 2. Ways to train are those of ladder.py, data are rows of
+pointer_chasing.py, drawn as they are needed, none twice. Columns: held-out accuracy by hops and cross-entropy in nats of `logits`,
 the accuracy at the most hops of each block (read out with its local head) and of the mean of the blocks'
 log-probabilities; CPU seconds of training on one thread; how often a layer runs forward for one update of all
 (of local heads, too), and the bytes of gradients and of what autograd keeps, in the step of the block that needs most.
@@ -16,110 +16,42 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from block_variants import KeepsInput, TwoBlocks, TwoBlocksTrainer, pass_input_beside, remember_what_is_passed_on
 from cached_runs import add_run_options, results_of
+from ladder import LAYERS, ROWS, Row, new_model, new_trainer
 from pointer_chasing import ELEMENTS, HOPS, LENGTH, PAIRS, VOCABULARY, PointerChasing, by_hops
 from torch.nn import functional as F
 from trained_ledgers import ledgers_of
-from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Trainer, set_seed
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
 
-LAYERS, WIDTH, HEADS = 8, 64, 2
+WIDTH, HEADS = 64, 2
 HELD_OUT = 10**12  #: number of the first row to measure on
-EXACT = {"readout_layers": 0, "objective": "exact"}
-NO_HEAD, HEAD = ({"readout_layers": layers, "objective": "local"} for layers in (0, 1))
-TOGETHER, IN_TURN = {"block_schedule": "together"}, {"block_schedule": "random"}
-INDEPENDENT = {"objective": "local", "denoiser": "factorized", "context": "independent", "readout": "posterior", "prior_fraction": 1.0}
 
 
-@dataclass(frozen=True)
-class Row:
-    """A way to train.
-
-    Args:
-        fields: what `convert` is given beside the recommended preset; None is a plain model.
-        layers: of the model.
-        arguments: of the Trainer.
-        two_blocks: whether gradients run through a block and the one before it. All but the last then move twice a round,
-            and the rounds are half as many (the last block gets half of the updates).
-        input_beside: whether the embedded input is added to what enters each block.
-        keeps_input: whether blocks are trained to keep their input, too.
-    """
-
-    fields: dict | None = field(default_factory=dict)
-    layers: int = LAYERS
-    arguments: dict = field(default_factory=dict)
-    two_blocks: bool = False
-    input_beside: bool = False
-    keeps_input: bool = False
-
-
-ROWS: dict[str, Row] = {
-    "end to end, 8 layers": Row(None),
-    "end to end, 2 layers": Row(None, layers=2),
-    "end to end, 3 layers": Row(None, layers=3),
-    "end to end, 4 layers": Row(None, layers=4),
-    "B=4, own loss, no local head": Row(NO_HEAD, arguments=TOGETHER),
-    "B=4, own loss, local head of one layer": Row(HEAD, arguments=TOGETHER),
-    "B=4, own loss, local head of two layers": Row({**HEAD, "readout_layers": 2}, arguments=TOGETHER),
-    "B=4, own loss, local head of one layer, own ends": Row({**HEAD, "shared": "per_block"}, arguments=TOGETHER),
-    "B=4, own loss, local head of one layer, in turn": Row(HEAD, arguments=IN_TURN),
-    "B=2, own loss, local head of one layer": Row({**HEAD, "num_blocks": 2}, arguments=TOGETHER),
-    "B=8, own loss, local head of one layer": Row({**HEAD, "num_blocks": 8}, arguments=TOGETHER),
-    "B=4, own loss, local head of one layer, input kept": Row(HEAD, arguments=TOGETHER, keeps_input=True),
-    "B=4, own loss, local head of one layer, input beside": Row(HEAD, arguments=TOGETHER, input_beside=True),
-    "B=4, gradients through two blocks": Row(NO_HEAD, arguments=IN_TURN, two_blocks=True),
-    "B=4, gradients through two blocks, local head of one layer": Row(HEAD, arguments=IN_TURN, two_blocks=True),
-    "B=4, final loss, blocks in turn": Row({**NO_HEAD, "objective": "final"}, arguments=IN_TURN),
-    "B=4, independent blocks": Row(INDEPENDENT, arguments=IN_TURN),
-    "B=4, exact gradient": Row(EXACT, arguments=TOGETHER),
-    "end to end, 12 layers": Row(None, layers=12),
-    "B=6 of 12 layers, exact gradient": Row({**EXACT, "num_blocks": 6}, layers=12, arguments=TOGETHER),
-    "B=4, exact gradient, own ends": Row({**EXACT, "shared": "per_block"}, arguments=TOGETHER),
-}
-
-
-def new_model(row: Row):
+def source_of(row: Row) -> PreTrainedConfig | PreTrainedModel:
     config = LlamaConfig(
         num_hidden_layers=row.layers, hidden_size=WIDTH, intermediate_size=WIDTH * 8 // 3, num_attention_heads=HEADS,
         vocab_size=VOCABULARY, max_position_embeddings=LENGTH, bos_token_id=0, eos_token_id=0, use_cache=False,
         initializer_range=0.1,  # with the usual 0.02 the second hop takes twice as long to learn
     )  # fmt: skip
-    if row.fields is None:
-        return AutoModelForCausalLM.from_config(config)
     # The exact gradient is to be compared weight by weight: it starts from the plain model of this seed.
-    source = AutoModelForCausalLM.from_config(config) if row.fields.get("objective") == "exact" else config
-    model = db.convert(source, **{"num_blocks": 4, **row.fields})
-    if row.input_beside:
-        pass_input_beside(model)
-    if row.keeps_input:
-        remember_what_is_passed_on(model)
-    return TwoBlocks(model.config) if row.two_blocks else model
+    return AutoModelForCausalLM.from_config(config) if row.is_exact else config
 
 
-def new_trainer(model, row: Row, seed: int, settings: dict) -> Trainer:
+def trainer_of(model: PreTrainedModel, row: Row, seed: int, settings: dict) -> Trainer:
     updates, batch_size = settings["updates"], settings["batch_size"]
     # As long for every row, so that all meet the rows in one order; those of a seed are no other seed's.
     rows = PointerChasing(seed * 10**9, updates * batch_size * LAYERS)
-    common = dict(
-        output_dir=settings["output"], per_device_train_batch_size=batch_size, learning_rate=settings["learning_rate"],
-        adam_beta2=0.98, lr_scheduler_type="cosine", warmup_steps=0.05, max_grad_norm=0.0, seed=seed, use_cpu=True,
-        report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+    return new_trainer(
+        model, row, rows, updates, output_dir=settings["output"], per_device_train_batch_size=batch_size,
+        learning_rate=settings["learning_rate"], adam_beta2=0.98, max_grad_norm=0.0, seed=seed,
     )  # fmt: skip
-    if row.fields is None:
-        return Trainer(model=model, args=TrainingArguments(max_steps=updates, **common), train_dataset=rows)
-    updates = updates // 2 if row.two_blocks else updates
-    args = db.DiffusionBlocksTrainingArguments(updates_per_block=updates, **row.arguments, **common)
-    plain = KeepsInput if row.keeps_input else db.DiffusionBlocksTrainer
-    trainer_class = TwoBlocksTrainer if row.two_blocks else plain
-    return trainer_class(model=model, args=args, train_dataset=rows)
 
 
 class LayerRuns:
@@ -164,8 +96,8 @@ def run(job: tuple) -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     set_seed(seed)
-    model = new_model(row)
-    trainer, layer_runs = new_trainer(model, row, seed, settings), LayerRuns(model)
+    model = new_model(row, source_of(row))
+    trainer, layer_runs = trainer_of(model, row, seed, settings), LayerRuns(model)
     start = time.process_time()
     trainer.train()
     seconds = time.process_time() - start
