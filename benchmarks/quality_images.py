@@ -1,6 +1,6 @@
 """Image classification quality: DiffusionBlocks beside end-to-end training, on Fashion-MNIST.
 
-    python benchmarks/quality_images.py --data ../shared/data/fashion_mnist --output outputs/quality_images
+    python benchmarks/quality_images.py --data ../shared/data/fashion_mnist --output outputs/quality_images --seeds 0 1 2
 
 One table: end to end, one block's depth, the paper's settings, then each improvement in turn; equal updates per
 parameter, mean and standard deviation over seeds, every model read by each of its predictors. Runs are cached in the
@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from cached_runs import add_run_options, results_of
 from datasets import load_dataset
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 from transformers.utils import logging
@@ -72,11 +72,11 @@ def collate(rows: list) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.stack(images), "labels": torch.stack(labels)}
 
 
-def train_and_read(row: str, seed: int, settings: dict, data_file: Path) -> dict[str, float]:
+def train_and_read(row: str, seed: int, settings: dict) -> dict[str, float]:
     """Train one row with one seed and read it in every way it can be read: accuracies, and seconds of training."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    data = torch.load(data_file)
+    data = torch.load(settings["data"])
     train_set, test_set = (torch.utils.data.TensorDataset(*data[split]) for split in ("train", "test"))
     spec = ROWS[row]
     set_seed(seed)
@@ -121,9 +121,9 @@ def read(model, test_set) -> dict[str, float]:
 
 
 def run(job: tuple) -> None:
-    row, seed, settings, data_file, result_file = job
-    result = train_and_read(row, seed, settings, data_file)
-    result_file.write_text(json.dumps({"row": row, "seed": seed, **settings, **result}))
+    row, seed, settings, file = job
+    result = train_and_read(row, seed, settings)
+    file.write_text(json.dumps({"row": row, "seed": seed, "updates": settings["updates"], **result}))
     print(f"{row}, seed {seed}: " + ", ".join(f"{key} {value:.4g}" for key, value in result.items()), flush=True)
 
 
@@ -156,27 +156,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and test.parquet")
     parser.add_argument("--output", type=Path, required=True, help="folder of the cached runs and the table")
     parser.add_argument("--updates", type=int, default=938, help="updates of every parameter (938: one epoch)")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    add_run_options(parser, ROWS)
     options = parser.parse_args()
-
     options.output.mkdir(parents=True, exist_ok=True)
-    data_file = options.output / "data.pt"
-    if not data_file.is_file():
-        torch.save({split: load_split(options.data, split) for split in ("train", "test")}, data_file)
-    settings = {"updates": options.updates, "output": str(options.output)}
-    jobs = []
-    for seed in range(options.seeds):  # whole tables first: an interrupted benchmark has every row
-        for number, row in enumerate(ROWS):
-            file = options.output / f"row{number:02}-seed{seed}-updates{options.updates}.json"
-            if row in options.rows and not file.is_file():
-                jobs.append((row, seed, settings, data_file, file))
-    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
-        for _ in pool.imap_unordered(run, jobs):
-            pass
-    files = options.output.glob(f"row*-updates{options.updates}.json")
-    result = table([json.loads(file.read_text()) for file in files], options.updates)
+    data = options.output / "data.pt"
+    if not data.is_file():
+        torch.save({split: load_split(options.data, split) for split in ("train", "test")}, data)
+    settings = {"updates": options.updates, "output": str(options.output), "data": str(data)}
+    results = results_of(run, ROWS, options.rows, options.seeds, settings, options.output, options.processes)
+    result = table(results, options.updates)
     (options.output / "table.md").write_text(result + "\n")
     print(result)
 
