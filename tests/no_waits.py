@@ -31,6 +31,9 @@ import hf_diffusionblocks
 
 
 class MadeUpBackend(_DummyBackendModule):
+    def manual_seed(self, seed: int) -> None:
+        pass
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
 

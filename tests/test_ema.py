@@ -24,6 +24,7 @@ from hf_diffusionblocks.training.averages import FILE, WeightAverages
 from hf_diffusionblocks.training.checks import check_processes
 from hf_diffusionblocks.training.parallel import Layout
 
+pytestmark = pytest.mark.usefixtures("late_copies")
 DECAY = 0.3  # the warm-up's decay, (1 + n) / (10 + n), reaches it at the third update
 CARRIED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 0.5}
 TEXT = Case(TEXT_CONFIGS["llama"], CARRIED)  # head and embeddings are not tied: block 0's steps alone reach these

@@ -8,6 +8,7 @@ from families import CASES, Case, grid, same
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.diffusion.randomness import draw, keyed_generators
+from hf_diffusionblocks.models.copy_stream import CopyStream
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -78,9 +79,20 @@ def test_fresh_weights_made_there_leave_its_generator_as_it_was():
     assert model.device.type == DEVICE and torch.equal(torch.cuda.get_rng_state(), before)
 
 
+class SlowCopies(CopyStream):
+    """Each begins some milliseconds late."""
+
+    def _follow(self) -> None:
+        super()._follow()
+        with self._stream:
+            torch.cuda._sleep(10**7)
+
+
 @trained
-def test_offload_changes_nothing(case, tmp_path, monkeypatch):
+@pytest.mark.parametrize("copies", [CopyStream, SlowCopies])
+def test_offload_changes_nothing(case, copies, tmp_path, monkeypatch):
     """Bit for bit, where kernels are deterministic."""
+    monkeypatch.setattr("hf_diffusionblocks.models.offload.CopyStream", copies)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -95,22 +107,29 @@ def test_offload_changes_nothing(case, tmp_path, monkeypatch):
 
 
 @trained
-def test_a_step_waits_for_the_device_nowhere(case, tmp_path):
-    """From the third on, when all is there that is made once; the optimizer's moves included where blocks train together."""
-    trainer = trainer_of(case.model(), case, tmp_path, max_steps=5)
-    step, steps = trainer.training_step, []
+@pytest.mark.parametrize("place", ["none", "cpu"])
+def test_a_step_waits_for_the_device_nowhere(case, place, tmp_path):
+    """Nor does a turn that begins, from the third round on, when all is there that is made once; the optimizer's moves included
+    where blocks train together."""
+    rounds = 4 * len(case.blocks)
+    trainer = trainer_of(case.model(), case, tmp_path, max_steps=rounds, offload_inactive_blocks=place)
+    steps = []
 
-    def watched(*args, **kwargs):
-        steps.append(trainer.state.global_step)
-        torch.cuda.set_sync_debug_mode("error" if len(steps) > 2 else "default")
-        try:
-            return step(*args, **kwargs)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    def watched(method):
+        def run(*args, **kwargs):
+            steps.append(trainer.state.global_step)
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error" if steps[-1] >= rounds // 2 else "default")
+            try:
+                return method(*args, **kwargs)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
 
-    trainer.training_step = watched
+        return run
+
+    trainer.training_step, trainer.begin_block = watched(trainer.training_step), watched(trainer.begin_block)
     trainer.train()
-    assert steps == [0, 1, 2, 3, 4]
+    assert set(steps) == set(range(rounds))
 
 
 def test_a_step_that_waits_is_found():

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 import hf_diffusionblocks as db
 
+pytestmark = pytest.mark.usefixtures("late_copies")
 B, STEPS = 4, 10
 CARRIED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 0.5}
 CASES = {
@@ -27,45 +28,6 @@ CASES = {
     "vit-joint-own": (VIT, {"shared": "per_block"}),
     "vit-carried": (VIT, CARRIED),
 }
-
-
-class LateCopies:
-    """A [`CopyStream`] as slow as can be: what it has copied is there when somebody waits for it, and NaN before."""
-
-    def __init__(self, device: torch.device):
-        self._queue: list[tuple[str, Callable[[], None]]] = []
-        self._on_the_way: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # address of a host tensor -> it, and its new value
-
-    def to_device(self, host: torch.Tensor) -> torch.Tensor:
-        there = torch.full_like(host, torch.nan)
-        self._queue.append(("to device", lambda: there.copy_(self._on_the_way.get(host.data_ptr(), (host, host))[1])))
-        return there
-
-    def to_host(self, value: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
-        copied = host, value.clone()
-        host.fill_(torch.nan)
-        self._queue.append(("to host", lambda: self._on_the_way.update({host.data_ptr(): copied})))
-        return host
-
-    @property
-    def under_way(self) -> set[str]:
-        return {way for way, _ in self._queue}
-
-    def join(self) -> None:
-        for _, copy in self._queue:
-            copy()
-        self._queue.clear()
-
-    def settle(self) -> None:
-        self.join()
-        for host, value in self._on_the_way.values():
-            host.copy_(value)
-        self._on_the_way.clear()
-
-
-@pytest.fixture(autouse=True)
-def late_copies(monkeypatch):
-    monkeypatch.setattr("hf_diffusionblocks.models.offload.CopyStream", LateCopies)
 
 
 class Watch(TrainerCallback):
@@ -243,6 +205,29 @@ def test_checkpoints_are_those_of_a_run_without(schedule, tmp_path):
         assert states[0].keys() == states[1].keys()
         for number, state in states[0].items():
             assert all(torch.equal(value, states[1][number][name]) for name, value in state.items()), number
+
+
+class Copies(TrainerCallback):
+    """Notes the weights of plain copies that are made at the end of each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.seen.append(model.to_plain().state_dict())
+
+
+def test_plain_copies_made_meanwhile_have_the_weights_that_there_are(tmp_path):
+    found = []
+    for place in ("none", "cpu"):
+        model = made(GPT2, {"num_blocks": B, **CARRIED, "prior_fraction": 1.0})
+        trainer = trainer_of(model, GPT2, tmp_path, {"max_steps": 5, "offload_inactive_blocks": place})
+        trainer.add_callback(copies := Copies())
+        trainer.train()
+        found.append(copies.seen)
+    assert len(found[0]) == 5
+    for kept, moved in zip(*found):
+        assert all(torch.equal(tensor, moved[name]) for name, tensor in kept.items())
 
 
 def test_an_offloaded_model_is_saved_whole(tmp_path):

@@ -17,6 +17,7 @@ import hf_diffusionblocks as db
 from hf_diffusionblocks import lora
 from hf_diffusionblocks.training.checks import check_schedule
 
+pytestmark = pytest.mark.usefixtures("late_copies")
 
 # ---- exact: end-to-end training
 

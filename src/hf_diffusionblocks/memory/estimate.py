@@ -81,8 +81,8 @@ def estimate_memory(
     """What a training step would hold: end to end, checkpointed, with LoRA (if peft is installed), and block by block.
 
     The real step runs on tensors that have sizes and no memory, under the same [`StepMemory`] that measures it: what it
-    says is what would be measured on a CPU, but for the logits, which are as many as there are on `device`. (On a GPU,
-    attention with dropout takes less: other kernels.) Text is read out in chunks in all ways.
+    says is what would be measured on a CPU, but for the rows that are read out, which are as many as on `device`. (On a
+    GPU, attention with dropout takes less: other kernels.) Text is read out in chunks in all ways.
 
     Args:
         model_or_config: plain or DiffusionBlocks; a model's weights are not looked at.

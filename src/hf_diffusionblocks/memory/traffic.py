@@ -21,8 +21,8 @@ class Traffic:
 def traffic(
     parameters: Sequence[int], states: Sequence[int], objective: str, together: bool, carried: bool, jobs: bool = False
 ) -> Traffic:
-    """Of a round. In turns it is an upper bound: what is there already, since it trained before or trains next, is not
-    copied again.
+    """Of a round. In turns, and of fewer than three blocks, it is an upper bound: what is there already, since it trained before
+    or trains next, is not copied again.
 
     Args:
         parameters: bytes of each block's.
@@ -34,9 +34,9 @@ def traffic(
     """
     moved = 0 if jobs else sum(parameters) + sum(states)  # each block, when it trains, with its state; and back
     if together:
-        # Exact: the forward pass takes parameters alone. The first block's are still there from the step before, and the last
-        # one's when it trains.
-        again = sum(parameters[1:-1]) if objective == "exact" else 0
+        # Exact: the forward pass takes parameters alone. The first block's are still there from the step before, and those of
+        # the last two when they train.
+        again = sum(parameters[1:-2]) if objective == "exact" else 0
         return Traffic(moved + again, moved)
     forward = 0
     for k in range(len(parameters)):

@@ -16,12 +16,13 @@ class OffloadedBlocks:
     """Keeps blocks in host memory, and copies to the device what is needed there, and no more.
 
     That is the active block, whose optimizer state is copied while it runs; the parameters of the next one, copied ahead
-    then; and those of other blocks that run (earlier ones of carried context, later ones for the final loss, all in
-    evaluation and inference), one at a time. What no block owns, or all read, stays on the device.
+    then, unless it is still there; and those of other blocks that run (earlier ones of carried context, later ones for the final
+    loss, all in evaluation and inference), one at a time. What no block owns, or all read, stays on the device.
 
-    Copies are made beside computing, which waits for those alone that it needs: a step for the block's state, a forward pass
-    for its parameters. The host waits for none: who reads parameters or state by other means calls `settle` before (their
-    `state_dict()` does). The copy is a copy even where "the device" is the CPU, which makes this testable without another.
+    Copies are made in order, beside computing, which waits for all so far where it needs one: a forward pass for a block that has
+    just been asked for, a step for the block's state. The host waits for none: who reads parameters or state by other means
+    calls `settle` before (`state_dict()` of the model and of the optimizer do). The copy is a copy even where "the device" is
+    the CPU, which makes this testable without another.
 
     Args:
         model: whose blocks; its parameters move at once.
@@ -36,13 +37,13 @@ class OffloadedBlocks:
         self._parameters = {
             block: [p for p in model.block_parameters(block) if p not in stays] for block in model.resident_blocks
         }
-        self._copies = CopyStream(device)
+        self._copies, self._pins = CopyStream(device), device.type == "cuda"
         self.copied = {"to_device": 0, "to_host": 0}  #: bytes, of blocks' parameters and state, so far
         self._active: int | None = None
         self._next: int | None = None
         self._on_device: set[int] = set()
         self._arriving: set[int] = set()  # of these, those that nothing has waited for
-        self._changed: set[int] = set()  # and those that have trained there
+        self._changed: set[nn.Parameter] = set()  # that have trained there
         self._with_state: set[int] = set()
         # The host's own tensors of what is on the device.
         self._host: dict[nn.Parameter, torch.Tensor] = {}
@@ -73,13 +74,15 @@ class OffloadedBlocks:
     def activate(self, block: int | None, following: int | None = None) -> None:
         """Make a block the one that trains (None: none does), and start to copy the one that follows."""
         self._join()  # before anything leaves, which is not to be waited for
-        for other in self._on_device - {block}:
+        for other in self._on_device - {block, following}:
             self._evict(other)
+        for other in self._with_state - {block}:
+            self._evict_state(other)
         self._active, self._next = block, following
         if block is not None:
             self._fetch(block)
             self._load_state(block)
-            self._changed.add(block)
+            self._changed.update(parameter for parameter in self._parameters[block] if parameter.requires_grad)
         if following is not None:
             self._load(following)
 
@@ -166,8 +169,9 @@ class OffloadedBlocks:
         if block in self._with_state:
             return
         for parameter in self._parameters[block]:
-            self._host_states[parameter] = self._states(parameter)
-            for name, value in self._states(parameter).items():
+            # (What a checkpoint has brought is not pinned yet.)
+            self._host_states[parameter] = {name: self._pinned(value) for name, value in self._states(parameter).items()}
+            for name, value in self._host_states[parameter].items():
                 self.optimizer.state[parameter][name] = self._to_device(value)
         self._with_state.add(block)
 
@@ -175,9 +179,10 @@ class OffloadedBlocks:
         self._evict_state(block)
         for parameter in self._parameters[block]:
             host = self._host.pop(parameter)
-            parameter.data = self._to_host(parameter.data, host) if block in self._changed else host
-        for blocks in (self._on_device, self._arriving, self._changed):
-            blocks.discard(block)
+            parameter.data = self._to_host(parameter.data, host) if parameter in self._changed else host
+            self._changed.discard(parameter)
+        self._on_device.remove(block)
+        self._arriving.discard(block)
 
     def _evict_state(self, block: int) -> None:
         if block not in self._with_state:
@@ -186,7 +191,7 @@ class OffloadedBlocks:
             host_states = self._host_states.pop(parameter)
             for name, value in self._states(parameter).items():
                 if name not in host_states:  # the block's first update has made it
-                    host_states[name] = self._pinned(torch.empty_like(value, device="cpu"))
+                    host_states[name] = torch.empty_like(value, device="cpu", pin_memory=self._pins)
                 self.optimizer.state[parameter][name] = self._to_host(value, host_states[name])
         self._with_state.remove(block)
 
@@ -207,7 +212,7 @@ class OffloadedBlocks:
         return self._copies.to_device(host)
 
     def _pinned(self, host: torch.Tensor) -> torch.Tensor:
-        return host.pin_memory() if self.device.type == "cuda" else host
+        return host.pin_memory() if self._pins else host
 
     def _block_parameters(self) -> Iterable[nn.Parameter]:
         return (parameter for parameters in self._parameters.values() for parameter in parameters)

@@ -37,6 +37,8 @@ class SavedByBlock(PreTrainedModel):
             raise ValueError(f"to_plain() needs all {self.num_blocks} blocks: resident_blocks={self.resident_blocks}")
         if self.has_adapters:
             raise ValueError(f"to_plain() of a model with adapters ({', '.join(self.peft_config)}): merge_and_unload first")
+        if self.offload is not None:
+            self.offload.settle()
         config = copy.deepcopy(self.config.source_config)
         plain = self.architecture.plain_class._from_config(config, dtype=self.dtype)
         plain.load_state_dict(self.backbone.state_dict())

@@ -89,11 +89,12 @@ class WeightAverages(TrainerCallback):
         if self._are_in_model:
             yield
             return
-        with self._parameters_at_hand():
-            own = {name: self._parameters[name].detach().to("cpu", copy=True) for name in self._averages}
-            self._write(self._averages)
+        own: dict[str, torch.Tensor] = {}
         self._are_in_model = True
         try:
+            with self._parameters_at_hand():
+                own = {name: self._parameters[name].detach().to("cpu", copy=True) for name in self._averages}
+                self._write(self._averages)
             yield
         finally:
             with self._parameters_at_hand():
