@@ -59,12 +59,12 @@ class Panel:
 PANELS = (
     Panel(
         "Text, character by character", "bits a character", "quality_characters.json", 2000, "down",
-        lambda run: min(run["logits"], run.get("mean prior", run["logits"])),
+        lambda run: min(run["logits"], run.get("mean", run["logits"])),
         {
-            "end to end": ("8 layers", "plain", "right"),
-            "end to end, one block's depth (B=4)": ("2 layers", "plain", "right"),
-            "greedy local + local head of one layer, together": ("B=4, local heads", "own", "right"),
-            "exact gradient, together": ("B=4, exact", "exact", "right"),
+            "end to end, 8 layers": ("8 layers", "plain", "right"),
+            "end to end, 2 layers": ("2 layers", "plain", "right"),
+            "B=4, own loss, local head of one layer": ("B=4, local heads", "own", "right"),
+            "B=4, exact gradient": ("B=4, exact", "exact", "right"),
         },
     ),
     Panel(

@@ -14,7 +14,7 @@ _LOSSLESS = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1
 RECOMMENDED: dict[tuple[str, str], dict[str, Any]] = {
     ("text-generation", "pretrained"): {**_LOSSLESS, "objective": "exact"},
     ("image-classification", "pretrained"): {**_LOSSLESS, "objective": "exact"},
-    # Blocks on their own losses are as good where depth counts a little, and far behind where a task needs it.
+    # Blocks on their own losses are as good where depth counts a little, and behind where a task needs it.
     ("text-generation", "fresh"): {**_LOSSLESS, "objective": "exact"},
     # (p_mean places the blocks' boundaries, which the walk to one of few labels wants higher.)
     ("image-classification", "fresh"): {**_LOSSLESS, "p_mean": 0.5, "objective": "local"},
