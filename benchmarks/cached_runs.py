@@ -39,3 +39,10 @@ def results_of(
         for _ in pool.imap(run, [job for job in wanted if not job[-1].is_file()]):
             pass
     return [json.loads(file.read_text()) for file in sorted(folder.glob(f"row*-updates{updates}.json"))]
+
+
+def report(results: list[dict], table: str, updates: int, folder: Path) -> None:
+    """Keep all results as JSON beside their table, and print it."""
+    (folder / "results.json").write_text("[\n " + ",\n ".join(map(json.dumps, results)) + "\n]\n")
+    (folder / f"table-{updates}.md").write_text(table + "\n")
+    print(table)

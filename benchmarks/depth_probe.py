@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from cached_runs import add_run_options, results_of
+from cached_runs import add_run_options, report, results_of
 from ladder import LAYERS, ROWS, Row, new_model, new_trainer
 from pointer_chasing import ELEMENTS, HOPS, LENGTH, PAIRS, VOCABULARY, PointerChasing, by_hops
 from torch.nn import functional as F
@@ -167,9 +167,7 @@ def main() -> None:
     settings = {name: getattr(options, name) for name in ("updates", "batch_size", "learning_rate", "held_out")}
     settings["output"] = str(options.output)
     results = results_of(run, ROWS, options.rows, options.seeds, settings, options.output, options.processes)
-    (options.output / "results.json").write_text("[\n " + ",\n ".join(map(json.dumps, results)) + "\n]\n")
-    (options.output / f"table-{options.updates}.md").write_text(table(results) + "\n")
-    print(table(results))
+    report(results, table(results), options.updates, options.output)
 
 
 if __name__ == "__main__":

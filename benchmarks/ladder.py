@@ -36,7 +36,7 @@ class Row:
         keeps_input: whether blocks are trained to keep their input, too.
     """
 
-    fields: dict | None = field(default_factory=dict)
+    fields: dict | None
     layers: int = LAYERS
     arguments: dict = field(default_factory=dict)
     two_blocks: bool = False

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from cached_runs import add_run_options, results_of
+from cached_runs import add_run_options, report, results_of
 from characters import ALPHABET, characters
 from gutenberg import config_for
 from ladder import LAYERS, ROWS, new_model, new_trainer
@@ -154,9 +154,7 @@ def main() -> None:
     settings = {name: getattr(options, name) for name in ("updates", "learning_rate", "held_out")}
     settings |= {"output": str(options.output), "characters": str(characters(options.data, options.output))}
     results = results_of(run, ROWS, options.rows, options.seeds, settings, options.output, options.processes)
-    (options.output / "results.json").write_text("[\n " + ",\n ".join(map(json.dumps, results)) + "\n]\n")
-    (options.output / f"table-{options.updates}.md").write_text(table(results) + "\n")
-    print(table(results))
+    report(results, table(results), options.updates, options.output)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def keyed_generators(
 def seeded(key: Sequence[int], device: torch.device) -> Iterator[None]:
     """PyTorch's global generators, of the CPU and of a device, start from a key, and afterwards go on as if nothing had been
     drawn."""
-    seed = int(np.random.SeedSequence(list(key)).generate_state(1)[0])
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     others = [] if device.type in ("cpu", "meta") else [device]
     with torch.random.fork_rng(others, device_type=device.type if others else "cpu"):
         torch.default_generator.manual_seed(seed)  # (`torch.manual_seed` seeds all devices there are)

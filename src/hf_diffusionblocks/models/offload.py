@@ -16,13 +16,13 @@ class OffloadedBlocks:
     """Keeps blocks in host memory, and copies to the device what is needed there, and no more.
 
     That is the active block, whose optimizer state is copied while it runs; the parameters of the next one, copied ahead
-    then, unless it is still there; and those of other blocks that run (earlier ones of carried context, later ones for the final
-    loss, all in evaluation and inference), one at a time. What no block owns, or all read, stays on the device.
+    then, unless it is still there; and those of other blocks that run (earlier ones of carried context, later ones for
+    the final loss, all in evaluation and inference), one at a time. What no block owns, or all read, stays on the device.
 
-    Copies are made in order, beside computing, which waits for all so far where it needs one: a forward pass for a block that has
-    just been asked for, a step for the block's state. The host waits for none: who reads parameters or state by other means
-    calls `settle` before (`state_dict()` of the model and of the optimizer do). The copy is a copy even where "the device" is
-    the CPU, which makes this testable without another.
+    Copies are made in order, beside computing, which waits for all so far where it needs one: a forward pass for a block
+    that has just been asked for, a step for the block's state. The host waits for none: who reads parameters or state by
+    other means calls `settle` before (`state_dict()` of the model and of the optimizer do). The copy is a copy even where
+    "the device" is the CPU, which makes this testable without another.
 
     Args:
         model: whose blocks; its parameters move at once.
