@@ -142,6 +142,17 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(objective, extra, tmp_path)
         assert_same(whole.model, model)
 
 
+@pytest.mark.parametrize("before, after", [("random", None), ("together", "random"), ("random", "sequential")])
+def test_a_run_resumes_with_its_own_schedule(before, after, tmp_path):
+    """None is together, for this model."""
+    arguments = {"objective": "local", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trained(made(GPT2, CARRIED), GPT2, tmp_path, {**arguments, "block_schedule": before})
+    again = trainer_of(made(GPT2, CARRIED), GPT2, tmp_path, {**arguments, "block_schedule": after})
+    message = f"checkpoint-2 was trained with block_schedule='{before}', and this run has '{after or 'together'}'"
+    with pytest.raises(ValueError, match=message):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_layers_are_cast_as_in_turns(objective, tmp_path):
     """bf16: Accelerate casts in `forward`, where these layers do not run."""
     model, dtypes = made(GPT2, CARRIED), set()

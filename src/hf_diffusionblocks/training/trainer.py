@@ -23,8 +23,8 @@ from .block_evaluation import BlockEvaluation
 from .block_optimizer import learning_rate_curve, scheduler_by_block, split_by_block
 from .block_schedule import BlockSchedule
 from .checks import (
-    WithBlockInput, WithoutFullMask, blocks_to_train, cached_column, check_processes, check_schedule, columns_to_keep,
-    settle_schedule, warn_of_own_fields,
+    WithBlockInput, WithoutFullMask, blocks_to_train, cached_column, check_goes_on, check_processes, check_schedule,
+    columns_to_keep, settle_schedule, warn_of_own_fields,
 )  # fmt: skip
 from .parallel import Layout, all_states, broadcast
 from .step_ledgers import StepLedgers
@@ -381,6 +381,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         # The Trainer's reads what is there: a save that is not finished, shards that are not whole, no adapters.
         shards.finish_interrupted_save(Path(resume_from_checkpoint))
+        check_goes_on(Path(resume_from_checkpoint), self.args)
         saved = any(Path(resume_from_checkpoint).glob("block_*/adapter_config.json"))
         if saved != self.model.has_adapters:
             says, has = ("holds", "has none") if saved else ("has no", "has them")
