@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from cached_runs import add_run_options, results_of
+from cached_runs import add_run_options, report, results_of
 from copied_blocks import copy_to_every_block
 from generation_metrics import (
     frechet_distance, held_out_losses, in_batches, precision_and_recall, trained_classifier,
@@ -276,9 +276,7 @@ def main() -> None:
     features = [in_batches(classifier.features, data[split][0]).double().numpy() for split in ("train", "test")]
     floor = frechet_distance(features[0][: options.samples], features[1])
     seconds = json.loads(seconds_file.read_text()) if seconds_file.is_file() else {}
-    result = table(results, seconds, floor)
-    (options.output / f"table-{options.updates}.md").write_text(result + "\n")
-    print(result)
+    report(results, table(results, seconds, floor), options.updates, options.output)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from cached_runs import add_run_options, results_of
+from cached_runs import add_run_options, report, results_of
 from characters import ALPHABET, characters
 from gutenberg import config_for
 from quality_text import Sequences
@@ -194,9 +194,7 @@ def main() -> None:
         "output": str(options.output), "characters": characters(options.data, options.output),
     }  # fmt: skip
     results = results_of(run, ROWS, options.rows, options.seeds, settings, options.output, options.processes)
-    result = table(results)
-    (options.output / f"table-{options.updates}.md").write_text(result + "\n")
-    print(result)
+    report(results, table(results), options.updates, options.output)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import torch
-from cached_runs import results_of
+from cached_runs import add_run_options, report, results_of
 from characters import ALPHABET, characters
 from quality_text import ChunkedTrainer, Sequences
 from torch.nn import functional as F
@@ -213,10 +213,10 @@ def _mean_and_error(of_texts: list[float]) -> list[float]:
 
 def table(results: list[dict]) -> str:
     """Markdown; of blocks a cell has, in this order: all walks; half of them; the histogram; one noise."""
-    heads = ["", *(f"K = {runs}" for runs in RUNS), "bound", "CPU seconds", "memory of a step", "layers an update, with gradient"]
+    heads = ["", "seed", *(f"K = {runs}" for runs in RUNS), "bound", "CPU seconds", "memory of a step", "layers an update, with gradient"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in ROWS:
-        lines += [f"| {row} | {' | '.join(cells(result))} |" for result in results if result["row"] == row]
+        lines += [f"| {row} | {result['seed']} | {' | '.join(cells(result))} |" for result in results if result["row"] == row]
     return "\n".join(lines)
 
 
@@ -256,18 +256,14 @@ def main() -> None:
     parser.add_argument("--walks", type=int, default=128, help="noises a token")
     parser.add_argument("--bound_texts", type=int, default=256, help="of the held-out works, for the bound")
     parser.add_argument("--picture", type=Path, help="where to draw bits against K")
-    parser.add_argument("--processes", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    add_run_options(parser, ROWS)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     names = ("updates", "learning_rate", "mean_recurrence", "texts", "walks", "bound_texts")
     settings = {name: getattr(options, name) for name in names}
     settings |= {"output": str(options.output), "characters": characters(options.data, options.output)}
-    results = results_of(run, ROWS, options.rows, [0], settings, options.output, options.processes)
-    (options.output / f"table-{options.updates}.md").write_text(table(results) + "\n")
-    lines = ",\n ".join(json.dumps(summary(result)) for result in results)
-    (options.output / f"results-{options.updates}.json").write_text(f"[\n {lines}\n]\n")
-    print(table(results))
+    results = results_of(run, ROWS, options.rows, options.seeds, settings, options.output, options.processes)
+    report([summary(result) for result in results], table(results), options.updates, options.output)
     if options.picture:
         draw(results, options.picture)
 
