@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
+import datasets
 import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
@@ -55,6 +56,14 @@ def late_copies():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_diffusionblocks.models.offload.CopyStream", LateCopies)
         yield
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch):
+    """Data sets are cached in a folder that goes with the run."""
+    cache = str(tmp_path_factory.getbasetemp() / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(cache))
+    monkeypatch.setenv("HF_DATASETS_CACHE", cache)  # of sub-processes
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,7 @@
-"""The text recipe: sources, tokenizer, packing, what it measures, errors before any work, resume; the launcher."""
+"""The text recipe: sources, what it measures, errors before any work, resume; the launcher."""
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -10,84 +9,31 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import datasets
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from tokenizers.processors import TemplateProcessing
+from text_recipe_runs import (
+    LENGTH, MODEL, OVERRIDES, SIZES, TRAINING, data, files, folder, paragraphs, sequences, tokenizer,
+)  # fmt: skip
 from torch.nn import functional as F
 from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline,
+    AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM, pipeline,
 )  # fmt: skip
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.saving import shards
 from hf_diffusionblocks.cli import train as train_verb
 from hf_diffusionblocks.recipes import common, train_causal_lm
-from hf_diffusionblocks.recipes.text import EvaluationText, ModelArguments, Packer, trained_tokenizer
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 RECIPE = Path(train_causal_lm.__file__)
 ACCELERATE_CONFIG = RECIPE.parent / "accelerate_configs" / "multi_gpu.yaml"
-LENGTH = 24
-OVERRIDES = {
-    "gpt2": "n_layer=2, n_embd=32, n_head=2, n_positions=24",
-    "llama": "num_hidden_layers=2, hidden_size=32, num_attention_heads=2, num_key_value_heads=2, "
-    "intermediate_size=48, max_position_embeddings=24",
-    "qwen3": "num_hidden_layers=2, hidden_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=16, "
-    "intermediate_size=48, max_position_embeddings=24",
-}
-SIZES = ["--num_blocks", "2", "--vocab_size", "300", "--sequence_length", str(LENGTH)]
-MODEL = [*SIZES, "--config_name", "gpt2", "--config_overrides", OVERRIDES["gpt2"]]
-TRAINING = [
-    "--updates_per_block", "4", "--per_device_train_batch_size", "8", "--learning_rate", "1e-2",
-    "--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--save_strategy", "no",
-]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    cache = str(tmp_path_factory.getbasetemp() / "datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(cache))
-    monkeypatch.setenv("HF_DATASETS_CACHE", cache)  # of sub-processes
-
-
-def paragraphs(start: int, end: int) -> list[str]:
-    """English prose, with a few characters of several bytes."""
-    text = "".join(f"{name} \N{EM DASH} \N{GREEK SMALL LETTER PI}\n\n{topic}\n\n" for name, topic in topics.items())
-    return [part for part in text.split("\n\n") if part][start:end]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for name, rows in (("train", paragraphs(0, 120)), ("test", paragraphs(120, 150))):
-        (folder / f"{name}.txt").write_text("\n\n".join(rows))
-        pyarrow.parquet.write_table(pyarrow.table({"id": range(len(rows)), "text": rows}), folder / f"{name}.parquet")
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    return folder
-
-
-@pytest.fixture
-def data(folder) -> list[str]:
-    return files(folder, "parquet")
-
-
-def files(folder: Path, ending: str) -> list[str]:
-    return ["--train_file", str(folder / f"train.{ending}"), "--validation_file", str(folder / f"test.{ending}")]
 
 
 def load(folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder)
-
-
-def sequences(tokenizer, texts: list[str]) -> torch.Tensor:
-    """What packing has to give."""
-    stream = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    return torch.tensor(stream[: len(stream) // LENGTH * LENGTH]).view(-1, LENGTH)
 
 
 def cross_entropy(folder: Path, texts: list[str]) -> float:
@@ -248,69 +194,6 @@ def test_the_command_finds_the_recipe():
     assert train_verb.find_recipes()["causal-lm"] == str(RECIPE)
 
 
-# ---- tokenizer and packing
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    args = ModelArguments(vocab_size=300)
-    return trained_tokenizer([*paragraphs(0, 120), None], args, is_main=True)
-
-
-def test_trained_tokenizer_spells_everything_and_reloads(tmp_path, tokenizer):
-    assert len(tokenizer) == 300
-    assert tokenizer.bos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id == 0
-    tokenizer.save_pretrained(tmp_path)
-    reloaded = AutoTokenizer.from_pretrained(tmp_path)
-    for text in ("The yield statement", " two  spaces\n\ttab", "na\u00efve \u03c0 \U0001f600 \u4f60", "<|endoftext|>"):
-        tokens = tokenizer(text)["input_ids"]
-        assert reloaded(text)["input_ids"] == tokens
-        assert reloaded.decode(tokens) == text
-    assert reloaded("<|endoftext|>")["input_ids"] == [reloaded.eos_token_id] == [0]
-
-
-@pytest.mark.parametrize("batch_size", [1, 7, 1000])
-def test_packing_loses_no_token_and_counts_every_byte(tokenizer, batch_size):
-    texts = [*paragraphs(0, 40), "", None, "\U0001f600\U0001f600 \u4f60\u597d" * 9, *paragraphs(40, 50)]
-    rows = datasets.Dataset.from_dict({"text": texts})
-    packer = Packer(tokenizer, "text", LENGTH, num_given=1)
-    packed = rows.map(packer, batched=True, batch_size=batch_size, remove_columns=["text"], features=packer.features)
-    expected = sequences(tokenizer, [text for text in texts if text])
-    assert torch.equal(torch.tensor(packed["input_ids"]), expected)
-
-    # Against another count: each character of a token of a byte-level BPE stands for a byte.
-    spelled = [sum(len(tokenizer.convert_ids_to_tokens(int(t))) * (t != 0) for t in row[1:]) for row in expected]
-    assert sum(packed["num_bytes"]) == pytest.approx(sum(spelled), abs=3 * len(spelled))  # cut characters
-    ascii_only = [i for i, row in enumerate(expected) if tokenizer.decode(row).isascii()]
-    assert len(ascii_only) > 100 and all(packed["num_bytes"][i] == spelled[i] for i in ascii_only)
-
-
-def test_bytes_of_all_tokens_are_those_of_the_text(tokenizer):
-    packer = Packer(tokenizer, "text", 10**6, num_given=1)
-    texts = [*paragraphs(0, 30), "\U0001f600 \u4f60\u597d", " ends in space  "]
-    packer({"text": texts})
-    assert sum(packer.bytes) == sum(len(text.encode()) for text in texts)
-    assert len(packer.bytes) == len(packer.tokens)
-
-
-def test_special_tokens_of_a_tokenizer_are_kept_and_not_doubled(tokenizer):
-    rules = copy.deepcopy(tokenizer.backend_tokenizer)
-    rules.post_processor = TemplateProcessing(single="! $A", special_tokens=[("!", 1)])  # as Llama's begins a text
-    packer = Packer(
-        PreTrainedTokenizerFast(tokenizer_object=rules, eos_token="<|endoftext|>"), "text", 10**6, num_given=1
-    )
-    packer({"text": ["yield<|endoftext|>", "yield"]})
-    yields = tokenizer("yield")["input_ids"]
-    assert packer.tokens == [1, *yields, 0, 1, *yields, 0]
-    assert packer.bytes[0] == 0 and sum(packer.bytes) == len("yield<|endoftext|>yield")
-
-
-def test_end_tokens_are_labels_and_first_tokens_are_none():
-    batch = train_causal_lm.collate([{"input_ids": [5, 0, 7]}])
-    assert batch["input_ids"].tolist() == [[5, 0, 7]]
-    assert batch["labels"].tolist() == [[-100, 0, 7]]
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_the_end_token_is_trained_though_it_pads(tmp_path, data, family):
     fresh = [*SIZES, "--config_name", family, "--config_overrides", OVERRIDES[family], "--end_to_end"]
@@ -319,12 +202,6 @@ def test_the_end_token_is_trained_though_it_pads(tmp_path, data, family):
     train_causal_lm.main([*TRAINING, *data, *further])
     plain, blocks = (load(tmp_path / name).get_input_embeddings().weight[0] for name in ("plain", "blocks"))
     assert plain.norm() > 0.01 and not torch.equal(plain, blocks)
-
-
-def test_infinite_perplexity_is_no_error():
-    text = EvaluationText(num_rows=2, num_tokens=10, num_bytes=20)
-    assert text.measures(1e4)["eval_perplexity"] == math.inf
-    assert text.measures(2 * math.log(2))["eval_bits_per_byte"] == pytest.approx(1.0)
 
 
 def test_random_rows_stay_in_order():

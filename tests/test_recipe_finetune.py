@@ -1,4 +1,4 @@
-"""The fine-tuning recipes: objectives, adapters, instruction data, new labels, the stock model at the end, errors."""
+"""The fine-tuning recipes: objectives, adapters, new labels, the stock model at the end, errors."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from pydoc_data.topics import topics
 
-import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from instruction_runs import (
+    CHATS, PROMPTS, TRAINING, cross_entropy, files, instructions, model, plain, prompt_rows, tokenizer,
+)  # fmt: skip
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
@@ -29,95 +30,14 @@ import hf_diffusionblocks as db
 from hf_diffusionblocks.saving import shards
 from hf_diffusionblocks import lora
 from hf_diffusionblocks.cli import train as train_verb
-from hf_diffusionblocks.recipes import (
-    completions, finetune_causal_lm, finetune_image_classification, train_causal_lm, train_image_classification,
-)  # fmt: skip
+from hf_diffusionblocks.recipes import finetune_causal_lm, finetune_image_classification, train_image_classification
 
-LENGTH = 64
-TRAINING = [
-    "--num_blocks", "2", "--updates_per_block", "3", "--per_device_train_batch_size", "8", "--learning_rate", "1e-2",
-    "--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--save_strategy", "no",
-]  # fmt: skip
+pytestmark = pytest.mark.usefixtures("own_cache")
 #: --multi_gpu is accelerate's torchrun launcher; the arguments' use_cpu makes it gloo.
 TWO_PROCESSES = [
     "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
     "--main_process_port", "0",
 ]  # fmt: skip
-PROMPTS = ["--prompt_column", "prompt", "--completion_column", "completion"]
-CHATS = ["--messages_column", "messages"]
-CHATML = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    cache = str(tmp_path_factory.getbasetemp() / "datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(cache))
-    monkeypatch.setenv("HF_DATASETS_CACHE", cache)  # of sub-processes
-
-
-def instructions(start: int, end: int) -> list[dict]:
-    """Rows that are texts, prompts with completions, and chats; completions of very different lengths."""
-    rows = []
-    for number, (name, text) in list(enumerate(topics.items()))[start:end]:
-        answer = text.strip()[: 10 + 9 * (number % 4)]
-        chat = [("user", f"{name}?"), ("assistant", answer[:8]), ("user", "More"), ("assistant", answer[8:])]
-        rows.append({
-            "text": text[:300], "prompt": f"{name}: ", "completion": answer,
-            "messages": [{"role": role, "content": content} for role, content in chat],
-        })  # fmt: skip
-    return rows
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> list[str]:
-    folder = tmp_path_factory.mktemp("instructions")
-    for name, rows in (("train", instructions(0, 40)), ("test", instructions(40, 61))):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return ["--train_file", str(folder / "train.jsonl"), "--validation_file", str(folder / "test.jsonl")]
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory, files) -> Path:
-    """A stock GPT-2 and its tokenizer."""
-    folder = tmp_path_factory.mktemp("plain")
-    fresh = ["--config_name", "gpt2", "--config_overrides", f"n_layer=2, n_embd=32, n_head=2, n_positions={LENGTH}"]
-    run = [*TRAINING, *files, *fresh, "--end_to_end", "--vocab_size", "300", "--sequence_length", str(LENGTH)]
-    train_causal_lm.main([*run, "--output_dir", str(folder)])
-    return folder
-
-
-@pytest.fixture
-def model(plain) -> list[str]:
-    return ["--model_name_or_path", str(plain), "--sequence_length", str(LENGTH)]
-
-
-@pytest.fixture
-def tokenizer(plain):
-    return AutoTokenizer.from_pretrained(plain)
-
-
-def cross_entropy(model, rows: list[tuple[list[int], list[int]]]) -> float:
-    """Nats a labelled token, a row at a time."""
-    total, count = 0.0, 0
-    for tokens, labels in rows:
-        with torch.no_grad():
-            logits = model.eval()(torch.tensor([tokens])).logits[0, :-1]
-        total += F.cross_entropy(logits, torch.tensor(labels[1:]), ignore_index=-100, reduction="sum").item()
-        count += sum(label != -100 for label in labels[1:])
-    return total / count
-
-
-def prompt_rows(tokenizer, start: int, end: int) -> list[tuple[list[int], list[int]]]:
-    """What the recipe has to make of prompts and completions."""
-    rows = []
-    for row in instructions(start, end):
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        completion = [*tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]
-        rows.append(([*prompt, *completion][:LENGTH], [*[-100] * len(prompt), *completion][:LENGTH]))
-    return rows
 
 
 # ---- text
@@ -179,112 +99,6 @@ def test_one_block_is_trained_alone(tmp_path, files, model, plain, objective):
     assert all(not torch.equal(after[name], before[name.removeprefix("backbone.")]) for name in after)
     saved = set(shards.saved_index(tmp_path).files)
     assert saved == ({"shared", "0"} if objective == "local" else {"shared", "0", "1"})
-
-
-# ---- instruction data
-
-
-def test_only_completions_have_a_loss(tmp_path, files, model, plain, tokenizer):
-    """And every token of them counts alike, however they fall into batches."""
-    options = [*PROMPTS, "--learning_rate", "0", "--per_device_eval_batch_size", "5"]
-    metrics = finetune_causal_lm.main([*model, *TRAINING, *files, *options, "--output_dir", str(tmp_path)])
-    expected = cross_entropy(AutoModelForCausalLM.from_pretrained(plain), prompt_rows(tokenizer, 40, 61))
-    assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-5)
-    assert "eval_bits_per_byte" not in metrics
-
-
-def encoded(tokenizer, row: dict, length: int = LENGTH, **columns) -> dict:
-    args = finetune_causal_lm.DataArguments(sequence_length=length, **columns)
-    data = datasets.DatasetDict(train=datasets.Dataset.from_list([row]))
-    return completions.encode(data, tokenizer, args)["train"][0]
-
-
-def with_loss(tokenizer, row: dict) -> str:
-    return tokenizer.decode([token for token, label in zip(row["input_ids"], row["labels"]) if label != -100])
-
-
-@pytest.mark.parametrize("template", [None, CHATML], ids=["plain template", "the tokenizer's"])
-def test_every_answer_of_a_chat_has_a_loss(tokenizer, template):
-    tokenizer.chat_template = template
-    chat = instructions(3, 4)[0]["messages"]
-    row = encoded(tokenizer, {"messages": chat}, length=500, messages_column="messages")
-    end = tokenizer.eos_token + "\n" if template is None else "<|end|>"
-    assert with_loss(tokenizer, row) == "".join(
-        f"{' ' if template is None else ''}{m['content']}{end}" for m in chat if m["role"] == "assistant"
-    )
-    assert tokenizer.decode(row["input_ids"]) == tokenizer.apply_chat_template(chat, tokenize=False)
-    # What the model is asked in use, token by token, is what it was asked in training.
-    prompt = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True)["input_ids"]
-    assert row["input_ids"][: len(prompt)] == prompt
-
-
-def test_answers_that_a_template_writes_anew_are_texts_of_their_own(tokenizer):
-    """As Qwen3's, which leaves out the thoughts of all answers but the last."""
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' and loop.last %}<think>{% endif %}"
-        "{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    args = finetune_causal_lm.DataArguments(sequence_length=500, messages_column="messages")
-    said = (("user", "A?"), ("assistant", "B."), ("user", "C?"), ("assistant", "D."))
-    chat = [{"role": role, "content": text} for role, text in said]
-    data = datasets.DatasetDict(train=datasets.Dataset.from_list([{"messages": chat}]))
-    made = completions.encode(data, tokenizer, args)["train"]
-    assert [with_loss(tokenizer, row) for row in made] == ["<think>B.<|end|>", "<think>D.<|end|>"]
-    whole = "<|user|>A?<|end|><|assistant|>B.<|end|><|user|>C?<|end|><|assistant|><think>D.<|end|>"
-    assert tokenizer.decode(made[1]["input_ids"]) == whole
-
-
-ALTERNATE = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
-BAD_CHATS = {
-    "not a chat": ("text", None, "messages_column='messages' must hold lists of messages with 'role' and 'content'"),
-    "assistant first": ([("assistant", "Hi")], CHATML, "messages_column='messages': a chat must begin with another than"),
-    "template's own error": ([("system", "Hi"), ("assistant", "Hi")], ALTERNATE, "the chat template says no system role, of"),
-    "answer before its question": (
-        [("user", "Hi"), ("assistant", "Hi")], "{% for m in messages|reverse %}{{ m['content'] }}.{% endfor %}{{ bos_token }}",
-        "does not begin with what it writes to ask for it",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD_CHATS)
-def test_chats_that_cannot_be_read_are_named(tokenizer, name):
-    chat, tokenizer.chat_template, message = BAD_CHATS[name]
-    if isinstance(chat, list):
-        chat = [{"role": role, "content": content} for role, content in chat]
-    with pytest.raises(ValueError, match=message):
-        encoded(tokenizer, {"messages": chat}, messages_column="messages")
-
-
-def test_prompts_go_through_the_tokenizer_s_chat_template(tokenizer):
-    columns = {"prompt_column": "prompt", "completion_column": "completion"}
-    row = {"prompt": "Why?", "completion": "So."}
-    assert tokenizer.decode(encoded(tokenizer, row, **columns)["input_ids"]) == "Why?So.<|endoftext|>"
-    tokenizer.chat_template = CHATML
-    made = encoded(tokenizer, row, **columns)
-    assert tokenizer.decode(made["input_ids"]) == "<|user|>Why?<|end|><|assistant|>So.<|end|>"
-    assert with_loss(tokenizer, made) == "So.<|end|>"
-
-
-def test_a_template_made_here_is_saved_with_the_tokenizer(tmp_path, files, model):
-    folders = ["--output_dir", str(tmp_path / "out"), "--export_plain", str(tmp_path / "plain")]
-    finetune_causal_lm.main([*model, *TRAINING, *files, *CHATS, *folders])
-    for folder in ("out", "plain"):
-        assert AutoTokenizer.from_pretrained(tmp_path / folder).chat_template == completions.TEMPLATE
-
-
-def test_rows_without_a_completion_are_left_out(tokenizer, caplog):
-    args = finetune_causal_lm.DataArguments(sequence_length=8, prompt_column="p", completion_column="c")
-    rows = [{"p": "a", "c": "b"}, {"p": "a" * 20, "c": "b"}, {"p": "a", "c": ""}, {"p": "", "c": "bcd"}]
-    data = datasets.DatasetDict(train=datasets.Dataset.from_list(rows))
-    made = completions.encode(data, tokenizer, args)["train"]
-    assert [with_loss(tokenizer, row) for row in made] == ["b<|endoftext|>", "cd<|endoftext|>"]  # nothing predicts a first token
-    assert "2 of 4 rows of the train data are left out" in caplog.text
-
-
-def test_batches_are_filled_up_without_a_loss():
-    batch = completions.collate([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [-100]}])
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, -100, -100]]
 
 
 # ---- images

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -24,6 +23,7 @@ import hf_diffusionblocks as db
 from hf_diffusionblocks.recipes import plots
 from hf_diffusionblocks.recipes import demo_digits, train_image_classification
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 RECIPE = Path(train_image_classification.__file__)
 OVERRIDES = (
     "hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4, "
@@ -34,13 +34,6 @@ TRAINING = [
     "--updates_per_block", "4", "--per_device_train_batch_size", "8", "--learning_rate", "1e-2",
     "--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--save_strategy", "no",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    cache = str(tmp_path_factory.getbasetemp() / "datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(cache))
-    monkeypatch.setenv("HF_DATASETS_CACHE", cache)  # of sub-processes
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
-import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -27,17 +26,13 @@ from hf_diffusionblocks.cli import train as train_verb
 from hf_diffusionblocks.models.image_generation.samples import as_grid
 from hf_diffusionblocks.recipes import train_image_generation
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 SIZES = "num_layers=2, num_attention_heads=2, attention_head_dim=8, patch_size=4, sample_size=8"
 MODEL = ["--num_blocks", "2", "--config_name", "dit-transformer-2d", "--config_overrides", f"{SIZES}, in_channels=1"]
 TRAINING = [
     "--updates_per_block", "2", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--num_inference_steps",
     "2", "--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--save_strategy", "no",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
 
 
 @pytest.fixture(scope="module")

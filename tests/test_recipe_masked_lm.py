@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_recipe_causal_lm import (  # (fixtures among them)
-    LENGTH, OVERRIDES, SIZES, TRAINING, data, folder, own_cache, paragraphs, sequences,  # noqa: F401
-)  # fmt: skip
+from text_recipe_runs import LENGTH, OVERRIDES, SIZES, TRAINING, data, folder, paragraphs, sequences
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -22,6 +20,7 @@ from hf_diffusionblocks.cli import train as train_verb
 from hf_diffusionblocks.recipes import train_masked_lm
 from hf_diffusionblocks.recipes.text import ModelArguments, Packer, trained_tokenizer
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 BERT = {
     "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48,
     "max_position_embeddings": 24,
