@@ -11,20 +11,10 @@ from conftest import randomized
 from scipy import stats
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    LogitsProcessorList,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    pipeline,
-    set_seed,
-)
+    AutoModelForCausalLM, GPT2Config, LlamaConfig, LogitsProcessorList, PreTrainedTokenizerFast, Qwen3Config,
+    RepetitionPenaltyLogitsProcessor, StoppingCriteriaList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper,
+    pipeline, set_seed,
+)  # fmt: skip
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.modulation import AdaLNModulation
@@ -50,9 +40,7 @@ JOINT = {
     f"joint-{readout}-{context}-{shared}": {"readout": readout, "context": context, "shared": shared}
     for readout, context, shared in product(("edm", "posterior"), CONTEXTS, SHARED)
 }
-ANCESTRAL = {
-    "joint-posterior-carried-ancestral": {"readout": "posterior", "context": "carried", "sampler": "ancestral"},
-}
+ANCESTRAL = {"joint-posterior-carried-ancestral": {"readout": "posterior", "context": "carried", "sampler": "ancestral"}}
 FORMULATIONS = {**FACTORIZED, **JOINT, **ANCESTRAL}
 
 
@@ -385,8 +373,7 @@ def test_a_new_token_of_a_joint_model_costs_one_call_of_each_layer(model, ids):
         for index, attention in enumerate(attentions)
     ]
     greedy(model, ids, max_new_tokens=1)
-    prompt_calls = list(calls)
-    calls.clear()
+    prompt_calls, calls[:] = list(calls), []
     greedy(model, ids, max_new_tokens=4)
     for hook in hooks:
         hook.remove()
@@ -397,11 +384,8 @@ def test_a_new_token_of_a_joint_model_costs_one_call_of_each_layer(model, ids):
 def test_modulations_are_computed_once_a_generation(model, ids):
     """Of each layer one for its clean tokens and one for its noisy ones, however many there are."""
     calls = []
-    hooks = [
-        module.register_forward_hook(lambda *_: calls.append(1))
-        for module in model.modules()
-        if isinstance(module, AdaLNModulation)
-    ]
+    modulations = [module for module in model.modules() if isinstance(module, AdaLNModulation)]
+    hooks = [module.register_forward_hook(lambda *_: calls.append(1)) for module in modulations]
     greedy(model, ids)
     for hook in hooks:
         hook.remove()
