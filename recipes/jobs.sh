@@ -8,10 +8,10 @@
 # TASK and OPTION are those of `diffusionblocks train`, which has to be in PATH:
 #
 #   recipes/jobs.sh all 4 outputs/jobs causal-lm --config recipes/configs/gutenberg.yaml \
-#       --train_file train.parquet --validation_file validation.parquet
+#       --denoiser factorized --prior_fraction 1 --train_file train.parquet --validation_file validation.parquet
 #
 # Added to them are `--train_blocks K --context independent --shared per_block --objective local`: no job needs another's
-# weights.
+# weights. That leaves the recommended preset: what OPTION does not say of the formulation is the paper's.
 #
 # `all` runs as many jobs at a time as there are GPUs, each on its own (JOBS=2 says otherwise; without a GPU it is one), and
 # they write OUT_DIR/block-K/log.txt. If one fails, the others go on, nothing is merged, and it says which and ends with

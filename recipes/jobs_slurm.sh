@@ -2,7 +2,8 @@
 # A Slurm array of one-block jobs (recipes/jobs.sh): task K of the array trains block K of B.
 #
 #   array=$(sbatch --parsable --array=0-3 recipes/jobs_slurm.sh 4 outputs/jobs causal-lm \
-#       --config recipes/configs/gutenberg.yaml --train_file train.parquet --validation_file validation.parquet)
+#       --config recipes/configs/gutenberg.yaml --denoiser factorized --prior_fraction 1 \
+#       --train_file train.parquet --validation_file validation.parquet)
 #   sbatch --dependency=afterany:$array --wrap "recipes/jobs.sh merge 4 outputs/jobs"
 #
 # Submit both in the folder that holds `recipes`, with `diffusionblocks` in PATH, and OUT_DIR where all machines see it. The

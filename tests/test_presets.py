@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import randomized
 from process_scenarios import DIT, GPT2, VIT, arguments_of, trainer_of
 from transformers import AutoConfig, GPT2LMHeadModel
@@ -20,7 +21,7 @@ from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.cli.arguments import BlocksArguments
 from hf_diffusionblocks.configuration import USER_FIELDS
-from hf_diffusionblocks.presets import PRESETS, RECOMMENDED, with_preset
+from hf_diffusionblocks.presets import LEAVING, PRESETS, RECOMMENDED, with_preset
 from hf_diffusionblocks.recipes import common
 from hf_diffusionblocks.recipes.formulation import blocks_fields
 from hf_diffusionblocks.memory.ways import formulations_for
@@ -201,7 +202,8 @@ def test_a_run_has_the_model_s_objective_unless_another_is_given(own, given, tmp
     assert model.config.training_report["objective"] == expected
     card = (tmp_path / "README.md").read_text()
     assert f"- objective: {expected}" in card
-    assert ("block-local training" in card) is (expected == "local")
+    assert ("block-local training" in card) is ("each on a loss of its own" in card) is (expected == "local")
+    assert ("on the whole model's loss" in card) is (expected != "local")
 
 
 @pytest.mark.parametrize(
@@ -363,6 +365,11 @@ def test_the_recipes_take_a_preset(preset, given, task, start, tmp_path):
     made = db.DiffusionBlocksConfig(source_config=SOURCES[task], **fields)
     wanted = with_preset(preset, task, start, given, backbone_for(SOURCES[task]))
     assert formulation(made) == formulation(db.DiffusionBlocksConfig(source_config=SOURCES[task], num_blocks=2, **wanted))
+
+
+@pytest.mark.parametrize("file", sorted((Path(common.__file__).parent / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_configs_that_come_along_leave_the_formulation_to_the_preset(file):
+    assert not yaml.safe_load(file.read_text()).keys() & {*LEAVING, "objective"}
 
 
 def test_all_options_of_the_config_are_left_to_the_preset():

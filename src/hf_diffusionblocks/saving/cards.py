@@ -80,6 +80,7 @@ def render(model: PreTrainedModel, home: Path) -> str:
         datasets_yaml=f"datasets:\n- {report['dataset']}\n" if report.get("dataset") else "",
         source=source,
         num_blocks=config.num_blocks,
+        trained_as=_trained_as(config.denoiser, objective),
         level=model.noise_schedule.level_name,
         block_rows="\n".join(_block_row(model, k) for k in range(config.num_blocks)),
         shared_parameters=f"{sum(p.numel() for p in model.shared_parameters()):,}",
@@ -87,6 +88,12 @@ def render(model: PreTrainedModel, home: Path) -> str:
         evaluation_sentence=evaluation_sentence,
         training_section=_training_section(report) + (f"\n\n![Samples]({SAMPLES})" if (home / SAMPLES).is_file() else ""),
     )
+
+
+def _trained_as(denoiser: str, objective: str) -> str:
+    if denoiser == "joint":
+        return "each as a denoiser of its own range of noise"
+    return "each on a loss of its own" if objective == "local" else "on the whole model's loss"
 
 
 def _use_code(model: PreTrainedModel, name: str) -> str:
