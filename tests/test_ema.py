@@ -213,10 +213,9 @@ def test_a_checkpoint_without_averages_or_with_others_is_refused(tmp_path):
     trained(TEXT, tmp_path, ema_decay=None, **saving)
     with pytest.raises(ValueError, match=f"checkpoint-2/{FILE} is missing, and ema_decay=0.3"):
         trainer_of(TEXT.model(), TEXT, tmp_path, ema_decay=DECAY, **saving).train(resume_from_checkpoint=True)
-    trained(TEXT, tmp_path, train_blocks=[1], train_shared=False, **saving)
+    trained(TEXT, tmp_path, train_shared=False, **saving)
     with pytest.raises(ValueError, match=f"{FILE} is not of the parameters that this run trains: it lacks backbone"):
-        job = {"train_blocks": [0, 1], "train_shared": False}
-        trainer_of(TEXT.model(), TEXT, tmp_path, ema_decay=DECAY, **job, **saving).train(resume_from_checkpoint=True)
+        trainer_of(TEXT.model(), TEXT, tmp_path, ema_decay=DECAY, **saving).train(resume_from_checkpoint=True)
 
 
 def test_blocks_in_parallel_are_refused(tmp_path):

@@ -159,6 +159,13 @@ def test_a_job_trains_its_block_s_adapter(tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in part.model.state_dict().items())
 
 
+def test_a_run_resumes_as_it_was_stopped(tmp_path):
+    trained(CASES["gpt2"], tmp_path, block_schedule="random", save_strategy="steps", save_steps=3)
+    trainer = trainer_of(adapted(CASES["gpt2"]), GPT2, tmp_path, {"max_steps": 6, "block_schedule": "together"})
+    with pytest.raises(ValueError, match="block_schedule='together' must be 'random'"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
 @pytest.mark.parametrize(
     "saved, message", [(False, "has no adapters, and the model has them"), (True, "holds adapters, and the model has none")]
 )
@@ -223,6 +230,20 @@ def test_merged_adapters_give_the_same_logits(case, tmp_path):
     assert not torch.allclose(expected, logits(made(*case), case[0]), atol=1e-3)
     torch.testing.assert_close(logits(merged, case[0]), expected, rtol=1e-4, atol=1e-5)
     assert all(parameter.requires_grad for parameter in merged.parameters())
+
+
+@pytest.mark.usefixtures("late_copies")
+def test_adapters_come_and_go_while_blocks_wait_in_host_memory(tmp_path):
+    trained(CASES["gpt2"], tmp_path, learning_rate=0.1).save_model()
+    expected = logits(lora.load_block_adapters(made(*CASES["gpt2"]), tmp_path), GPT2)
+    model = made(*CASES["gpt2"])
+    model.offload_blocks("cpu")
+    assert not torch.allclose(logits(model, GPT2), expected, atol=1e-3)  # (which leaves a block on the device)
+    lora.load_block_adapters(model, tmp_path)
+    assert torch.equal(logits(model, GPT2), expected)
+    merged = lora.merge_and_unload(model)
+    torch.testing.assert_close(logits(merged, GPT2), expected, rtol=1e-4, atol=1e-5)
+    assert merged.offload is not None
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "vit"])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import randomized
 from families import Case, grid
 from process_scenarios import GPT2, LLAMA, VIT, made, trainer_of
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -228,6 +229,29 @@ def test_plain_copies_made_meanwhile_have_the_weights_that_there_are(tmp_path):
     assert len(found[0]) == 5
     for kept, moved in zip(*found):
         assert all(torch.equal(tensor, moved[name]) for name, tensor in kept.items())
+
+
+def test_weights_written_while_a_block_is_on_the_device_are_there_for_good():
+    """An evaluation leaves the last block there."""
+    ids = torch.arange(1, 9)[None]
+    model, other = (made(GPT2, {"num_blocks": B, **CARRIED}).eval() for _ in range(2))
+    randomized(other)
+    model.offload_blocks("cpu")
+    model(ids)
+    model.load_state_dict(other.state_dict())
+    for _ in range(2):  # every block comes, and goes
+        assert torch.equal(model(ids).logits, other(ids).logits)
+
+
+@pytest.mark.parametrize("schedule", ["random", "together"])
+def test_a_resumed_run_is_the_uninterrupted_one_though_it_was_evaluated_before(schedule, tmp_path):
+    arguments = {"offload_inactive_blocks": "cpu", "block_schedule": schedule, "max_steps": 4}
+    arguments |= {"save_strategy": "steps", "save_steps": 2}
+    whole = trained(CASES["gpt2-carried"], tmp_path, **arguments)
+    again = trainer_of(made(GPT2, {"num_blocks": B, **CARRIED}), GPT2, tmp_path, {**arguments, "weight_decay": 0.1})
+    again.evaluate()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same(whole.model, again.model)
 
 
 def test_an_offloaded_model_is_saved_whole(tmp_path):

@@ -142,14 +142,27 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(objective, extra, tmp_path)
         assert_same(whole.model, model)
 
 
-@pytest.mark.parametrize("before, after", [("random", None), ("together", "random"), ("random", "sequential")])
-def test_a_run_resumes_with_its_own_schedule(before, after, tmp_path):
-    """None is together, for this model."""
-    arguments = {"objective": "local", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    trained(made(GPT2, CARRIED), GPT2, tmp_path, {**arguments, "block_schedule": before})
-    again = trainer_of(made(GPT2, CARRIED), GPT2, tmp_path, {**arguments, "block_schedule": after})
-    message = f"checkpoint-2 was trained with block_schedule='{before}', and this run has '{after or 'together'}'"
-    with pytest.raises(ValueError, match=message):
+RANDOM = {"block_schedule": "random", "objective": "local"}
+IN_TURN = {"block_schedule": "sequential", "objective": "local"}
+
+
+@pytest.mark.parametrize(
+    "before, after, message",
+    [
+        (RANDOM, {"objective": "local"}, "block_schedule='together' must be 'random'"),
+        (LOCAL, RANDOM, "block_schedule='random' must be 'together'"),
+        (RANDOM, IN_TURN, "block_schedule='sequential' must be 'random'"),
+        (EXACT, LOCAL, "objective='local' must be 'exact'"),
+        (RANDOM, {**RANDOM, "block_switch_interval": 2}, "block_switch_interval=2 must be 1"),
+        (RANDOM, {**RANDOM, "train_blocks": [0, 1], "train_shared": False}, r"train_blocks=\[0, 1\] must be \[0, 1, 2, 3\]"),
+        (IN_TURN, {**IN_TURN, "max_steps": 8}, "max_steps=8 must be 4"),
+    ],
+)  # fmt: skip
+def test_a_run_resumes_as_it_was_stopped(before, after, message, tmp_path):
+    arguments = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trained(made(GPT2, CARRIED), GPT2, tmp_path, {**arguments, **before})
+    again = trainer_of(made(GPT2, CARRIED), GPT2, tmp_path, {**arguments, **after})
+    with pytest.raises(ValueError, match=f"{message}, as in the run that is resumed from step 2"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

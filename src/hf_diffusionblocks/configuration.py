@@ -123,7 +123,7 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         "local",
         "What a block is trained on: 'local', its own readout; 'final', the last block's, through the later blocks, which "
         "stay as they are (they run twice); 'exact', the same, in steps that train all blocks together, last to first (both "
-        "for fine-tuning; factorized and carried).",
+        "factorized and carried; 'final' is for pretrained blocks).",
     )
 
     label_dropout: float = _field(

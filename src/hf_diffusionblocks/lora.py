@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
@@ -84,10 +85,22 @@ def add_block_adapters(
         own.layers_pattern = model.architecture.layers_path.rpartition(".")[2]
         whole = list(config.modules_to_save or []) if block == model.num_blocks - 1 else []
         own.modules_to_save = [*whole, *model.blocks[block].own_readout] or None
-        with seeded([seed, block], model.device):  # as all fresh weights of a block: whichever others are loaded
+        # (Seeded as all fresh weights of a block: whichever others are loaded.)
+        with _all_in_one_place(model), seeded([seed, block], model.device):
             _add(model, own, block)
     _activate(model)
     return model
+
+
+@contextmanager
+def _all_in_one_place(model: DiffusionBlocksPreTrainedModel) -> Iterator[None]:
+    """While blocks get other parameters, or lose some: those that wait in host memory afterwards are the new ones."""
+    device = None if model.offload is None else model.offload.device
+    model.offload_blocks(None)
+    try:
+        yield
+    finally:
+        model.offload_blocks(device)
 
 
 def _loaded_blocks(model: DiffusionBlocksPreTrainedModel, blocks: Sequence[int] | None) -> list[int]:
@@ -181,7 +194,8 @@ def load_block_adapters(
             )
         if not model.has_adapters or adapter_of(block) not in model.peft_config:
             config.modules_to_save = [_in_model(saved) for saved in config.modules_to_save or ()] or None
-            _add(model, config, block)
+            with _all_in_one_place(model):
+                _add(model, config, block)
         _load(model, path / SAFETENSORS_WEIGHTS_NAME, block)
     _activate(model)
     return model
@@ -210,12 +224,13 @@ def merge_and_unload(model: DiffusionBlocksPreTrainedModel) -> DiffusionBlocksPr
     """
     if not model.has_adapters:
         raise ValueError("the model has no adapters: add_block_adapters gives it some")
-    for name, module in list(model.named_modules()):
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            model.set_submodule(name, module.unload_and_optionally_merge_module(True, False, None))
-        elif isinstance(module, BaseTunerLayer):
-            module.merge()
-            model.set_submodule(name, module.get_base_layer())
+    with _all_in_one_place(model):
+        for name, module in list(model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                model.set_submodule(name, module.unload_and_optionally_merge_module(True, False, None))
+            elif isinstance(module, BaseTunerLayer):
+                module.merge()
+                model.set_submodule(name, module.get_base_layer())
     del model.peft_config
     model._hf_peft_config_loaded = False
     return model.requires_grad_(True)

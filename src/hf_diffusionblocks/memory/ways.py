@@ -109,6 +109,8 @@ def ways_to_train(formulations: Mapping[str, Mapping]) -> list[Way]:
         carried = fields.get("context") == "carried"
         cached = ", cached inputs" if carried else ""
         common, own = {**fields, "shared": "common"}, {**fields, "shared": "per_block"}
+        runs_plain = carried and fields.get("denoiser") == "factorized"  # and so trains together by default
+        ways += _together(name, common) if runs_plain else []
         ways += [
             Way(f"{name}: all blocks in turn", common),
             Way(f"{name}: all blocks, inactive ones in host memory", common, offload=True),
@@ -118,8 +120,7 @@ def ways_to_train(formulations: Mapping[str, Mapping]) -> list[Way]:
         if carried:
             around = f"{name}: job, shared part frozen, around the earlier blocks"
             ways.append(Way(around, common, job=True, train_shared=False))
-        if carried and fields.get("denoiser") == "factorized":
-            ways += _final(name, common) + _together(name, common)
+        ways += _final(name, common) if runs_plain else []
     return ways
 
 
@@ -140,9 +141,9 @@ def _together(name: str, common: Mapping) -> list[Way]:
     elsewhere = "inactive ones in host memory"
     least = replace(exact, name=f"{exact.name}, checkpointing, {elsewhere}", checkpointing=True, offload=True)
     return [
-        own,
-        replace(own, name=f"{own.name}, {elsewhere}", offload=True),
         exact,
         least,
         replace(least, name=f"{least.name}, shared part frozen", train_shared=False),
+        own,
+        replace(own, name=f"{own.name}, {elsewhere}", offload=True),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -231,6 +231,15 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         if self.offload is not None:
             self.offload.settle()
         return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args, **kwargs):
+        with self.blocks_at_hand():
+            return super().load_state_dict(*args, **kwargs)
+
+    def blocks_at_hand(self) -> AbstractContextManager[None]:
+        """Have blocks where others than training read and change their weights: in host memory, if they wait there for their
+        turn. (Of what is on the device then, only what has trained goes back.)"""
+        return nullcontext() if self.offload is None else self.offload.all_away()
 
     @property
     def device(self) -> torch.device:

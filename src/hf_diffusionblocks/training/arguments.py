@@ -54,8 +54,8 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
         metadata={
             "help": "What a block is trained on: 'local', its own readout; 'final', the last block's, through the later "
             "blocks, which stay as they are (they run twice); 'exact', the same, in steps that train all blocks together, "
-            "last to first: end-to-end training in the memory of a block (both factorized and carried, for fine-tuning). "
-            "Default: the model's own, as its config has it.",
+            "last to first: end-to-end training, with gradients and activations of one block (both factorized and carried; "
+            "'final' is for pretrained blocks). Default: the model's own, as its config has it.",
             "choices": list(CHOICES["objective"]),
         },
     )

@@ -92,19 +92,14 @@ class WeightAverages(TrainerCallback):
         own: dict[str, torch.Tensor] = {}
         self._are_in_model = True
         try:
-            with self._parameters_at_hand():
+            with self._trainer.model.blocks_at_hand():
                 own = {name: self._parameters[name].detach().to("cpu", copy=True) for name in self._averages}
                 self._write(self._averages)
             yield
         finally:
-            with self._parameters_at_hand():
+            with self._trainer.model.blocks_at_hand():
                 self._write(own)
             self._are_in_model = False
-
-    def _parameters_at_hand(self) -> AbstractContextManager[None]:
-        """To read and write those of all blocks."""
-        offload = self._trainer.model.offload
-        return nullcontext() if offload is None else offload.all_away()
 
     def _write(self, values: Mapping[str, torch.Tensor]) -> None:
         for name, value in values.items():

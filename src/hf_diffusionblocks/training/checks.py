@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from inspect import signature
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset
-from transformers import PreTrainedConfig, Trainer
-from transformers.utils import CONFIG_NAME, logging
+from transformers import Trainer
+from transformers.utils import logging
 
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..saving.resident import checked_blocks
@@ -138,24 +137,6 @@ def check_schedule(
         raise ValueError(
             f"{schedule} with context='carried' needs denoiser='factorized': what a block of this model "
             f"({model.config.formulation}, {model.task}) trains on is not what it passes on"
-        )
-
-
-def check_goes_on(checkpoint: Path, args: DiffusionBlocksTrainingArguments) -> None:
-    """Refuse to go on with another schedule than that of the run that was stopped: its steps were other steps.
-
-    Raises:
-        ValueError: names both.
-    """
-    if not (checkpoint / CONFIG_NAME).is_file():
-        return  # no checkpoint, which the Trainer says
-    report = PreTrainedConfig.get_config_dict(checkpoint)[0].get("training_report") or {}
-    before = report.get("block_schedule", args.block_schedule)
-    if before != args.block_schedule:
-        raise ValueError(
-            f"resume_from_checkpoint={checkpoint} was trained with block_schedule={before!r}, and this run has "
-            f"{args.block_schedule!r}, whose steps train other blocks: set block_schedule={before!r}, or load the checkpoint as "
-            "a model and start anew"
         )
 
 

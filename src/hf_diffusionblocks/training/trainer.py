@@ -23,10 +23,11 @@ from .block_evaluation import BlockEvaluation
 from .block_optimizer import learning_rate_curve, scheduler_by_block, split_by_block
 from .block_schedule import BlockSchedule
 from .checks import (
-    WithBlockInput, WithoutFullMask, blocks_to_train, cached_column, check_goes_on, check_processes, check_schedule,
-    columns_to_keep, settle_schedule, warn_of_own_fields,
+    WithBlockInput, WithoutFullMask, blocks_to_train, cached_column, check_processes, check_schedule, columns_to_keep,
+    settle_schedule, warn_of_own_fields,
 )  # fmt: skip
 from .parallel import Layout, all_states, broadcast
+from .resumed_runs import StepsOfRun
 from .step_ledgers import StepLedgers
 from .together import TogetherSteps
 
@@ -101,6 +102,8 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         learning_rate_curve(args, num_updates=1)  # complain before training
         self.block_schedule: BlockSchedule | None = None  # known once training knows its number of steps
         self.active = self._active(self.layout.blocks[0])
+        self._steps_of_run = StepsOfRun(args, self.train_blocks)
+        self.add_callback(self._steps_of_run)
         self._together = TogetherSteps(self) if together else None
         self._trained = TrainedParameters(model, self.train_blocks, args.train_shared)  # known once training begins
         self._schedules: list[BlockSchedule] = []  # of all lanes
@@ -348,10 +351,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         return result
 
     def _load_best_model(self) -> None:
-        # The Trainer's would load weights into blocks on the device that go back to host memory, and knows no adapters.
-        if self.model.offload is not None:
-            self.model.offload.put_away()
-        if self.model.has_adapters:
+        if self.model.has_adapters:  # of which the Trainer's knows nothing
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
@@ -380,9 +380,10 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         # The Trainer's reads what is there: a save that is not finished, shards that are not whole, no adapters.
-        shards.finish_interrupted_save(Path(resume_from_checkpoint))
-        check_goes_on(Path(resume_from_checkpoint), self.args)
-        saved = any(Path(resume_from_checkpoint).glob("block_*/adapter_config.json"))
+        folder = Path(resume_from_checkpoint)
+        shards.finish_interrupted_save(folder)
+        self._steps_of_run.check(folder)
+        saved = any(folder.glob("block_*/adapter_config.json"))
         if saved != self.model.has_adapters:
             says, has = ("holds", "has none") if saved else ("has no", "has them")
             raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint} {says} adapters, and the model {has}")
@@ -391,5 +392,5 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
             lora.load_block_adapters(self.model, resume_from_checkpoint)
             return
-        shards.check_shards(Path(resume_from_checkpoint))
+        shards.check_shards(folder)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
