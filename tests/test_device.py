@@ -65,3 +65,9 @@ def test_what_does_is_found(name, waits):
 def test_a_mask_that_hides_nothing_is_left_out_where_the_batch_is_made(mask, kept):
     batch = WithoutFullMask(default_data_collator)([{"input_ids": [3, 4], "attention_mask": mask}] * 2)
     assert ("attention_mask" in batch) == kept and batch["input_ids"].shape == (2, 2)
+
+
+def test_a_mask_is_kept_beside_positions():
+    """Without one, texts that are packed in a row would not see one another, and with padding in the batch they would."""
+    row = {"input_ids": [3, 4], "attention_mask": [1, 1], "position_ids": [0, 0]}
+    assert "attention_mask" in WithoutFullMask(default_data_collator)([row])

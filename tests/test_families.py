@@ -88,7 +88,7 @@ def test_a_block_that_does_not_exist_is_refused(case):
         model(**case.rows(), block_index=beyond)
 
 
-@with_known_targets
+@everywhere
 def test_training_without_a_block_is_refused(case):
     with pytest.raises(ValueError, match="block_index=None in training"):
         case.model().train()(**case.rows())

@@ -259,4 +259,4 @@ def test_bad_arguments_of_predict_are_refused(arguments, named):
 
 def test_images_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"pixel_values of \[4, 2, 8, 4\] must be \[N, 2, 8, 8\]"):
-        COMMON.model()(images()[..., :4], LABELS)
+        COMMON.model().eval()(images()[..., :4], LABELS)

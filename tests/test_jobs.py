@@ -267,6 +267,19 @@ def test_a_job_on_cached_inputs_is_the_job_around_its_predecessors(family, field
     assert trainer.evaluate()["eval_loss"] > 0
 
 
+def test_a_job_on_cached_inputs_evaluates_the_whole_model_on_any_data(texts, tmp_path):
+    """If the earlier blocks are loaded, too; otherwise it needs a cache of these data."""
+    whole, part = (made(CONFIGS["gpt2"], CARRIED, blocks) for blocks in (None, [1]))
+    cached = db.cache_block_inputs(whole, texts, 1, tmp_path / "cache")
+    args = db.DiffusionBlocksTrainingArguments(
+        str(tmp_path / "job"), max_steps=1, train_blocks=[1], train_shared=False, use_cpu=True, report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    given = {"args": args, "train_dataset": cached, "eval_dataset": texts}
+    assert db.DiffusionBlocksTrainer(model=whole, **given).evaluate()["eval_loss"] > 0
+    with pytest.raises(ValueError, match="eval_dataset must have the column 'input_of_block_1', as train_dataset has"):
+        db.DiffusionBlocksTrainer(model=part, **given)
+
+
 def test_cached_inputs_chain_from_block_to_block(texts, tmp_path):
     """Only the block between two caches is loaded."""
     torch.manual_seed(0)

@@ -32,6 +32,18 @@ def losses(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant=True must be False"),
+        ({"every_n_layers": 2}, "every_n_layers=2 must be 1"),
+    ],
+)
+def test_checkpointing_that_would_not_be_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        made(GPT2, {}).activation_checkpointing_enable(**arguments)
+
+
 def test_checkpointing_changes_memory_alone(case, tmp_path):
     kept, computed_again = trained(case, tmp_path), trained(case, tmp_path, activation_checkpointing=True)
     assert losses(computed_again) == pytest.approx(losses(kept), abs=1e-6)

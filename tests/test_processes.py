@@ -349,7 +349,7 @@ def test_what_cannot_be_sharded_is_refused(case, message, tmp_path, monkeypatch)
 
 def test_half_precision_with_a_loss_scale_for_each_block_is_refused(tmp_path):
     trainer = trainer_of(made(GPT2, {}), GPT2, tmp_path, {"block_parallel": True})
-    trainer.args.fp16 = True
+    trainer.args.mixed_precision = "fp16"
     with pytest.raises(ValueError, match="fp16=True cannot be combined with block_parallel=True"):
         check_processes(trainer, Layout([0, 1], 2, 0, block_parallel=True))
 

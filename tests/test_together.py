@@ -250,6 +250,11 @@ def test_the_log_and_the_card_say_so(objective, tmp_path):
     assert "- block schedule: together" in (tmp_path / "README.md").read_text()
 
 
+def test_fp16_of_the_launcher_has_blocks_take_turns(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert arguments_of(tmp_path, {}).in_turn
+
+
 @pytest.mark.parametrize(
     "source, fields, arguments, message",
     [
@@ -265,5 +270,5 @@ def test_what_it_needs_is_said(source, fields, arguments, message, tmp_path):
     model = made(source, fields)
     with pytest.raises(ValueError, match=message):
         args = trainer_of(model, source, tmp_path, {**arguments, "fp16": False}).args
-        args.fp16 = arguments.get("fp16", False)  # (the CPU has none)
+        args.mixed_precision = "fp16" if arguments.get("fp16") else "no"  # (the CPU has none)
         check_schedule(model, args, None)

@@ -245,6 +245,15 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     def device(self) -> torch.device:
         return super().device if self.offload is None else self.offload.device
 
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, every_n_layers: int = 1):
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant=True must be False: what enters a block has no gradient, and so would its layers have none"
+            )
+        if every_n_layers != 1:
+            raise ValueError(f"every_n_layers={every_n_layers} must be 1: layers are checkpointed all, or none")
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
+
     def run_layer(
         self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention
     ) -> torch.Tensor:
@@ -271,16 +280,16 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     # ---- the clean input through blocks
 
     def check_block_given(
-        self, block_index: int | None, labels: torch.Tensor | None, block_output: torch.Tensor | None
+        self, block_index: int | None, target: torch.Tensor | None, block_output: torch.Tensor | None = None
     ) -> None:
-        """Raise ValueError unless `forward` is called for a block and its labels, or for the whole model in evaluation."""
-        if block_index is None and self.training and labels is not None:
+        """Raise ValueError unless `forward` is called for a block and its target, or for the whole model in evaluation."""
+        if block_index is None and self.training and target is not None:
             raise ValueError(
                 "block_index=None in training: pass the block to train (DiffusionBlocksTrainer does), or call model.eval() "
-                "for the label-free loss"
+                "for the loss of the whole model"
             )
-        if block_index is not None and labels is None:
-            raise ValueError(f"labels=None with block_index={block_index}: a block is trained on the noised label")
+        if block_index is not None and target is None:
+            raise ValueError(f"labels=None with block_index={block_index}: a block is trained on labels")
         if block_output is not None and self.denoiser.modulated:
             raise ValueError("block_output must be None with denoiser='joint': layers run on x and z together")
 

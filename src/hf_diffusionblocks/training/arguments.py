@@ -119,10 +119,15 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
                 )
 
     @property
+    def scales_loss(self) -> bool:
+        """Whether it trains in fp16, whoever says so: `fp16=True`, or `accelerate launch --mixed_precision fp16`."""
+        return self.mixed_precision == "fp16"
+
+    @property
     def in_turn(self) -> bool:
         """Whether blocks take turns, by what is asked for."""
         if self.block_schedule is None:
-            return self.block_parallel or self.block_switch_interval > 1 or self.fp16
+            return self.block_parallel or self.block_switch_interval > 1 or self.scales_loss
         return self.block_schedule != "together"
 
     def objective_of(self, configured: str) -> str:

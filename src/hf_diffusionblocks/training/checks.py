@@ -126,7 +126,7 @@ def check_schedule(
         raise ValueError(f"objective='final' with {schedule} must be 'exact', or 'local': other blocks do not stay as they are")
     if args.block_parallel:
         raise ValueError(f"{schedule} with block_parallel=True: each process trains blocks of its own, and none has all")
-    if args.fp16:
+    if args.scales_loss:
         raise ValueError(
             f"{schedule} with fp16=True: blocks would share one loss scale. bf16=True needs none; or set "
             "block_schedule='random'"
@@ -179,7 +179,7 @@ def check_processes(trainer: Trainer, layout: Layout) -> None:
             f"ema_decay={args.ema_decay} cannot be combined with block_parallel=True: each process would have the averages "
             "of its own blocks alone. Train blocks in turn, or one block a job"
         )
-    if layout.num_lanes > 1 and args.fp16 and args.train_shared and model.shared_parameters():
+    if layout.num_lanes > 1 and args.scales_loss and args.train_shared and model.shared_parameters():
         raise ValueError(
             "fp16=True cannot be combined with block_parallel=True and common trained parameters: each block would scale "
             "its loss, and their gradients with it, by itself. bf16=True needs no scale"
@@ -229,14 +229,29 @@ def _check_sharding(trainer: Trainer) -> None:
     plugin.transformer_cls_names_to_wrap = [type(part).__name__ for part in layer.children() if any(part.children())]
 
 
+def check_evaluation_data(trainer: Trainer, cached: str | None) -> None:
+    """Raise ValueError if a job on cached inputs, which has no earlier blocks, would evaluate on data that no cache was made of."""
+    if cached is None or len(trainer.model.resident_blocks) == trainer.model.num_blocks:
+        return
+    given = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+    for name, data in given.items():
+        if cached not in (getattr(data, "column_names", None) or [cached]):
+            raise ValueError(
+                f"eval_dataset{name and f'[{name!r}]'} must have the column {cached!r}, as train_dataset has, since earlier blocks "
+                "are not loaded: cache_block_inputs makes it"
+            )
+
+
 class WithBlockInput:
-    """A collator that also stacks what enters the block."""
+    """A collator that also stacks what enters the block, where the rows have it."""
 
     def __init__(self, collator: Callable[[list[dict]], dict], block_index: int):
         self.collator, self.column = collator, column_of(block_index)
         self.dropped = {self.column, predecessors_column_of(block_index)}
 
     def __call__(self, rows: list[dict]) -> dict:
+        if self.column not in rows[0]:  # of a set to evaluate the whole model on
+            return self.collator(rows)
         hidden = torch.stack([torch.as_tensor(np.asarray(row[self.column], np.float32)) for row in rows])
         others = [{name: value for name, value in row.items() if name not in self.dropped} for row in rows]
         return {**self.collator(others), "block_input": hidden}
@@ -244,7 +259,8 @@ class WithBlockInput:
 
 class WithoutFullMask:
     """A collator that leaves out an attention mask that hides nothing: here, in host memory, that is seen for nothing, and
-    attention without a mask has faster kernels."""
+    attention without a mask has faster kernels. (Not beside `position_ids`: texts packed in a row are told apart by these
+    where there is no mask.)"""
 
     def __init__(self, collator: Callable[[list[dict]], dict]):
         self.collator = collator
@@ -253,6 +269,6 @@ class WithoutFullMask:
     def __call__(self, rows: list[dict]) -> dict:
         batch = self.collator(rows)
         mask = batch.get("attention_mask")
-        if mask is None or mask.dim() != 2 or not bool((mask == 1).all()):  # (one of four dimensions says who sees whom)
-            return batch
+        if mask is None or "position_ids" in batch or mask.dim() != 2 or not bool((mask == 1).all()):
+            return batch  # (one of four dimensions says who sees whom)
         return {name: value for name, value in batch.items() if name != "attention_mask"}

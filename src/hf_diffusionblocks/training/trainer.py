@@ -23,8 +23,8 @@ from .block_evaluation import BlockEvaluation
 from .block_optimizer import learning_rate_curve, scheduler_by_block, split_by_block
 from .block_schedule import BlockSchedule
 from .checks import (
-    WithBlockInput, WithoutFullMask, blocks_to_train, cached_column, check_processes, check_schedule, columns_to_keep,
-    settle_schedule, warn_of_own_fields,
+    WithBlockInput, WithoutFullMask, blocks_to_train, cached_column, check_evaluation_data, check_processes, check_schedule,
+    columns_to_keep, settle_schedule, warn_of_own_fields,
 )  # fmt: skip
 from .parallel import Layout, all_states, broadcast
 from .resumed_runs import StepsOfRun
@@ -92,6 +92,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         if args.label_names is None and "labels" not in signature(model.forward).parameters:
             self.label_names = []  # what it is trained on is the input itself (`class_labels` are a condition)
         check_processes(self, self.layout)
+        check_evaluation_data(self, self._cached_column)
         if args.torch_compile:
             model.compile_layers(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         if model.offload is not None:  # `evaluate` would move the whole model to the device, to prepare it

@@ -60,15 +60,14 @@ class NoisyImage:
         self.model = model
 
     def estimate(
-        self, active: ActiveBlocks, z: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor,
-        cached: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+        self, active: ActiveBlocks, z: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor
+    ) -> torch.Tensor:
         """EDM's `D = c_skip z + c_out F(c_in z, c_noise)`, `[N, C, H, W]` float32, of z and levels `[N]`."""
         model, block = self.model, self.model.blocks[active.reader]
         c = precondition(sigma[:, None, None, None], model.sigma_data)
         # (Sinusoids of diffusers are made for 0 to 1000; c_noise spans [-1.6, 1.1].)
         conditions = {"timestep": 1000 * c.noise.flatten(), "class_labels": class_labels}
-        hidden = model.training_output(active, Clean({"pixel_values": c.input * z}, conditions), cached)
+        hidden = model.training_output(active, Clean({"pixel_values": c.input * z}, conditions))
         condition = model.architecture.condition(block.layers[0], **conditions)
         patches = block.read_out(hidden, condition=condition)
         network = model.architecture.unpatchify(model.config.source_config, patches)
@@ -117,7 +116,6 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
         noise: torch.Tensor | None = None,
         generator: Generators = None,
         return_logits: bool | None = None,
-        block_input: torch.Tensor | None = None,
         loss_block: int | None = None,
         return_loss: bool = True,
     ) -> ImageDenoiserOutput:
@@ -131,7 +129,6 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
             noise: standard normal, like the images; drawn when None.
             generator: of the draws; or one an image, N of them.
             return_logits, return_loss: for all tasks alike; there are no logits.
-            block_input: None, since a block's input is the noisy image.
             loss_block: None, or `block_index`.
 
         Returns:
@@ -139,8 +136,9 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
             is denoised once by every block, at levels stratified over the batch and with noise that repeats.
 
         Raises:
-            ValueError: the images are of another size, or a label beyond the table.
+            ValueError: the images are of another size, a label is beyond the table, or there is no block in training mode.
         """
+        self.check_block_given(block_index, pixel_values)
         self._check_images(pixel_values)
         class_labels = self.checked_labels(class_labels, len(pixel_values))
         if block_index is None:
@@ -151,16 +149,16 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
         if self.training and self.config.label_dropout:
             hidden = draw(torch.rand, (len(pixel_values),), generator, self.device) < self.config.label_dropout
             class_labels = torch.where(hidden.to(self.device), self.num_classes, class_labels)
-        loss, estimate = self._loss(active, pixel_values, class_labels, sigma, noise, generator, block_input)
+        loss, estimate = self._loss(active, pixel_values, class_labels, sigma, noise, generator)
         return ImageDenoiserOutput(loss=loss, estimate=estimate)
 
-    def _loss(self, active, images, class_labels, sigma, noise, generator, cached=None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss(self, active, images, class_labels, sigma, noise, generator) -> tuple[torch.Tensor, torch.Tensor]:
         """EDM's w(sigma) L2, each image with the weight of its own level, and the estimate."""
         sigma = sigma.to(self.device, torch.float32)
         images = images.to(self.device, torch.float32)
         flat_noise = None if noise is None else noise.flatten(1)
         z = corrupt(images.flatten(1), sigma, flat_noise, generator).unflatten(1, images.shape[1:])
-        estimate = self.denoiser.estimate(active, z, sigma, class_labels, cached)
+        estimate = self.denoiser.estimate(active, z, sigma, class_labels)
         loss = edm_loss_weight(sigma, self.sigma_data) * (estimate - images).square().mean((1, 2, 3))
         return loss.mean(), estimate
 

@@ -121,7 +121,6 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         generator: Generators = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         return_logits: bool | None = None,
-        block_input: torch.Tensor | None = None,
         loss_block: int | None = None,
     ) -> MaskedLMOutput:
         """Train one block (`block_index` given), or predict masked tokens.
@@ -139,7 +138,6 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
             num_items_in_batch: tokens that the summed loss is divided by; None is the labels of this batch.
             return_logits: whether to hold and return all logits; None returns them unless a block is trained. No other
                 logits are held than those of masked tokens, in chunks.
-            block_input: None: what enters a block changes with the masks.
             loss_block: None, or `block_index`.
 
         Returns:
@@ -152,22 +150,16 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         Raises:
             ValueError: labels are missing for a block, or a block for training; or a text to train on holds MASK.
         """
+        self.check_block_given(block_index, labels)
         text = MaskedText(input_ids, attention_mask, position_ids, token_type_ids)
         if block_index is None:
-            if self.training and labels is not None:
-                raise ValueError(
-                    "block_index=None in training: pass the block to train (DiffusionBlocksTrainer does), or call "
-                    "model.eval() for the loss of all blocks"
-                )
             return self._predict(text, labels, num_items_in_batch, return_logits)
-        if labels is None:
-            raise ValueError(f"labels=None with block_index={block_index}: a block is trained on tokens to guess")
         self._refuse_masked(text)
         active = self.active_blocks(block_index, loss_block)
         maskable = (labels != IGNORED) & text.attended
         counts = self._counts(active.last, text, maskable, mask_ratio, generator)
         masked = draw_masked(counts, maskable, generator)
-        hidden = self.training_output(active, self.seen(text.masked(masked, self.mask_token_id)), block_input)
+        hidden = self.training_output(active, self.seen(text.masked(masked, self.mask_token_id)))
         reader = self.blocks[active.reader]
         weights = self._weights(active.last, text, masked, maskable)
         items = maskable.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
