@@ -40,7 +40,8 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
     Each optimizer step trains one block, the same for all its micro-batches and, without `block_parallel`, on all ranks; or
     (`block_schedule="together"`) all blocks, one after another. Only the gradients of one block are there at a time, and
     those of what blocks share. Noise is keyed by seed, step and the row's number in the step's batch: a resumed run repeats
-    the uninterrupted one, and neither several processes nor gradient accumulation change what a row meets.
+    the uninterrupted one, and neither several processes nor gradient accumulation change what a row meets. (Of masked text,
+    how many tokens are masked is spread over a micro-batch.)
 
     Args:
         model: from [`convert`] or `from_pretrained`.
