@@ -134,7 +134,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(objective, extra, tmp_path)
     arguments = {**objective, **extra, "max_grad_norm": 1.0, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     whole = trained(made(GPT2, CARRIED), GPT2, tmp_path / "run", arguments)
     model = made(GPT2, CARRIED)
-    again = trainer_of(model, GPT2, tmp_path / "run", arguments)
+    again = trainer_of(model, GPT2, tmp_path / "run", {**arguments, "restore_callback_states_from_checkpoint": bool(extra)})
     again.train_dataset = data(GPT2)
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert_same(whole.model, model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -17,19 +16,19 @@ class StepsOfRun(TrainerCallback, ExportableState):
     """What decides which blocks a step trains, and on what; kept in a checkpoint's `trainer_state.json`.
 
     A run that is resumed with other values is refused: the steps that it counts on were other steps.
-
-    Args:
-        args: of the run, settled.
-        blocks: that it trains.
     """
 
-    def __init__(self, args: DiffusionBlocksTrainingArguments, blocks: Sequence[int]):
+    def __init__(self, **values):
+        self._values = values
+
+    @classmethod
+    def of(cls, args: DiffusionBlocksTrainingArguments, blocks: Sequence[int]) -> StepsOfRun:
+        """Of settled arguments, and the blocks that are trained."""
         names = ("block_schedule", "objective", "block_switch_interval", "block_parallel")
-        self._values: dict[str, Any] = {name: getattr(args, name) for name in names}
-        self._values["train_blocks"] = list(blocks)
+        return cls(**{name: getattr(args, name) for name in names}, train_blocks=list(blocks))
 
     def state(self) -> dict:
-        return {"args": {}, "attributes": self._values}
+        return {"args": self._values, "attributes": {}}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self._values["block_schedule"] == "sequential":  # each block has a part of all steps
@@ -50,7 +49,7 @@ class StepsOfRun(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get(type(self).__name__)
         if not (saved and state.global_step):  # a run of its own, or one resumed from a checkpoint without
             return
-        for name, before in saved["attributes"].items():
+        for name, before in saved["args"].items():
             if self._values.get(name, before) != before:
                 raise ValueError(
                     f"{name}={self._values[name]!r} must be {before!r}, as in the run that is resumed from step "

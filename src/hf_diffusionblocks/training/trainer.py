@@ -104,7 +104,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         learning_rate_curve(args, num_updates=1)  # complain before training
         self.block_schedule: BlockSchedule | None = None  # known once training knows its number of steps
         self.active = self._active(self.layout.blocks[0])
-        self._steps_of_run = StepsOfRun(args, self.train_blocks)
+        self._steps_of_run = StepsOfRun.of(args, self.train_blocks)
         self.add_callback(self._steps_of_run)
         self._together = TogetherSteps(self) if together else None
         self._trained = TrainedParameters(model, self.train_blocks, args.train_shared)  # known once training begins
