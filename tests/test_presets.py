@@ -232,11 +232,6 @@ def test_exact_is_the_final_loss_where_blocks_take_turns(turns, tmp_path, caplog
     assert "the model's objective='exact' is 'final' in this run" in caplog.text
 
 
-def test_turns_have_no_length_where_blocks_are_asked_to_train_together(tmp_path):
-    together = {"block_schedule": "together", "block_switch_interval": 2}
-    assert trainer_of(db.convert(GPT2LMHeadModel(GPT2), 2), GPT2, tmp_path, together).args.objective == "exact"
-
-
 @pytest.mark.parametrize(
     "fields, arguments, schedule",
     [

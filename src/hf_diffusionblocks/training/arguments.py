@@ -107,8 +107,15 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must be above 0 and below 1, or None for no averages")
+        if self.ema_in_host_memory and self.ema_decay is None:
+            raise ValueError("ema_in_host_memory=True needs ema_decay, without which there are no averages")
         if self.block_switch_interval < 1:
             raise ValueError(f"block_switch_interval={self.block_switch_interval} must be at least 1")
+        if self.block_switch_interval > 1 and self.block_schedule not in (None, "random"):
+            raise ValueError(
+                f"block_switch_interval={self.block_switch_interval} with block_schedule={self.block_schedule!r} must be 1: random "
+                "turns have a length"
+            )
         if self.updates_per_block is not None:
             if self.updates_per_block < 1:
                 raise ValueError(f"updates_per_block={self.updates_per_block} must be at least 1")
