@@ -8,12 +8,13 @@ import pytest
 import torch
 from cli_runs import blocks_folder, config_file, contents, edit_json, fail, plain_folder
 from conftest import randomized
+from families import CASES
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
-    AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedTokenizerFast,
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedTokenizerFast,
     ViTForImageClassification, ViTImageProcessorPil, pipeline,
 )  # fmt: skip
 
@@ -46,6 +47,15 @@ def test_converted_model_is_one_for_pipelines(plain_config, tmp_path, capsys):
     found, expected = (pipeline("image-classification", model=folder)(image) for folder in (out, source))
     assert [entry["label"] for entry in found] == [entry["label"] for entry in expected]
     assert [entry["score"] for entry in found] == pytest.approx([entry["score"] for entry in expected], abs=1e-6)
+
+
+def test_a_fresh_dit_shares_nothing_between_its_blocks(tmp_path, capsys):
+    """By the recommended preset: there is no such file, and no such row."""
+    CASES["dit"].plain().save_pretrained(tmp_path / "dit")
+    main(["convert", "--fresh", str(tmp_path / "dit"), str(tmp_path / "out"), "--num_blocks", "2"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows if row][1:] == ["block", "0", "1", "total"]
+    assert rows[-1][1] == f"{sum(p.numel() for p in AutoModel.from_pretrained(tmp_path / 'out').parameters()):,}"
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
