@@ -125,7 +125,7 @@ def test_yaml_and_the_command_line_over_it(plain_folder, tmp_path):
     ("options", "status", "named"),
     [
         (["--num_blocks", "9"], 1, "num_blocks=9 must be at most the model's 4 layers"),
-        (["--sigma_min", "-1"], 1, "sigma_min=-1.0 must be above 0"),
+        (["--sigma_min", "-1"], 1, "sigma_min=-1.0 must be a finite number above 0"),
         (["--sigma_data", "large"], 1, "sigma_data='large' must be a number, or 'auto'"),
         (["--denoiser", "factorized", "--readout", "edm"], 1, "readout='edm' must be 'posterior'"),
         (["--denoiser", "both"], 2, "argument --denoiser: invalid choice: 'both'"),
