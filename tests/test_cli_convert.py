@@ -8,12 +8,13 @@ import pytest
 import torch
 from cli_runs import blocks_folder, config_file, contents, edit_json, fail, plain_folder
 from conftest import randomized
+from families import CASES
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
-    AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedTokenizerFast,
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedTokenizerFast,
     ViTForImageClassification, ViTImageProcessorPil, pipeline,
 )  # fmt: skip
 
@@ -46,6 +47,15 @@ def test_converted_model_is_one_for_pipelines(plain_config, tmp_path, capsys):
     found, expected = (pipeline("image-classification", model=folder)(image) for folder in (out, source))
     assert [entry["label"] for entry in found] == [entry["label"] for entry in expected]
     assert [entry["score"] for entry in found] == pytest.approx([entry["score"] for entry in expected], abs=1e-6)
+
+
+def test_a_fresh_dit_shares_nothing_between_its_blocks(tmp_path, capsys):
+    """By the recommended preset: there is no such file, and no such row."""
+    CASES["dit"].plain().save_pretrained(tmp_path / "dit")
+    main(["convert", "--fresh", str(tmp_path / "dit"), str(tmp_path / "out"), "--num_blocks", "2"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows if row][1:] == ["block", "0", "1", "total"]
+    assert rows[-1][1] == f"{sum(p.numel() for p in AutoModel.from_pretrained(tmp_path / 'out').parameters()):,}"
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -115,7 +125,7 @@ def test_yaml_and_the_command_line_over_it(plain_folder, tmp_path):
     ("options", "status", "named"),
     [
         (["--num_blocks", "9"], 1, "num_blocks=9 must be at most the model's 4 layers"),
-        (["--sigma_min", "-1"], 1, "sigma_min=-1.0 must be above 0"),
+        (["--sigma_min", "-1"], 1, "sigma_min=-1.0 must be a finite number above 0"),
         (["--sigma_data", "large"], 1, "sigma_data='large' must be a number, or 'auto'"),
         (["--denoiser", "factorized", "--readout", "edm"], 1, "readout='edm' must be 'posterior'"),
         (["--denoiser", "both"], 2, "argument --denoiser: invalid choice: 'both'"),

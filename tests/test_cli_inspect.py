@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_runs import INDEX, blocks_folder, contents, edit_json, fail, plain_folder, saved
+from families import CASES
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.cli import inspect, main
@@ -74,6 +75,13 @@ def test_inspect_prints_table_formulation_and_report(plain_model, tmp_path, caps
     assert "(0.3012, 80]" in printed and "(0.2278, 80]" in printed
     assert "  denoiser: joint\n" in printed
     assert "training report:\n  results:\n    eval_accuracy: 0.5\n  steps: 12\n" in printed
+
+
+def test_inspect_of_blocks_that_share_nothing(tmp_path, capsys):
+    CASES["dit, own"].model().save_pretrained(tmp_path)
+    main(["inspect", "--json", str(tmp_path)])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["shared"], len(found["blocks"])) == (None, 2)
 
 
 def test_inspect_loads_no_weights(blocks_folder, monkeypatch, capsys):

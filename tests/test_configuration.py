@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from transformers import AutoConfig, AutoModelForImageClassification
@@ -14,23 +15,26 @@ BAD_FIELDS = [
     ({"num_blocks": 0}, r"num_blocks=0 must be a whole number from 1"),
     ({"num_blocks": 5}, r"num_blocks=5 must be at most the model's 4 layers"),
     ({"num_blocks": 2.0}, r"num_blocks=2.0 must be"),
-    ({"num_blocks": 2, "layers_per_block": [1, 2]}, r"layers_per_block=\[1, 2\] must be 2 .* sum to the model's 4"),
+    ({"num_blocks": 2, "layers_per_block": [1, 2]}, r"layers_per_block=\[1, 2\] must be a list of 2 .* sum to the model's 4"),
     ({"num_blocks": 2, "layers_per_block": [4]}, r"layers_per_block=\[4\]"),
     ({"num_blocks": 2, "layers_per_block": [0, 4]}, r"layers_per_block=\[0, 4\]"),
-    ({"sigma_min": 0}, r"sigma_min=0 must be above 0"),
-    ({"sigma_max": 0.001}, r"sigma_max=0.001 must be above sigma_min=0.002"),
-    ({"p_std": -1.0}, r"p_std=-1.0 must be above 0"),
+    ({"num_blocks": 2, "layers_per_block": [1.0, 3.0]}, r"layers_per_block=\[1.0, 3.0\] must be a list of 2"),
+    ({"num_blocks": 2, "layers_per_block": 2}, r"layers_per_block=2 must be a list of 2"),
+    ({"sigma_min": 0}, r"sigma_min=0 must be a finite number above 0"),
+    ({"sigma_max": 0.001}, r"sigma_max=0.001 must be a finite number above sigma_min=0.002"),
+    ({"sigma_max": math.inf}, r"sigma_max=inf must be a finite number above sigma_min=0.002"),
+    ({"p_std": -1.0}, r"p_std=-1.0 must be a finite number above 0"),
     ({"p_mean": 40.0}, r"p_mean=40.0"),
-    ({"p_mean": "high"}, r"p_mean='high' must be a number"),
-    ({"sigma_data": "large"}, r"sigma_data='large' must be above 0, or 'auto'"),
-    ({"overlap": -0.1}, r"overlap=-0.1 must be from 0"),
+    ({"p_mean": "high"}, r"p_mean='high' must be a finite number"),
+    ({"sigma_data": "large"}, r"sigma_data='large' must be a finite number above 0, or 'auto'"),
+    ({"overlap": -0.1}, r"overlap=-0.1 must be a finite number from 0, or None"),
     ({"denoiser": "both"}, r"denoiser='both' must be one of 'joint', 'factorized'"),
     ({"context": None}, r"context=None must be one of"),
     ({"bridge": "warm"}, r"bridge='warm' must be one of None, 'soft', 'hard'"),
     ({"sampler": "heun"}, r"sampler='heun' must be one of 'euler', 'ancestral'"),
     ({"denoiser": "factorized", "readout": "edm"}, r"readout='edm' must be 'posterior' with denoiser='factorized'"),
     ({"readout_layers": 1}, r"readout_layers=1 must be 0 with context='independent'"),
-    ({"prior_fraction": 1.5}, r"prior_fraction=1.5 must be from 0 to 1"),
+    ({"prior_fraction": 1.5}, r"prior_fraction=1.5 must be a finite number from 0 to 1"),
     ({"num_inference_steps": 0}, r"num_inference_steps=0 must be a whole number from 1"),
     ({"loss_weighting": "min-snr"}, r"loss_weighting='min-snr' must be one of None, 'edm'"),
     ({"shared": "none"}, r"shared='none' must be one of 'common', 'per_block'"),

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from families import CASES
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPT2Config, LlamaConfig, Qwen3Config, ViTConfig
 
@@ -174,6 +175,12 @@ def test_the_command_prints_the_estimate(tmp_path, capsys):
     main(["estimate", "--model", str(tmp_path), *options.split()])
     expected = db.estimate_memory(GPT2, 2, 3, 24, dtype="bf16", denoiser="factorized")
     assert capsys.readouterr().out.strip() == str(expected)
+
+
+def test_the_command_reads_a_model_of_diffusers(tmp_path, capsys):
+    CASES["dit"].plain().save_pretrained(tmp_path)
+    main(["estimate", "--model", str(tmp_path), "--num_blocks", "2"])
+    assert capsys.readouterr().out.strip() == str(db.estimate_memory(CASES["dit"].config, 2))
 
 
 def test_a_tiny_model_s_table_says_something():

@@ -224,7 +224,7 @@ def test_weights_come_from_models_folders_and_pipelines_folders(stock, tmp_path)
         ({"denoiser": "factorized"}, "denoiser='factorized' must be 'joint'"),
         ({"sigma_data": "auto"}, "sigma_data='auto' must be a number"),
         ({"prior_fraction": 0.5}, "prior_fraction=0.5 must be 0.0"),
-        ({"label_dropout": 2}, "label_dropout=2 must be from 0 to 1"),
+        ({"label_dropout": 2}, "label_dropout=2 must be a finite number from 0 to 1"),
     ],
 )
 def test_fields_without_a_meaning_are_refused(fields, named):

@@ -113,9 +113,9 @@ def test_a_job_saves_over_its_own_blocks(texts, tmp_path):
     assert same_weights(again.state_dict(), part.state_dict())
 
 
-@pytest.mark.parametrize("blocks", [[], [2], [-1], [0, 0], ["0"]], ids=str)
+@pytest.mark.parametrize("blocks", [[], [2], [-1], [0, 0], ["0"], 1], ids=str)
 def test_blocks_that_are_none_are_refused(blocks):
-    with pytest.raises(ValueError, match=r"resident_blocks=.* must be different blocks of 0\.\.1"):
+    with pytest.raises(ValueError, match=r"resident_blocks=.* must be a list of different blocks of 0\.\.1"):
         made(CONFIGS["gpt2"], {}, resident_blocks=blocks)
 
 
@@ -212,7 +212,9 @@ def test_an_interrupted_job_resumes_bit_equal(texts, tmp_path):
     "fields, resident, arguments, message",
     [
         (INDEPENDENT, [0], {"train_blocks": [1]}, r"train_blocks=\[1\] must be loaded"),
-        (INDEPENDENT, None, {"train_blocks": [2]}, r"train_blocks=\[2\] must be different blocks of 0\.\.1"),
+        (INDEPENDENT, None, {"train_blocks": [2]}, r"train_blocks=\[2\] must be a list of different blocks of 0\.\.1"),
+        (INDEPENDENT, None, {"train_blocks": 0}, r"train_blocks=0 must be a list of different blocks of 0\.\.1"),
+        (INDEPENDENT, None, {"train_blocks": 1}, r"train_blocks=1 must be a list of different blocks of 0\.\.1"),
         (CARRIED, [1], {}, r"needs the earlier blocks \[0\]"),
         ({}, None, {"train_blocks": [1]}, "train_shared=True with train_blocks"),
         ({}, [1], {}, "train_shared=True with train_blocks"),

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from families import TEXT_CONFIGS, VOCAB
+from families import CASES, TEXT_CONFIGS, VOCAB
 from text_models import ids, layer_of, make, plain, text_config  # noqa: F401
 from transformers import AutoModelForCausalLM
 
@@ -51,6 +51,21 @@ def test_the_bound_scores_labelled_tokens_only(ids):
         db.nll_bound(model, [{"input_ids": ids, "labels": torch.full_like(ids, -100)}])
 
 
+def test_one_sequence_shows_no_standard_error(ids):
+    """However many without a label stand beside it."""
+    model, _ = constant_prior_model("factorized")
+    labels = ids.clone()
+    labels[1:] = -100
+    bound = db.nll_bound(model, [{"input_ids": ids, "labels": labels}])
+    assert bound.nats_per_token > 0 and math.isnan(bound.standard_error)
+
+
+@pytest.mark.parametrize("num_samples", [0, 1.5])
+def test_a_bound_without_samples_is_refused(num_samples):
+    with pytest.raises(ValueError, match=f"num_samples={num_samples} must be a whole number from 1"):
+        db.nll_bound(CASES["bert"].model(), [CASES["bert"].rows()], num_samples)
+
+
 def test_bits_per_byte():
     """8 tokens of ln 2 nats that spell 16 bytes: half a bit a byte."""
     assert db.bits_per_byte(math.log(2), num_tokens=8, num_bytes=16) == pytest.approx(0.5)
@@ -84,6 +99,13 @@ def test_noise_that_cannot_be_fitted_is_refused(ids):
         db.fit_noise_schedule(fresh, [{"input_ids": ids, "labels": ids}])
     with pytest.raises(ValueError, match="no batches"):
         db.fit_noise_schedule(fresh, [])
+
+
+@pytest.mark.parametrize("name", ["dit", "bert"])
+def test_noise_that_leaves_no_choice_is_not_fitted(name):
+    case = CASES[name]
+    with pytest.raises(TypeError, match=f"noise_distribution is always 'lognormal' for task '{case.task.name}'"):
+        db.fit_noise_schedule(case.model(), [case.rows()])
 
 
 def test_training_on_noise_that_is_not_fitted_is_refused(plain, tmp_path):

@@ -250,7 +250,7 @@ BAD_INPUTS = {
     "a job that moves what is shared": (
         [*MODEL, *TRAIN, "--train_blocks", "0"], "train_shared=True with train_blocks=[0] of 2 blocks: separate jobs"
     ),
-    "no such block": ([*MODEL, *TRAIN, "--train_blocks", "2"], "train_blocks=[2] must be different blocks of 0..1"),
+    "no such block": ([*MODEL, *TRAIN, "--train_blocks", "2"], "train_blocks=[2] must be a list of different blocks of 0..1"),
     "averages of the plain": ([*MODEL, *TRAIN, "--end_to_end", "--ema_decay", "0.9"], "ema_decay=0.9 must not be set with"),
     "bound of the plain": ([*MODEL, *TRAIN, "--end_to_end", "--eval_nll_bound", "1"], "must be 0 with end_to_end"),
     "bound of nothing": (

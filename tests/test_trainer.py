@@ -245,10 +245,11 @@ def test_best_model_is_loaded_at_the_end(plain_model, tmp_path):
     [
         ({"block_schedule": "round-robin"}, "block_schedule='round-robin' must be one of None, 'random', 'sequential', 'together'"),
         ({"offload_inactive_blocks": "disk"}, r"offload_inactive_blocks='disk' must be one of 'none', 'cpu'"),
-        ({"block_switch_interval": 0}, r"block_switch_interval=0 must be at least 1"),
+        ({"block_switch_interval": 0}, r"block_switch_interval=0 must be a whole number from 1"),
+        ({"updates_per_block": 0}, r"updates_per_block=0 must be a whole number from 1, or None"),
+        ({"updates_per_block": 1.5}, r"updates_per_block=1.5 must be a whole number from 1, or None"),
         ({"block_switch_interval": 2, "block_schedule": "together"}, r"block_switch_interval=2 with block_schedule='together'"),
         ({"ema_in_host_memory": True}, r"ema_in_host_memory=True needs ema_decay"),
-        ({"updates_per_block": 0}, r"updates_per_block=0 must be at least 1"),
         ({"updates_per_block": 3, "max_steps": 6}, r"updates_per_block=3 and max_steps=6 both"),
     ],
 )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from transformers import AutoConfig
-
+from ..conversion import read_config
 from ..memory.estimate import DTYPES, estimate_memory
 from .arguments import BlocksArguments, config_fields, parse_verb
 
@@ -49,7 +48,7 @@ def run(args: list[str]) -> None:
         "real step is followed on tensors without memory.",
     )
     try:
-        config = AutoConfig.from_pretrained(options.model)
+        config = read_config(options.model)
     except OSError as error:  # "couldn't connect": for what?
         raise OSError(f"--model {options.model}: {error}") from error
     given = config_fields(blocks)

@@ -108,7 +108,7 @@ def describe(source: str) -> dict:
             for k in range(config.num_blocks)
             if str(k) in contents  # the model of a job holds some blocks only
         ],
-        "shared": contents["shared"],
+        "shared": contents.get("shared"),  # None where each block has its own
         "formulation": {
             name: in_force.get(name, getattr(config, name))
             for name in USER_FIELDS
@@ -119,12 +119,13 @@ def describe(source: str) -> dict:
 
 
 def _files_by_block(source: str, config: DiffusionBlocksConfig) -> dict[str, str]:
-    """"shared" and each block's number -> its file, from the index."""
+    """"shared", where there is such a file, and each block's number -> its file, from the index."""
     path = Path(cached_file(source, SAFE_WEIGHTS_INDEX_NAME))
     files = shards.read_index(path).files
     if files is None:
         raise ValueError(f"{path} does not map blocks to files")
-    if not {"shared"} < set(files) <= {"shared", *map(str, range(config.num_blocks))}:
+    blocks = files.keys() - {"shared"}
+    if not blocks or not blocks <= set(map(str, range(config.num_blocks))):
         raise ValueError(f"{path} maps {', '.join(sorted(files))}, but the config says num_blocks={config.num_blocks}")
     return files
 
@@ -153,7 +154,9 @@ def block_table(description: dict) -> str:
     """A model's blocks as a table, from [`describe`]."""
     level = description["level"]
     header = ("block", "layers", level, f"trains at {level}", "parameters", "file", "bytes")
-    parts = [*description["blocks"], {"block": "shared", **description["shared"]}]
+    parts = list(description["blocks"])
+    if description["shared"]:
+        parts.append({"block": "shared", **description["shared"]})
     total = {key: sum(part[key] for part in parts) for key in ("parameters", "bytes")}
     parts.append({"block": "total", "file": "", **total})
     rows = [header, *(_block_row(part, level) for part in parts)]

@@ -18,7 +18,7 @@ class LikelihoodBound:
 
     Args:
         nats_per_token: the bound's estimate: the sum of the three parts.
-        standard_error: of that estimate, over sequences.
+        standard_error: of that estimate, over sequences; nan of a single one, which does not show it.
         prior, reconstruction, diffusion: the parts, in nats a token; masked text has the last alone.
         num_tokens: tokens scored.
     """
@@ -50,10 +50,12 @@ def nll_bound(
 
     Raises:
         TypeError: the model is not one of text.
-        ValueError: nothing in the data has a label.
+        ValueError: nothing in the data has a label, or num_samples is no whole number from 1.
     """
     if not hasattr(model, "likelihood_terms"):
         raise TypeError(f"model={type(model).__name__} must be of text: there is no likelihood bound for other tasks")
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"num_samples={num_samples!r} must be a whole number from 1")
     generator = torch.Generator().manual_seed(seed)
     with without_dropout(model):
         terms = [model.likelihood_terms(batch, num_samples, generator) for batch in dataloader]
@@ -65,9 +67,10 @@ def nll_bound(
     prior, total = terms[0].prior, tokens.sum()
     mean = (reconstruction + diffusion).sum() / total
     residual = reconstruction + diffusion - mean * tokens  # a ratio estimator: sequences may differ in length
+    several = bool((tokens > 0).sum() > 1)
     return LikelihoodBound(
         nats_per_token=prior + mean.item(),
-        standard_error=(residual.square().sum().sqrt() / total).item(),
+        standard_error=(residual.square().sum().sqrt() / total).item() if several else math.nan,
         prior=prior,
         reconstruction=(reconstruction.sum() / total).item(),
         diffusion=(diffusion.sum() / total).item(),

@@ -7,7 +7,6 @@ from itertools import islice
 
 import torch
 
-from ..diffusion.schedule import NoiseSchedule
 from ..models.active import without_dropout
 from ..models.base import DiffusionBlocksPreTrainedModel
 
@@ -40,13 +39,16 @@ def fit_noise_schedule(
         `[num_levels, 2]`: sigma, and the mean cross-entropy in nats with the target inside z.
 
     Raises:
-        TypeError: the model's noise is no sigma.
+        TypeError: the model's task leaves no choice of noise_distribution: it has no cross-entropy that rises with sigma.
         ValueError: there are no batches, or the cross-entropy does not rise with sigma (a fresh `readout="edm"`, which
             has yet to learn to read z).
     """
     config, schedule = model.config, model.noise_schedule
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"model={type(model).__name__} must have levels of sigma to fit, and has a {schedule.level_name}")
+    if "noise_distribution" in model.fixed_fields:
+        raise TypeError(
+            f"model={type(model).__name__} must be of a task with noise to fit: noise_distribution is always "
+            f"{model.fixed_fields['noise_distribution']!r} for task {model.task!r}"
+        )
     batches = [
         {name: value.to(model.device) for name, value in batch.items()} for batch in islice(dataloader, max_batches)
     ]

@@ -142,15 +142,13 @@ def checked_blocks(blocks: Iterable[int], num_blocks: int, field: str) -> list[i
     """Blocks in ascending order.
 
     Raises:
-        ValueError: these are none, one occurs twice, or the model has no such block; names the field.
+        ValueError: these are none, or no list; one occurs twice, or the model has no such block; names the field.
     """
-    blocks = list(blocks)
-    whole = all(isinstance(block, int) and 0 <= block < num_blocks for block in blocks)
-    if not blocks or not whole or len(set(blocks)) < len(blocks):
-        raise ValueError(
-            f"{field}={blocks} must be different blocks of 0..{num_blocks - 1}, at least one"
-        )
-    return sorted(blocks)
+    chosen = list(blocks) if isinstance(blocks, Iterable) else []
+    whole = all(isinstance(block, int) and 0 <= block < num_blocks for block in chosen)
+    if not chosen or not whole or len(set(chosen)) < len(chosen):
+        raise ValueError(f"{field}={blocks!r} must be a list of different blocks of 0..{num_blocks - 1}, at least one")
+    return sorted(chosen)
 
 
 def _remove(model: PreTrainedModel, blocks: Sequence[int]) -> None:

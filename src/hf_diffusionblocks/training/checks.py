@@ -32,11 +32,7 @@ def blocks_to_train(
         ValueError: a block is not loaded; carried context needs an earlier block that is not; or parameters that all
             blocks share would be trained by this job and by others.
     """
-    resident = model.resident_blocks
-    if args.train_blocks is None:
-        blocks = resident
-    else:
-        blocks = checked_blocks(args.train_blocks, model.num_blocks, "train_blocks")
+    blocks, resident = _chosen_blocks(model, args), model.resident_blocks
     absent = sorted(set(blocks) - set(resident))
     if absent:
         raise ValueError(f"train_blocks={blocks} must be loaded, and {absent} are not: resident_blocks={resident}")
@@ -64,6 +60,12 @@ def blocks_to_train(
     return blocks
 
 
+def _chosen_blocks(model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments) -> list[int]:
+    if args.train_blocks is None:
+        return model.resident_blocks
+    return checked_blocks(args.train_blocks, model.num_blocks, "train_blocks")
+
+
 def settle_schedule(
     model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments, columns: Sequence[str]
 ) -> None:
@@ -72,8 +74,11 @@ def settle_schedule(
 
     Args:
         columns: of the training data.
+
+    Raises:
+        ValueError: the model has no such blocks.
     """
-    blocks = args.train_blocks or model.resident_blocks
+    blocks = _chosen_blocks(model, args)
     if args.block_schedule is None and (args.in_turn or cached_column(blocks, columns)):
         args.block_schedule = "random"
     found = args.objective_of(model.config.objective)
