@@ -215,10 +215,8 @@ def test_a_save_that_fails_leaves_the_old_model(saved, monkeypatch):
     assert not (folder / shards.STAGED).exists()
 
 
-@pytest.mark.parametrize("files_moved", range(6))
-def test_a_save_killed_while_moving_its_files_is_finished_by_the_next_reader(saved, monkeypatch, files_moved):
-    model, folder = saved
-    randomized(model).config.inference_seed = 7
+def kill_while_moving(model, folder: Path, files_moved: int) -> None:
+    """Save a model, up to when so many of its files are in place."""
     moved, replace = [], os.replace
 
     def die(source, target):
@@ -228,13 +226,30 @@ def test_a_save_killed_while_moving_its_files_is_finished_by_the_next_reader(sav
             moved.append(source)
         replace(source, target)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", die)
         model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("files_moved", range(6))
+def test_a_save_killed_while_moving_its_files_is_finished_by_the_next_reader(saved, files_moved):
+    model, folder = saved
+    randomized(model).config.inference_seed = 7
+    kill_while_moving(model, folder, files_moved)
     loaded = AutoModelForImageClassification.from_pretrained(folder)
     assert states_equal(loaded.state_dict(), model.state_dict())
     assert loaded.config.inference_seed == 7
     assert not (folder / shards.COMPLETE).exists()
+
+
+@pytest.mark.parametrize("subfolder", ["", "inside"])
+@pytest.mark.parametrize("files_moved", range(6))
+def test_so_it_is_by_a_reader_of_one_block(saved, tmp_path, files_moved, subfolder):
+    model, folder = saved
+    shutil.copytree(folder, tmp_path / "other" / subfolder)
+    kill_while_moving(randomized(model), tmp_path / "other" / subfolder, files_moved)
+    state = db.load_block_state_dict(tmp_path / "other", 1, subfolder=subfolder)
+    assert states_equal(state, {k: v for k, v in model.state_dict().items() if model.block_of_parameter(k) == 1})
 
 
 def _save_for_ever(models, folder):

@@ -268,7 +268,8 @@ def load_block_state_dict(
 
 
 def saved_index(pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs) -> Index:
-    """The index of a folder or hub id; empty where there is none."""
+    """The index of a folder, whose interrupted save it finishes, or of a hub id; empty where there is none."""
+    finish_interrupted_save(Path(pretrained_model_name_or_path, hub_kwargs.get("subfolder") or ""))
     index = cached_file(
         pretrained_model_name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs
     )
