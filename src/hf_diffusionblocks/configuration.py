@@ -151,8 +151,8 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     )
     num_inference_steps: int | None = _field(
         None,
-        "Denoiser evaluations of a walk; None is the task's default (image generation 50, masked text one a token, labels and "
-        "next tokens num_blocks). Factorized next tokens have no walk.",
+        "Denoiser evaluations of a walk; None is the task's default (image generation 50, masked text one a token, labels "
+        "and next tokens num_blocks). Factorized next tokens have no walk.",
     )
     inference_seed: int = _field(0, "Key of the noise that evaluation and prediction use.")
 

@@ -60,8 +60,8 @@ def add_block_adapters(
         the model.
 
     Raises:
-        ValueError: a block has an adapter or is not loaded, sigma modulates the layers, or the config says which layers, names
-            what is not there or tied, or asks for what does not go by block; names the field.
+        ValueError: a block has an adapter or is not loaded, sigma modulates the layers, or the config says which layers,
+            names what is not there or tied, or asks for what does not go by block; names the field.
     """
     blocks = _loaded_blocks(model, blocks)
     present = [adapter_of(block) for block in blocks if adapter_of(block) in getattr(model, "peft_config", {})]
@@ -69,8 +69,8 @@ def add_block_adapters(
         raise ValueError(f"the model has adapters already: {', '.join(present)}")
     if model.denoiser.modulated:  # and GPT-2's clean stream reads its attention's weights past an adapter
         raise ValueError(
-            f"denoiser={model.config.denoiser!r} has no adapters for task {model.task!r}: its modulation is not the pretrained "
-            "model's, and would have to be trained whole. Convert with denoiser='factorized'"
+            f"denoiser={model.config.denoiser!r} has no adapters for task {model.task!r}: its modulation is not the "
+            "pretrained model's, and would have to be trained whole. Convert with denoiser='factorized'"
         )
     layer = model.blocks[blocks[0]].layers[0]  # of one without adapters: another may have some
     _check(model, config)
