@@ -57,6 +57,7 @@ def test_card_reports_training_and_survives_a_reload(plain_model, tmp_path):
     weights = sum(p.nbytes for p in model.parameters())
     assert 2 * weights <= memory["optimizer state"] <= 2 * weights + 1000  # and counts of steps
     assert all(f"| {part} | {size:,} |" in card for part, size in memory.items())
+    assert "in the second step of each block" in card
     assert ModelCard.load(tmp_path / "README.md").data.datasets == ["someone/images"]
 
     db.DiffusionBlocksForImageClassification.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")

@@ -60,6 +60,19 @@ def test_inspect_says_what_auto_stands_for(plain_model, tmp_path, capsys):
     assert (formulation["overlap"], formulation["num_inference_steps"]) == (0.2, 7)
 
 
+@pytest.mark.parametrize(
+    "name, steps",
+    [
+        ("llama, joint-edm-independent", 2), ("llama, factorized-independent", None), ("bert", "one a token"), ("dit", 50),
+        ("point", 2),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_inspect_says_how_many_steps_a_walk_has(name, steps, tmp_path):
+    CASES[name].model().save_pretrained(tmp_path)
+    assert inspect.describe(str(tmp_path))["formulation"]["num_inference_steps"] == steps
+
+
 def test_inspect_prints_table_formulation_and_report(plain_model, tmp_path, capsys):
     model = db.convert(plain_model, num_blocks=2, preset="paper")
     model.config.training_report = {"results": {"eval_accuracy": 0.5}, "steps": 12}

@@ -333,7 +333,7 @@ def refused(**options):
             )
         ),
         (lambda: lora.merge_and_unload(made(GPT2, CARRIED)), "the model has no adapters"),
-        (lambda: lora.add_block_adapters(made(GPT2, {}), CONFIG), "denoiser='joint' has no adapters"),
+        (lambda: lora.add_block_adapters(made(GPT2, {}), CONFIG), "denoiser='joint' has no adapters for task 'text-gen"),
         (
             lambda: lora.add_block_adapters(made(GPT2, CARRIED, [0]), CONFIG, blocks=[1]),
             r"blocks=\[1\] must be loaded, and \[1\] are not: \[0\] are",

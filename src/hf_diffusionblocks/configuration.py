@@ -149,7 +149,11 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         "How logits become a point of the target space in the Euler walk: 'soft' mean or 'hard' argmax; None is the "
         "task's default (images soft, text hard).",
     )
-    num_inference_steps: int | None = _field(None, "Denoiser evaluations of a walk; None is num_blocks.")
+    num_inference_steps: int | None = _field(
+        None,
+        "Denoiser evaluations of a walk; None is the task's default (image generation 50, masked text one a token, labels "
+        "and next tokens num_blocks). Factorized next tokens have no walk.",
+    )
     inference_seed: int = _field(0, "Key of the noise that evaluation and prediction use.")
 
     @classmethod

@@ -52,7 +52,7 @@ def add_block_adapters(
     beside its adapter. `modules_to_save` of the config (a new classifier, for example) are so beside the last block's.
 
     Args:
-        model: factorized; changed in place.
+        model: one whose layers sigma does not modulate: any but joint text and joint classes. Changed in place.
         config: of all adapters; which layers is said here. `target_modules` is a list of parts of a layer, or
             "all-linear"; without, it is the attention's.
         blocks: which; None is all that are loaded.
@@ -61,8 +61,8 @@ def add_block_adapters(
         the model.
 
     Raises:
-        ValueError: a block has an adapter or is not loaded, the model is joint, or the config says which layers, names
-            what is not there or tied, or asks for what does not go by block; names the field.
+        ValueError: a block has an adapter or is not loaded, sigma modulates the layers, or the config says which layers,
+            names what is not there or tied, or asks for what does not go by block; names the field.
     """
     blocks = _loaded_blocks(model, blocks)
     present = [adapter_of(block) for block in blocks if adapter_of(block) in getattr(model, "peft_config", {})]
@@ -70,8 +70,8 @@ def add_block_adapters(
         raise ValueError(f"the model has adapters already: {', '.join(present)}")
     if model.denoiser.modulated:  # and GPT-2's clean stream reads its attention's weights past an adapter
         raise ValueError(
-            "denoiser='joint' has no adapters: its modulation is not the pretrained model's, and would have to be trained "
-            "whole. Convert with denoiser='factorized'"
+            f"denoiser={model.config.denoiser!r} has no adapters for task {model.task!r}: its modulation is not the "
+            "pretrained model's, and would have to be trained whole. Convert with denoiser='factorized'"
         )
     layer = model.blocks[blocks[0]].layers[0]  # of one without adapters: another may have some
     _check(model, config)

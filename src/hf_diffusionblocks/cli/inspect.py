@@ -86,7 +86,7 @@ def describe(source: str) -> dict:
     in_force = {  # where the config leaves it to the task, or names another field
         "overlap": schedule.overlap,
         "sigma_data": config.target_scale(config.hidden_size),
-        "num_inference_steps": config.num_inference_steps or config.num_blocks,
+        "num_inference_steps": model_class.steps_for(config),
         "bridge": config.bridge or model_class.default_bridge,
     }
     return {

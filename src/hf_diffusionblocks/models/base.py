@@ -140,6 +140,12 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         """Which noise levels there are, and which block owns which of them."""
         return config.noise_schedule(cls.default_overlap)
 
+    @classmethod
+    def steps_for(cls, config: DiffusionBlocksConfig) -> int | str | None:
+        """Denoiser evaluations of a walk, where the call leaves them open; in words where they depend on what is given, None
+        where nothing walks."""
+        return config.num_inference_steps or config.num_blocks
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, AdaLNModulation):

@@ -132,7 +132,7 @@ def _training_section(report: dict) -> str:
         lines += ["", "| result | value |", "|---|---|"]
         lines += [f"| {key} | {value:.4f} |" for key, value in results.items()]
     if memory := report.get("memory"):
-        lines += ["", "Memory measured in training, in the first step of each block (the largest of them):", ""]
+        lines += ["", "Memory measured in training, in the second step of each block, or its only one (the largest):", ""]
         lines += ["| part | bytes |", "|---|---|"]
         lines += [f"| {part} | {size:,} |" for part, size in memory.items()]
     return "\n".join(lines)

@@ -54,6 +54,10 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
             self.target_embeddings = FixedTargets(config.vocab_size, config.hidden_size)
         self.post_init()
 
+    @classmethod
+    def steps_for(cls, config: DiffusionBlocksConfig) -> int | None:
+        return super().steps_for(config) if cls.DENOISERS[config.denoiser].walks else None
+
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         self.DENOISERS[self.config.denoiser].check_attention(requested_attention)
         return super().get_correct_attn_implementation(requested_attention, is_init_check)

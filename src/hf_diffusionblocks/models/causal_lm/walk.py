@@ -48,8 +48,7 @@ class TextWalk:
         self.generated: torch.Tensor | None = None  # all tokens so far, for the controls
         self.bridge = _drawn_bridge if sample else BRIDGES[model.bridge]
         self.targets = model.target_vectors()
-        num_steps = num_steps or self.config.num_inference_steps or self.config.num_blocks
-        self.sigmas = model.noise_schedule.inference_sigmas(num_steps)
+        self.sigmas = model.noise_schedule.inference_sigmas(num_steps or model.steps_for(model.config))
         self.blocks = [model.blocks[k] for k in model.noise_schedule.block_of(self.sigmas[:-1]).tolist()]
         levels = self.sigmas.to(model.device, torch.float32).split(1)
         self.levels = [

@@ -206,9 +206,8 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits, trajectory and sigmas of [`WalkClassifierOutput`]."""
         config, num_rows, trajectory = self.config, len(x.inputs["pixel_values"]), []
-        sigmas = self.noise_schedule.inference_sigmas(
-            config.num_inference_steps or config.num_blocks if num_inference_steps is None else num_inference_steps
-        )
+        steps = self.steps_for(config) if num_inference_steps is None else num_inference_steps
+        sigmas = self.noise_schedule.inference_sigmas(steps)
         network = self.denoiser.walk_denoiser(x)
 
         def denoise(z: torch.Tensor, step: int) -> torch.Tensor:

@@ -100,6 +100,10 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
             raise ValueError(f"sigma_data='auto' must be a number for task {self.task!r}: the images' standard deviation")
         self.post_init()
 
+    @classmethod
+    def steps_for(cls, config: DiffusionBlocksConfig) -> int:
+        return config.num_inference_steps or DEFAULT_STEPS
+
     @property
     def num_classes(self) -> int:
         """How many classes there are; a label of this number stands for none."""
@@ -237,7 +241,7 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
 
     def inference_sigmas(self, num_inference_steps: int | None = None, grid: str = "equal") -> torch.Tensor:
         """`[T+1]` float64, the levels that [`predict`] walks; arguments as there."""
-        steps = num_inference_steps if num_inference_steps is not None else self.config.num_inference_steps or DEFAULT_STEPS
+        steps = self.steps_for(self.config) if num_inference_steps is None else num_inference_steps
         return self.noise_schedule.inference_sigmas(steps, grid)
 
     @torch.no_grad()

@@ -66,6 +66,10 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
     def schedule_for(cls, config: DiffusionBlocksConfig) -> MaskingSchedule:
         return MaskingSchedule(config.num_blocks, cls.default_overlap if config.overlap is None else config.overlap)
 
+    @classmethod
+    def steps_for(cls, config: DiffusionBlocksConfig) -> int | str:
+        return config.num_inference_steps or "one a token"
+
     # ---- weights
 
     def weights_of(self, plain: nn.Module) -> Mapping[str, torch.Tensor]:
