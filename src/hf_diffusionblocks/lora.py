@@ -77,17 +77,17 @@ def add_block_adapters(
     _check(model, config)
     targets = _targets(model, layer, config)
     seed = int(torch.randint(2**62, ()))
-    for block in blocks:
-        own = copy.deepcopy(config)
-        own.fan_in_fan_out = any(isinstance(module, Conv1D) for module in layer.modules())
-        own.target_modules = targets
-        own.layers_to_transform = list(model.block_layers(block))
-        own.layers_pattern = model.architecture.layers_path.rpartition(".")[2]
-        whole = list(config.modules_to_save or []) if block == model.num_blocks - 1 else []
-        own.modules_to_save = [*whole, *model.blocks[block].own_readout] or None
-        # (Seeded as all fresh weights of a block: whichever others are loaded.)
-        with _all_in_one_place(model), seeded([seed, block], model.device):
-            _add(model, own, block)
+    with _all_in_one_place(model):
+        for block in blocks:
+            own = copy.deepcopy(config)
+            own.fan_in_fan_out = any(isinstance(module, Conv1D) for module in layer.modules())
+            own.target_modules = targets
+            own.layers_to_transform = list(model.block_layers(block))
+            own.layers_pattern = model.architecture.layers_path.rpartition(".")[2]
+            whole = list(config.modules_to_save or []) if block == model.num_blocks - 1 else []
+            own.modules_to_save = [*whole, *model.blocks[block].own_readout] or None
+            with seeded([seed, block], model.device):  # as all fresh weights of a block: whichever others are loaded
+                _add(model, own, block)
     _activate(model)
     return model
 
@@ -185,6 +185,7 @@ def load_block_adapters(
     for path in paths.values():
         if not (path / SAFETENSORS_WEIGHTS_NAME).is_file():
             raise OSError(f"{path / SAFETENSORS_WEIGHTS_NAME} is missing")
+    fresh: dict[int, LoraConfig] = {}
     for block, path in paths.items():
         config = LoraConfig.from_pretrained(path)
         if config.layers_to_transform != list(model.block_layers(block)):
@@ -194,8 +195,12 @@ def load_block_adapters(
             )
         if not model.has_adapters or adapter_of(block) not in model.peft_config:
             config.modules_to_save = [_in_model(saved) for saved in config.modules_to_save or ()] or None
-            with _all_in_one_place(model):
+            fresh[block] = config
+    if fresh:
+        with _all_in_one_place(model):
+            for block, config in fresh.items():
                 _add(model, config, block)
+    for block, path in paths.items():
         _load(model, path / SAFETENSORS_WEIGHTS_NAME, block)
     _activate(model)
     return model

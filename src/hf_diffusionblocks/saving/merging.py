@@ -78,9 +78,8 @@ def merge_blocks(jobs: Sequence[str | PathLike], output_dir: str | PathLike) -> 
 def _open(folder: Path) -> _Job:
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder")
-    shards.finish_interrupted_save(folder)
-    shards.check_shards(folder)
     index = shards.saved_index(folder)
+    shards.check_shards(folder)
     if index.files is None:
         raise ValueError(f"{folder} is not a DiffusionBlocks checkpoint: its index names no blocks")
     return _Job(folder, DiffusionBlocksConfig.from_pretrained(folder), index.files, index.provenance)
