@@ -60,7 +60,7 @@ def test_one_sequence_shows_no_standard_error(ids):
     assert bound.nats_per_token > 0 and math.isnan(bound.standard_error)
 
 
-@pytest.mark.parametrize("num_samples", [0, 1.5])
+@pytest.mark.parametrize("num_samples", [0, 1.5, True])
 def test_a_bound_without_samples_is_refused(num_samples):
     with pytest.raises(ValueError, match=f"num_samples={num_samples} must be a whole number from 1"):
         db.nll_bound(CASES["bert"].model(), [CASES["bert"].rows()], num_samples)

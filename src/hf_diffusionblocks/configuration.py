@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from transformers.configuration_utils import SubConfigSpec
 from .backbones.base import backbone_for
 from .diffusion.schedule import NoiseSchedule
 from .tasks import task_of
+from .whole_numbers import check_whole, is_whole
 
 #: Of saved models; to be raised when their config, names or files change their meaning.
 FORMAT_VERSION = 1
@@ -34,11 +35,6 @@ CHOICES: dict[str, tuple] = {
 
 def _field(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
-
-
-def _is_number(value: Any, kind: type) -> bool:
-    kinds = (int,) if kind is int else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class DiffusionBlocksConfig(PreTrainedConfig):
@@ -213,27 +209,27 @@ class DiffusionBlocksConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
-        self._check_number("num_blocks", int, " from 1", lambda v: v >= 1)
-        self._check_number("sigma_min", float, " above 0", lambda v: v > 0)
-        self._check_number("sigma_max", float, f" above sigma_min={self.sigma_min}", lambda v: v > self.sigma_min)
-        self._check_number("p_mean", float, "", lambda v: True)
-        self._check_number("p_std", float, " above 0", lambda v: v > 0)
+        check_whole("num_blocks", self.num_blocks, 1)
+        self._check_number("sigma_min", " above 0", lambda v: v > 0)
+        self._check_number("sigma_max", f" above sigma_min={self.sigma_min}", lambda v: v > self.sigma_min)
+        self._check_number("p_mean", "", lambda v: True)
+        self._check_number("p_std", " above 0", lambda v: v > 0)
         if self.sigma_data != "auto":
-            self._check_number("sigma_data", float, " above 0, or 'auto'", lambda v: v > 0)
+            self._check_number("sigma_data", " above 0, or 'auto'", lambda v: v > 0)
         if self.overlap is not None:
-            self._check_number("overlap", float, " from 0, or None", lambda v: v >= 0)
-        self._check_number("readout_layers", int, " from 0", lambda v: v >= 0)
-        self._check_number("prior_fraction", float, " from 0 to 1", lambda v: 0 <= v <= 1)
-        self._check_number("label_dropout", float, " from 0 to 1", lambda v: 0 <= v <= 1)
+            self._check_number("overlap", " from 0, or None", lambda v: v >= 0)
+        check_whole("readout_layers", self.readout_layers, 0)
+        self._check_number("prior_fraction", " from 0 to 1", lambda v: 0 <= v <= 1)
+        self._check_number("label_dropout", " from 0 to 1", lambda v: 0 <= v <= 1)
         if self.num_inference_steps is not None:
-            self._check_number("num_inference_steps", int, " from 1, or None", lambda v: v >= 1)
-        self._check_number("inference_seed", int, " from 0", lambda v: v >= 0)
+            check_whole("num_inference_steps", self.num_inference_steps, 1, ", or None")
+        check_whole("inference_seed", self.inference_seed, 0)
 
-    def _check_number(self, name: str, kind: type, allowed: str, in_range) -> None:
+    def _check_number(self, name: str, allowed: str, in_range: Callable[[float], bool]) -> None:
         value = getattr(self, name)
-        if not _is_number(value, kind) or not in_range(value):
-            noun = "a whole number" if kind is int else "a finite number"
-            raise ValueError(f"{name}={value!r} must be {noun}{allowed}")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or not in_range(value):
+            raise ValueError(f"{name}={value!r} must be a finite number{allowed}")
 
     def _check_combinations(self) -> None:
         layers = self.num_hidden_layers
@@ -242,7 +238,7 @@ class DiffusionBlocksConfig(PreTrainedConfig):
                 raise ValueError(f"num_blocks={self.num_blocks} must be at most the model's {layers} layers")
         else:
             counts = self.layers_per_block
-            whole = isinstance(counts, (list, tuple)) and all(_is_number(count, int) and count >= 1 for count in counts)
+            whole = isinstance(counts, (list, tuple)) and all(is_whole(count, 1) for count in counts)
             if not whole or len(counts) != self.num_blocks or sum(counts) != layers:
                 raise ValueError(
                     f"layers_per_block={counts!r} must be a list of {self.num_blocks} (num_blocks) whole numbers from 1 that "

@@ -14,12 +14,6 @@ from .gaussian import ancestral_step, euler_step
 from .randomness import Noise
 
 
-def check_num_steps(num_steps: int) -> None:
-    """Raise ValueError unless it is a number of evaluations."""
-    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
-        raise ValueError(f"num_steps={num_steps!r} must be a whole number from 1, or None")
-
-
 def walk(
     denoise: Callable[[torch.Tensor, int], torch.Tensor],
     targets: torch.Tensor,

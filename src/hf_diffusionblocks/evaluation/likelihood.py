@@ -10,6 +10,7 @@ import torch
 
 from ..models.active import without_dropout
 from ..models.base import DiffusionBlocksPreTrainedModel
+from ..whole_numbers import check_whole
 
 
 @dataclass
@@ -54,8 +55,7 @@ def nll_bound(
     """
     if not hasattr(model, "likelihood_terms"):
         raise TypeError(f"model={type(model).__name__} must be of text: there is no likelihood bound for other tasks")
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"num_samples={num_samples!r} must be a whole number from 1")
+    check_whole("num_samples", num_samples, 1)
     generator = torch.Generator().manual_seed(seed)
     with without_dropout(model):
         terms = [model.likelihood_terms(batch, num_samples, generator) for batch in dataloader]

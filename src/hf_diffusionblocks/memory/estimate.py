@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..backbones.base import backbone_for
 from ..configuration import USER_FIELDS, DiffusionBlocksConfig, check_known
 from ..tasks import Task, task_of
+from ..whole_numbers import check_whole
 from .ledger import Ledger, Parts
 from .scenarios import ledger_of, traffic_of
 from .traffic import Traffic
@@ -143,8 +144,8 @@ def _workload(
         if name == "sequence_length" and not text:
             if value is not None:
                 raise ValueError(f"sequence_length={value!r} must be None for task {task.name!r}: the config says the size of its inputs")
-        elif not isinstance(value, int) or value < (2 if name == "sequence_length" else 1):
-            raise ValueError(f"{name}={value!r} must be a whole number from {2 if name == 'sequence_length' else 1}")
+        else:
+            check_whole(name, value, 2 if name == "sequence_length" else 1)
     longest = getattr(config, "max_position_embeddings", None)
     if text and longest and sequence_length > longest:
         raise ValueError(f"sequence_length={sequence_length} must be at most max_position_embeddings={longest}")

@@ -5,6 +5,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
+from ..whole_numbers import check_whole
+
 
 @strict
 class RecurrentDepthLlamaConfig(LlamaConfig):
@@ -40,10 +42,10 @@ class RecurrentDepthLlamaConfig(LlamaConfig):
     def __post_init__(self, **kwargs):
         parts = ("num_prelude_layers", "num_core_layers", "num_coda_layers")
         for name in (*parts, "mean_recurrence"):
-            self._check_whole(name, least=1)
+            check_whole(name, getattr(self, name), 1)
         if self.backprop_depth is not None:
-            self._check_whole("backprop_depth", least=1)
-        self._check_whole("inference_seed", least=0)
+            check_whole("backprop_depth", self.backprop_depth, 1, ", or None")
+        check_whole("inference_seed", self.inference_seed, 0)
         if self.initial_state_std < 0:
             raise ValueError(f"initial_state_std={self.initial_state_std!r} must be at least 0")
         if self.num_hidden_layers not in (None, self.num_layers):
@@ -66,8 +68,3 @@ class RecurrentDepthLlamaConfig(LlamaConfig):
     def to_dict(self) -> dict[str, Any]:
         # `from_pretrained(..., num_core_layers=3)` sets fields one by one, after all were checked together.
         return super().to_dict() | {"num_hidden_layers": self.num_layers}
-
-    def _check_whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}={value!r} must be a whole number from {least}")

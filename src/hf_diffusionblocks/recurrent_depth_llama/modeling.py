@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import can_return_tuple
 
 from ..diffusion.randomness import PositionNoise
-from ..diffusion.samplers import check_num_steps
+from ..whole_numbers import check_whole
 from .configuration import RecurrentDepthLlamaConfig
 
 #: Standard deviation of the logarithm of the rate that numbers of core runs are drawn at (the paper's).
@@ -128,7 +128,7 @@ class RecurrentDepthLlamaModel(RecurrentDepthLlamaPreTrainedModel):
         """How often the core runs: as asked for; else drawn in training, and otherwise what training has about at its mean."""
         if num_steps is None:
             return draw_num_steps(self.config.mean_recurrence) if self.training else self.config.mean_recurrence
-        check_num_steps(num_steps)
+        check_whole("num_steps", num_steps, 1, ", or None")
         return num_steps
 
     def _initial_state(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:

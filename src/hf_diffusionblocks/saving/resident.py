@@ -12,6 +12,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from ..configuration import DiffusionBlocksConfig
 from ..diffusion.randomness import seeded
+from ..whole_numbers import is_whole
 from . import shards
 
 #: Arguments of `from_pretrained` that say where on the Hub, and how, to find a file.
@@ -145,7 +146,7 @@ def checked_blocks(blocks: Iterable[int], num_blocks: int, field: str) -> list[i
         ValueError: these are none, or no list; one occurs twice, or the model has no such block; names the field.
     """
     chosen = list(blocks) if isinstance(blocks, Iterable) else []
-    whole = all(isinstance(block, int) and 0 <= block < num_blocks for block in chosen)
+    whole = all(is_whole(block, 0) and block < num_blocks for block in chosen)
     if not chosen or not whole or len(set(chosen)) < len(chosen):
         raise ValueError(f"{field}={blocks!r} must be a list of different blocks of 0..{num_blocks - 1}, at least one")
     return sorted(chosen)

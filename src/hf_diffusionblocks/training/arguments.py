@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import TrainingArguments
 
 from ..configuration import CHOICES
+from ..whole_numbers import check_whole
 from .block_schedule import ORDERS
 
 OFFLOADS = ("none", "cpu")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass
@@ -114,16 +110,14 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
             raise ValueError(f"ema_decay={self.ema_decay} must be above 0 and below 1, or None for no averages")
         if self.ema_in_host_memory and self.ema_decay is None:
             raise ValueError("ema_in_host_memory=True needs ema_decay, without which there are no averages")
-        if not _is_count(self.block_switch_interval):
-            raise ValueError(f"block_switch_interval={self.block_switch_interval!r} must be a whole number from 1")
+        check_whole("block_switch_interval", self.block_switch_interval, 1)
         if self.block_switch_interval > 1 and self.block_schedule not in (None, "random"):
             raise ValueError(
                 f"block_switch_interval={self.block_switch_interval} with block_schedule={self.block_schedule!r} must be 1: random "
                 "turns have a length"
             )
         if self.updates_per_block is not None:
-            if not _is_count(self.updates_per_block):
-                raise ValueError(f"updates_per_block={self.updates_per_block!r} must be a whole number from 1, or None")
+            check_whole("updates_per_block", self.updates_per_block, 1, ", or None")
             if self.max_steps > 0:
                 raise ValueError(
                     f"updates_per_block={self.updates_per_block} and max_steps={self.max_steps} both say how long to "

@@ -10,7 +10,8 @@ from ...diffusion.categorical import BRIDGES
 from ...diffusion.gaussian import precondition
 from ...diffusion.objectives import rows_per_chunk
 from ...diffusion.randomness import NoiseSource, PositionNoise
-from ...diffusion.samplers import check_num_steps, walk, walk_on
+from ...diffusion.samplers import walk, walk_on
+from ...whole_numbers import check_whole
 from ..base import DiffusionBlocksPreTrainedModel
 from ..block import Block
 from .readouts import WalkLevel
@@ -43,7 +44,7 @@ class TextWalk:
         num_steps: int | None = None,
     ):
         if num_steps is not None:
-            check_num_steps(num_steps)
+            check_whole("num_steps", num_steps, 1, ", or None")
         self.model, self.config, self.logits_processor, self.sample = model, model.config, logits_processor, sample
         self.generated: torch.Tensor | None = None  # all tokens so far, for the controls
         self.bridge = _drawn_bridge if sample else BRIDGES[model.bridge]

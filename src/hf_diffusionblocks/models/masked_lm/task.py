@@ -11,6 +11,7 @@ from ...backbones.encoder import Encoder
 from ...diffusion.objectives import chunked_sum, cross_entropy
 from ...processors import load_tokenizer
 from ...tasks import Generation, Task
+from ...whole_numbers import is_whole
 from .command import MaskedTextOptions, generate
 from .model import DiffusionBlocksForMaskedLM
 
@@ -27,7 +28,7 @@ def settle(config: PreTrainedConfig) -> None:
     size, found = source.vocab_size, config.mask_token_id
     if found is None:
         config.mask_token_id = found = size
-    if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found <= size:
+    if not is_whole(found, 0) or found > size:
         raise ValueError(f"mask_token_id={found!r} must lie in 0..{size - 1}, or be {size}, or None, for a new token")
     source.mask_token_id, source.vocab_size = found, max(size, found + 1)
 
