@@ -21,10 +21,11 @@ from hf_diffusionblocks.memory.ways import Way, Workload, formulations_for, ways
 from hf_diffusionblocks.tasks import TASKS
 
 SIZES = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-GPT2 = GPT2Config(n_layer=4, n_embd=32, n_head=2, vocab_size=307, n_positions=32, bos_token_id=0, eos_token_id=0)
+GPT2_SIZES = {"n_embd": 32, "n_head": 2, "vocab_size": 307, "n_positions": 32, "bos_token_id": 0, "eos_token_id": 0}
+GPT2 = GPT2Config(n_layer=4, **GPT2_SIZES)
+TINY = GPT2Config(n_layer=2, **GPT2_SIZES)  #: for tables, which follow every way to train
 CONFIGS = {
     "gpt2": (GPT2, 24),
-    "llama": (LlamaConfig(**SIZES, vocab_size=307), 24),
     "qwen3": (Qwen3Config(**SIZES, vocab_size=307, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True), 24),
     "vit": (ViTConfig(**SIZES, image_size=16, patch_size=4, num_channels=1, num_labels=5), None),
 }
@@ -51,7 +52,7 @@ def check(way: Way, workload: Workload) -> None:
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize(
     "family, dtype",
-    [("gpt2", torch.float32), ("qwen3", torch.bfloat16), ("vit", torch.bfloat16)],
+    [("qwen3", torch.bfloat16), ("vit", torch.float32)],
     ids=str,
 )
 def test_the_estimate_is_the_ledger(family, dtype, way):
@@ -60,7 +61,7 @@ def test_the_estimate_is_the_ledger(family, dtype, way):
 
 
 @pytest.mark.parametrize("way", OTHER_WAYS.values(), ids=OTHER_WAYS)
-@pytest.mark.parametrize("family", ["llama", "vit"])
+@pytest.mark.parametrize("family", ["gpt2", "vit"])
 def test_so_it_is_in_other_formulations(family, way):
     config, length = CONFIGS[family]
     check(way, Workload(config, 3, batch_size=3, sequence_length=length))
@@ -76,7 +77,7 @@ def test_logits_are_as_many_as_the_device_reads_out_at_a_time(monkeypatch):
     assert ledger_of(way, workload).parts.logits == on_cpu
     monkeypatch.setattr(objectives, "CPU_CHUNK", 2**14)
     assert ledger_of(way, workload).parts.logits == on_gpu > 3 * on_cpu
-    found = db.estimate_memory(GPT2, 3, 3, 24, device="cuda")
+    found = db.estimate_memory(TINY, 2, 3, 24, device="cuda")
     assert found.ledgers[way.name].parts.logits == on_gpu and "AdamW, cuda" in str(found)
 
 
@@ -115,19 +116,17 @@ def test_the_budget_is_met_by_the_smallest_number_of_blocks():
     assert totals[1] > totals[2] > totals[4]
     for budget, expected in ((totals[2], 2), (totals[2] - 1, 4), (totals[4] - 1, None)):
         assert smallest_number_of_blocks(way, Workload(GPT2, 3, 3, 24), budget) == expected
-    estimate = db.estimate_memory(GPT2, 2, 3, 24, budget="1 TiB", **fields)
+    estimate = db.estimate_memory(TINY, 2, 3, 24, budget="1 TiB", denoiser="factorized")
     assert set(estimate.fitting.values()) == {1}
     assert "fits 1 TiB" in str(estimate) and str(estimate).count("yes") == len(estimate.ledgers)
 
 
 def test_a_diffusionblocks_model_is_estimated_as_it_is():
-    model = db.convert(GPT2, 2, denoiser="factorized", context="carried").to(torch.bfloat16)
+    model = db.convert(TINY, 2, denoiser="factorized").to(torch.bfloat16)
     estimate = db.estimate_memory(model, batch_size=3, sequence_length=24)
-    expected = db.estimate_memory(
-        GPT2, 2, 3, 24, dtype="bf16", denoiser="factorized", context="carried"
-    )
+    expected = db.estimate_memory(TINY, 2, 3, 24, dtype="bf16", denoiser="factorized")
     assert estimate.ledgers == expected.ledgers
-    assert [name for name in estimate.ledgers if name.startswith("factorized, carried: ")]
+    assert [name for name in estimate.ledgers if name.startswith("factorized, independent: ")]
 
 
 @pytest.mark.parametrize(
@@ -170,10 +169,10 @@ def test_sizes_that_are_none_are_refused(text):
 
 def test_the_command_prints_the_estimate(tmp_path, capsys):
     """With underscores or hyphens."""
-    GPT2.save_pretrained(tmp_path)
+    TINY.save_pretrained(tmp_path)
     options = "--dtype bf16 --denoiser factorized --num_blocks 2 --batch-size 3 --sequence-length 24"
     main(["estimate", "--model", str(tmp_path), *options.split()])
-    expected = db.estimate_memory(GPT2, 2, 3, 24, dtype="bf16", denoiser="factorized")
+    expected = db.estimate_memory(TINY, 2, 3, 24, dtype="bf16", denoiser="factorized")
     assert capsys.readouterr().out.strip() == str(expected)
 
 
@@ -185,7 +184,7 @@ def test_the_command_reads_a_model_of_diffusers(tmp_path, capsys):
 
 def test_a_tiny_model_s_table_says_something():
     """In KiB, where MiB would be 0 everywhere."""
-    estimate = db.estimate_memory(GPT2, 2, 3, 24, ema=True)
+    estimate = db.estimate_memory(TINY, 2, 3, 24, ema=True, denoiser="factorized")
     header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in str(estimate).splitlines()[2:])
     assert header[0] == "KiB"
     for row in rows:

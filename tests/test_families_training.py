@@ -36,12 +36,11 @@ class Moves(TrainerCallback):
 
 
 @everywhere
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_step_moves_its_block_and_shared_parameters_only(case, accumulation, tmp_path):
-    """Every parameter, weight decay on: a gradient of zero, rather than none, would let decay move the others."""
+def test_a_step_moves_its_block_and_shared_parameters_only(case, tmp_path):
+    """Of two batches. Every parameter, weight decay on: a gradient of zero, rather than none, would let decay move the others."""
     # (Of z that gives its target away, too little is to be learnt.)
     model, moves = case.model(**({"prior_fraction": 0.5} if case.has_known_targets else {})), Moves()
-    arguments = {"max_steps": 4, "gradient_accumulation_steps": accumulation, "block_schedule": "random"}
+    arguments = {"max_steps": 4, "gradient_accumulation_steps": 2, "block_schedule": "random"}
     moves.trainer = trainer_of(model, case, tmp_path, callbacks=[moves], **arguments)
     moves.trainer.train()
     assert sorted(block for block, _ in moves.seen) == sorted([*case.blocks] * (4 // len(case.blocks)))
@@ -51,9 +50,17 @@ def test_a_step_moves_its_block_and_shared_parameters_only(case, accumulation, t
 
 
 @everywhere
-@pytest.mark.parametrize("place", ["none", "cpu"])
-def test_training_resumes_bit_equal(case, place, tmp_path):
+def test_training_resumes_bit_equal(case, tmp_path):
     """Stopped within an epoch and a round of blocks; dropout on, so the global generator matters, too."""
+    check_that_it_resumes(case, tmp_path, "none")
+
+
+@few
+def test_so_it_does_with_blocks_in_host_memory(case, tmp_path):
+    check_that_it_resumes(case, tmp_path, "cpu")
+
+
+def check_that_it_resumes(case, tmp_path, place) -> None:
     case = case.with_dropout(0.1)
     arguments = {"max_steps": 7, "lr_scheduler_type": "cosine", "offload_inactive_blocks": place}
     arguments |= {"save_strategy": "steps", "save_steps": 3}
@@ -67,7 +74,7 @@ def test_training_resumes_bit_equal(case, place, tmp_path):
     assert not same(whole.state_dict(), case.model().state_dict())
 
 
-@pytest.mark.parametrize(**grid(lambda case: case.trained and case.last_block))
+@few
 def test_offload_changes_nothing(case, tmp_path):
     """Every block's turn comes round again."""
     results = []
