@@ -264,6 +264,21 @@ def test_packed_sequences_do_not_see_each_other(plain, text_formulation, ids):
     assert not torch.allclose(first[:, :3], second[:, :3])
 
 
+def test_an_explicit_mask_may_say_who_sees_whom(plain, text_formulation, ids):
+    """`[N, 1, S, S]`, as stock models take it; here, what restarting positions say."""
+    model = make(plain, **text_formulation)
+    positions = torch.cat([torch.arange(4), torch.arange(LENGTH - 4)])
+    text = torch.arange(LENGTH) >= 4
+    visible = (text[:, None] == text) & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    marked, masked = {"position_ids": positions.expand(3, -1)}, {"attention_mask": visible.expand(3, 1, -1, -1)}
+    for outcome in (
+        lambda **given: block_logits(model, ids, 1, labels=ids, **given),
+        lambda **given: model(ids, use_cache=False, **given).logits,
+        lambda **given: model.prior_logits(ids, **given),
+    ):
+        torch.testing.assert_close(outcome(**marked, **masked), outcome(**marked), rtol=1e-4, atol=1e-5)
+
+
 def test_a_full_context_has_logits_for_the_token_after_it():
     plain = randomized(AutoModelForCausalLM.from_config(TEXT_CONFIGS["gpt2"]))
     ids = torch.randint(VOCAB, (1, 32))

@@ -12,7 +12,7 @@ class Text(NamedTuple):
 
     input_ids: torch.Tensor | None  #: `[N, S]`
     inputs_embeds: torch.Tensor | None = None  #: `[N, S, D]`
-    attention_mask: torch.Tensor | None = None  #: `[N, P + S]`, 0 for padding
+    attention_mask: torch.Tensor | None = None  #: `[N, P + S]`, 0 for padding; or who sees whom, `[N, 1, S, P + S]`
     position_ids: torch.Tensor | None = None  #: `[N or 1, S]`
     past_key_values: Any = None  #: of the P tokens before
     block_input: torch.Tensor | None = None  #: `[N, S, D]`, what enters the block that trains, from a cache
@@ -41,7 +41,10 @@ class Text(NamedTuple):
 
     def without_last(self) -> Text:
         """All tokens but the last, which is no context of any target."""
-        return Text(*(tensor if tensor is None else tensor[:, :-1] for tensor in self))
+        text = Text(*(tensor if tensor is None else tensor[:, :-1] for tensor in self))
+        if self.attention_mask is not None and self.attention_mask.dim() == 4:
+            text = text._replace(attention_mask=self.attention_mask[:, :, :-1, :-1])
+        return text
 
 
 class Rows(NamedTuple):

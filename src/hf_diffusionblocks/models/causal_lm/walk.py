@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from ...diffusion.categorical import BRIDGES
 from ...diffusion.gaussian import precondition
@@ -15,7 +15,7 @@ from ...whole_numbers import check_whole
 from ..base import DiffusionBlocksPreTrainedModel
 from ..block import Block
 from .readouts import WalkLevel
-from .streams import Streams, join
+from .streams import CleanKeys, Streams, join
 from .text import Text
 
 
@@ -142,8 +142,8 @@ class _Run:
         self.plan, self.model, self.kept = plan, plan.model, kept
         self.inputs, shape = text.positioned(), text.shape_in(plan.model.dtype)
         self.dtype, (self.num_rows, self.num_tokens) = shape.dtype, shape.shape[:2]
-        cache = text.past_key_values
-        cache = DynamicCache(config=self.model.config.source_config) if cache is None else cache
+        # (Not an empty cache: with one, Transformers does not look for packed texts.)
+        cache = CleanKeys() if text.past_key_values is None else text.past_key_values
         self.streams = Streams(self.model, shape, text, kept, cache)
         self.positions = self.streams.noisy_position_ids.expand(self.num_rows, -1).flatten()
         if plan.sample:
