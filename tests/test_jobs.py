@@ -282,6 +282,18 @@ def test_a_job_on_cached_inputs_evaluates_the_whole_model_on_any_data(texts, tmp
         db.DiffusionBlocksTrainer(model=part, **given)
 
 
+def test_a_job_on_cached_inputs_that_are_streamed_is_saved(texts, tmp_path):
+    whole = made(CONFIGS["gpt2"], CARRIED)
+    cached = db.cache_block_inputs(whole, texts, 1, tmp_path / "cache")
+    args = db.DiffusionBlocksTrainingArguments(
+        str(tmp_path / "job"), max_steps=1, train_blocks=[1], train_shared=False, use_cpu=True, report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    trainer = db.DiffusionBlocksTrainer(model=whole, args=args, train_dataset=cached.to_iterable_dataset())
+    trainer.train()
+    trainer.save_model()
+    assert whole.provenance.trained == [1]
+
+
 def test_cached_inputs_chain_from_block_to_block(texts, tmp_path):
     """Only the block between two caches is loaded."""
     torch.manual_seed(0)

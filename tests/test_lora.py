@@ -209,7 +209,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "vit"])
 def test_peft_alone_reads_the_adapters_into_the_plain_model(name, tmp_path):
-    whole = ["classifier"] if name == "vit" else None
+    whole = {"gpt2": None, "llama": ["norm"], "vit": ["classifier"]}[name]  # (PEFT would take every layer's norms, too)
     model = adapted(CASES[name], config=LoraConfig(r=4, lora_alpha=8, modules_to_save=whole))
     plain = made(*CASES[name]).to_plain()
     trained(CASES[name], tmp_path, model=model, learning_rate=0.1).save_model(tmp_path / "saved")
@@ -354,10 +354,22 @@ def refused(**options):
             lambda: lora.add_block_adapters(made(GPT2, CARRIED), LoraConfig(modules_to_save=["lm_head"])),
             "modules_to_save: 'lm_head' is tied to another weight",
         ),
+        (
+            lambda: lora.add_block_adapters(made(LLAMA, CARRIED), LoraConfig(lora_bias=True)),
+            "lora_bias=True must be False: self_attn.q_proj, self_attn.v_proj have no bias",
+        ),
+        (
+            lambda: lora.add_block_adapters(made(GPT2, CARRIED), LoraConfig(rank_pattern={"^transformer.h.1": 2})),
+            r"rank_pattern: '\^transformer.h.1' must not begin with '\^'",
+        ),
+        (
+            lambda: lora.add_block_adapters(made(GPT2, CARRIED), LoraConfig(exclude_modules="transformer.*")),
+            r"exclude_modules='transformer.\*' must be a list of names",
+        ),
     ],
     ids=[
         "twice", "layers", "a pattern", "tokens", "biases", "other weights", "none", "joint", "not loaded", "part of a layer",
-        "no such target", "no such module", "tied",
+        "no such target", "no such module", "tied", "no bias", "anchored", "a pattern of what is not",
     ],
 )
 def test_bad_input(call, message):

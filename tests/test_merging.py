@@ -124,6 +124,10 @@ def test_jobs_that_do_not_fit_are_refused(jobs, tmp_path):
     output = tmp_path / "merged"
     with pytest.raises(ValueError, match="at least one folder"):
         db.merge_blocks([], output)
+    with pytest.raises(ValueError, match="jobs='job0' must be a list"):
+        db.merge_blocks("job0", output)
+    with pytest.raises(ValueError, match="output_dir='.*job0' must not be one of the jobs"):
+        db.merge_blocks([first, second], first)
     with pytest.raises(ValueError, match="block 1 is in none of"):
         db.merge_blocks([first], output)
     with pytest.raises(NotADirectoryError, match="nowhere is not a folder"):

@@ -359,3 +359,10 @@ def test_data_without_a_length_is_refused_for_blocks_in_parallel(tmp_path):
     trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
     with pytest.raises(ValueError, match="train_dataset=IterableDataset must have a length"):
         check_processes(trainer, Layout([0, 1], 2, 0, block_parallel=True))
+
+
+def test_rows_that_one_process_deals_out_are_refused_for_blocks_in_parallel(tmp_path):
+    dispatch = {"accelerator_config": {"dispatch_batches": True}}
+    trainer = trainer_of(made(GPT2, {}), GPT2, tmp_path, {"block_parallel": True, **dispatch})
+    with pytest.raises(ValueError, match="dispatch_batches=True must be False or None with block_parallel=True"):
+        check_processes(trainer, Layout([0, 1], 2, 0, block_parallel=True))

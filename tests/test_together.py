@@ -45,6 +45,15 @@ def test_exact_is_end_to_end_training_of_the_stock_model(source, arguments, tmp_
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+def test_a_short_micro_batch_counts_by_its_rows(source, tmp_path):
+    """The last of an epoch's: 2, 2 and 1 rows are a step."""
+    model, rows = made(source, CARRIED).double(), data(source).select(range(5))
+    plain = copy.deepcopy(model.to_plain())
+    trained(model, source, tmp_path, {**EXACT, "gradient_accumulation_steps": 3}, dataset=rows)
+    stock_trained(plain, source, tmp_path, 2, {"gradient_accumulation_steps": 3}, dataset=rows)
+    assert_same(model.to_plain(), plain, tolerance=2e-6)
+
+
 def test_exact_takes_embedded_tokens(tmp_path):
     model = made(GPT2, CARRIED).double()
     plain = copy.deepcopy(model.to_plain())
@@ -156,6 +165,8 @@ IN_TURN = {"block_schedule": "sequential", "objective": "local"}
         (RANDOM, {**RANDOM, "block_switch_interval": 2}, "block_switch_interval=2 must be 1"),
         (RANDOM, {**RANDOM, "train_blocks": [0, 1], "train_shared": False}, r"train_blocks=\[0, 1\] must be \[0, 1, 2, 3\]"),
         (IN_TURN, {**IN_TURN, "max_steps": 8}, "max_steps=8 must be 4"),
+        (RANDOM, {**RANDOM, "seed": 1}, "seed=1 must be 42"),
+        (EXACT, {**EXACT, "train_shared": False}, "train_shared=False must be True"),
     ],
 )  # fmt: skip
 def test_a_run_resumes_as_it_was_stopped(before, after, message, tmp_path):

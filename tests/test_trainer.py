@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainingArguments, ViTForImageClassifi
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.training import BlockSchedule
+from hf_diffusionblocks.training.block_optimizer import learning_rate_curve
 
 
 class Images(torch.utils.data.Dataset):
@@ -94,9 +95,11 @@ def test_long_turns_fetch_no_block_ahead():
     [
         ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor=0.1 must be 0"),
         ({}, {"compute_loss_func": lambda *_: 0}, "compute_loss_func must be None"),
+        ({}, {"model_init": lambda: None}, "model_init must be None"),
+        ({"optim": "galore_adamw_layerwise"}, {}, "optim='galore_adamw_layerwise' must not be layer-wise"),
     ],
 )
-def test_another_loss_is_refused(arguments, others, message, plain_model, tmp_path):
+def test_what_is_of_whole_models_is_refused(arguments, others, message, plain_model, tmp_path):
     args = db.DiffusionBlocksTrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **arguments)
     with pytest.raises(ValueError, match=message):
         db.DiffusionBlocksTrainer(model=db.convert(plain_model, 2, preset="paper"), args=args, **others)
@@ -249,6 +252,7 @@ def test_best_model_is_loaded_at_the_end(plain_model, tmp_path):
         ({"updates_per_block": 0}, r"updates_per_block=0 must be a whole number from 1, or None"),
         ({"updates_per_block": 1.5}, r"updates_per_block=1.5 must be a whole number from 1, or None"),
         ({"block_switch_interval": 2, "block_schedule": "together"}, r"block_switch_interval=2 with block_schedule='together'"),
+        ({"ema_decay": "0.9"}, r"ema_decay='0.9' must be above 0 and below 1"),
         ({"ema_in_host_memory": True}, r"ema_in_host_memory=True needs ema_decay"),
         ({"updates_per_block": 3, "max_steps": 6}, r"updates_per_block=3 and max_steps=6 both"),
     ],
@@ -256,6 +260,14 @@ def test_best_model_is_loaded_at_the_end(plain_model, tmp_path):
 def test_bad_arguments_are_named(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         db.DiffusionBlocksTrainingArguments(output_dir=str(tmp_path), **arguments)
+
+
+@pytest.mark.parametrize(("name", "least"), [("cosine_with_min_lr", "min_lr"), ("polynomial", "lr_end")])
+def test_a_least_learning_rate_is_a_rate(tmp_path, name, least):
+    args = db.DiffusionBlocksTrainingArguments(
+        str(tmp_path), learning_rate=1e-3, lr_scheduler_type=name, lr_scheduler_kwargs={least: 1e-4}
+    )
+    assert args.learning_rate * learning_rate_curve(args, 10)(10) == pytest.approx(1e-4)
 
 
 def test_several_devices_in_one_process_are_refused(plain_model, tmp_path):

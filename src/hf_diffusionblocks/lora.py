@@ -76,6 +76,13 @@ def add_block_adapters(
     layer = model.blocks[blocks[0]].layers[0]  # of one without adapters: another may have some
     _check(model, config)
     targets = _targets(model, layer, config)
+    adapted = [(name, part) for name, part in layer.named_modules() if any(_ends_in(target, [name]) for target in targets)]
+    bare = [name for name, part in adapted if part.bias is None]
+    if config.lora_bias and bare:
+        raise ValueError(f"lora_bias=True must be False: {', '.join(bare)} have no bias to merge it into")
+    modules = [name for name, _ in model.named_modules()]
+    # (By their paths: PEFT would take "norm" for every name that ends so.)
+    kept_whole = [path for name in config.modules_to_save or () for path in _ends_in(name, modules)]
     seed = int(torch.randint(2**62, ()))
     with _all_in_one_place(model):
         for block in blocks:
@@ -84,7 +91,7 @@ def add_block_adapters(
             own.target_modules = targets
             own.layers_to_transform = list(model.block_layers(block))
             own.layers_pattern = model.architecture.layers_path.rpartition(".")[2]
-            whole = list(config.modules_to_save or []) if block == model.num_blocks - 1 else []
+            whole = kept_whole if block == model.num_blocks - 1 else []
             own.modules_to_save = [*whole, *model.blocks[block].own_readout] or None
             with seeded([seed, block], model.device):  # as all fresh weights of a block: whichever others are loaded
                 _add(model, own, block)
@@ -136,6 +143,11 @@ def _check(model: DiffusionBlocksPreTrainedModel, config: LoraConfig) -> None:
             f"init_lora_weights={config.init_lora_weights!r} must be True, False, 'gaussian' or 'orthogonal': others change "
             "the pretrained weights, which are not saved with adapters"
         )
+    for field in ("rank_pattern", "alpha_pattern"):
+        if anchored := [pattern for pattern in getattr(config, field) if pattern.startswith("^")]:
+            raise ValueError(f"{field}: {anchored[0]!r} must not begin with '^': names are longer here than the plain model's")
+    if isinstance(config.exclude_modules, str):
+        raise ValueError(f"exclude_modules={config.exclude_modules!r} must be a list of names: whole ones are longer here")
     modules = [name for name, _ in model.named_modules()]
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     for name in config.modules_to_save or ():

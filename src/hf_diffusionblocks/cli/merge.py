@@ -26,8 +26,6 @@ def run(args: list[str]) -> None:
         description="Check that jobs fit (same config and shared parameters, every block once), join them, and print "
         "the blocks.",
     )
-    if Path(out_dir).resolve() in [Path(job).resolve() for job in jobs]:
-        raise ValueError(f"OUT_DIR={out_dir} must not be one of the jobs")
     if (Path(out_dir) / CONFIG_NAME).exists() and not options.overwrite:
         raise ValueError(f"OUT_DIR={out_dir} holds a model already: --overwrite replaces it")
     merge_blocks(jobs, out_dir)

@@ -34,6 +34,11 @@ def weighted(loss: torch.Tensor, weighting: str | None, sigma: torch.Tensor, sig
     return loss if weighting is None else loss * edm_loss_weight(sigma, sigma_data)
 
 
+def mean_of_step(losses: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
+    """Of a batch, their mean; of a micro-batch, its part of the mean over the step's `num_items`."""
+    return losses.mean() if num_items is None else losses.sum() / num_items
+
+
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """`-ln softmax(logits)[target]` of each row, `[R]` from `[R, V]` and `[R]`, first derivatives only; 0 where the target is
     `IGNORED`."""

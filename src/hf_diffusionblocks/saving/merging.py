@@ -63,8 +63,10 @@ def merge_blocks(jobs: Sequence[str | PathLike], output_dir: str | PathLike) -> 
             or may have been by a folder that does not tell, or one was trained around another version of an earlier
             block. Says which, and where.
     """
-    if not jobs:
-        raise ValueError("jobs=[] must name at least one folder")
+    if not jobs or isinstance(jobs, (str, PathLike)):
+        raise ValueError(f"jobs={jobs!r} must be a list of at least one folder")
+    if Path(output_dir).resolve() in [Path(job).resolve() for job in jobs]:
+        raise ValueError(f"output_dir={str(output_dir)!r} must not be one of the jobs")
     opened = [_open(Path(folder)) for folder in jobs]
     _check_configs(opened)
     source_of = _sources(opened)

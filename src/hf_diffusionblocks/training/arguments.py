@@ -106,8 +106,8 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay} must be above 0 and below 1, or None for no averages")
+        if self.ema_decay is not None and not (isinstance(self.ema_decay, float) and 0 < self.ema_decay < 1):
+            raise ValueError(f"ema_decay={self.ema_decay!r} must be above 0 and below 1, or None for no averages")
         if self.ema_in_host_memory and self.ema_decay is None:
             raise ValueError("ema_in_host_memory=True needs ema_decay, without which there are no averages")
         check_whole("block_switch_interval", self.block_switch_interval, 1)

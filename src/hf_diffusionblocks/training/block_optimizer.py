@@ -32,7 +32,7 @@ def learning_rate_curve(args: TrainingArguments, num_updates: int) -> Callable[[
     """
     scheduler = get_scheduler(
         args.lr_scheduler_type,
-        optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0),
+        optimizer=torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate),  # of which `min_lr` is a part
         num_warmup_steps=args.get_warmup_steps(num_updates),
         num_training_steps=num_updates,
         scheduler_specific_kwargs=args.lr_scheduler_kwargs,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from ..models.base import DiffusionBlocksPreTrainedModel
@@ -18,6 +20,28 @@ from .cached_inputs import column_of, predecessors_column_of
 from .parallel import Layout
 
 logger = logging.get_logger(__name__)
+
+
+def check_given_to_trainer(args: DiffusionBlocksTrainingArguments, given: Mapping[str, Any]) -> None:
+    """Refuse what the stock Trainer would do with all of a model at once.
+
+    Args:
+        given: to the Trainer, beside model and arguments.
+
+    Raises:
+        ValueError: names the field.
+    """
+    if args.label_smoothing_factor:
+        raise ValueError(f"label_smoothing_factor={args.label_smoothing_factor} must be 0: a block has a loss of its own")
+    optim = OptimizerNames(args.optim).value
+    if "layerwise" in optim:
+        raise ValueError(f"optim={optim!r} must not be layer-wise: it has no learning-rate schedule by block")
+    for name, reason in (
+        ("compute_loss_func", "a block has a loss of its own"),
+        ("model_init", "blocks are scheduled for the model that is given"),
+    ):
+        if given.get(name) is not None:
+            raise ValueError(f"{name} must be None: {reason}")
 
 
 def blocks_to_train(
@@ -193,6 +217,11 @@ def check_processes(trainer: Trainer, layout: Layout) -> None:
         raise ValueError(
             f"train_dataset={type(trainer.train_dataset).__name__} must have a length with block_parallel=True: "
             "Accelerate would deal its rows out to all processes, not to those of one block"
+        )
+    if layout.num_lanes > 1 and trainer.accelerator.dispatch_batches:
+        raise ValueError(
+            "dispatch_batches=True must be False or None with block_parallel=True: Accelerate would deal rows out to all "
+            "processes, not to those of one block"
         )
 
 

@@ -53,7 +53,7 @@ class RunReports(AtomicCheckpoints):
         """The fingerprint of the earlier blocks that made this job's inputs, if they were cached."""
         if not self._cached_column:
             return None
-        return self.train_dataset[0][predecessors_column_of(self.train_blocks[0])]
+        return next(iter(self.train_dataset))[predecessors_column_of(self.train_blocks[0])]
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the DiffusionBlocks card to the output folder, where the Trainer would write its own."""

@@ -23,8 +23,8 @@ from .block_evaluation import BlockEvaluation
 from .block_optimizer import learning_rate_curve, scheduler_by_block, split_by_block
 from .block_schedule import BlockSchedule
 from .checks import (
-    WithBlockInput, WithoutFullMask, blocks_to_train, cached_column, check_evaluation_data, check_processes, check_schedule,
-    columns_to_keep, settle_schedule, warn_of_own_fields,
+    WithBlockInput, WithoutFullMask, blocks_to_train, cached_column, check_evaluation_data, check_given_to_trainer,
+    check_processes, check_schedule, columns_to_keep, settle_schedule, warn_of_own_fields,
 )  # fmt: skip
 from .parallel import Layout, all_states, broadcast
 from .resumed_runs import StepsOfRun
@@ -67,12 +67,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
                 f"{args.n_gpu} devices in one process cannot be trained on: start one process each with `accelerate "
                 "launch`, or choose one with CUDA_VISIBLE_DEVICES"
             )
-        if args.label_smoothing_factor:
-            raise ValueError(f"label_smoothing_factor={args.label_smoothing_factor} must be 0: a block has a loss of its own")
-        if "layerwise" in str(args.optim):
-            raise ValueError(f"optim={str(args.optim)!r} must not be layer-wise: it has no learning-rate schedule by block")
-        if kwargs.get("compute_loss_func") is not None:
-            raise ValueError("compute_loss_func must be None: a block has a loss of its own")
+        check_given_to_trainer(args, kwargs)
         if model.config.noise_distribution == "information" and model.config.noise_table is None:
             raise ValueError(
                 "noise_distribution='information' has no noise_table yet: call fit_noise_schedule(model, dataloader)"
@@ -181,7 +176,8 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     def noise_generators(self, micro_batch: int, num_rows: int) -> list[torch.Generator]:
         """Of each row of a micro-batch of the step."""
-        first = (micro_batch * self.layout.num_replicas + self.layout.replica) * self.args.train_batch_size
+        batch_size = self.args.train_batch_size // (self.layout.num_replicas if self.accelerator.split_batches else 1)
+        first = (micro_batch * self.layout.num_replicas + self.layout.replica) * batch_size
         return keyed_generators([self.args.seed, self.state.global_step], range(first, first + num_rows), self.args.device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):

@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from ...configuration import DiffusionBlocksConfig
 from ...diffusion.categorical import BRIDGES, posterior_logits
 from ...diffusion.gaussian import corrupt
-from ...diffusion.objectives import weighted
+from ...diffusion.objectives import mean_of_step, weighted
 from ...diffusion.randomness import Generators, NoiseSource
 from ...diffusion.samplers import walk
 from ..active import without_dropout
@@ -50,6 +50,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
     """
 
     main_input_name = "pixel_values"
+    accepts_loss_kwargs = True  # the Trainer gives num_items_in_batch: every image of a step counts alike
     task = "image-classification"
     DENOISERS = {"joint": JointImage, "factorized": FactorizedImage}
     clean_columns = ("pixel_values",)
@@ -92,6 +93,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         block_input: torch.Tensor | None = None,
         block_output: torch.Tensor | None = None,
         loss_block: int | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> ImageClassifierOutput:
         """Train one block (`block_index` given), or classify.
 
@@ -111,6 +113,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
                 (factorized).
             loss_block: the block that is read out, after those between have run, too (factorized, carried); None is
                 `block_index` itself. Parameters between get gradients unless they ask for none.
+            num_items_in_batch: images that the summed loss is divided by; None is those of this batch.
 
         Returns:
             `loss` (with labels) and `logits`. Without `block_index` the logits are label-free: factorized and
@@ -124,7 +127,8 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         x = self._clean(pixel_values, interpolate_pos_encoding)
         if block_index is None:
             logits = self.denoiser.logits(x)
-            loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+            loss = None if labels is None else F.cross_entropy(logits.float(), labels, reduction="none")
+            loss = None if loss is None else mean_of_step(loss, num_items_in_batch)
             return ImageClassifierOutput(loss=loss, logits=logits)
         active = self.active_blocks(block_index, loss_block)
         sees_z = self.sees_z(sigma)
@@ -133,7 +137,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         z = corrupt(targets, sigma, noise, generator) if sees_z else None
         logits = self.readout(self.denoiser.network(active, x, z, sigma, block_input, block_output), z, sigma)
         loss = F.cross_entropy(logits.float(), labels, reduction="none")
-        loss = weighted(loss, self.config.loss_weighting, sigma, self.sigma_data).mean()
+        loss = mean_of_step(weighted(loss, self.config.loss_weighting, sigma, self.sigma_data), num_items_in_batch)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     def levels(self, block_index: int, labels: torch.Tensor, sigma: torch.Tensor | None, generator) -> torch.Tensor:
