@@ -63,6 +63,7 @@ PANELS = (
         {
             "end to end, 8 layers": ("8 layers", "plain", "right"),
             "end to end, 2 layers": ("2 layers", "plain", "right"),
+            "B=4, own loss, no local head": ("B=4", "own", "right"),
             "B=4, own loss, local head of one layer": ("B=4, local heads", "own", "right"),
             "B=4, exact gradient": ("B=4, exact", "exact", "left"),
         },
