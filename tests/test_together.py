@@ -54,6 +54,15 @@ def test_a_short_micro_batch_counts_by_its_rows(source, tmp_path):
     assert_same(model.to_plain(), plain, tolerance=2e-6)
 
 
+def test_data_without_a_length_accumulate_as_in_the_stock_trainer(source, tmp_path):
+    """What is left of an epoch, here a row, is part of the next step."""
+    model, rows = made(source, CARRIED).double(), data(source).select(range(5)).to_iterable_dataset()
+    plain = copy.deepcopy(model.to_plain())
+    trained(model, source, tmp_path, {**EXACT, "gradient_accumulation_steps": 2}, dataset=rows)
+    stock_trained(plain, source, tmp_path, 2, {"gradient_accumulation_steps": 2}, dataset=rows)
+    assert_same(model.to_plain(), plain, tolerance=2e-6)
+
+
 def test_exact_takes_embedded_tokens(tmp_path):
     model = made(GPT2, CARRIED).double()
     plain = copy.deepcopy(model.to_plain())

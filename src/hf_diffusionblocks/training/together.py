@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ class TogetherSteps:
         self.exact = trainer.args.objective == "exact"
         #: whether a block starts from what the one before it put out, which is then handed to it here
         self._passes_on = self._model.context.passes_on
-        self._gathered: list[dict] = []  # micro-batches of the step, until all are there
+        self._gathered: list[tuple[dict, Any]] = []  # micro-batches of the step, and their items, until all are there
         self._entering: list[torch.Tensor | None] = []  # what enters the active block; None: it embeds
         self._leaving: list[torch.Tensor | None] = []  # local: what leaves it
         self._gradients: list[torch.Tensor | None] = []  # exact: of what leaves it (each list has a place a micro-batch)
@@ -47,13 +47,15 @@ class TogetherSteps:
     def training_step(self, inputs: dict, num_items: torch.Tensor | int | None) -> torch.Tensor:
         """Take note of a micro-batch; of the last one, train all blocks. Returns the step's loss then, and 0 before."""
         trainer = self._trainer
-        self._gathered.append(trainer._prepare_inputs(inputs))
+        self._gathered.append((trainer._prepare_inputs(inputs), num_items))
         if not trainer.accelerator.sync_gradients:
             return torch.zeros((), device=trainer.args.device)
-        batches, self._gathered, self._norms = self._gathered, [], []
+        # (Of data without a length, what is left of an epoch is part of the next step, over the items that it was told.)
+        batches, items = zip(*self._gathered)
+        self._gathered, self._norms = [], []
         self._model.train()
         try:
-            loss = self._last_to_first(batches, num_items) if self.exact else self._first_to_last(batches, num_items)
+            loss = self._last_to_first(batches, items) if self.exact else self._first_to_last(batches, items)
         finally:
             self._entering, self._leaving, self._before, self._gradients = [], [], [], []
         shared = trainer._trained_now()[1]
@@ -78,7 +80,7 @@ class TogetherSteps:
 
     # ---- local
 
-    def _first_to_last(self, batches: list[dict], num_items) -> torch.Tensor:
+    def _first_to_last(self, batches: Sequence[dict], items: Sequence) -> torch.Tensor:
         """The mean of the blocks' losses."""
         trained, losses = self._trainer.train_blocks, []
         run = range(max(trained) + 1) if self._passes_on else trained
@@ -87,7 +89,7 @@ class TogetherSteps:
             self._leaving = [None] * len(batches)
             if k in trained:
                 self._trainer.begin_block(k, _following(k, trained))
-                losses.append(sum(self._passes(batches, num_items)))
+                losses.append(sum(self._passes(batches, items)))
                 self._move()
             else:
                 with torch.no_grad(), without_dropout(self._model.backbone):
@@ -97,7 +99,7 @@ class TogetherSteps:
 
     # ---- exact
 
-    def _last_to_first(self, batches: list[dict], num_items) -> torch.Tensor:
+    def _last_to_first(self, batches: Sequence[dict], items: Sequence) -> torch.Tensor:
         """The model's loss."""
         trained, last = self._trainer.train_blocks, self._model.num_blocks - 1
         self._forward(batches, first=min(trained))
@@ -109,7 +111,7 @@ class TogetherSteps:
                 for hidden in self._entering:
                     hidden.requires_grad_()
             if k == last:
-                loss = sum(self._passes(batches, num_items))
+                loss = sum(self._passes(batches, items))
             else:
                 self._send_back(k, batches)
             self._gradients = [None if hidden is None else hidden.grad for hidden in self._entering]
@@ -120,7 +122,7 @@ class TogetherSteps:
         return loss
 
     @torch.no_grad()
-    def _forward(self, batches: list[dict], first: int) -> None:
+    def _forward(self, batches: Sequence[dict], first: int) -> None:
         """Keep what enters each block from `first`."""
         self._entering, self._before = [None] * len(batches), []
         for k in range(self._model.num_blocks):
@@ -132,7 +134,7 @@ class TogetherSteps:
                 self._model.offload.use(k, following=k + 1)
             self._entering = [self._run(k, m, batch) for m, batch in enumerate(batches)]
 
-    def _send_back(self, k: int, batches: list[dict]) -> None:
+    def _send_back(self, k: int, batches: Sequence[dict]) -> None:
         """Run a block again, and the gradients of what left it back through it."""
         for m, batch in enumerate(batches):
             with self._trainer.following_memory(m == len(batches) - 1):
@@ -143,9 +145,9 @@ class TogetherSteps:
 
     # ---- one block
 
-    def _passes(self, batches: list[dict], num_items) -> Iterator[torch.Tensor]:
+    def _passes(self, batches: Sequence[dict], items: Sequence) -> Iterator[torch.Tensor]:
         """Forward and backward passes of the active block; their losses."""
-        for m, batch in enumerate(batches):
+        for m, (batch, num_items) in enumerate(zip(batches, items)):
             yield self._trainer.block_pass(self._model, batch, num_items, is_last=m == len(batches) - 1)
 
     def output_of(self, m: int, inputs: dict) -> torch.Tensor | None:
