@@ -213,7 +213,10 @@ def test_a_checkpoint_without_averages_or_with_others_is_refused(tmp_path):
     trained(TEXT, tmp_path, ema_decay=None, **saving)
     with pytest.raises(ValueError, match=f"checkpoint-2/{FILE} is missing, and ema_decay=0.3"):
         trainer_of(TEXT.model(), TEXT, tmp_path, ema_decay=DECAY, **saving).train(resume_from_checkpoint=True)
-    trained(TEXT, tmp_path, train_shared=False, **saving)
+    frozen = TEXT.model()
+    for parameter in frozen.shared_parameters():
+        parameter.requires_grad_(False)
+    trainer_of(frozen, TEXT, tmp_path, ema_decay=DECAY, **saving).train()
     with pytest.raises(ValueError, match=f"{FILE} is not of the parameters that this run trains: it lacks backbone"):
         trainer_of(TEXT.model(), TEXT, tmp_path, ema_decay=DECAY, **saving).train(resume_from_checkpoint=True)
 
