@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
 
+from .loss import causal_lm_loss
 from .stream import Stream
 from .units import Unit
 
@@ -67,6 +69,16 @@ class LentUnit:
         return super()._apply(stays, recurse)
 
 
+def _deferring_head(model: nn.Module, given: dict[str, Any]) -> nn.Module | None:
+    """The head of a model whose stock loss is to be computed."""
+    if given.get("labels") is None or not (model.training and torch.is_grad_enabled()):
+        return None
+    if getattr(model, "loss_function", None) is not causal_lm_loss:
+        return None
+    head = model.get_output_embeddings()
+    return head if isinstance(head, LentUnit) and type(head).__bases__[1] is nn.Linear else None
+
+
 class StreamedModel:
     """A model some of whose modules are units: `_stream` is in its `__dict__`. So is each model inside of it."""
 
@@ -76,7 +88,7 @@ class StreamedModel:
     def around(forward: Callable) -> Callable:
         @functools.wraps(forward)
         def running(self, *args, **kwargs):
-            with self._stream.pass_of(self):
+            with self._stream.pass_of(self), self._stream.deferring_logits(_deferring_head(self, kwargs)):
                 return forward(self, *args, **kwargs)
 
         return running
@@ -90,6 +102,16 @@ class StreamedModel:
         if name == "forward" and isinstance(value, types.MethodType) and value.__self__ is self:
             value = types.MethodType(StreamedModel.around(value.__func__), self)
         super().__setattr__(name, value)
+
+    @property
+    def loss_function(self) -> Callable:
+        """The stock one; a causal model's takes deferred logits, too."""
+        stock = super().loss_function
+        return causal_lm_loss if stock is ForCausalLMLoss else stock
+
+    @loss_function.setter
+    def loss_function(self, value: Callable) -> None:
+        super(StreamedModel, type(self)).loss_function.fset(self, value)
 
     @property
     def device(self) -> torch.device:

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from .copies import Copies
 from .gradients import tied
+from .loss import CrossEntropyInParts, DeferredLogits, is_large
 from .units import Copy, Key, Unit, keys_of, storage_id, storage_ref
 
 
@@ -41,6 +42,7 @@ class Stream:
         self._updates = 0  # steps of optimizers
         self._round = 0  # forward passes of the model
         self._computing = 0
+        self._deferring: nn.Module | None = None  # the head whose logits are
 
     @property
     def copied(self) -> dict[str, int]:
@@ -81,6 +83,8 @@ class Stream:
         unit.belongs_to(module)
         if unit.depth:
             return forward(*args, **kwargs)
+        if module is self._deferring and is_large(args[0].shape[:-1].numel(), module.out_features):
+            return self._deferred(unit, module, forward, *args)
         if unit.checkpointed_here and module.training and torch.is_grad_enabled() and not _writes_to_cache(args, kwargs):
             return checkpoint(self._run_lent, unit, module, forward, args, kwargs, use_reentrant=False)
         return self._run_lent(unit, module, forward, args, kwargs)
@@ -107,6 +111,30 @@ class Stream:
             unit.depth -= 1
             for (child, name), each in keys.items():
                 child._parameters[name] = each.parameter
+
+    @contextmanager
+    def deferring_logits(self, head: nn.Module | None) -> Iterator[None]:
+        """While this runs, a head gives its logits when they are looked at."""
+        before, self._deferring = self._deferring, head
+        try:
+            yield
+        finally:
+            self._deferring = before
+
+    def _deferred(self, unit: Unit, head: nn.Linear, forward, hidden: torch.Tensor) -> DeferredLogits:
+        autocast = autocast_dtype(self.device)
+
+        def all_logits(hidden: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
+                return self._run_lent(unit, head, forward, (hidden,), {})
+
+        def summed_loss(rows: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
+            with self.lent(unit, head), torch.autocast(self.device.type, enabled=False):
+                weight, bias = head.weight, head.bias
+                return CrossEntropyInParts.apply(rows.to(weight.dtype), weight, bias, targets, ignore_index)
+
+        dtype = autocast or hidden.dtype
+        return DeferredLogits(hidden, all_logits, summed_loss, head.out_features, dtype)
 
     def read(self, unit: Unit, module: nn.Module, name: str) -> torch.Tensor:
         """A parameter that is read while the model runs, but not by its own module: its copy on the device."""

@@ -60,12 +60,24 @@ def keys_of(module: nn.Module, autocast: torch.dtype | None) -> dict[tuple[nn.Mo
     Args:
         autocast: the dtype that autocast is on for, or None.
     """
+    adapters = _modules_of_adapters(module) if autocast is not None else ()
     return {
-        (child, name): Key(parameter, _dtype_of_copy(child, parameter, autocast))
+        (child, name): Key(parameter, parameter.dtype if child in adapters else _dtype_of_copy(child, parameter, autocast))
         for child in module.modules()
         for name, parameter in child._parameters.items()
         if isinstance(parameter, nn.Parameter)
     }
+
+
+def _modules_of_adapters(module: nn.Module) -> set[nn.Module]:
+    """Those of peft, which looks at the dtype of their weights before autocast would cast them (and they are small)."""
+    lists = [
+        child._modules[name]
+        for child in module.modules()
+        for name in getattr(type(child), "adapter_layer_names", ())
+        if child._modules.get(name) is not None
+    ]
+    return {adapter for each in lists for adapter in each.modules()}
 
 
 def _dtype_of_copy(module: nn.Module, parameter: nn.Parameter, autocast: torch.dtype | None) -> torch.dtype:
