@@ -158,12 +158,11 @@ class Stream:
             self._follows[self._before, self._current] = unit, autocast
             self._before, self._current = self._current, unit
             self._copies.next_unit()
-            self._evict_all_but(unit)
+        following, cast = self._follows.get((self._before, unit), (None, None))
+        self._evict_all_but(unit, following)
         self._fetch(unit, module, autocast)
         self._copies.wait_for(self._arrivals.get(unit))
-        following, cast = self._follows.get((self._before, self._current), (None, None))
-        if following is not None and following is not unit and following.module is not None and following not in self._there:
-            self._evict_all_but(unit)
+        if following is not None and following not in self._there and following.module is not None:
             self._fetch(following, following.module, cast)
         return self._there[unit]
 
@@ -183,8 +182,9 @@ class Stream:
         self._count(unit, tensors)
 
     def _fetched_again(self, unit: Unit, autocast: torch.dtype | None, id_: Hashable) -> tuple[torch.Tensor, int]:
-        copy = self.use(unit, unit.module, autocast)[id_]
-        return copy.tensor, copy.version
+        there = self._there.get(unit, {}) if unit is self._current else {}
+        copy = there[id_] if id_ in there else self.use(unit, unit.module, autocast)[id_]
+        return copy.tensor, copy.parameter._version
 
     def _is_current(self, copy: Copy | None, key: Key) -> bool:
         return copy is not None and copy.parameter is key.parameter and copy.is_current(self._updates, self._round)
@@ -200,8 +200,8 @@ class Stream:
         del self._there[unit]
         self._arrivals.pop(unit, None)
 
-    def _evict_all_but(self, unit: Unit) -> None:
-        for other in [each for each in self._there if each is not unit and not each.stays]:
+    def _evict_all_but(self, *needed: Unit | None) -> None:
+        for other in [each for each in self._there if each not in needed and not each.stays]:
             self._evict(other)
 
     def _count(self, unit: Unit, tensors: list[torch.Tensor]) -> None:
