@@ -97,8 +97,11 @@ class Stream:
         keys = keys_of(module, autocast)
         copies = self.use(unit, module, autocast)
         lent = {each.id: tied(each.parameter, copies[each.id].tensor, self._copies) for each in keys.values()}
+        checkpointing = [child for child in module.modules() if child is not module and _checkpoints(child)]
         unit.depth += 1
         try:
+            for child in checkpointing:  # it would run again in the backward pass when nothing is lent; the unit does as a whole
+                child.gradient_checkpointing = False
             for (child, name), each in keys.items():
                 child._parameters[name] = lent[each.id]
             with _Handles(self, unit, copies, autocast):
@@ -107,6 +110,8 @@ class Stream:
             unit.depth -= 1
             for (child, name), each in keys.items():
                 child._parameters[name] = each.parameter
+            for child in checkpointing:
+                child.gradient_checkpointing = True
 
     def read(self, unit: Unit, module: nn.Module, name: str) -> torch.Tensor:
         """A parameter that is read while the model runs, but not by its own module: its copy on the device."""
@@ -224,6 +229,10 @@ class _Other:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast casts to now, if it is on."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    return getattr(module, "gradient_checkpointing", False) is True
 
 
 def _writes_to_cache(args: tuple, kwargs: dict[str, Any]) -> bool:
