@@ -34,6 +34,8 @@ AIMS = {
     "causal-lm": 165, "sequence-classification": 96, "token-classification": 85, "question-answering": 60, "masked-lm": 39,
     "image-classification": 20, "seq2seq": 0, "diffusers": 8,
 }  # fmt: skip
+#: How processes begin: apart from this one, whose threads a copy of it would not have.
+START_METHOD = "spawn"
 COLUMNS = ["names", "built", "exact", "to rounding", "two units", "host unused", "bytes moved", "all", "aim"]
 
 
@@ -78,49 +80,50 @@ def _asked(name: str, names: list[str] | None) -> bool:
 
 
 class Worker:
-    """A process that checks one architecture after the other."""
+    """A process that checks one architecture after the other. It starts with the first, and anew after one that ended it."""
 
-    def __init__(self, dropout: bool):
-        self._dropout = dropout
+    def __init__(self, arguments: argparse.Namespace):
+        self._dropout, self._seconds = arguments.dropout, arguments.seconds
+        self._process = None
         self.task: tuple[str, str] | None = None
-        self._start()
 
-    def _start(self) -> None:
-        context = mp.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, self._dropout), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def give(self, task: tuple[str, str], seconds: float) -> None:
-        self.task, self._until = task, time.monotonic() + seconds
-        self.pipe.send(task)
+    def give(self, task: tuple[str, str]) -> None:
+        if self._process is None:
+            context = mp.get_context(START_METHOD)
+            self._pipe, theirs = context.Pipe()
+            self._process = context.Process(target=_work, args=(theirs, self._dropout), daemon=True)
+            self._process.start()
+            theirs.close()
+        self.task = task
+        self._pipe.send(task)
+        self._until = float("inf")  # until it has begun
 
     def result(self) -> Result | None:
-        """What it has found; None if it is not through. If it has died or is late, says so and starts anew."""
-        error = ""
-        if self.pipe.poll(0.05):
+        """What it has found; None if it is not through. If it has died or is late, says so."""
+        error = "takes longer than it may" if time.monotonic() > self._until else ""
+        if not error and self._pipe.poll(0.05):
             try:
-                return self._done(self.pipe.recv())
+                found = self._pipe.recv()
             except EOFError:
                 self._process.join()
                 error = f"the process ended with status {self._process.exitcode}"
-        elif time.monotonic() > self._until:
-            error = "takes longer than it may"
+            else:
+                if found is None:  # it begins
+                    self._until = time.monotonic() + self._seconds
+                    return None
+                self.task = None
+                return found
         if not error:
             return None
-        result = Result(*self.task, error=error)
+        result, self.task = Result(*self.task, error=error), None
         self.end()
-        self._start()
-        return self._done(result)
-
-    def _done(self, result: Result) -> Result:
-        self.task = None
         return result
 
     def end(self) -> None:
-        self._process.kill()
-        self._process.join()
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+        self._process = None
 
 
 def _work(pipe, dropout: bool) -> None:
@@ -128,18 +131,20 @@ def _work(pipe, dropout: bool) -> None:
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
     while True:
-        pipe.send(check(*pipe.recv(), dropout=dropout))
+        task = pipe.recv()
+        pipe.send(None)
+        pipe.send(check(*task, dropout=dropout))
 
 
 def _run(todo: list[tuple[str, str]], arguments: argparse.Namespace):
     """The results of all, as they come."""
     waiting = list(reversed(todo))
-    workers = [Worker(arguments.dropout) for _ in range(min(arguments.jobs, len(todo)))]
+    workers = [Worker(arguments) for _ in range(min(arguments.jobs, len(todo)))]
     try:
         while waiting or any(worker.task for worker in workers):
             for worker in workers:
                 if worker.task is None and waiting:
-                    worker.give(waiting.pop(), arguments.seconds)
+                    worker.give(waiting.pop())
                 if worker.task is not None and (result := worker.result()) is not None:
                     yield result
     finally:

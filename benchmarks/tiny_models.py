@@ -208,6 +208,8 @@ def _for_task(config: PreTrainedConfig, mapping: str) -> None:
     for part in {id(part): part for part in (config, _text(config))}.values():
         if getattr(part, "pad_token_id", None) is None:
             part.pad_token_id = 0
+        if part.is_encoder_decoder and getattr(part, "decoder_start_token_id", None) is None:
+            part.decoder_start_token_id = 0
         if mapping == "causal-lm" and hasattr(part, "is_decoder"):
             part.is_decoder = True
         if hasattr(part, "use_cache"):
