@@ -108,8 +108,11 @@ class Stream:
             return
         copies = self.use(unit, module, autocast)
         lent = {each.id: tied(each.parameter, copies[each.id].tensor, self._copies) for each in keys.values()}
+        checkpointing = [child for child in module.modules() if child is not module and _checkpoints(child)]
         unit.depth += 1
         try:
+            for child in checkpointing:  # it would run again in the backward pass when nothing is lent; the unit does as a whole
+                child.gradient_checkpointing = False
             for (child, name), each in keys.items():
                 child._parameters[name] = lent[each.id]
             with SavedAsOrigins(self._origins):
@@ -118,6 +121,8 @@ class Stream:
             unit.depth -= 1
             for (child, name), each in keys.items():
                 child._parameters[name] = each.parameter
+            for child in checkpointing:
+                child.gradient_checkpointing = True
 
     @contextmanager
     def deferring_logits(self, head: nn.Module | None) -> Iterator[None]:
@@ -217,6 +222,10 @@ class Stream:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast casts to now, if it is on."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    return getattr(module, "gradient_checkpointing", False) is True
 
 
 def _writes_to_cache(args: tuple, kwargs: dict[str, Any]) -> bool:
