@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -94,11 +94,11 @@ class Copy:
     version: int
     sample: torch.Tensor | None
     updates: int
-    looked_at: int = field(default=-1)
+    looked_at: int
 
     @classmethod
-    def of(cls, key: Key, tensor: torch.Tensor, updates: int) -> Copy:
-        return cls(tensor, key.parameter, key.parameter._version, _sample(key.parameter), updates)
+    def of(cls, key: Key, tensor: torch.Tensor, updates: int, round_: int) -> Copy:
+        return cls(tensor, key.parameter, key.parameter._version, _sample(key.parameter), updates, round_)
 
     def is_current(self, updates: int, round_: int) -> bool:
         """Whether the parameter is what it was: by its version, by the steps of optimizers since (fused ones leave versions as
@@ -118,11 +118,6 @@ def _sample(parameter: nn.Parameter) -> torch.Tensor | None:
     flat = parameter.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // NUM_SAMPLES)].clone()
 
-
-
-def storage_id(tensor: torch.Tensor) -> int:
-    """Which memory a tensor is in."""
-    return tensor.untyped_storage()._cdata
 
 
 def storage_ref(tensor: torch.Tensor) -> StorageWeakRef:
