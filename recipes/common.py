@@ -186,9 +186,7 @@ def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"  # a KeyError alone says little
 
 
-def check_blocks(
-    fields: dict[str, Any] | None, training_args: db.DiffusionBlocksTrainingArguments, adapters: bool
-) -> None:
+def check_blocks(fields: dict[str, Any] | None, training_args: db.DiffusionBlocksTrainingArguments) -> None:
     """Whether `train_blocks`, if given, are blocks that one job may train; and whether there are blocks to average."""
     if fields is None and training_args.ema_decay is not None:
         given = f"ema_decay={training_args.ema_decay}"
@@ -199,7 +197,7 @@ def check_blocks(
     if fields is None:
         raise ValueError(f"train_blocks={chosen} must not be set with end_to_end: it has no blocks")
     checked_blocks(chosen, fields["num_blocks"], "train_blocks")
-    if training_args.train_shared and fields["shared"] == "common" and not adapters:
+    if training_args.train_shared and fields["shared"] == "common":
         check_one_job(chosen, fields["num_blocks"])
 
 

@@ -59,7 +59,6 @@ class TinyBackbone(Backbone):
     layers_path = "layers"
     embedding_paths = ("proj_in",)
     readout_paths = ("proj_out",)
-    lora_targets = ("mix",)
 
     def init_weights(self, plain: TinyDenoiser, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):

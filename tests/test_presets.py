@@ -15,7 +15,6 @@ from transformers import AutoConfig, GPT2LMHeadModel
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks import lora
 from hf_diffusionblocks.saving import cards
 from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.cli import main
@@ -286,27 +285,6 @@ def test_a_converted_card_speaks_of_the_model_s_objective(tmp_path):
     for objective, local in (("local", True), ("exact", False)):
         db.convert(GPT2, 2, objective=objective).save_pretrained(tmp_path)
         assert ("block-local training" in (tmp_path / "README.md").read_text()) is local
-
-
-# ---- the adapters' card
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{}, {"objective": "local", "overlap": 0.2}, {"denoiser": "factorized"}, {**TRIPLE, "readout_layers": 1}],
-    ids=str,
-)
-def test_the_card_of_adapters_rebuilds_the_model(fields, tmp_path):
-    """By executing the arguments that it says."""
-    from peft import LoraConfig
-
-    plain = GPT2LMHeadModel(GPT2)
-    model = lora.add_block_adapters(db.convert(plain, 2, **fields), LoraConfig(r=2))
-    (line,) = [line for line in cards.render(model, Path("tuned")).splitlines() if line.startswith("model = db.convert(")]
-    call = ast.parse(line).body[0].value
-    arguments = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
-    again = db.convert(plain, **arguments).config
-    assert all(getattr(again, name) == getattr(model.config, name) for name in USER_FIELDS)
 
 
 # ---- the command line and the recipes

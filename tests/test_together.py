@@ -7,14 +7,12 @@ import re
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from process_scenarios import DIT, GPT2, VIT, arguments_of, made, rows, trainer_of
 from together_runs import (
     B, CARRIED, EXACT, LOCAL, STEPS, UNCLIPPED, assert_same, data, objective, source, stock_trained, trained,
 )  # fmt: skip
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks import lora
 from hf_diffusionblocks.training.checks import check_schedule
 
 pytestmark = pytest.mark.usefixtures("late_copies")
@@ -233,33 +231,9 @@ def test_averages_move_with_their_parameters(objective, tmp_path):
     assert set(trainer.averages.updates.values()) == {STEPS}
 
 
-def test_adapters_on_all_blocks(objective, tmp_path):
-    model = made(GPT2, CARRIED).double()
-    lora.add_block_adapters(model, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False))
-    before = copy.deepcopy(model)
-    trained(model, GPT2, tmp_path, {**objective, "train_shared": False})
-    moved = [name for name, p in model.named_parameters() if not torch.equal(p, before.get_parameter(name))]
-    assert len(moved) == 2 * B and all("lora_" in name for name in moved)
-
-
 def adapters_of(model) -> dict[str, torch.Tensor]:
     """By layer and part."""
     return {re.sub(r".*\.h\.|\.(block_\d|default)", "", name): p for name, p in model.named_parameters() if "lora_" in name}
-
-
-def test_exact_adapters_train_as_stock_lora_s(tmp_path):
-    model = made(GPT2, CARRIED).double()
-    config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
-    plain = get_peft_model(model.to_plain(), copy.deepcopy(config))
-    lora.add_block_adapters(model, config)
-    start = {name: adapter.detach().clone() for name, adapter in adapters_of(model).items()}
-    for name, adapter in adapters_of(plain).items():
-        adapter.data.copy_(start[name])
-    trainer = trained(model, GPT2, tmp_path, {**EXACT, "train_shared": False})
-    stock_trained(plain, GPT2, tmp_path, trainer.args.per_device_train_batch_size, {})
-    for name, adapter in adapters_of(plain).items():
-        assert not torch.equal(adapter, start[name])
-        torch.testing.assert_close(adapters_of(model)[name], adapter, rtol=0, atol=2e-6)
 
 
 def test_the_log_and_the_card_say_so(objective, tmp_path):

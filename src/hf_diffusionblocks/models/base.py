@@ -115,8 +115,8 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             )
 
     def _make_block(self, k: int, modulated: bool) -> Block:
-        layers, is_last = self.config.block_layers(k), k == self.num_blocks - 1
-        head_layers = range(0 if is_last else self.config.readout_layers)
+        layers = self.config.block_layers(k)
+        has_head = self.config.readout_layers and k < self.num_blocks - 1
         prefixes = [f"backbone.{self.architecture.layers_path}.{layer}." for layer in layers]
         prefixes += [f"modulations.{layer}." for layer in layers] + [f"readout_heads.{k}."]
         prefixes += self.sharing.prefixes(k, ("sigma_embeddings", *self.copied_modules))
@@ -129,9 +129,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             embeddings=self.sharing.embeddings(k),
             readout=self.sharing.readout(k),
             sigma_embedding=f"sigma_embeddings.{self.sharing.copy(k)}" if modulated else None,
-            local_head=f"readout_heads.{k}" if head_layers else None,
-            # (peft wraps layers, not the list of them.)
-            own_readout=[*(f"readout_heads.{k}.{layer}" for layer in head_layers), *self.sharing.own_readout(k)],
+            local_head=f"readout_heads.{k}" if has_head else None,
             prefixes=prefixes,
         )
 
@@ -191,20 +189,12 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
 
     def block_of_parameter(self, name: str) -> int | None:
         """The block a parameter belongs to by its name in the state dict, or None if it is shared."""
-        _, whole, adapter = name.partition(".modules_to_save.block_")  # what peft trains whole beside a block's adapter
-        if whole:
-            return int(adapter.split(".")[0])
         return next((block.index for block in self.blocks if name.startswith(block.prefixes)), None)
 
     @property
     def computes_plain_model(self) -> bool:
         """Whether the blocks compute together what the stock model does: each passes x on, and none sees z."""
         return self.context.passes_on and not self.denoiser.modulated
-
-    @property
-    def has_adapters(self) -> bool:
-        """Whether blocks have LoRA adapters: see `lora.add_block_adapters`."""
-        return bool(getattr(self, "peft_config", None))
 
     def block_parameters(self, block_index: int) -> list[nn.Parameter]:
         """All parameters of one block, and of no other."""

@@ -16,7 +16,7 @@ from ..diffusion.randomness import Generators
 class Block:
     """A view of one block of a model.
 
-    It holds no tensors, and looks modules up when it is called: no key doubles, and peft may replace modules.
+    It holds no tensors, and looks modules up when it is called: no key doubles, and others may replace modules.
 
     Args:
         model: whose block.
@@ -28,18 +28,16 @@ class Block:
             or parts of its own.
         sigma_embedding: path of what embeds sigma for its layers; None where nothing modulates them.
         local_head: path of the layers of its local head, if it has one.
-        own_readout: paths of the modules that read out this block alone.
         prefixes: how the names of its parameters begin.
     """
 
     def __init__(
         self, model: nn.Module, index: int, layers: range, predecessors: range, readers: range, embeddings: str,
-        readout: str, sigma_embedding: str | None, local_head: str | None, own_readout: Sequence[str],
-        prefixes: Sequence[str],
+        readout: str, sigma_embedding: str | None, local_head: str | None, prefixes: Sequence[str],
     ):  # fmt: skip
         self.model, self.index, self.layer_indices = model, index, layers
         self.predecessors, self.readers = predecessors, readers
-        self.own_readout, self.prefixes = list(own_readout), tuple(prefixes)
+        self.prefixes = tuple(prefixes)
         self._embeddings, self._readout = embeddings, readout
         self._sigma_embedding, self._local_head = sigma_embedding, local_head
 

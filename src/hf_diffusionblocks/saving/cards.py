@@ -9,7 +9,6 @@ from string import Template
 
 from transformers import PreTrainedModel
 
-from ..configuration import USER_FIELDS
 from ..tasks import TASKS
 
 CARD = "README.md"
@@ -24,12 +23,6 @@ from transformers import {auto_class}, pipeline
 
 model = {auto_class}.from_pretrained("{name}")
 {lines}"""
-USE_ADAPTERS = """\
-import hf_diffusionblocks as db  # pip install hf-diffusionblocks
-from hf_diffusionblocks import lora
-
-model = db.convert("{base_model}", task="{task}", preset="paper", {fields})
-lora.load_block_adapters(model, "{name}")  # an adapter a block; peft reads them into the plain model, too"""
 FORMULATION_FIELDS = (
     "denoiser", "context", "readout", "readout_layers", "sampler", "bridge", "prior_fraction", "overlap",
     "noise_distribution", "p_mean", "p_std", "sigma_data", "shared",
@@ -97,14 +90,8 @@ def _trained_as(denoiser: str, objective: str) -> str:
 
 
 def _use_code(model: PreTrainedModel, name: str) -> str:
-    if not model.has_adapters:
-        task = TASKS[model.task]
-        return USE.format(auto_class=task.auto_class.__name__, name=name, lines=task.usage.format(name=name))
-    # Every field that is not the class's default: whatever the presets of another version, this is the model.
-    values = {field: getattr(model.config, field) for field in USER_FIELDS}
-    given = [f"{field}={value!r}" for field, value in values.items() if value != USER_FIELDS[field].default]
-    base_model = model.config.base_model or "FOLDER_OF_THE_PRETRAINED_MODEL"
-    return USE_ADAPTERS.format(base_model=base_model, task=model.task, fields=", ".join(given), name=name)
+    task = TASKS[model.task]
+    return USE.format(auto_class=task.auto_class.__name__, name=name, lines=task.usage.format(name=name))
 
 
 def _block_row(model: PreTrainedModel, block_index: int) -> str:

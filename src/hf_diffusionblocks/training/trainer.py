@@ -138,8 +138,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         if self.args.block_schedule == "sequential" and block != before:
             for parameter in self._parameters.get(before, ()):  # this block's turn will not come again
                 self.optimizer.state.pop(parameter, None)
-        # (With adapters all blocks may read out by the last one's new head.)
-        if self.model.context.passes_on or self.model.has_adapters:
+        if self.model.context.passes_on:
             self.exchange_blocks()
         if self.layout.num_lanes > 1:
             self._stale |= {schedule.block_at(step) for schedule in self._schedules}
@@ -349,10 +348,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         return result
 
     def _load_best_model(self) -> None:
-        if self.model.has_adapters:  # of which the Trainer's knows nothing
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
+        super()._load_best_model()
         if self.averages:
             self.averages.load(self.state.best_model_checkpoint)
 
@@ -377,18 +373,9 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
                 self.optimizer.state.pop(parameter, None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        # The Trainer's reads what is there: a save that is not finished, shards that are not whole, no adapters.
+        # The Trainer's reads what is there: a save that is not finished, shards that are not whole.
         folder = Path(resume_from_checkpoint)
         shards.finish_interrupted_save(folder)
         self._steps_of_run.check(folder)
-        saved = any(folder.glob("block_*/adapter_config.json"))
-        if saved != self.model.has_adapters:
-            says, has = ("holds", "has none") if saved else ("has no", "has them")
-            raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint} {says} adapters, and the model {has}")
-        if self.model.has_adapters:
-            from .. import lora
-
-            lora.load_block_adapters(self.model, resume_from_checkpoint)
-            return
         shards.check_shards(folder)
         super()._load_from_checkpoint(resume_from_checkpoint, model)

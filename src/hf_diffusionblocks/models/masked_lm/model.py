@@ -102,7 +102,7 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         It gives MASK a logit, too.
 
         Raises:
-            ValueError: there is more than one block (none has all layers, then), or adapters are not merged.
+            ValueError: there is more than one block: none has all layers, then.
         """
         if not self.computes_plain_model:
             raise ValueError(f"to_plain() needs num_blocks=1, this model has {self.num_blocks}: no block has all layers")
