@@ -143,7 +143,7 @@ def prepare(
     """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
     common.check_arguments(model_args, data_args)
     config = common.plain_config(model_args)
-    fields = blocks_fields(model_args, blocks_args, training_args, "image-classification", config)
+    fields = blocks_fields(model_args, blocks_args, "image-classification", config)
     common.check_blocks(fields, training_args)
     resume_from = common.checkpoint_to_resume(training_args)
     channels = getattr(config, "num_channels", 3)

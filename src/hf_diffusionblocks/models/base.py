@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint as checkpoint_activations
 from transformers import initialization as init
 
 from ..backbones.base import backbone_for
@@ -17,7 +16,7 @@ from ..configuration import DiffusionBlocksConfig
 from ..diffusion.randomness import Generators
 from ..diffusion.schedule import NoiseSchedule
 from ..saving.pretrained import SavedByBlock
-from .active import ActiveBlocks, without_dropout
+from .active import without_dropout
 from .block import Block
 from .context import CONTEXTS
 from .offload import OffloadedBlocks
@@ -30,6 +29,13 @@ class Clean(NamedTuple):
 
     inputs: dict[str, Any]  #: what embeds it
     attention: dict[str, Any]  #: what a layer takes beside hidden states to run it
+
+
+class BlockOutput(NamedTuple):
+    """What a block has made of x in training, `[N, S, D]` each."""
+
+    leaving: torch.Tensor  #: what the next block may start from
+    read: torch.Tensor  #: what it is read out from: the same, or what its local head makes of it
 
 
 class DiffusionBlocksPreTrainedModel(SavedByBlock):
@@ -125,7 +131,6 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             index=k,
             layers=layers,
             predecessors=self.context.predecessors(k),
-            readers=range(k, self.num_blocks if self.context.passes_on and not modulated else k + 1),
             embeddings=self.sharing.embeddings(k),
             readout=self.sharing.readout(k),
             sigma_embedding=f"sigma_embeddings.{self.sharing.copy(k)}" if modulated else None,
@@ -275,9 +280,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
 
     # ---- the clean input through blocks
 
-    def check_block_given(
-        self, block_index: int | None, target: torch.Tensor | None, block_output: torch.Tensor | None = None
-    ) -> None:
+    def check_block_given(self, block_index: int | None, target: torch.Tensor | None) -> None:
         """Raise ValueError unless `forward` is called for a block and its target, or for the whole model in evaluation."""
         if block_index is None and self.training and target is not None:
             raise ValueError(
@@ -286,24 +289,8 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             )
         if block_index is not None and target is None:
             raise ValueError(f"labels=None with block_index={block_index}: a block is trained on labels")
-        if block_output is not None and self.denoiser.modulated:
-            raise ValueError("block_output must be None with denoiser='joint': layers run on x and z together")
-
-    def active_blocks(self, block_index: int, loss_block: int | None) -> ActiveBlocks:
-        """The block that a step trains, and the one that is read out for its loss (None: itself).
-
-        Raises:
-            ValueError: there is no such block, or it cannot be read out for the loss of the other.
-        """
-        self.block_layers(block_index)  # raises on a block that does not exist
-        reader = block_index if loss_block is None else loss_block
-        if reader not in self.blocks[block_index].readers:
-            raise ValueError(
-                f"loss_block={loss_block} with block_index={block_index} must be this or a later block of "
-                f"{self.num_blocks}, and needs denoiser='factorized' and context='carried' (this model: "
-                f"{self.config.formulation})"
-            )
-        return ActiveBlocks(range(block_index, block_index + 1), reader)
+        if block_index is not None:
+            self.block_layers(block_index)  # raises on a block that does not exist
 
     def sees_z(self, sigma: torch.Tensor | None) -> bool:
         """Whether z is looked at where the noise levels are these, or (None) drawn: at sigma_max it says nothing of the
@@ -347,31 +334,10 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
                 hidden = self.blocks[earlier].run_clean(hidden, **x.attention)
         return hidden
 
-    def training_output(
-        self, active: ActiveBlocks, x: Clean, cached: torch.Tensor | None = None, output: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Training, where layers see x alone: what the reader is read out from, `[N, S, D]`; of `cached`, what enters the
-        first active block, or of `output`, what has left the last."""
-        hidden = output
-        if hidden is None:
-            hidden = self.entering(self.blocks[active.first], x, cached)
-            for k in active.blocks:
-                hidden = self.blocks[k].run_clean(hidden, **x.attention)
-        hidden = self._through_later(active, hidden, x)
-        return self.blocks[active.reader].run_local_head(hidden, **x.attention)
-
-    def _through_later(self, active: ActiveBlocks, hidden: torch.Tensor, x: Clean) -> torch.Tensor:
-        """With gradient and without dropout. Each block keeps what enters it alone, and runs again in the backward pass:
-        the activations of one at a time are held."""
-        attention = x.attention  # what is kept for the backward pass; what embeds x is not
-
-        def run(k: int, hidden: torch.Tensor) -> torch.Tensor:
-            with without_dropout(self.backbone):
-                return self.blocks[k].run_clean(hidden, **attention)
-
-        for k in active.passed_through:
-            hidden = checkpoint_activations(run, k, hidden, use_reentrant=False, preserve_rng_state=False)
-        return hidden
+    def training_output(self, block: Block, x: Clean, cached: torch.Tensor | None = None) -> BlockOutput:
+        """Training, where layers see x alone: of `cached`, what enters the block, if it is there."""
+        leaving = block.run_clean(self.entering(block, x, cached), **x.attention)
+        return BlockOutput(leaving, block.run_local_head(leaving, **x.attention))
 
     def clean_outputs(self, x: Clean, without_last: bool = False) -> list[torch.Tensor]:
         """Inference: what leaves each block when x runs through all of them, or all but the last, first block first."""

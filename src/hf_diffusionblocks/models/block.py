@@ -23,7 +23,6 @@ class Block:
         index: 0 for the first layers and the highest noise.
         layers: global indices of its layers.
         predecessors: blocks whose clean output is its input: they run before it, without gradient.
-        readers: blocks that can be read out for its loss: itself, and later ones that its output runs on through.
         embeddings, readout: paths of what holds the modules that embed its input, and that read it out: the stock model,
             or parts of its own.
         sigma_embedding: path of what embeds sigma for its layers; None where nothing modulates them.
@@ -32,12 +31,11 @@ class Block:
     """
 
     def __init__(
-        self, model: nn.Module, index: int, layers: range, predecessors: range, readers: range, embeddings: str,
-        readout: str, sigma_embedding: str | None, local_head: str | None, prefixes: Sequence[str],
+        self, model: nn.Module, index: int, layers: range, predecessors: range, embeddings: str, readout: str,
+        sigma_embedding: str | None, local_head: str | None, prefixes: Sequence[str],
     ):  # fmt: skip
         self.model, self.index, self.layer_indices = model, index, layers
-        self.predecessors, self.readers = predecessors, readers
-        self.prefixes = tuple(prefixes)
+        self.predecessors, self.prefixes = predecessors, tuple(prefixes)
         self._embeddings, self._readout = embeddings, readout
         self._sigma_embedding, self._local_head = sigma_embedding, local_head
 

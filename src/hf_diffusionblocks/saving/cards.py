@@ -23,6 +23,8 @@ from transformers import {auto_class}, pipeline
 
 model = {auto_class}.from_pretrained("{name}")
 {lines}"""
+#: `config.denoiser` -> how its blocks train
+TRAINED_AS = {"joint": "each as a denoiser of its own range of noise", "factorized": "each on a loss of its own"}
 FORMULATION_FIELDS = (
     "denoiser", "context", "readout", "readout_layers", "sampler", "bridge", "prior_fraction", "overlap",
     "noise_distribution", "p_mean", "p_std", "sigma_data", "shared",
@@ -57,8 +59,7 @@ def render(model: PreTrainedModel, home: Path) -> str:
     config, name = model.config, home.resolve().name
     report = config.training_report or {}
     evaluation_sentence = TASKS[config.task].evaluation.get((config.denoiser, config.context), "")
-    objective = report.get("objective", config.objective)  # a run may have had one of its own
-    if (config.denoiser, config.context) == ("factorized", "carried") and objective == "local":
+    if (config.denoiser, config.context) == ("factorized", "carried"):
         evaluation_sentence += " This is block-local training with a noise-tempered loss."
     template = Template(files("hf_diffusionblocks.model_cards").joinpath("template.md").read_text())
     plain = f"{type(model.backbone).__name__}, {config.num_hidden_layers} layers"
@@ -73,7 +74,7 @@ def render(model: PreTrainedModel, home: Path) -> str:
         datasets_yaml=f"datasets:\n- {report['dataset']}\n" if report.get("dataset") else "",
         source=source,
         num_blocks=config.num_blocks,
-        trained_as=_trained_as(config.denoiser, objective),
+        trained_as=TRAINED_AS[config.denoiser],
         level=model.noise_schedule.level_name,
         block_rows="\n".join(_block_row(model, k) for k in range(config.num_blocks)),
         shared_parameters=f"{sum(p.numel() for p in model.shared_parameters()):,}",
@@ -81,12 +82,6 @@ def render(model: PreTrainedModel, home: Path) -> str:
         evaluation_sentence=evaluation_sentence,
         training_section=_training_section(report) + (f"\n\n![Samples]({SAMPLES})" if (home / SAMPLES).is_file() else ""),
     )
-
-
-def _trained_as(denoiser: str, objective: str) -> str:
-    if denoiser == "joint":
-        return "each as a denoiser of its own range of noise"
-    return "each on a loss of its own" if objective == "local" else "on the whole model's loss"
 
 
 def _use_code(model: PreTrainedModel, name: str) -> str:
@@ -131,7 +126,6 @@ _REPORT_LABELS = {
     "steps": "optimizer steps",
     "updates_per_block": "updates of each block",
     "block_schedule": "block schedule",
-    "objective": "objective",
     "batch_size": "batch size",
     "learning_rate": "learning rate",
     "ema_decay": "weights are exponential moving averages, of decay",

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..diffusion.randomness import keyed_generators
 from ..memory.ledger import Ledger
-from ..models.active import ActiveBlocks, TrainedParameters
+from ..models.active import TrainedParameters
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..models.offload import OffloadedBlocks
 from ..saving import shards
@@ -24,7 +24,7 @@ from .block_optimizer import learning_rate_curve, scheduler_by_block, split_by_b
 from .block_schedule import BlockSchedule
 from .checks import (
     WithBlockInput, WithoutFullMask, blocks_to_train, cached_column, check_evaluation_data, check_given_to_trainer,
-    check_processes, check_schedule, columns_to_keep, settle_schedule, warn_of_own_fields,
+    check_processes, check_schedule, columns_to_keep, settle_schedule,
 )  # fmt: skip
 from .parallel import Layout, all_states, broadcast
 from .resumed_runs import StepsOfRun
@@ -74,9 +74,8 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             )
         args = copy.copy(args)  # the caller's stay as they are, for another model
         columns = getattr(kwargs.get("train_dataset"), "column_names", None) or ()
-        settle_schedule(model, args, columns)
+        settle_schedule(model, args)
         together = args.block_schedule == "together"
-        warn_of_own_fields(model, args.objective)
         self.num_blocks = model.config.num_blocks
         self.train_blocks = blocks_to_train(model, args, columns)
         self._cached_column = cached_column(self.train_blocks, columns)
@@ -98,7 +97,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         self.data_collator = WithoutFullMask(self.data_collator)
         learning_rate_curve(args, num_updates=1)  # complain before training
         self.block_schedule: BlockSchedule | None = None  # known once training knows its number of steps
-        self.active = self._active(self.layout.blocks[0])
+        self.active_block = self.layout.blocks[0]  #: the block that trains now
         self._steps_of_run = StepsOfRun.of(args, self.train_blocks)
         self.add_callback(self._steps_of_run)
         self._together = TogetherSteps(self) if together else None
@@ -116,15 +115,6 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="NO")}
 
     # ---- which block
-
-    @property
-    def active_block(self) -> int:
-        """The block that trains now."""
-        return self.active.first
-
-    def _active(self, block: int) -> ActiveBlocks:
-        reader = block if self.args.objective == "local" else self.num_blocks - 1
-        return ActiveBlocks(range(block, block + 1), reader)
 
     def get_batch_samples(self, *args, **kwargs):
         # The Trainer calls this once for each optimizer step, before its micro-batches.
@@ -146,9 +136,9 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     def begin_block(self, block: int, following: int | None) -> None:
         """Have the passes that come train a block; the one that follows is copied ahead, if others are in host memory."""
-        self.active = self._active(block)
+        self.active_block = block
         self._micro_batch = 0
-        self._trained.activate(self.active)
+        self._trained.activate(block)
         if self.model.offload is not None:
             self.model.offload.activate(block, following)
 
@@ -157,15 +147,16 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         """Those that train, of each block, and of none."""
         return self._trained.of_block
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        given = {"block_index": self.active_block, "loss_block": self.active.reader}
-        if self._together is not None and (output := self._together.output_of(self._micro_batch, inputs)) is not None:
-            given["block_output"] = output
-        inputs = {**inputs, **given, "generator": self.noise_generators(self._micro_batch, find_batch_size(inputs))}
-        self._micro_batch += 1
-        return super().compute_loss(model, inputs, *args, **kwargs)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        m, self._micro_batch = self._micro_batch, self._micro_batch + 1
+        given = {"block_index": self.active_block, "generator": self.noise_generators(m, find_batch_size(inputs))}
+        given |= self._together.entering(m) if self._together is not None else {}
+        loss, outputs = super().compute_loss(model, {**inputs, **given}, True, num_items_in_batch)
+        if self._together is not None:
+            self._together.note(m, outputs)
+        return (loss, outputs) if return_outputs else loss
 
     def _set_signature_columns_if_needed(self) -> None:
         # The only word that the Trainer takes on which columns to keep: it has no argument for them.
@@ -254,8 +245,6 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         # By the norm over the blocks of all lanes; the Trainer knows those of one process.
         if self.layout.num_lanes > 1 and self._parameters[None]:
             return self.layout.clip_gradients(*self._trained_now(), self.args.max_grad_norm)
-        if self._together is not None and self._together.exact:
-            return self._together.clip_shared()
         return super()._clip_grad_norm(model)
 
     def exchange_blocks(self) -> None:

@@ -126,8 +126,6 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         text_walk: TextWalk | None = None,
         num_steps: int | None = None,
         block_input: torch.Tensor | None = None,
-        block_output: torch.Tensor | None = None,
-        loss_block: int | None = None,
     ) -> CausalLMOutputWithPast:
         """Train one block (`block_index` given), or predict next tokens.
 
@@ -148,13 +146,10 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
             num_steps: prediction: denoiser evaluations of a walk (joint); None is `config.num_inference_steps`.
             block_input: the hidden states `[N, S, D]` that enter the block, where the earlier blocks are not run but
                 their output was cached.
-            block_output: the hidden states `[N, S, D]` that have left the block, where its layers have run already
-                (factorized).
-            loss_block: the block that is read out, after those between have run, too (factorized, carried); None is
-                `block_index` itself. Parameters between get gradients unless they ask for none.
 
         Returns:
-            `loss` (with labels) and `logits`: of a block, `[N, S-1, V]`, for tokens 1 to S-1. Without `block_index`
+            `loss` (with labels) and `logits`: of a block, `[N, S-1, V]`, for tokens 1 to S-1, and `hidden_states`, what has
+            left it, without gradient (a tuple of one; factorized: `[N, S, D]`, what the next starts from). Without `block_index`
             `[N, S, V]`, for the tokens after each, and label-free: factorized and carried, the last block's prior;
             factorized and independent, the mean of the blocks' log-priors; joint, the end of the walk from keyed noise.
 
@@ -164,20 +159,20 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         """
         if inputs_embeds is not None and self.blocks[-1].embeds_apart:
             raise ValueError("inputs_embeds must be None with shared='per_block': each block embeds tokens by itself")
-        self.check_block_given(block_index, labels, block_output)
-        text = Text(
-            input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, block_input, block_output
-        )
+        self.check_block_given(block_index, labels)
+        text = Text(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, block_input)
         if block_index is None:
             text_walk = text_walk or self.denoiser.new_walk(num_steps)
             return self._predict(text, labels, use_cache, logits_to_keep, num_items_in_batch, return_logits, text_walk)
-        active, targets = self.active_blocks(block_index, loss_block), labels[:, 1:]
+        block, targets = self.blocks[block_index], labels[:, 1:]
         sees_z = self.sees_z(sigma)
-        sigma = self.levels(active.last, targets, sigma, generator)
+        sigma = self.levels(block_index, targets, sigma, generator)
         z = self.corrupt(targets, sigma, noise, generator) if sees_z else None
-        rows = Rows(self.denoiser.run(active, text, z, sigma), z, sigma)
-        loss = self._objective(active.reader, rows, targets, num_items_in_batch)
-        return CausalLMOutputWithPast(loss=loss, logits=self.logits(active.reader, rows) if return_logits else None)
+        leaving, read = self.denoiser.run(block, text, z, sigma)
+        rows = Rows(read, z, sigma)
+        loss = self._objective(block, rows, targets, num_items_in_batch)
+        logits = self.logits(block_index, rows) if return_logits else None
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=(leaving.detach(),))
 
     # ---- one block
 
@@ -197,9 +192,9 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         """Logits `[N, S-1, V]` of p(token | before, z) by one block, from rows `[N, S-1, ...]`."""
         return self.readout.logits(self.blocks[block_index], rows.flat()).unflatten(0, rows.sigma.shape)
 
-    def _objective(self, block_index: int, rows: Rows, targets: torch.Tensor, num_items) -> torch.Tensor:
+    def _objective(self, block: Block, rows: Rows, targets: torch.Tensor, num_items) -> torch.Tensor:
         """The mean cross-entropy of labelled tokens, read out in chunks."""
-        block, targets = self.blocks[block_index], targets.flatten()
+        targets = targets.flatten()
         labelled = rows_with_loss(targets, at_most=len(targets))
         rows, targets = rows.flat().where(labelled), targets[labelled]
         vectors = None if rows.z is None else self.readout.targets()
