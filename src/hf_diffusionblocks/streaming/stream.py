@@ -1,0 +1,224 @@
+"""The stream: which units are on the device, when they come and when they go."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache
+
+from .copies import Copies
+from .gradients import tied
+from .loss import CrossEntropyInParts, DeferredLogits, is_large
+from .saved import Origin, Origins, SavedAsOrigins, storage_id
+from .units import Copy, Key, Unit, keys_of, storage_ref
+
+
+class Stream:
+    """Brings the weights of units to the device when they are used, and lets them go.
+
+    Two units are held at most: the one in use, and the one that follows it by the order learned, forward and backward; and
+    those that stay.
+
+    Args:
+        device: where units run.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.peak_units = 0  #: the most units whose weights were on the device at once, so far
+        self._copies = Copies(device)
+        self._there: dict[Unit, dict[Hashable, Copy]] = {}
+        self._arrivals: dict[Unit, torch.Event | None] = {}
+        self._origins = Origins()
+        self._storages: dict[Unit, list[StorageWeakRef]] = {}
+        self._before: Unit | None = None
+        self._current: Unit | None = None
+        self._follows: dict[tuple[Unit | None, Unit | None], tuple[Unit, torch.dtype | None]] = {}
+        self._updates = 0  # steps of optimizers
+        self._round = 0  # forward passes of the model
+        self._computing = 0
+        self._deferring: nn.Module | None = None  # the head whose logits are
+
+    @property
+    def copied(self) -> dict[str, int]:
+        """Bytes so far."""
+        return {"to_device": self._copies.to_device_bytes, "to_host": self._copies.to_host_bytes}
+
+    @property
+    def computing(self) -> bool:
+        """Whether the model runs now."""
+        return self._computing > 0
+
+    @contextmanager
+    def running(self) -> Iterator[bool]:
+        """While a forward pass of the model runs; gives whether it is the outermost."""
+        self._computing += 1
+        is_outermost = self._computing == 1
+        self._round += is_outermost
+        try:
+            with SavedAsOrigins(self._origins) if is_outermost else nullcontext():
+                yield is_outermost
+        finally:
+            self._computing -= 1
+
+    def weights_changed(self) -> None:
+        """To be called when parameters that train have been moved."""
+        self._updates += 1
+
+    def let_go(self) -> None:
+        """Hold nothing on the device, what stays included; it comes again when it is used."""
+        for unit in list(self._there):
+            self._evict(unit)
+
+    def __deepcopy__(self, memo: dict) -> Stream:
+        return self  # a copy of a model takes part in the same
+
+    # ---- a unit's call
+
+    def run(self, unit: Unit, module: nn.Module, forward, args: tuple, kwargs: dict[str, Any]):
+        """Call a unit's own forward on its copies."""
+        unit.belongs_to(module)
+        if unit.depth:
+            return forward(*args, **kwargs)
+        if module is self._deferring and is_large(args[0].shape[:-1].numel(), module.out_features):
+            return self._deferred(unit, module, forward, *args)
+        if unit.checkpointed_here and module.training and torch.is_grad_enabled() and not _writes_to_cache(args, kwargs):
+            return checkpoint(self._run_lent, unit, module, forward, args, kwargs, use_reentrant=False)
+        return self._run_lent(unit, module, forward, args, kwargs)
+
+    def _run_lent(self, unit: Unit, module: nn.Module, forward, args: tuple, kwargs: dict[str, Any]):
+        with self.lent(unit, module):
+            return forward(*args, **kwargs)
+
+    @contextmanager
+    def lent(self, unit: Unit, module: nn.Module) -> Iterator[None]:
+        """While this runs, the parameters of a module and of those inside are copies on the device. What autograd wants to keep
+        of them is fetched again in the backward pass."""
+        autocast = autocast_dtype(self.device)
+        keys = keys_of(module, autocast)
+        if not keys:  # all has been lent already, with what is around it
+            yield
+            return
+        copies = self.use(unit, module, autocast)
+        lent = {each.id: tied(each.parameter, copies[each.id].tensor, self._copies) for each in keys.values()}
+        unit.depth += 1
+        try:
+            for (child, name), each in keys.items():
+                child._parameters[name] = lent[each.id]
+            with SavedAsOrigins(self._origins):
+                yield
+        finally:
+            unit.depth -= 1
+            for (child, name), each in keys.items():
+                child._parameters[name] = each.parameter
+
+    @contextmanager
+    def deferring_logits(self, head: nn.Module | None) -> Iterator[None]:
+        """While this runs, a head gives its logits when they are looked at."""
+        before, self._deferring = self._deferring, head
+        try:
+            yield
+        finally:
+            self._deferring = before
+
+    def _deferred(self, unit: Unit, head: nn.Linear, forward, hidden: torch.Tensor) -> DeferredLogits:
+        autocast = autocast_dtype(self.device)
+
+        def all_logits(hidden: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
+                return self._run_lent(unit, head, forward, (hidden,), {})
+
+        def summed_loss(rows: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
+            with self.lent(unit, head), torch.autocast(self.device.type, enabled=False):
+                weight, bias = head.weight, head.bias
+                return CrossEntropyInParts.apply(rows.to(weight.dtype), weight, bias, targets, ignore_index)
+
+        dtype = autocast or hidden.dtype
+        return DeferredLogits(hidden, all_logits, summed_loss, head.out_features, dtype)
+
+    def read(self, unit: Unit, module: nn.Module, name: str) -> torch.Tensor:
+        """A parameter that is read while the model runs, but not by its own module: its copy on the device."""
+        unit.belongs_to(module)
+        autocast = autocast_dtype(self.device)
+        key = next(each for (child, of), each in keys_of(module, autocast).items() if child is module and of == name)
+        return tied(key.parameter, self.use(unit, module, autocast)[key.id].tensor, self._copies)
+
+    # ---- comes and goes
+
+    def use(self, unit: Unit, module: nn.Module, autocast: torch.dtype | None) -> Mapping[Hashable, Copy]:
+        """A unit's copies, for the device to compute with from here on; the unit that follows is on its way then."""
+        if unit is not self._current:
+            self._follows[self._before, self._current] = unit, autocast
+            self._before, self._current = self._current, unit
+            self._copies.next_unit()
+            self._evict_all_but(unit)
+        self._fetch(unit, module, autocast)
+        self._copies.wait_for(self._arrivals.get(unit))
+        following, cast = self._follows.get((self._before, self._current), (None, None))
+        if following is not None and following is not unit and following.module is not None and following not in self._there:
+            self._evict_all_but(unit)
+            self._fetch(following, following.module, cast)
+        return self._there[unit]
+
+    def _fetch(self, unit: Unit, module: nn.Module, autocast: torch.dtype | None) -> None:
+        there = self._there.setdefault(unit, {})
+        wanted = {each.id: each for each in keys_of(module, autocast).values()}
+        missing = [each for each in wanted.values() if not self._is_current(there.get(each.id), each)]
+        if not missing:
+            return
+        self._forget(unit, [each.id for each in missing])
+        tensors, self._arrivals[unit] = self._copies.fetch([(each.parameter, each.dtype) for each in missing])
+        for each, tensor in zip(missing, tensors):
+            copy = there[each.id] = Copy.of(each, tensor, self._updates, self._round)
+            self._origins.of_storage[storage_id(tensor)] = Origin(
+                unit.name, partial(self._fetched_again, unit, autocast, each.id), each.dtype, copy.version
+            )
+        self._count(unit, tensors)
+
+    def _fetched_again(self, unit: Unit, autocast: torch.dtype | None, id_: Hashable) -> tuple[torch.Tensor, int]:
+        copy = self.use(unit, unit.module, autocast)[id_]
+        return copy.tensor, copy.version
+
+    def _is_current(self, copy: Copy | None, key: Key) -> bool:
+        return copy is not None and copy.parameter is key.parameter and copy.is_current(self._updates, self._round)
+
+    def _forget(self, unit: Unit, ids: Iterable[Hashable]) -> None:
+        for id_ in ids:
+            copy = self._there[unit].pop(id_, None)
+            if copy is not None:
+                self._origins.of_storage.pop(storage_id(copy.tensor), None)
+
+    def _evict(self, unit: Unit) -> None:
+        self._forget(unit, list(self._there[unit]))
+        del self._there[unit]
+        self._arrivals.pop(unit, None)
+
+    def _evict_all_but(self, unit: Unit) -> None:
+        for other in [each for each in self._there if each is not unit and not each.stays]:
+            self._evict(other)
+
+    def _count(self, unit: Unit, tensors: list[torch.Tensor]) -> None:
+        self._storages.setdefault(unit, []).extend(storage_ref(tensor) for tensor in tensors)
+        for other, storages in list(self._storages.items()):
+            alive = [each for each in storages if not each.expired()]
+            self._storages[other] = alive
+            if not alive:
+                del self._storages[other]
+        self.peak_units = max(self.peak_units, len(self._storages))
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to now, if it is on."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def _writes_to_cache(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a call that is run twice would write its keys twice."""
+    return any(isinstance(each, Cache) for each in (*args, *kwargs.values()))
