@@ -24,6 +24,7 @@ from .models.image_generation import DiffusionBlocksForImageGeneration
 from .models.masked_lm import DiffusionBlocksForMaskedLM
 from .saving.merging import merge_blocks
 from .saving.shards import load_block_state_dict
+from .streaming import LayerStream, stream_layers
 from .training import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
 from .training.cached_inputs import cache_block_inputs
 
@@ -50,6 +51,7 @@ __all__ = [
     "DiffusionBlocksPreTrainedModel",
     "DiffusionBlocksTrainer",
     "DiffusionBlocksTrainingArguments",
+    "LayerStream",
     "Ledger",
     "LikelihoodBound",
     "MemoryEstimate",
@@ -65,4 +67,5 @@ __all__ = [
     "measure_memory",
     "merge_blocks",
     "nll_bound",
+    "stream_layers",
 ]

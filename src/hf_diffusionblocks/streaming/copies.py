@@ -1,0 +1,76 @@
+"""Copies between host memory and a device, beside what the device computes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+#: Units whose gradients may be on their way home while the host goes on: their memory on the device is held until then.
+UNITS_ON_THEIR_WAY = 2
+
+
+class Copies:
+    """Makes copies in order, on a stream a direction. (On a CPU: at once.)
+
+    What is fetched has memory of its stream's own: before each fetch that stream waits for all that the device was asked
+    for so far, so what was let go by then makes room, and nobody else has to know.
+
+    Args:
+        device: where layers run.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.to_device_bytes = self.to_host_bytes = 0  #: so far
+        beside = device.type != "cpu"
+        self._inward, self._outward = (torch.Stream(device), torch.Stream(device)) if beside else (None, None)
+        self._homeward: deque[torch.Event] = deque()
+        self._last_homeward: torch.Event | None = None
+
+    def fetch(self, hosts: Sequence[tuple[torch.Tensor, torch.dtype]]) -> tuple[list[torch.Tensor], torch.Event | None]:
+        """Copies of host tensors on the device, each in a dtype that it is cast to before it crosses; and when they are there."""
+        if self._inward is None:
+            copies = [host.detach().to(dtype, copy=True) for host, dtype in hosts]
+            self.to_device_bytes += sum(copy.nbytes for copy in copies)
+            return copies, None
+        self._inward.wait_stream(torch.accelerator.current_stream(self.device))
+        with self._inward:
+            copies = [self._pinned(host, dtype).to(self.device, non_blocking=True, copy=True) for host, dtype in hosts]
+        self.to_device_bytes += sum(copy.nbytes for copy in copies)
+        return copies, self._inward.record_event()
+
+    def wait_for(self, event: torch.Event | None) -> None:
+        """What the device computes from here on comes after a fetch."""
+        if event is not None:
+            torch.accelerator.current_stream(self.device).wait_event(event)
+
+    def send_home(self, value: torch.Tensor) -> tuple[torch.Tensor, torch.Event | None]:
+        """A copy of a tensor in host memory, and when it is there. `value` may be let go at once."""
+        self.to_host_bytes += value.nbytes
+        if self._outward is None:
+            return value.clone(), None
+        self._outward.wait_stream(torch.accelerator.current_stream(self.device))
+        with self._outward:
+            host = torch.empty_like(value, device="cpu", pin_memory=self.device.type == "cuda")
+            host.copy_(value, non_blocking=True)
+        value.record_stream(self._outward)
+        self._last_homeward = self._outward.record_event()
+        return host, self._last_homeward
+
+    def next_unit(self) -> None:
+        """Another unit begins. The host waits if the gradients of more than two before are still on their way: it would ask the
+        device for ever more memory otherwise. (The device has work for two units then.)"""
+        if self._last_homeward is not None:
+            self._homeward.append(self._last_homeward)
+            self._last_homeward = None
+        while len(self._homeward) > UNITS_ON_THEIR_WAY:
+            self._homeward.popleft().synchronize()
+
+    def _pinned(self, host: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        host = host.detach()
+        if self.device.type != "cuda" or (host.dtype == dtype and host.is_pinned()):
+            return host.to(dtype)
+        staged = torch.empty_like(host, dtype=dtype, pin_memory=True)  # (PyTorch keeps it until the copy is made)
+        return staged.copy_(host)

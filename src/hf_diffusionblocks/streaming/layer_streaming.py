@@ -1,0 +1,264 @@
+"""`stream_layers`: a stock model whose layers come to the device when they are used."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .checks import check_autocast, check_device, check_model, check_parameter
+from .layers import find_layers, find_rest, named_layers
+from .lending import LentUnit, StreamedModel, enter, leave
+from .stream import Stream
+from .units import Unit
+
+
+def stream_layers(
+    model: nn.Module,
+    device: torch.device | str | int | None = None,
+    *,
+    layers: Sequence[nn.Module | str] | None = None,
+    keep: int | str = 0,
+) -> LayerStream:
+    """Keep a model's weights in host memory, and have a layer or two at a time on the device.
+
+    The model stays what it is: the same class, parameters, names and outputs, and exact gradients, under any trainer. Its
+    layers come to the device for the length of their forward, and again in the backward pass; gradients are sent to host
+    memory as they are made, where the caller's optimizer steps. Activation checkpointing is switched on, where the model has it.
+
+    Args:
+        model: a PreTrainedModel, a diffusers transformer, either with PEFT adapters, or a DiffusionBlocks model.
+        device: where layers run. None is the accelerator; "cpu" makes real copies, which is for tests.
+        layers: what comes and goes, as modules or their paths. None finds them: what the model checkpoints itself, else the
+            elements of its lists of modules. Embedding, head and other large parts come and go beside.
+        keep: layers that stay on the device, as a number of them, or as memory that they may take ("20GiB"). Their gradients,
+            and what the optimizer has of them, are in host memory all the same.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: it cannot be streamed, or an argument is out of range; names it.
+    """
+    check_model(model)
+    return LayerStream(model, check_device(device), layers, keep)
+
+
+class LayerStream(Stream):
+    """What [`stream_layers`] has made of a model; also a context manager, which ends with [`LayerStream.stop`].
+
+    Args:
+        as [`stream_layers`].
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, layers, keep: int | str):
+        super().__init__(device)
+        self._model = weakref.ref(model)
+        found = find_layers(model) if layers is None else named_layers(model, layers)
+        if not found:
+            raise ValueError(f"model={type(model).__name__} has no layers that can be found: name them by layers=")
+        self._named = None if layers is None else list(found.values())
+        staying = _staying(found, keep)
+        self._checkpointed_before = _set_checkpointing(model, True)
+        here = not _is_checkpointed(model)
+        for path, layer in found.items():
+            self._add(path, layer, checkpointed_here=here, stays=path in staying)
+        self._watched: set[tuple] = set()
+        self._look(model)
+        self._hook = register_optimizer_step_post_hook(_told(weakref.ref(self)))
+
+    @property
+    def units(self) -> list[str]:
+        """Names of what comes and goes: layers first, then what is around them."""
+        return [unit.name for unit in self._units.values()]
+
+    @property
+    def _units(self) -> dict[nn.Module, Unit]:
+        return {module: module._unit for module in self._model().modules() if isinstance(module, LentUnit)}
+
+    def stop(self) -> None:
+        """Give the stock model back, all of it in host memory."""
+        model = self._model()
+        self.let_go()
+        self._hook.remove()
+        for module in list(model.modules()):
+            if isinstance(module, LentUnit):
+                leave(module, LentUnit)
+                del module._unit, module._stream
+            elif isinstance(module, StreamedModel):
+                leave(module, StreamedModel)
+                del module._stream
+                module.__dict__.pop("_seen", None)
+        model.to("cpu")
+        if not self._checkpointed_before:
+            _set_checkpointing(model, False)
+
+    def __enter__(self) -> LayerStream:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.stop()
+
+    # ---- what a model's pass begins with
+
+    @contextmanager
+    def pass_of(self, model: nn.Module) -> Iterator[None]:
+        """While a forward pass of a model, or of one inside of it, runs."""
+        with self.running() as is_outermost:
+            if not is_outermost:
+                yield
+                return
+            check_autocast(self.device)
+            if _seen(model) != model.__dict__.get("_seen"):
+                self._look(model)
+            self._place(model)
+            with self._watching(model):
+                yield
+
+    def _look(self, model: nn.Module) -> None:
+        """Find what comes and goes beside layers, and the models inside; again where modules were replaced or added (another
+        vocabulary, adapters)."""
+        found = find_layers(model) if self._named is None else {}
+        for path, layer in found.items():
+            if not isinstance(layer, LentUnit):
+                self._add(path, layer)
+        layers = [module for module in model.modules() if isinstance(module, LentUnit)]
+        for path, module in find_rest(model, layers).items():
+            self._add(path, module)
+        for module in model.modules():
+            is_model = module is model or isinstance(inspect.getattr_static(type(module), "device", None), property)
+            if is_model and not isinstance(module, (StreamedModel, LentUnit)):
+                enter(module, StreamedModel)
+                module.__dict__["_stream"] = self
+                if "forward" in module.__dict__:
+                    module.forward = module.__dict__["forward"]  # (set before: from now on as ours, too)
+        self._watched.clear()
+        model.__dict__["_seen"] = _seen(model)
+        self._place(model)
+
+    def _add(self, path: str, module: nn.Module, **how: bool) -> None:
+        enter(module, LentUnit)
+        module.__dict__["_unit"], module.__dict__["_stream"] = Unit(path, module, **how), self
+        for name, parameter in module.named_parameters():
+            check_parameter(f"{path}.{name}", parameter)
+            parameter.data = _in_host_memory(parameter.data, self.device)
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.cpu()
+
+    def _place(self, model: nn.Module) -> None:
+        """What does not come and go is on the device; buffers are, too."""
+        streamed = {id(p) for module in model.modules() if isinstance(module, LentUnit) for p in module.parameters()}
+        for module in model.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None and id(parameter) not in streamed and parameter.device != self.device:
+                    parameter.data = parameter.data.to(self.device)
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.device != self.device:
+                    module._buffers[name] = buffer.to(self.device)
+
+    @contextmanager
+    def _watching(self, model: nn.Module) -> Iterator[None]:
+        """At the first pass of a kind: a part of a unit that is called by itself, not by the unit, becomes a unit, too."""
+        kind = id(model), model.training, torch.is_grad_enabled()
+        if kind in self._watched:
+            yield
+            return
+        owners = {part: unit for unit in model.modules() if isinstance(unit, LentUnit) for part in unit.modules()}
+
+        def watch(module: nn.Module, args) -> None:
+            owner = owners.get(module)
+            if owner is None or module is owner or owner._unit.depth or isinstance(module, LentUnit):
+                return
+            if not any(isinstance(p, nn.Parameter) for p in module.parameters()):
+                return
+            self._add(f"{owner._unit.name}:{type(module).__name__}", module)
+            lent = self.lent(module._unit, module)  # (this call has looked up its forward already)
+            lent.__enter__()
+
+            def give_back(module, args, output) -> None:
+                handle.remove()
+                lent.__exit__(None, None, None)
+
+            handle = module.register_forward_hook(give_back, always_call=True)
+
+        handle = register_module_forward_pre_hook(watch)
+        try:
+            yield
+        finally:
+            handle.remove()
+        self._watched.add(kind)
+
+
+def _told(stream: weakref.ref[LayerStream]):
+    """What tells a stream, for as long as it lives, that an optimizer has moved weights."""
+
+    def after_step(*_) -> None:
+        if (alive := stream()) is not None:
+            alive.weights_changed()
+
+    return after_step
+
+
+def _seen(model: nn.Module) -> int:
+    """Changes where modules outside of units do."""
+
+    def walk(module: nn.Module) -> Iterator[int]:
+        yield id(module)
+        if not isinstance(module, LentUnit):
+            for child in module._modules.values():
+                if child is not None:
+                    yield from walk(child)
+
+    return hash(tuple(walk(model)))
+
+
+def _in_host_memory(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    host = tensor.cpu()
+    return host.pin_memory() if device.type == "cuda" and not host.is_pinned() else host
+
+
+def _set_checkpointing(model: nn.Module, on: bool) -> bool:
+    """Switch a model's own activation checkpointing, if it has any; gives whether it was on before."""
+    before = _is_checkpointed(model)
+    if on and not before:
+        if getattr(model, "supports_gradient_checkpointing", False):
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        elif getattr(model, "_supports_gradient_checkpointing", False):  # of diffusers
+            model.enable_gradient_checkpointing()
+    if not on and before:
+        off = getattr(model, "activation_checkpointing_disable", None) or getattr(model, "disable_gradient_checkpointing")
+        off()
+    return before
+
+
+def _is_checkpointed(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)")
+_UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
+
+
+def _staying(layers: dict[str, nn.Module], keep: int | str) -> set[str]:
+    """Paths of the layers that `keep` names: the first ones.
+
+    Raises:
+        ValueError: it is neither a number of layers nor a size.
+    """
+    if isinstance(keep, int) and not isinstance(keep, bool) and 0 <= keep <= len(layers):
+        return set(list(layers)[:keep])
+    size = _SIZE.fullmatch(keep.strip()) if isinstance(keep, str) else None
+    if size is None:
+        raise ValueError(f'keep={keep!r} must be a number of layers from 0 to {len(layers)}, or a size, such as "20GiB"')
+    left, staying = float(size[1]) * _UNITS[size[2]], set()
+    for path, layer in layers.items():
+        left -= sum(p.nbytes for p in layer.parameters())
+        if left < 0:
+            break
+        staying.add(path)
+    return staying
