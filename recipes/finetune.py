@@ -84,9 +84,8 @@ def load_rows(source: str, name: str, split: str, text_field: str) -> Dataset:
 
 def prepare(
     model_args: ModelArguments, data_args: DataArguments, training_args: SFTConfig
-) -> tuple[SFTTrainer, list[str | list[dict]], str | None]:
-    """The trainer, prompts to continue at the end, and the checkpoint it resumes from."""
-    resume_from = common.checkpoint_to_resume(training_args)
+) -> tuple[SFTTrainer, list[str | list[dict]], db.LayerStream | None]:
+    """The trainer, prompts to continue at the end, and the stream, if there is one."""
     with training_args.main_process_first(local=False, desc="reading the data"):
         data = load_rows(data_args.data, "data", "train", training_args.dataset_text_field)
         eval_data = data_args.eval_data and load_rows(
@@ -98,14 +97,15 @@ def prepare(
         attn_implementation=model_args.attn_implementation, trust_remote_code=training_args.trust_remote_code,
         device_map="cpu" if quantization and model_args.stream else None,  # (quantized weights go to the GPU by themselves)
     )  # fmt: skip
+    stream = None
     if model_args.stream:
         keep = model_args.keep or "0"
-        db.stream_layers(model, training_args.device, keep=int(keep) if keep.isdigit() else keep)
+        stream = db.stream_layers(model, training_args.device, keep=int(keep) if keep.isdigit() else keep)
     trainer = SFTTrainer(
         model, args=training_args, train_dataset=data, eval_dataset=eval_data, peft_config=get_peft_config(model_args)
     )
     shown = (eval_data or data).select(range(min(data_args.samples, len(eval_data or data))))
-    return trainer, [prompt_of(row, training_args.dataset_text_field) for row in shown], resume_from
+    return trainer, [prompt_of(row, training_args.dataset_text_field) for row in shown], stream
 
 
 def prompt_of(row: dict, text_field: str) -> str | list[dict]:
@@ -135,12 +135,19 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
         (ModelArguments, DataArguments, SFTConfig), args, prog=PROG, description=__doc__.splitlines()[0]
     )
     try:
-        trainer, prompts, resume_from = prepare(model_args, data_args, training_args)
+        resume_from = common.checkpoint_to_resume(training_args)
+        trainer, prompts, stream = prepare(model_args, data_args, training_args)
     except common.BAD_INPUT as error:
         sys.exit(f"{PROG}: error: {' '.join(str(error).split())}")
     metrics = common.train(trainer, resume_from)
     trainer.create_model_card(dataset_name=None if Path(data_args.data).exists() else data_args.data)
     print_samples(trainer, prompts)
+    if stream is not None:
+        to_device, to_host = (number / 1e9 for number in stream.copied.values())
+        trainer.accelerator.print(
+            f"\nstreamed: {len(stream.units)} units, at most {stream.peak_units} on the device at once; "
+            f"{to_device:.3g} GB copied there, {to_host:.3g} GB back"
+        )
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # left open, its threads may abort a process that ends well
     return metrics

@@ -119,12 +119,13 @@ def test_texts_are_packed_and_adapters_alone_are_saved(tmp_path, files, model, t
 
 
 @pytest.mark.parametrize("tuned", [[], ["--lora"]], ids=["whole", "lora"])
-def test_streaming_changes_nothing(tmp_path, files, model, trainers, tuned):
+def test_streaming_changes_nothing(tmp_path, files, model, trainers, capsys, tuned):
     """Bit for bit, with accumulation, clipping, decay and packing; and a streamed run resumes."""
     options = ["--model", model, "--data", files["chats"], *TRAINING, *ACCUMULATION, *tuned, "--packing"]
     finetune.main([*options, "--output_dir", str(tmp_path / "plain")])
     streamed = [*options, "--stream", "--output_dir", str(tmp_path / "streamed"), "--save_strategy", "steps", "--save_steps", "2"]
     finetune.main(streamed)
+    assert "streamed: 4 units, at most 2 on the device at once" in capsys.readouterr().out
     finetune.main([*streamed, "--keep", "1", "--resume_from_checkpoint", str(tmp_path / "streamed" / "checkpoint-2")])
     plain, *others = (trainer.model.state_dict() for trainer in trainers)
     assert all(torch.equal(weight, other[name]) for other in others for name, weight in plain.items())
@@ -175,6 +176,7 @@ BAD_INPUTS = {
     "completions of texts": (
         ["--model", "{model}", "--data", "{texts}", "--assistant_only_loss"], "only supported for conversational datasets"
     ),
+    "too many kept": (["--model", "{model}", "--data", "{chats}", "--stream", "--keep", "3"], "a number of layers from 0 to 2"),
     "unknown option": (["--model", "{model}", "--data", "{texts}", "--packed"], "--packed"),
 }  # fmt: skip
 
