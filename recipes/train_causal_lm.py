@@ -50,7 +50,7 @@ class PlainTextTrainer(text.TextTrainer, common.PlainTrainer):
 
 def prepare(
     model_args: ModelArguments, data_args: DataArguments, blocks_args: BlocksArguments,
-    training_args: db.DiffusionBlocksTrainingArguments, data_format: Format = PACKED,
+    training_args: db.DiffusionBlocksTrainingArguments,
 ) -> tuple[Trainer, str | None]:  # fmt: skip
     """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
     text.check_arguments(model_args, data_args, training_args)
@@ -64,12 +64,12 @@ def prepare(
     tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
     common.check_model(model_args, config, TASK, fields, {"input_ids": tokens})
 
-    data, tokenizer = text.read(model_args, data_args, training_args, resume_from, data_format)
+    data, tokenizer = text.read(model_args, data_args, training_args, resume_from, PACKED)
     text.fit_vocabulary(config, tokenizer, model_args)
-    data = text.encode(data, tokenizer, data_args, training_args, data_format)
+    data = text.encode(data, tokenizer, data_args, training_args, PACKED)
     model = common.load_model(model_args, config, TASK, fields, training_args)
     trainer_class = PlainTextTrainer if model_args.end_to_end else text.BlocksTextTrainer
-    return text.make_trainer(trainer_class, model, data_args, training_args, data, data_format, tokenizer), resume_from
+    return text.make_trainer(trainer_class, model, data_args, training_args, data, PACKED, tokenizer), resume_from
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, float]:

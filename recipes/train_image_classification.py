@@ -17,8 +17,7 @@ import datasets
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from transformers import (
-    AutoImageProcessor, BaseImageProcessor, EvalPrediction, PreTrainedConfig, Trainer,
-    ViTImageProcessorPil,
+    AutoImageProcessor, BaseImageProcessor, EvalPrediction, PreTrainedConfig, Trainer, ViTImageProcessorPil,
 )  # fmt: skip
 
 import hf_diffusionblocks as db

@@ -129,9 +129,10 @@ def test_what_is_missing_is_named():
         assert end.endswith(f" needs {package}: pip install hf-diffusionblocks[{extra}]"), name
 
 
-def test_the_command_names_what_is_missing_in_one_line():
-    result = run("from hf_diffusionblocks.cli import main; main(['train', 'causal-lm'])")
-    line = "diffusionblocks train: error: a recipe needs datasets: pip install hf-diffusionblocks[recipes]"
+@pytest.mark.parametrize(("task", "package", "extra"), [("causal-lm", "datasets", "recipes"), ("finetune", "trl", "sft")])
+def test_the_command_names_what_is_missing_in_one_line(task, package, extra):
+    result = run(f"from hf_diffusionblocks.cli import main; main(['train', '{task}'])")
+    line = f"diffusionblocks train: error: a recipe needs {package}: pip install hf-diffusionblocks[{extra}]"
     assert (result.returncode, result.stderr.splitlines()[-1]) == (1, line)
 
 
