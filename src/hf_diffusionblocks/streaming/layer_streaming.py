@@ -81,6 +81,11 @@ class LayerStream(Stream):
     def _units(self) -> dict[nn.Module, Unit]:
         return {module: module._unit for module in self._model().modules() if isinstance(module, LentUnit)}
 
+    @property
+    def host_parameters(self) -> list[nn.Parameter]:
+        """What lives in host memory: all parameters of units."""
+        return list(dict.fromkeys(parameter for module in self._units for parameter in module.parameters()))
+
     def stop(self) -> None:
         """Give the stock model back, all of it in host memory."""
         model = self._model()
@@ -192,6 +197,11 @@ class LayerStream(Stream):
         finally:
             handle.remove()
         self._watched.add(kind)
+
+
+def stream_of(model: nn.Module) -> LayerStream | None:
+    """The stream of a model, or of one inside of it; None: it has none."""
+    return next((module._stream for module in model.modules() if isinstance(module, StreamedModel)), None)
 
 
 def _told(stream: weakref.ref[LayerStream]):
