@@ -63,13 +63,10 @@ SCENARIOS: dict[str, tuple[int, object, dict, dict]] = {
     "blocks of four": (4, GPT2, INDEPENDENT, {**PLAIN_SGD, "block_parallel": True}),
     "blocks, trained shared": (2, GPT2, {"denoiser": "factorized"}, {**PLAIN_SGD, "block_parallel": True}),
     "blocks, carried": (2, GPT2, CARRIED, {**PLAIN_SGD, "block_parallel": True}),
-    "blocks, carried, offloaded": (
-        2, GPT2, CARRIED, {**PLAIN_SGD, "block_parallel": True, "offload_inactive_blocks": "cpu"}
-    ),
     "two blocks a process": (2, GPT2, {**INDEPENDENT, "num_blocks": 4}, {"block_parallel": True, "max_steps": 8}),
 }  # fmt: skip
 #: Those that are also stopped after 2 steps and resumed
-RESUMED = ("data parallel, text", "blocks, own shared", "blocks, carried, offloaded")
+RESUMED = ("data parallel, text", "blocks, own shared", "blocks, carried")
 STEPS, BATCH = 4, 2
 
 

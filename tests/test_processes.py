@@ -181,7 +181,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(outcomes, name):
 
 
 def test_killed_while_saving_and_resumed_is_the_uninterrupted_run(outcomes, tmp_path):
-    name = "blocks, carried, offloaded"
+    name = "blocks, carried"
     run = launch(2, str(SCRIPT), str(tmp_path), "--saving", name)
     folder = tmp_path / f"{name}-killed"
     deadline = time.monotonic() + 120
@@ -323,10 +323,6 @@ OWN_BLOCK = {"fields": INDEPENDENT, "arguments": {}, "blocks": [1]}
         ),
         ({**OWN_BLOCK, "blocks": [0], "fsdp": {}}, "FSDP with embeddings tied to the head"),
         ({**OWN_BLOCK, "source": VIT, "fsdp": {}}, "FSDP with model_type='vit'"),
-        (
-            {**OWN_BLOCK, "arguments": {"offload_inactive_blocks": "cpu"}, "fsdp": {}},
-            "FSDP with offload_inactive_blocks='cpu'",
-        ),
         ({**OWN_BLOCK, "arguments": {"ema_decay": 0.9}, "fsdp": {}}, "FSDP with ema_decay=0.9"),
     ],
     ids=str,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,10 +15,10 @@ from ..configuration import DiffusionBlocksConfig
 from ..diffusion.randomness import Generators
 from ..diffusion.schedule import NoiseSchedule
 from ..saving.pretrained import SavedByBlock
+from ..streaming import weights_on_device
 from .active import without_dropout
 from .block import Block
 from .context import CONTEXTS
-from .offload import OffloadedBlocks
 from .sharing import SHARINGS
 from .targets import FixedTargets
 
@@ -68,8 +67,6 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     copied_modules: ClassVar[tuple[str, ...]] = ()  #: lists of modules with a copy a block if it has its own
 
     gradient_checkpointing = False  #: Transformers' switch, of all layers
-    #: While inactive blocks are kept in host memory: what brings a block's parameters to the device
-    offload: OffloadedBlocks | None = None
 
     def __init__(self, config: DiffusionBlocksConfig):
         super().__init__(config)
@@ -212,40 +209,6 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
 
     # ---- running layers
 
-    def offload_blocks(self, device: torch.device | str | None) -> None:
-        """Keep blocks in host memory, and on the device the one that runs: inference in the memory of one block.
-
-        What no block owns stays on the device. Each block is copied there when it is its turn: where a block serves few
-        rows, the copies take longer than it does.
-
-        Args:
-            device: where blocks run; None ends it, and leaves the whole model in host memory.
-        """
-        if self.offload is not None:
-            self.offload.put_away()
-            self.offload = None
-            self.to("cpu")
-        if device is not None:
-            self.offload = OffloadedBlocks(self, torch.device(device))
-
-    def state_dict(self, *args, **kwargs) -> dict[str, torch.Tensor]:
-        if self.offload is not None:
-            self.offload.settle()
-        return super().state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args, **kwargs):
-        with self.blocks_at_hand():
-            return super().load_state_dict(*args, **kwargs)
-
-    def blocks_at_hand(self) -> AbstractContextManager[None]:
-        """Have blocks where others than training read and change their weights: in host memory, if they wait there for their
-        turn. (Of what is on the device then, only what has trained goes back.)"""
-        return nullcontext() if self.offload is None else self.offload.all_away()
-
-    @property
-    def device(self) -> torch.device:
-        return super().device if self.offload is None else self.offload.device
-
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, every_n_layers: int = 1):
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError(
@@ -259,16 +222,14 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention
     ) -> torch.Tensor:
         """One layer, checkpointed where gradient checkpointing is on; `attention` as in [`Backbone.run_layer`]."""
-        # (By the model's mode: in training, layers that carry a gradient on are in evaluation mode, without dropout.)
-        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
-            return self._run_layer(layer, hidden, modulation, **attention)
-        training = layer.training
 
         def run(hidden: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:
-            with nullcontext() if training else without_dropout(layer):  # also where the layer runs again
+            with weights_on_device(layer):  # of which modulated ones are called part by part
                 return self._run_layer(layer, hidden, modulation, **attention)
 
-        return self._gradient_checkpointing_func(run, hidden, modulation)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(run, hidden, modulation)
+        return run(hidden, modulation)
 
     def compile_layers(self, **kwargs) -> None:
         """Have layers compiled as they first run: one graph for all layers of all blocks, since they are alike.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from ..backbones.modulation import Modulation
 from ..diffusion.gaussian import precondition
 from ..diffusion.randomness import Generators
+from ..streaming import weights_on_device
 
 
 class Block:
@@ -48,7 +50,7 @@ class Block:
     @property
     def layers(self) -> list[nn.Module]:
         """Its layers, of the stock model's."""
-        layers = self._part("backbone").get_submodule(self.model.architecture.layers_path)
+        layers = self.model.backbone.get_submodule(self.model.architecture.layers_path)
         return [layers[index] for index in self.layer_indices]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -86,10 +88,14 @@ class Block:
         """What holds its final norm and head."""
         return self._part(self._readout)
 
-    def readout_parameters(self) -> list[nn.Parameter]:
-        """Those of its final norm and head."""
-        paths = self.model.architecture.readout_paths
-        return [parameter for path in paths for parameter in self.readout_parts.get_submodule(path).parameters()]
+    @contextmanager
+    def readout_on_device(self) -> Iterator[list[torch.Tensor]]:
+        """While this runs, final norm and head are where they compute, however often; gives their parameters there."""
+        with ExitStack() as there:
+            parts = [self.readout_parts.get_submodule(path) for path in self.model.architecture.readout_paths]
+            for part in parts:
+                there.enter_context(weights_on_device(part))
+            yield [parameter for part in parts for parameter in part.parameters()]
 
     def read_out(self, hidden: torch.Tensor, **conditions) -> torch.Tensor:
         """What has left a block and its local head, through final norm and head."""
@@ -132,11 +138,5 @@ class Block:
         """The clean input through its layers: for the next block, or to be read out."""
         return self.run(hidden, self.clean_modulations(), **attention)
 
-    def fetch(self) -> None:
-        """To be called before its parameters are used: they may be in host memory."""
-        if self.model.offload is not None:
-            self.model.offload.use(self.index)
-
     def _part(self, path: str) -> nn.Module:
-        self.fetch()
         return self.model.get_submodule(path)

@@ -34,14 +34,12 @@ class SavedByBlock(PreTrainedModel):
             )
         if len(self.resident_blocks) < self.num_blocks:
             raise ValueError(f"to_plain() needs all {self.num_blocks} blocks: resident_blocks={self.resident_blocks}")
-        if self.offload is not None:
-            self.offload.settle()
         config = copy.deepcopy(self.config.source_config)
         plain = self.architecture.plain_class._from_config(config, dtype=self.dtype)
         plain.load_state_dict(self.backbone.state_dict())
         if plain.can_generate() and self.can_generate():
             plain.generation_config = copy.deepcopy(self.generation_config)
-        return plain.to(self.device).train(self.training)
+        return plain.to(next(self.backbone.parameters()).device).train(self.training)  # (of a streamed one, host memory)
 
     def save_pretrained(
         self,

@@ -9,8 +9,6 @@ from transformers import TrainingArguments
 from ..whole_numbers import check_whole
 from .block_schedule import ORDERS
 
-OFFLOADS = ("none", "cpu")
-
 
 @dataclass
 class DiffusionBlocksTrainingArguments(TrainingArguments):
@@ -49,15 +47,6 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
             "embeddings). A job that trains some of the blocks leaves it as it is, or has shared='per_block'."
         },
     )
-    offload_inactive_blocks: str = field(
-        default="none",
-        metadata={
-            "help": "Where blocks wait while others train: 'none' keeps all on the device; 'cpu' keeps parameters and "
-            "optimizer state of inactive blocks in host memory, and (not if 'sequential') copies the next block while one "
-            "trains.",
-            "choices": list(OFFLOADS),
-        },
-    )
     block_switch_interval: int = field(
         default=1, metadata={"help": "Optimizer steps that a block keeps its turn (block_schedule='random')."}
     )
@@ -78,7 +67,7 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
     )
     ema_in_host_memory: bool = field(
         default=False,
-        metadata={"help": "Keep the averages in host memory, as with offload_inactive_blocks='cpu' in any case."},
+        metadata={"help": "Keep the averages in host memory, as those of what is streamed are in any case."},
     )
     measure_memory: bool = field(
         default=True,
@@ -87,13 +76,8 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, allowed in (
-            ("block_schedule", (None, *ORDERS)),
-            ("offload_inactive_blocks", OFFLOADS),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+        if self.block_schedule not in (allowed := (None, *ORDERS)):
+            raise ValueError(f"block_schedule={self.block_schedule!r} must be one of {', '.join(map(repr, allowed))}")
         if self.ema_decay is not None and not (isinstance(self.ema_decay, float) and 0 < self.ema_decay < 1):
             raise ValueError(f"ema_decay={self.ema_decay!r} must be above 0 and below 1, or None for no averages")
         if self.ema_in_host_memory and self.ema_decay is None:

@@ -14,6 +14,7 @@ from transformers.training_args import OptimizerNames
 
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..saving.resident import checked_blocks
+from ..streaming import stream_of
 from .arguments import DiffusionBlocksTrainingArguments
 from .cached_inputs import column_of, predecessors_column_of
 from .parallel import Layout
@@ -195,10 +196,8 @@ def _check_sharding(trainer: Trainer) -> None:
         raise ValueError(
             "FSDP with denoiser='joint': its streams call parts of the attention module, which FSDP gathers as a whole"
         )
-    if args.offload_inactive_blocks != "none":
-        raise ValueError(
-            f"FSDP with offload_inactive_blocks={args.offload_inactive_blocks!r}: sharded parameters stay where they are"
-        )
+    if stream_of(model) is not None:
+        raise ValueError("FSDP with a streamed model: sharded parameters stay where they are. Call stop() of its stream before")
     if args.block_schedule == "together":
         raise ValueError("FSDP with block_schedule='together': it shards a job that trains one block. Set 'random'")
     if args.ema_decay is not None:

@@ -74,7 +74,7 @@ class TogetherSteps:
         for k in range(max(trained) + 1) if self._passes_on else trained:
             self._leaving = [None] * len(batches)
             if k in trained:
-                self._trainer.begin_block(k, _following(k, trained))
+                self._trainer.begin_block(k)
                 losses.append(sum(self._passes(batches, items)))
                 self._move()
             else:
@@ -130,9 +130,3 @@ def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter, gradient in aside:
             parameter.grad = gradient
-
-
-def _following(block: int, trained: Sequence[int]) -> int | None:
-    """The block that trains after another, in this step or the next; None if there is no other."""
-    later = next((k for k in trained if k > block), trained[0])
-    return later if later != block else None

@@ -15,7 +15,6 @@ from ..diffusion.randomness import keyed_generators
 from ..memory.ledger import Ledger
 from ..models.active import TrainedParameters
 from ..models.base import DiffusionBlocksPreTrainedModel
-from ..models.offload import OffloadedBlocks
 from ..saving import shards
 from .arguments import DiffusionBlocksTrainingArguments
 from .averages import AveragingTrainer
@@ -52,7 +51,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         TypeError: model or args are of another class.
         ValueError: one process sees several devices, the noise is not fitted yet, `lr_scheduler_type` is not a
             function of the step, the loss is asked to be another, `train_blocks` asks for what one job cannot do alone,
-            or processes, offload and formulation do not go together.
+            or processes and formulation do not go together.
     """
 
     args: DiffusionBlocksTrainingArguments
@@ -90,8 +89,6 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         check_evaluation_data(self, self._cached_column)
         if args.torch_compile:
             model.compile_layers(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        if model.offload is not None:  # `evaluate` would move the whole model to the device, to prepare it
-            self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         if self._cached_column:
             self.data_collator = WithBlockInput(self.data_collator, self.train_blocks[0])
         self.data_collator = WithoutFullMask(self.data_collator)
@@ -132,15 +129,13 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             self.exchange_blocks()
         if self.layout.num_lanes > 1:
             self._stale |= {schedule.block_at(step) for schedule in self._schedules}
-        self.begin_block(block, self.block_schedule.block_to_fetch(step))
+        self.begin_block(block)
 
-    def begin_block(self, block: int, following: int | None) -> None:
-        """Have the passes that come train a block; the one that follows is copied ahead, if others are in host memory."""
+    def begin_block(self, block: int) -> None:
+        """Have the passes that come train a block."""
         self.active_block = block
         self._micro_batch = 0
         self._trained.activate(block)
-        if self.model.offload is not None:
-            self.model.offload.activate(block, following)
 
     @property
     def _parameters(self) -> dict[int | None, list[torch.nn.Parameter]]:
@@ -219,7 +214,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     def _prepare_for_training(self, *args, **kwargs):
         # A model that "owns placement and gradient reduction" is not wrapped in DDP, nor moved to the device.
-        if not self.is_fsdp_enabled and self.model.offload is None:
+        if not self.is_fsdp_enabled:
             self._move_model_to_device(self.model, self.args.device)
         self.is_distributed_loading_by_transformers = not self.is_fsdp_enabled
         try:
@@ -228,18 +223,8 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             self.is_distributed_loading_by_transformers = False
 
     def _sync_replicated_trainable_parameters(self, model) -> None:
-        # The Trainer's would broadcast parameters that are in host memory.
-        if self._averages_gradients:  # as DDP does: all start from rank 0's weights
-            broadcast((*self.model.shared_parameters(), *self.model.buffers()), source=0)
-            for block in self.model.resident_blocks:
-                self._broadcast_block(block, self.model.block_parameters(block), source=0)
-
-    def _move_model_to_device(self, model, device: torch.device) -> None:
-        # Where the Trainer would move all of the model.
-        if self.args.offload_inactive_blocks == "cpu":
-            model.offload = OffloadedBlocks(model, device)
-        else:
-            super()._move_model_to_device(model, device)
+        if self._averages_gradients:  # as DDP does: all start from rank 0's weights, frozen ones and buffers, too
+            broadcast((*self.model.parameters(), *self.model.buffers()), source=0)
 
     def _clip_grad_norm(self, model):
         # By the norm over the blocks of all lanes; the Trainer knows those of one process.
@@ -250,14 +235,8 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
     def exchange_blocks(self) -> None:
         """Give every rank the blocks that other lanes have trained. All ranks call it."""
         for block in sorted(self._stale):
-            self._broadcast_block(block, self._parameters[block], self.layout.owner(block))
+            broadcast(self._parameters[block], self.layout.owner(block))
         self._stale.clear()
-
-    def _broadcast_block(self, block: int, parameters: list[torch.nn.Parameter], source: int) -> None:
-        self.model.blocks[block].fetch()
-        broadcast(parameters, source)
-        if self.model.offload is not None:
-            self.model.offload.write_back(block)
 
     def evaluate(self, *args, **kwargs):
         self.exchange_blocks()
@@ -275,8 +254,6 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         optimizer = super().create_optimizer(model)
         if made_here:
             split_by_block(optimizer, self.model)
-        if self.model.offload is not None:
-            self.model.offload.optimizer = optimizer
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -330,8 +307,6 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         with self._trained:
             result = super().train(*args, **kwargs)
         self.exchange_blocks()
-        if self.model.offload is not None:
-            self.model.offload.put_away()
         if self._ledgers:
             self._ledgers.log()
         return result
@@ -347,8 +322,6 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         # Each lane has the state of its own blocks alone.
         if self.layout.num_lanes == 1:
             return super()._save_optimizer_and_scheduler(output_dir)
-        if self.model.offload is not None:
-            self.model.offload.settle()
         with all_states(self.optimizer, self._parameters, self.layout):  # one file, as if one process had trained all
             super()._save_optimizer_and_scheduler(output_dir)
 

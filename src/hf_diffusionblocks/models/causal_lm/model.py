@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from ...configuration import DiffusionBlocksConfig
 from ...diffusion.gaussian import corrupt
 from ...diffusion.objectives import IGNORED, chunked_sum, cross_entropy, rows_with_loss, weighted
 from ...diffusion.randomness import Generators
+from ...streaming import weights_on_device
 from ..base import Clean, DiffusionBlocksPreTrainedModel
 from ..block import Block
 from ..targets import FixedTargets
@@ -72,7 +74,9 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         """All targets e_v, `[V, D]` float32 of norm 1, without gradient: input embeddings, or the fixed table."""
         if self.target_embeddings is not None:
             return self.target_embeddings.vectors()
-        weight = self.get_input_embeddings().weight.detach()
+        embedding = self.get_input_embeddings()
+        with weights_on_device(embedding):
+            weight = embedding.weight.detach()
         if isinstance(weight, DTensor):  # FSDP gathers it for the embedding's own call only
             weight = weight.full_tensor()
         return F.normalize(weight.float(), dim=-1)
@@ -212,8 +216,9 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         Args:
             tensors: hidden states, targets, and what else `loss_of_rows` takes, by row.
         """
-        parameters = [parameter for block in blocks for parameter in block.readout_parameters()]
-        total = chunked_sum(loss_of_rows, tensors, list(dict.fromkeys(parameters)), self.config.vocab_size)
+        with ExitStack() as there:
+            parameters = [parameter for block in blocks for parameter in there.enter_context(block.readout_on_device())]
+            total = chunked_sum(loss_of_rows, tensors, list(dict.fromkeys(parameters)), self.config.vocab_size)
         return total / ((tensors[1] != IGNORED).sum().clamp(min=1) if num_items is None else num_items)
 
     def clean_input(self, batch: Mapping[str, torch.Tensor]) -> Clean:

@@ -38,7 +38,6 @@ class JointImage:
         return self._run(block, self.model.entering(block, x, cached), z, sigma)
 
     def _run(self, block: Block, hidden: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> BlockOutput:
-        block.fetch()
         noisy_label = self.model.noisy_labels[self.model.sharing.copy(block.index)]
         hidden = torch.cat([hidden, noisy_label(z, precondition(sigma, self.model.sigma_data).input)], dim=1)
         leaving = block.run(hidden, block.modulations(sigma))

@@ -13,6 +13,7 @@ from ...configuration import DiffusionBlocksConfig
 from ...diffusion.gaussian import corrupt, edm_loss_weight, precondition
 from ...diffusion.randomness import Generators, draw, keyed_generators
 from ...diffusion.samplers import flow_on
+from ...streaming import weights_on_device
 from ..active import without_dropout
 from ..base import Clean, DiffusionBlocksPreTrainedModel
 from ..block import Block
@@ -67,7 +68,8 @@ class NoisyImage:
         # (Sinusoids of diffusers are made for 0 to 1000; c_noise spans [-1.6, 1.1].)
         conditions = {"timestep": 1000 * c.noise.flatten(), "class_labels": class_labels}
         hidden = model.training_output(block, Clean({"pixel_values": c.input * z}, conditions)).read
-        condition = model.architecture.condition(block.layers[0], **conditions)
+        with weights_on_device(block.layers[0]):
+            condition = model.architecture.condition(block.layers[0], **conditions)
         patches = block.read_out(hidden, condition=condition)
         network = model.architecture.unpatchify(model.config.source_config, patches)
         return c.skip * z + c.out * network[:, : z.shape[1]].float()  # (a learned variance comes after the image)

@@ -212,7 +212,8 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
             return (weights * cross_entropy(self.logits(block, hidden).float(), targets)).sum()
 
         rows = [hidden.flatten(0, 1)[masked], targets.flatten()[masked], weights[masked // targets.shape[1]]]
-        return chunked_sum(loss_of_rows, rows, block.readout_parameters(), self.config.vocab_size)
+        with block.readout_on_device() as parameters:
+            return chunked_sum(loss_of_rows, rows, parameters, self.config.vocab_size)
 
     def seen(self, text: MaskedText) -> Clean:
         """What embeds a text, and what attention takes to run it."""
@@ -279,7 +280,7 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         owners = self.noise_schedule.block_of(text.holds(self.mask_token_id).sum(1), text.attended.sum(1)).cpu()
         for k in owners.unique().tolist():
             rows = (owners == k).nonzero()[:, 0].to(text.input_ids.device)
-            yield self.blocks[k], rows, self.training_output(self.active_blocks(k, None), self.seen(text.rows(rows)))
+            yield self.blocks[k], rows, self.training_output(self.blocks[k], self.seen(text.rows(rows))).read
 
     def sums_of_rows(self, block: Block, hidden: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """`-ln p` of each text's masked tokens, summed: `[N]` float64, of hidden states `[N, S, D]`. In chunks."""
