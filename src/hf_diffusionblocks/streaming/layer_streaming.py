@@ -93,6 +93,11 @@ class LayerStream(Stream):
         modules = () if model is None else model.modules()
         return {module: module._unit for module in modules if isinstance(module, LentUnit)}
 
+    @property
+    def host_parameters(self) -> list[nn.Parameter]:
+        """What lives in host memory: all parameters of units."""
+        return list(dict.fromkeys(parameter for module in self._units for parameter in module.parameters()))
+
     def stop(self) -> None:
         """Give the stock model back, all of it in host memory."""
         model = self._model()
@@ -221,6 +226,11 @@ class LayerStream(Stream):
         finally:
             handle.remove()
         self._watched.add(kind)
+
+
+def stream_of(model: nn.Module) -> LayerStream | None:
+    """The stream of a model, or of one inside of it; None: it has none."""
+    return next((module._stream for module in model.modules() if isinstance(module, StreamedModel)), None)
 
 
 def _while_alive(method):

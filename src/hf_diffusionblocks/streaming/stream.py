@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -50,6 +50,10 @@ class Stream:
     def copied(self) -> dict[str, int]:
         """Bytes so far."""
         return {"to_device": self._copies.to_device_bytes, "to_host": self._copies.to_host_bytes}
+
+    def watch_copies(self, watch: Callable[[torch.Tensor, bool], None] | None) -> None:
+        """Have a function called with each tensor that a copy makes, and whether that is in host memory; None ends it."""
+        self._copies.watch = watch
 
     @property
     def computing(self) -> bool:
