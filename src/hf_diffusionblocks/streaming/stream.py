@@ -79,8 +79,8 @@ class Stream:
     def run(self, unit: Unit, module: nn.Module, forward, args: tuple, kwargs: dict[str, Any]):
         """Call a unit's own forward on its copies."""
         unit.belongs_to(module)
-        if unit.depth:
-            return forward(*args, **kwargs)
+        if unit.depth or not any(isinstance(each, nn.Parameter) for each in module.parameters()):
+            return forward(*args, **kwargs)  # (lent already: by itself, or by the unit that it is a part of)
         if unit.checkpointed_here and module.training and torch.is_grad_enabled() and not _writes_to_cache(args, kwargs):
             return checkpoint(self._run_lent, unit, module, forward, args, kwargs, use_reentrant=False)
         return self._run_lent(unit, module, forward, args, kwargs)
