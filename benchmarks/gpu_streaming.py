@@ -154,6 +154,12 @@ def speed(machine: Machine, name: str, subject: Callable) -> Iterator[Row]:
         yield Row(f"streamed speed: {name}, {load}", f"{said}, {peak / 2**30:.2f} GiB")
 
 
+@check("streamed speed: FSDP2", needs_gpu=True)  # (it has no way to the host where the host is the device)
+def speed_of_fsdp2(machine: Machine) -> Iterator[Row]:
+    """The same, of PyTorch's own."""
+    yield from speed(machine, "FSDP2 with offload, one process", fsdp2_with_offload)
+
+
 @check("streamed copies, hidden")
 def share_hidden(machine: Machine) -> Iterator[Row]:
     """Of the seconds that copies take by themselves, what does not show: beside the same model whose layers all stay."""
