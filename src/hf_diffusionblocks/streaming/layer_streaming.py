@@ -168,15 +168,16 @@ class LayerStream(Stream):
         if kind in self._watched:
             yield
             return
-        owners = {part: unit for unit in model.modules() if isinstance(unit, LentUnit) for part in unit.modules()}
+        units = [module for module in model.modules() if isinstance(module, LentUnit)]
+        owners = {part: (unit, path) for unit in units for path, part in unit.named_modules() if path}
 
         def watch(module: nn.Module, args) -> None:
-            owner = owners.get(module)
-            if owner is None or module is owner or owner._unit.depth or isinstance(module, LentUnit):
+            owner, path = owners.get(module, (None, ""))
+            if owner is None or owner._unit.depth or isinstance(module, LentUnit):
                 return
             if not any(isinstance(p, nn.Parameter) for p in module.parameters()):
                 return
-            self._add(f"{owner._unit.name}:{type(module).__name__}", module)
+            self._add(f"{owner._unit.name}.{path}", module)
             lent = self.lent(module._unit, module)  # (this call has looked up its forward already)
             lent.__enter__()
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
 
+from .loss import causal_lm_loss
 from .stream import Stream
 from .units import Unit
 
@@ -61,10 +63,23 @@ class LentUnit:
         ours = {id(each) for p in self.parameters() for each in (p, p.grad) if each is not None}
 
         def stays(tensor: torch.Tensor) -> torch.Tensor:
-            applied = fn(tensor)
-            return applied.to(tensor.device) if id(tensor) in ours and applied.device != tensor.device else applied
+            if id(tensor) in ours:
+                asked = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+                if asked.device != tensor.device:
+                    return tensor.to(asked.dtype)
+            return fn(tensor)
 
         return super()._apply(stays, recurse)
+
+
+def _deferring_head(model: nn.Module, given: dict[str, Any]) -> nn.Module | None:
+    """The head of a model whose stock loss is to be computed."""
+    if given.get("labels") is None or not (model.training and torch.is_grad_enabled()):
+        return None
+    if getattr(model, "loss_function", None) is not causal_lm_loss:
+        return None
+    head = model.get_output_embeddings()
+    return head if isinstance(head, LentUnit) and type(head).__bases__[1] is nn.Linear else None
 
 
 class StreamedModel:
@@ -76,7 +91,7 @@ class StreamedModel:
     def around(forward: Callable) -> Callable:
         @functools.wraps(forward)
         def running(self, *args, **kwargs):
-            with self._stream.pass_of(self):
+            with self._stream.pass_of(self), self._stream.deferring_logits(_deferring_head(self, kwargs)):
                 return forward(self, *args, **kwargs)
 
         return running
@@ -90,6 +105,16 @@ class StreamedModel:
         if name == "forward" and isinstance(value, types.MethodType) and value.__self__ is self:
             value = types.MethodType(StreamedModel.around(value.__func__), self)
         super().__setattr__(name, value)
+
+    @property
+    def loss_function(self) -> Callable:
+        """The stock one; a causal model's takes deferred logits, too."""
+        stock = super().loss_function
+        return causal_lm_loss if stock is ForCausalLMLoss else stock
+
+    @loss_function.setter
+    def loss_function(self, value: Callable) -> None:
+        super(StreamedModel, type(self)).loss_function.fset(self, value)
 
     @property
     def device(self) -> torch.device:

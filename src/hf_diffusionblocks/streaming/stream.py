@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from transformers.cache_utils import Cache
 
 from .copies import Copies
 from .gradients import tied
-from .units import Copy, Key, Unit, keys_of, storage_id, storage_ref
+from .loss import CrossEntropyInParts, DeferredLogits, is_large
+from .saved import Origin, Origins, SavedAsOrigins, storage_id
+from .units import Copy, Key, Unit, keys_of, storage_ref
 
 
 class Stream:
@@ -32,8 +34,9 @@ class Stream:
         self.device = device
         self.peak_units = 0  #: the most units whose weights were on the device at once, so far
         self._copies = Copies(device)
-        self._there: dict[Unit, dict[Any, Copy]] = {}
+        self._there: dict[Unit, dict[Hashable, Copy]] = {}
         self._arrivals: dict[Unit, torch.Event | None] = {}
+        self._origins = Origins()
         self._storages: dict[Unit, list[StorageWeakRef]] = {}
         self._before: Unit | None = None
         self._current: Unit | None = None
@@ -41,6 +44,7 @@ class Stream:
         self._updates = 0  # steps of optimizers
         self._round = 0  # forward passes of the model
         self._computing = 0
+        self._deferring: nn.Module | None = None  # the head whose logits are
 
     @property
     def copied(self) -> dict[str, int]:
@@ -56,9 +60,11 @@ class Stream:
     def running(self) -> Iterator[bool]:
         """While a forward pass of the model runs; gives whether it is the outermost."""
         self._computing += 1
-        self._round += self._computing == 1
+        is_outermost = self._computing == 1
+        self._round += is_outermost
         try:
-            yield self._computing == 1
+            with SavedAsOrigins(self._origins) if is_outermost else nullcontext():
+                yield is_outermost
         finally:
             self._computing -= 1
 
@@ -68,8 +74,8 @@ class Stream:
 
     def let_go(self) -> None:
         """Hold nothing on the device, what stays included; it comes again when it is used."""
-        self._there.clear()
-        self._arrivals.clear()
+        for unit in list(self._there):
+            self._evict(unit)
 
     def __deepcopy__(self, memo: dict) -> Stream:
         return self  # a copy of a model takes part in the same
@@ -81,6 +87,8 @@ class Stream:
         unit.belongs_to(module)
         if unit.depth:
             return forward(*args, **kwargs)
+        if module is self._deferring and is_large(args[0].shape[:-1].numel(), module.out_features):
+            return self._deferred(unit, module, forward, *args)
         if unit.checkpointed_here and module.training and torch.is_grad_enabled() and not _writes_to_cache(args, kwargs):
             return checkpoint(self._run_lent, unit, module, forward, args, kwargs, use_reentrant=False)
         return self._run_lent(unit, module, forward, args, kwargs)
@@ -95,18 +103,50 @@ class Stream:
         of them is fetched again in the backward pass."""
         autocast = autocast_dtype(self.device)
         keys = keys_of(module, autocast)
+        if not keys:  # all has been lent already, with what is around it
+            yield
+            return
         copies = self.use(unit, module, autocast)
         lent = {each.id: tied(each.parameter, copies[each.id].tensor, self._copies) for each in keys.values()}
+        checkpointing = [child for child in module.modules() if child is not module and _checkpoints(child)]
         unit.depth += 1
         try:
+            for child in checkpointing:  # it would run again in the backward pass when nothing is lent; the unit does as a whole
+                child.gradient_checkpointing = False
             for (child, name), each in keys.items():
                 child._parameters[name] = lent[each.id]
-            with _Handles(self, unit, copies, autocast):
+            with SavedAsOrigins(self._origins):
                 yield
         finally:
             unit.depth -= 1
             for (child, name), each in keys.items():
                 child._parameters[name] = each.parameter
+            for child in checkpointing:
+                child.gradient_checkpointing = True
+
+    @contextmanager
+    def deferring_logits(self, head: nn.Module | None) -> Iterator[None]:
+        """While this runs, a head gives its logits when they are looked at."""
+        before, self._deferring = self._deferring, head
+        try:
+            yield
+        finally:
+            self._deferring = before
+
+    def _deferred(self, unit: Unit, head: nn.Linear, forward, hidden: torch.Tensor) -> DeferredLogits:
+        autocast = autocast_dtype(self.device)
+
+        def all_logits(hidden: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
+                return self._run_lent(unit, head, forward, (hidden,), {})
+
+        def summed_loss(rows: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
+            with self.lent(unit, head), torch.autocast(self.device.type, enabled=False):
+                weight, bias = head.weight, head.bias
+                return CrossEntropyInParts.apply(rows.to(weight.dtype), weight, bias, targets, ignore_index)
+
+        dtype = autocast or hidden.dtype
+        return DeferredLogits(hidden, all_logits, summed_loss, head.out_features, dtype)
 
     def read(self, unit: Unit, module: nn.Module, name: str) -> torch.Tensor:
         """A parameter that is read while the model runs, but not by its own module: its copy on the device."""
@@ -117,43 +157,57 @@ class Stream:
 
     # ---- comes and goes
 
-    def use(self, unit: Unit, module: nn.Module, autocast: torch.dtype | None) -> Mapping[Any, Copy]:
+    def use(self, unit: Unit, module: nn.Module, autocast: torch.dtype | None) -> Mapping[Hashable, Copy]:
         """A unit's copies, for the device to compute with from here on; the unit that follows is on its way then."""
         if unit is not self._current:
             self._follows[self._before, self._current] = unit, autocast
             self._before, self._current = self._current, unit
             self._copies.next_unit()
-            self._evict_all_but(unit)
+        following, cast = self._follows.get((self._before, unit), (None, None))
+        self._evict_all_but(unit, following)
         self._fetch(unit, module, autocast)
         self._copies.wait_for(self._arrivals.get(unit))
-        following, cast = self._follows.get((self._before, self._current), (None, None))
-        if following is not None and following is not unit and following.module is not None and following not in self._there:
-            self._evict_all_but(unit)
+        if following is not None and following not in self._there and following.module is not None:
             self._fetch(following, following.module, cast)
         return self._there[unit]
 
     def _fetch(self, unit: Unit, module: nn.Module, autocast: torch.dtype | None) -> None:
         there = self._there.setdefault(unit, {})
-        wanted: dict[Any, Key] = {each.id: each for each in keys_of(module, autocast).values()}
-        missing = [
-            each for id_, each in wanted.items()
-            if id_ not in there or there[id_].parameter is not each.parameter
-            or not there[id_].is_current(self._updates, self._round)
-        ]  # fmt: skip
+        wanted = {each.id: each for each in keys_of(module, autocast).values()}
+        missing = [each for each in wanted.values() if not self._is_current(there.get(each.id), each)]
         if not missing:
             return
-        for each in missing:
-            there.pop(each.id, None)
+        self._forget(unit, [each.id for each in missing])
         tensors, self._arrivals[unit] = self._copies.fetch([(each.parameter, each.dtype) for each in missing])
         for each, tensor in zip(missing, tensors):
-            there[each.id] = Copy.of(each, tensor, self._updates)
-            there[each.id].looked_at = self._round
+            copy = there[each.id] = Copy.of(each, tensor, self._updates, self._round)
+            self._origins.of_storage[storage_id(tensor)] = Origin(
+                unit.name, partial(self._fetched_again, unit, autocast, each.id), each.dtype, copy.version
+            )
         self._count(unit, tensors)
 
-    def _evict_all_but(self, unit: Unit) -> None:
-        for other in [each for each in self._there if each is not unit and not each.stays]:
-            del self._there[other]
-            self._arrivals.pop(other, None)
+    def _fetched_again(self, unit: Unit, autocast: torch.dtype | None, id_: Hashable) -> tuple[torch.Tensor, int]:
+        there = self._there.get(unit, {}) if unit is self._current else {}
+        copy = there[id_] if id_ in there else self.use(unit, unit.module, autocast)[id_]
+        return copy.tensor, copy.parameter._version
+
+    def _is_current(self, copy: Copy | None, key: Key) -> bool:
+        return copy is not None and copy.parameter is key.parameter and copy.is_current(self._updates, self._round)
+
+    def _forget(self, unit: Unit, ids: Iterable[Hashable]) -> None:
+        for id_ in ids:
+            copy = self._there[unit].pop(id_, None)
+            if copy is not None:
+                self._origins.of_storage.pop(storage_id(copy.tensor), None)
+
+    def _evict(self, unit: Unit) -> None:
+        self._forget(unit, list(self._there[unit]))
+        del self._there[unit]
+        self._arrivals.pop(unit, None)
+
+    def _evict_all_but(self, *needed: Unit | None) -> None:
+        for other in [each for each in self._there if each not in needed and not each.stays]:
+            self._evict(other)
 
     def _count(self, unit: Unit, tensors: list[torch.Tensor]) -> None:
         self._storages.setdefault(unit, []).extend(storage_ref(tensor) for tensor in tensors)
@@ -165,65 +219,13 @@ class Stream:
         self.peak_units = max(self.peak_units, len(self._storages))
 
 
-class _Handles(torch.autograd.graph.saved_tensors_hooks):
-    """Keeps, of a copy that autograd saves for the backward pass, only which it was.
-
-    Hooks that are there already, as checkpointing's, see all else: of nested hooks PyTorch calls the inner alone.
-    """
-
-    def __init__(self, stream: Stream, unit: Unit, copies: Mapping[Any, Copy], autocast: torch.dtype | None):
-        # (No public function tells which hooks there are; a test fails if this one goes.)
-        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        pack_other, unpack_other = outer or (lambda tensor: tensor, lambda tensor: tensor)
-        saved_as = {storage_id(copy.tensor): (id_, copy.tensor.dtype, copy.version) for id_, copy in copies.items()}
-
-        def pack(tensor: torch.Tensor):
-            id_, dtype, version = _NO_COPY
-            if tensor.layout == torch.strided:
-                id_, dtype, version = saved_as.get(storage_id(tensor), _NO_COPY)
-            if id_ is None or tensor.dtype != dtype:
-                return _Other(pack_other(tensor))
-            return _Handle(unit, autocast, id_, version, (tensor.size(), tensor.stride(), tensor.storage_offset()))
-
-        def unpack(kept: _Handle | _Other) -> torch.Tensor:
-            return kept.fetched_from(stream) if isinstance(kept, _Handle) else unpack_other(kept.packed)
-
-        super().__init__(pack, unpack)
-
-
-_NO_COPY = (None, None, None)
-
-
-@dataclass(frozen=True)
-class _Handle:
-    """Which view of which copy autograd has saved."""
-
-    unit: Unit
-    autocast: torch.dtype | None
-    id: Any
-    version: int
-    place: tuple
-
-    def fetched_from(self, stream: Stream) -> torch.Tensor:
-        copy = stream.use(self.unit, self.unit.module, self.autocast)[self.id]
-        if copy.version != self.version:  # as PyTorch does of what it saves itself
-            raise RuntimeError(
-                f"a weight of {self.unit.name!r} that the backward pass needs was modified by an inplace operation after the "
-                f"forward pass: it is at version {copy.version}, and was at {self.version}"
-            )
-        return copy.tensor.as_strided(*self.place)
-
-
-class _Other:
-    """What other hooks have packed."""
-
-    def __init__(self, packed: Any):
-        self.packed = packed
-
-
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast casts to now, if it is on."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    return getattr(module, "gradient_checkpointing", False) is True
 
 
 def _writes_to_cache(args: tuple, kwargs: dict[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -60,12 +60,24 @@ def keys_of(module: nn.Module, autocast: torch.dtype | None) -> dict[tuple[nn.Mo
     Args:
         autocast: the dtype that autocast is on for, or None.
     """
+    adapters = _modules_of_adapters(module) if autocast is not None else ()
     return {
-        (child, name): Key(parameter, _dtype_of_copy(child, parameter, autocast))
+        (child, name): Key(parameter, parameter.dtype if child in adapters else _dtype_of_copy(child, parameter, autocast))
         for child in module.modules()
         for name, parameter in child._parameters.items()
         if isinstance(parameter, nn.Parameter)
     }
+
+
+def _modules_of_adapters(module: nn.Module) -> set[nn.Module]:
+    """Those of peft, which looks at the dtype of their weights before autocast would cast them (and they are small)."""
+    lists = [
+        child._modules[name]
+        for child in module.modules()
+        for name in getattr(type(child), "adapter_layer_names", ())
+        if child._modules.get(name) is not None
+    ]
+    return {adapter for each in lists for adapter in each.modules()}
 
 
 def _dtype_of_copy(module: nn.Module, parameter: nn.Parameter, autocast: torch.dtype | None) -> torch.dtype:
@@ -82,11 +94,11 @@ class Copy:
     version: int
     sample: torch.Tensor | None
     updates: int
-    looked_at: int = field(default=-1)
+    looked_at: int
 
     @classmethod
-    def of(cls, key: Key, tensor: torch.Tensor, updates: int) -> Copy:
-        return cls(tensor, key.parameter, key.parameter._version, _sample(key.parameter), updates)
+    def of(cls, key: Key, tensor: torch.Tensor, updates: int, round_: int) -> Copy:
+        return cls(tensor, key.parameter, key.parameter._version, _sample(key.parameter), updates, round_)
 
     def is_current(self, updates: int, round_: int) -> bool:
         """Whether the parameter is what it was: by its version, by the steps of optimizers since (fused ones leave versions as
@@ -106,11 +118,6 @@ def _sample(parameter: nn.Parameter) -> torch.Tensor | None:
     flat = parameter.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // NUM_SAMPLES)].clone()
 
-
-
-def storage_id(tensor: torch.Tensor) -> int:
-    """Which memory a tensor is in."""
-    return tensor.untyped_storage()._cdata
 
 
 def storage_ref(tensor: torch.Tensor) -> StorageWeakRef:
