@@ -275,12 +275,11 @@ def load_model(
     backbone = backbone_for(config)
     plain_class = backbone.plain_class
     if fields is not None and training_args.train_blocks is not None:
-        if training_args.objective_of(fields["objective"]) == "local":  # (with the others all blocks run)
-            blocks = db.DiffusionBlocksConfig(source_config=config, task=task, **fields)
-            resident = training_args.train_blocks
-            if blocks.context == "carried":  # the earlier ones run forward
-                resident = list(range(max(resident) + 1))
-            plain_class = plain_part(blocks, resident)
+        blocks = db.DiffusionBlocksConfig(source_config=config, task=task, **fields)
+        resident = training_args.train_blocks
+        if blocks.context == "carried":  # the earlier ones run forward
+            resident = list(range(max(resident) + 1))
+        plain_class = plain_part(blocks, resident)
     if args.model_name_or_path:
         source = backbone.load_plain(plain_class, args.model_name_or_path, config, ignore_mismatched_sizes=True)
         if new_head is not None:

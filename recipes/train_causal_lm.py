@@ -57,7 +57,7 @@ def prepare(
     if data_args.eval_nll_bound and model_args.end_to_end:
         raise ValueError(f"eval_nll_bound={data_args.eval_nll_bound} must be 0 with end_to_end: there is no diffusion")
     config = common.plain_config(model_args)
-    fields = blocks_fields(model_args, blocks_args, training_args, TASK, config)
+    fields = blocks_fields(model_args, blocks_args, TASK, config)
     common.check_blocks(fields, training_args)
     resume_from = common.checkpoint_to_resume(training_args)
     text.check_length(config, data_args.sequence_length)

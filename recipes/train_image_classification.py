@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import datasets
 import torch
@@ -143,7 +142,7 @@ def prepare(
     """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
     common.check_arguments(model_args, data_args)
     config = common.plain_config(model_args)
-    fields = blocks_fields(model_args, blocks_args, training_args, "image-classification", config)
+    fields = blocks_fields(model_args, blocks_args, "image-classification", config)
     common.check_blocks(fields, training_args)
     resume_from = common.checkpoint_to_resume(training_args)
     channels = getattr(config, "num_channels", 3)
@@ -157,8 +156,8 @@ def prepare(
     labels = find_labels(data, data_args.label_column)
     own_labels = list(config.id2label.values()) if model_args.model_name_or_path else []
     is_new = set(labels.values()) != set(own_labels)
-    if is_new and own_labels and fields is not None:
-        _check_new_classifier(fields, training_args)
+    if is_new and own_labels and fields is not None and not training_args.train_shared and fields["shared"] == "common":
+        raise ValueError("train_shared=False must be True: the labels are new, so the classifier is to be trained")
     if not is_new:  # in the order of the model's classifier
         labels = dict(sorted(labels.items(), key=lambda label: own_labels.index(label[1])))
     config.id2label = dict(enumerate(labels.values()))
@@ -173,12 +172,6 @@ def prepare(
         trainer_class, model, data_args, training_args, data, processing_class=processor, compute_metrics=accuracy
     )
     return trainer, resume_from
-
-
-def _check_new_classifier(fields: dict[str, Any], training_args: db.DiffusionBlocksTrainingArguments) -> None:
-    """Raises ValueError if nothing would train it."""
-    if not training_args.train_shared and fields["shared"] == "common":
-        raise ValueError("train_shared=False must be True: the labels are new, so the classifier is to be trained")
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, float]:

@@ -14,7 +14,6 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
-from late_copies import LateCopies
 
 torch.set_num_threads(1)
 
@@ -48,14 +47,6 @@ def logging_as_before():
     verbosity = logging.get_verbosity()
     yield
     logging.set_verbosity(verbosity)
-
-
-@pytest.fixture
-def late_copies():
-    """Copies of offloaded blocks are NaN until they are waited for, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_diffusionblocks.models.offload.CopyStream", LateCopies)
-        yield
 
 
 @pytest.fixture

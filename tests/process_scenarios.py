@@ -52,12 +52,7 @@ SCENARIOS: dict[str, tuple[int, object, dict, dict]] = {
     "data parallel, images": (2, VIT, {}, PLAIN_SGD),
     "data parallel, image generation": (2, DIT, {}, PLAIN_SGD),
     "data parallel, accumulated": (2, GPT2, CARRIED, {**PLAIN_SGD, "gradient_accumulation_steps": 2}),
-    "data parallel, final loss": (2, GPT2, CARRIED, {**PLAIN_SGD, "objective": "final"}),
     "data parallel, together": (2, GPT2, CARRIED, {**PLAIN_SGD, "block_schedule": "together"}),
-    "data parallel, exact": (
-        2, GPT2, CARRIED,
-        {**PLAIN_SGD, "block_schedule": "together", "objective": "exact", "offload_inactive_blocks": "cpu"},
-    ),
     "data parallel of four": (4, GPT2, CARRIED, PLAIN_SGD),
     "blocks, own shared": (2, GPT2, INDEPENDENT, {"block_parallel": True}),
     "blocks, own shared, images": (2, VIT, {"shared": "per_block"}, {"block_parallel": True}),
@@ -68,16 +63,10 @@ SCENARIOS: dict[str, tuple[int, object, dict, dict]] = {
     "blocks of four": (4, GPT2, INDEPENDENT, {**PLAIN_SGD, "block_parallel": True}),
     "blocks, trained shared": (2, GPT2, {"denoiser": "factorized"}, {**PLAIN_SGD, "block_parallel": True}),
     "blocks, carried": (2, GPT2, CARRIED, {**PLAIN_SGD, "block_parallel": True}),
-    "blocks, carried, offloaded": (
-        2, GPT2, CARRIED, {**PLAIN_SGD, "block_parallel": True, "offload_inactive_blocks": "cpu"}
-    ),
-    "blocks, final loss, offloaded": (
-        2, GPT2, CARRIED, {**PLAIN_SGD, "block_parallel": True, "offload_inactive_blocks": "cpu", "objective": "final"}
-    ),
     "two blocks a process": (2, GPT2, {**INDEPENDENT, "num_blocks": 4}, {"block_parallel": True, "max_steps": 8}),
 }  # fmt: skip
 #: Those that are also stopped after 2 steps and resumed
-RESUMED = ("data parallel, text", "blocks, own shared", "blocks, carried, offloaded")
+RESUMED = ("data parallel, text", "blocks, own shared", "blocks, carried")
 STEPS, BATCH = 4, 2
 
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from families import CASES, TEXT_CONFIGS, Case, same, trainer_of
-from peft import LoraConfig
 from process_scenarios import GPT2, INDEPENDENT, made
 from process_scenarios import trainer_of as trainer_of_scenario
 from safetensors.torch import load_file
@@ -17,7 +16,6 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks import lora
 from hf_diffusionblocks.memory.scenarios import ledger_of
 from hf_diffusionblocks.memory.ways import Way, Workload
 from hf_diffusionblocks.training.averages import FILE, WeightAverages
@@ -162,8 +160,8 @@ def test_the_best_model_comes_back_with_its_averages(tmp_path):
     assert trainer.evaluate()["eval_loss"] == max(losses) != losses[-1]
 
 
-def test_adapters_in_bf16_are_averaged_in_float32(tmp_path):
-    model = lora.add_block_adapters(TEXT.model().to(torch.bfloat16), LoraConfig(r=4))
+def test_parameters_in_bf16_are_averaged_in_float32(tmp_path):
+    model = TEXT.model().to(torch.bfloat16)
     asked = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     trainer = trained(TEXT, tmp_path, model, save_strategy="steps", save_steps=9)
     saved = load_file(tmp_path / "checkpoint-9" / FILE)

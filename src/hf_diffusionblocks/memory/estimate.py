@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -12,21 +12,22 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..backbones.base import backbone_for
 from ..configuration import USER_FIELDS, DiffusionBlocksConfig, check_known
-from ..tasks import Task, task_of
 from ..whole_numbers import check_whole
-from .ledger import Ledger, Parts
-from .scenarios import ledger_of, traffic_of
-from .traffic import Traffic
-from .ways import Way, Workload, formulations_for, ways_to_train
+from .costs import Costs, Operations
+from .formulas import FSDP, costs_of_fsdp, ledgers_by_formula
+from .ledger import Ledger
+from .scenarios import followed_stream, ledger_of
+from .stock import is_known
+from .table import UNITS, bytes_as_text, ledger_table, parse_bytes, table_unit
+from .ways import (
+    CHECKPOINTING, Way, Workload, formulations_for, ways_of_blocks, ways_of_stock_models, ways_of_streams
+)  # fmt: skip
 
 DTYPES = {
     "fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
     "fp16": torch.float16, "float16": torch.float16,
 }  # fmt: skip
-UNITS = {"": 1} | {f"{prefix}iB": 2 ** (10 * k) for k, prefix in enumerate("KMGT", 1)}
-UNITS |= {f"{prefix}B": 10 ** (3 * k) for k, prefix in enumerate("KMGT", 1)}
-#: What a table's first row has to hold at least, and the unit and decimals then: small parts of it (a hundredth) show.
-SCALES = ((10 * 2**30, "GiB", 1), (1000 * 2**20, "MiB", 0), (100 * 2**20, "MiB", 1), (0, "KiB", 0))
+BANDWIDTH = "25GB/s"  #: of PCIe 4.0 with 16 lanes, from pinned memory
 
 
 @dataclass(frozen=True)
@@ -36,35 +37,64 @@ class MemoryEstimate:
     Args:
         workload: what is trained on what.
         ledgers: of each way, its largest step.
-        traffic: of each way that keeps blocks in host memory, what is copied while every block moves once.
+        costs: of each way that keeps weights in host memory, what that costs.
+        bandwidth: bytes a second that are copied.
+        tflops: what the device computes, in 10^12 operations a second; or None.
         budget: bytes that are to suffice, or None.
-        fitting: with a budget, of each way the smallest B that fits; None where none does. (B=1 for plain models.)
+        fitting: with a budget, of each way the smallest B that fits; None where none does. (B=1 for stock models.)
     """
 
     workload: Workload
     ledgers: dict[str, Ledger]
-    traffic: dict[str, Traffic]
+    costs: dict[str, Costs] = field(compare=False)
+    bandwidth: int
+    tflops: float | None = None
     budget: int | None = None
     fitting: dict[str, int | None] | None = None
 
     def __str__(self) -> str:
-        config, workload = self.workload.config, self.workload
+        lines = [self._title, "", ledger_table(self.ledgers, self._columns), ""]
+        if any(name.startswith("streamed") for name in self.ledgers) and self.workload.stock.task_name == "text-generation":
+            lines.append("Streamed, the loss is read out in chunks; other rows of the stock model hold all logits, as it does.")
+        lines.append("Seconds: copies of a micro-batch, one after the other; AdamW's step on this host, by a probe.")
+        return "\n".join(lines)
+
+    @property
+    def _title(self) -> str:
+        workload = self.workload
         size = f"{workload.batch_size} images" if workload.sequence_length is None else (
             f"{workload.batch_size} x {workload.sequence_length} tokens"
         )
-        title = (
-            f"{config.model_type}, {backbone_for(config).num_layers(config)} layers, B={workload.num_blocks}, {size}, "
-            f"{str(workload.dtype).removeprefix('torch.')}, AdamW, {workload.device}"
-        )
+        layers, blocks = workload.stock.num_layers, workload.num_blocks
+        return ", ".join([
+            workload.config.model_type, *([f"{layers} layers"] if layers else []), *([f"B={blocks}"] if blocks else []),
+            size, str(workload.dtype).removeprefix("torch."), *(["computing in bfloat16"] if workload.bf16 else []),
+            "AdamW", workload.device,
+        ])  # fmt: skip
+
+    @property
+    def _columns(self) -> dict[str, dict[str, str]]:
+        """Heading -> way -> cell, of what costs time and of what fits."""
         unit, decimals = table_unit(self.ledgers)
-        copied = {name: "" for name in self.ledgers} | {
-            name: f"{each.to_device / UNITS[unit]:,.{decimals}f}, {each.to_host / UNITS[unit]:,.{decimals}f}"
-            for name, each in self.traffic.items()
+        costs, dtype = self.costs, self.workload.dtype
+        columns = {
+            "copied to the device, and back": {
+                name: f"{each.to_device / UNITS[unit]:,.{decimals}f}, {each.to_host / UNITS[unit]:,.{decimals}f}"
+                for name, each in costs.items()
+            },
+            f"copying, s ({self.bandwidth / 1e9:g} GB/s)": {
+                name: _seconds(each.copying(self.bandwidth)) for name, each in costs.items()
+            },
+            "AdamW on the host, s": {name: _seconds(each.stepping(dtype)) for name, each in costs.items()},
         }
-        columns = {"copied to the device, and back": copied} if self.traffic else {}
+        if self.tflops is not None:
+            batch_size = self.workload.batch_size
+            columns[f"copies hidden from batch size ({self.tflops:g} TFLOPS)"] = {
+                name: f"{each.hidden_from(self.bandwidth, self.tflops, batch_size):,}" for name, each in costs.items()
+            }
         if self.fitting is not None:
-            columns[f"fits {_bytes(self.budget)}"] = {name: _fits(blocks) for name, blocks in self.fitting.items()}
-        return f"{title}\n\n{ledger_table(self.ledgers, columns)}"
+            columns[f"fits {bytes_as_text(self.budget)}"] = {name: _fits(blocks) for name, blocks in self.fitting.items()}
+        return columns
 
 
 def estimate_memory(
@@ -77,32 +107,43 @@ def estimate_memory(
     ema: bool = False,
     task: str | None = None,
     device: str | None = None,
+    *,
+    bf16: bool = False,
+    keep: int | str = 0,
+    bandwidth: int | str = BANDWIDTH,
+    tflops: float | None = None,
     **config_fields,
 ) -> MemoryEstimate:
-    """What a training step would hold: end to end, checkpointed, with LoRA (if peft is installed), and block by block.
+    """What a training step would hold, on the device and in host memory: end to end, checkpointed, with LoRA (if peft is
+    installed), with its layers streamed, and, of an architecture that can be cut, block by block.
 
-    The real step runs on tensors that have sizes and no memory, under the same [`StepMemory`] that measures it: what it
-    says is what would be measured on a CPU, but for the rows that are read out, which are as many as on `device`. (On a
-    GPU, attention with dropout takes less: other kernels.) Text is read out in chunks in all ways.
+    The real step runs on tensors that have sizes and no memory, under the same [`StepMemory`] that measures it: what it says is
+    what would be measured on a CPU, but for the rows that blocks read out, which are as many as on `device`. (On a GPU,
+    attention with dropout takes less: other kernels.) Rows "by formula" are counted: see `memory/formulas.py`.
 
     Args:
-        model_or_config: plain or DiffusionBlocks; a model's weights are not looked at.
-        num_blocks: B; None is the DiffusionBlocks model's, or as [`convert`] has it.
+        model_or_config: stock, of a causal language model or an image classifier, or DiffusionBlocks; weights are not looked at.
+        num_blocks: B, where it can be cut; None is the DiffusionBlocks model's, or 4.
         batch_size: rows of a step.
         sequence_length: tokens a row; text only.
         dtype: of parameters, and so of gradients, optimizer state and activations, as when a model is loaded in it (not
             autocast). None is the model's, and float32 for a config.
-        budget: bytes, or a number with a unit ("24GiB"): also find the smallest B that fits.
-        ema: with averages of the trained weights (`ema_decay`).
+        budget: bytes on the device, or a number with a unit ("24GiB"): also say what fits, and the smallest B that does.
+        ema: with averages of the trained weights (`ema_decay`), where layers are not streamed.
         task: what the model is for, as in `pipeline(task)`; None is the DiffusionBlocks model's own, or the architecture's
             usual one.
         device: the kind that trains, "cuda" or "cpu": an accelerator reads out more rows at a time. None is this machine's
             accelerator, if it has one.
+        bf16: with autocast to bfloat16, as the Trainer's `bf16=True`, over parameters in float32.
+        keep: of streamed layers, those that stay on the device, as in `stream_layers`: a number, or "20GiB".
+        bandwidth: of copies between host and device, bytes a second or as in "25GB/s".
+        tflops: what the device reaches, in 10^12 operations a second: also give the batch size from which on computing takes
+            as long as the copies, and hides them.
         config_fields: of [`DiffusionBlocksConfig`]; without any, and for a plain model, the recommended formulation and
             the paper's.
 
     Raises:
-        ValueError: a field is out of range, or the architecture is not supported; names the field.
+        ValueError: a field is out of range, or the model is of none of these kinds; names the field.
     """
     config = getattr(model_or_config, "config", model_or_config)
     if dtype is None:
@@ -110,50 +151,82 @@ def estimate_memory(
     if isinstance(config, DiffusionBlocksConfig):
         task = config.task if task is None else task
         num_blocks = num_blocks or config.num_blocks
-        # (Both objectives are among the ways to train.)
+        # (The objective is no matter of memory.)
         others = ("num_blocks", "sigma_data", "objective")
         of_model = {name: getattr(config, name) for name in USER_FIELDS if name not in others}
         config_fields, config = of_model | config_fields, config.source_config
-    task = task_of(config, task)
-    architecture = backbone_for(config)
-    formulations = formulations_for(task, architecture)
-    num_blocks = architecture.fixed_fields.get("num_blocks", 4) if num_blocks is None else num_blocks
-    if config_fields:
-        check_known(config_fields)
-        checked = DiffusionBlocksConfig(source_config=config, task=task.name, num_blocks=num_blocks, **config_fields)
-        formulations = {checked.formulation: config_fields}
-    workload = _workload(config, task, num_blocks, batch_size, sequence_length, dtype, ema, _kind_of_device(device))
+    workload = Workload(
+        config, num_blocks, batch_size, sequence_length, _dtype(dtype, bf16), task, ema, _kind_of_device(device), bf16, keep
+    )
+    workload, formulations = _checked(workload, config_fields)
+    if tflops is not None and not (isinstance(tflops, (int, float)) and tflops > 0):
+        raise ValueError(f"tflops={tflops!r} must be a number above 0")
+    rate = parse_bytes(bandwidth.removesuffix("/s") if isinstance(bandwidth, str) else bandwidth, "bandwidth")
     limit = None if budget is None else parse_bytes(budget)
-    ways = ways_to_train(formulations)
-    ledgers = {way.name: _followed(way, workload) for way in ways}
-    crossing = {way.name: traffic_of(way, workload) for way in ways if way.offload}
+    ways = ways_of_blocks(formulations)
+    ledgers, costs = _of_stock_model(workload)
+    ledgers |= {way.name: _followed(way, workload) for way in ways}
     fitting = None
     if limit is not None:
-        fitting = {way.name: smallest_number_of_blocks(way, workload, limit) for way in ways if way.fields}
-        plain = {way.name: ledgers[way.name].total <= limit for way in ways if not way.fields}
-        fitting = {name: 1 if fits else None for name, fits in plain.items()} | fitting
-    return MemoryEstimate(workload, ledgers, crossing, limit, fitting)
+        fitting = {name: 1 if ledger.total <= limit else None for name, ledger in ledgers.items()}
+        fitting |= {way.name: smallest_number_of_blocks(way, workload, limit) for way in ways}
+    return MemoryEstimate(workload, ledgers, costs, rate, tflops, limit, fitting)
 
 
-def _workload(
-    config: PreTrainedConfig, task: Task, num_blocks: int, batch_size, sequence_length, dtype, ema: bool, device: str
-) -> Workload:
-    text = task.takes_sequence_length
-    DiffusionBlocksConfig(source_config=config, task=task.name, num_blocks=num_blocks)  # complains of num_blocks
-    for name, value in {"batch_size": batch_size, "sequence_length": sequence_length}.items():
-        if name == "sequence_length" and not text:
+def _of_stock_model(workload: Workload) -> tuple[dict[str, Ledger], dict[str, Costs]]:
+    """Ledgers of the ways that need no blocks, and costs of those of them that keep weights in host memory."""
+    ledgers, costs, operations = {}, {}, Operations()
+    for way in ways_of_stock_models():
+        with operations if way.name == CHECKPOINTING else nullcontext():
+            ledgers[way.name] = _followed(way, workload)
+    ledgers |= ledgers_by_formula(workload, ledgers)
+    if FSDP in ledgers:
+        costs[FSDP] = costs_of_fsdp(workload, operations.total)
+    for way in ways_of_streams():
+        ledgers[way.name], costs[way.name] = followed_stream(way, workload, _fake_mode())
+    return ledgers, costs
+
+
+def _checked(workload: Workload, config_fields: Mapping) -> tuple[Workload, dict[str, dict]]:
+    """The workload with its defaults, and the formulations that blocks are estimated in.
+
+    Raises:
+        ValueError: a field is out of range; names it.
+    """
+    config, stock = workload.config, workload.stock
+    for name, value in {"batch_size": workload.batch_size, "sequence_length": workload.sequence_length}.items():
+        if name == "sequence_length" and not stock.takes_sequence_length:
             if value is not None:
-                raise ValueError(f"sequence_length={value!r} must be None for task {task.name!r}: the config says the size of its inputs")
+                raise ValueError(
+                    f"sequence_length={value!r} must be None for task {stock.task_name!r}: the config says the size of its inputs"
+                )
         else:
             check_whole(name, value, 2 if name == "sequence_length" else 1)
     longest = getattr(config, "max_position_embeddings", None)
-    if text and longest and sequence_length > longest:
-        raise ValueError(f"sequence_length={sequence_length} must be at most max_position_embeddings={longest}")
+    if stock.takes_sequence_length and longest and workload.sequence_length > longest:
+        raise ValueError(f"sequence_length={workload.sequence_length} must be at most max_position_embeddings={longest}")
+    if not is_known(config):
+        if workload.num_blocks is not None or config_fields:
+            backbone_for(config)  # says what cannot be cut
+        return workload, {}
+    architecture, num_blocks = stock.architecture, workload.num_blocks
+    if num_blocks is None:
+        num_blocks = architecture.fixed_fields.get("num_blocks", min(4, architecture.num_layers(config)))
+    if config_fields:
+        check_known(config_fields)
+    checked = DiffusionBlocksConfig(source_config=config, task=stock.task_name, num_blocks=num_blocks, **config_fields)
+    formulations = {checked.formulation: dict(config_fields)} if config_fields else formulations_for(stock.task, architecture)
+    return replace(workload, num_blocks=num_blocks), formulations
+
+
+def _dtype(dtype: torch.dtype | str | None, bf16: bool) -> torch.dtype:
     if isinstance(dtype, str) or dtype is None:
         if (dtype or "fp32") not in DTYPES:
             raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype or "fp32"]
-    return Workload(config, num_blocks, batch_size, sequence_length, dtype, task.name, ema, device)
+    if bf16 and dtype != torch.float32:
+        raise ValueError(f"bf16=True is autocast, over parameters in float32: dtype={str(dtype).removeprefix('torch.')!r} is not")
+    return dtype
 
 
 def _kind_of_device(device: str | None) -> str:
@@ -166,22 +239,12 @@ def _kind_of_device(device: str | None) -> str:
         raise ValueError(f'device={device!r} must be a kind of device that PyTorch knows: "cuda", "cpu", ...') from error
 
 
-def parse_bytes(size: int | str) -> int:
-    """Bytes of "24GiB", "500 MB" or a number.
-
-    Raises:
-        ValueError: it is no size above 0.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
-    found = float(match[1]) * UNITS[match[2]] if match and match[2] in UNITS else 0
-    if found < 1:
-        units = ", ".join(filter(None, UNITS))
-        raise ValueError(f"budget={size!r} must be a number of bytes, or one with a unit: {units}")
-    return int(found)
+def _fake_mode() -> FakeTensorMode:
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def _followed(way: Way, workload: Workload) -> Ledger:
-    return ledger_of(way, workload, FakeTensorMode(allow_non_fake_inputs=True))
+    return ledger_of(way, workload, _fake_mode())
 
 
 def smallest_number_of_blocks(way: Way, workload: Workload, budget: int) -> int | None:
@@ -189,7 +252,7 @@ def smallest_number_of_blocks(way: Way, workload: Workload, budget: int) -> int 
 
     More blocks never hold more, since the largest has no more layers.
     """
-    architecture = backbone_for(workload.config)
+    architecture = workload.stock.architecture
     layers = architecture.num_layers(workload.config)
     if "num_blocks" in architecture.fixed_fields:
         layers = architecture.fixed_fields["num_blocks"]  # no other cut is possible
@@ -211,36 +274,5 @@ def _fits(num_blocks: int | None) -> str:
     return "yes" if num_blocks == 1 else f"B >= {num_blocks}"
 
 
-def _bytes(size: int) -> str:
-    unit = max((unit for unit in UNITS if unit.endswith("iB") and size % UNITS[unit] == 0), key=UNITS.get, default="")
-    return f"{size // UNITS[unit]} {unit or 'bytes'}"
-
-
-def table_unit(ledgers: Mapping[str, Ledger]) -> tuple[str, int]:
-    """Unit and decimals of a table, by its first row."""
-    base = next(iter(ledgers.values())).total
-    return next((unit, decimals) for least, unit, decimals in SCALES if base >= least)
-
-
-def ledger_table(ledgers: Mapping[str, Ledger], columns: Mapping[str, Mapping[str, str]]) -> str:
-    """Markdown: each way's parts at their largest, their sum, and the peak; both also over the first's (end to end).
-    Averages are left out where there are none.
-
-    Args:
-        columns: more of them: heading -> way -> cell.
-    """
-    base = next(iter(ledgers.values()))
-    unit, decimals = table_unit(ledgers)
-    without = {"rest"} if any(ledger.parts.averages for ledger in ledgers.values()) else {"rest", "averages"}
-    parts = [field.name for field in fields(Parts) if field.name not in without]
-    header = [unit, *parts, "sum", "over end to end", "peak", "over end to end", *columns]
-    rows = [header]
-    for name, ledger in ledgers.items():
-        sizes = [asdict(ledger.parts)[part] for part in parts]
-        summed, peak = ledger.parts.total, ledger.total
-        *sizes, summed_size, peak_size = (f"{size / UNITS[unit]:,.{decimals}f}" for size in (*sizes, summed, peak))
-        cells = [*sizes, summed_size, f"{summed / base.parts.total:.2f}x", peak_size, f"{peak / base.total:.2f}x"]
-        rows.append([name, *cells, *(column[name] for column in columns.values())])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    return "\n".join(f"| {line} |" for line in (lines[0], " | ".join("-" * width for width in widths), *lines[1:]))
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f}" if seconds >= 1 else f"{seconds:.2g}"

@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedConfig
 
-from ..backbones.base import backbone_for, backbone_of
+from ..streaming import stream_of
 from .activations import state_tensors
+from .stock import layer_paths, num_logits
 
 #: What the bytes of a training step are, in the order in which tables list them.
 PARTS = ("shared", "blocks", "adaln", "gradients", "optimizer", "averages", "activations", "logits", "rest")
-AWAY = "away"  # in host memory: none of them
+HOST = "host"  #: of a streamed model, what is in host memory
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,13 @@ class Ledger:
         parts: each part at its largest in the step; without `rest`. Their sum is what would be held if all were there
             together, as they are where gradients of several micro-batches are summed.
         peak: what is there when most is: gradients come as activations go.
+        host: what is in host memory, of a streamed model: parameters, gradients, optimizer state, and what is on its way there.
         allocated: `torch.cuda.max_memory_allocated` of the same step, on CUDA.
     """
 
     parts: Parts
     peak: Parts
+    host: int = 0
     allocated: int | None = None
 
     @property
@@ -76,6 +78,8 @@ class Ledger:
             columns.append((title, *(f"{size / 2**20:,.1f}" for size in (*asdict(parts).values(), parts.total))))
         widths = [max(map(len, column)) for column in columns]
         lines = [f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in zip(*columns)]
+        if self.host:
+            lines.append(f"in host memory  {self.host / 2**20:,.1f}")
         if self.allocated is not None:
             lines.append(f"torch.cuda.max_memory_allocated  {self.allocated / 2**20:,.1f}")
         return "\n".join(["MiB" + lines[0][3:], *lines[1:]])
@@ -90,11 +94,12 @@ class StepMemory(TorchDispatchMode):
         ledger = memory.ledger()
 
     Storages are counted once, by the bytes that were asked for, on whatever device: fake tensors have bytes, too. The
-    optimizer's step is taken to hold no more than parameters, gradients and state, which is so for fused ones. Blocks
-    in host memory (`offload_inactive_blocks`) are not counted.
+    optimizer's step is taken to hold no more than parameters, gradients and state, which is so for fused ones.
+    Of a streamed model, what is in host memory is counted apart, on a CPU too: weights of units, what is computed from what is
+    there alone, and gradients that have come home.
 
     Args:
-        model: a DiffusionBlocks model, or the plain one.
+        model: a DiffusionBlocks model, or a stock one.
         optimizer: its state may still be empty: the ledger takes it as it is then.
         averages: of weights, which are there all the time.
         kept: hidden states that another pass has left: activations.
@@ -106,22 +111,25 @@ class StepMemory(TorchDispatchMode):
     ):  # fmt: skip
         super().__init__()
         self.model, self.optimizer, self.averages, self.kept = model, optimizer, averages, kept
-        config = getattr(model.config, "source_config", model.config)
-        backbone = backbone_for(config) if isinstance(config, PreTrainedConfig) else backbone_of(model)
-        self._layers, self._num_logits = f"{backbone.layers_path}.", backbone.num_logits(config)
+        self._layers, self._num_logits = layer_paths(model), num_logits(model)
         self._known: dict[int, tuple[int, weakref.ref]] = {}  # address of a living storage -> its number
         self._sizes: list[int] = []
         self._kinds: list[str] = []
         self._events: list[int] = []  # n: storage n is born; ~n: it dies
+        self._stream = stream_of(model)
+        self._device = next(model.parameters()).device if self._stream is None else self._stream.device
+        self._on_host = set() if self._stream is None else set(self._stream.host_parameters)
+        self._origins: dict[int, str] = {}  # number of a storage in host memory -> the part that its copy belongs to
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._saved, lambda tensor: tensor)
         self.allocated: int | None = None
 
     def __enter__(self) -> StepMemory:
         self._label()
         self._state_before = self._state_bytes()
-        self._device = next(self.model.parameters()).device
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
+        if self._stream is not None:
+            self._stream.watch_copies(self._copied)
         self._hooks.__enter__()
         super().__enter__()
         return self
@@ -129,6 +137,8 @@ class StepMemory(TorchDispatchMode):
     def __exit__(self, *error) -> None:
         super().__exit__(*error)
         self._hooks.__exit__(*error)
+        if self._stream is not None:
+            self._stream.watch_copies(None)
         if self._device.type == "cuda":
             self.allocated = torch.cuda.max_memory_allocated(self._device)
         self._label()
@@ -137,27 +147,29 @@ class StepMemory(TorchDispatchMode):
 
     def ledger(self) -> Ledger:
         """The ledger, with the optimizer's state as it is now."""
-        at_peak, largest, at_end = self._counted
+        at_peak, largest, at_end = (dict(each) for each in self._counted)
         state = self._state_bytes()
+        host = largest.pop(HOST) + sum(t.nbytes for t in state_tensors(self.optimizer)) - state
+        del at_peak[HOST], at_end[HOST]
         parts = Parts(**largest | {"optimizer": state, "rest": 0})
         peak = Parts(**at_peak | {"optimizer": state})
         # The optimizer's step comes when activations are gone and all gradients are there.
         stepping = Parts(**at_end | {"optimizer": state, "activations": 0, "logits": 0, "rest": 0})
         allocated = None if self.allocated is None else self.allocated + state - self._state_before
-        return Ledger(parts, max(peak, stepping, key=lambda parts: parts.total), allocated)
+        return Ledger(parts, max(peak, stepping, key=lambda parts: parts.total), host, allocated)
 
     def _replay(self) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
         """Bytes of each part when there are most, each at its largest, and each at the end."""
-        live, largest, at_peak = (dict.fromkeys(PARTS, 0) for _ in range(3))
+        live, largest, at_peak = (dict.fromkeys((*PARTS, HOST), 0) for _ in range(3))
         total = most = 0
         for event in self._events:
             number = event if event >= 0 else ~event
             kind, size = self._kinds[number], self._sizes[number]
-            if kind in ("optimizer", AWAY):  # the optimizer's state is counted at the end, in full
+            if kind == "optimizer":  # its state is counted at the end, in full
                 continue
             change = size if event >= 0 else -size
             live[kind] += change
-            total += change
+            total += change if kind != HOST else 0
             largest[kind] = max(largest[kind], live[kind])
             if total > most:
                 most, at_peak = total, dict(live)
@@ -165,33 +177,48 @@ class StepMemory(TorchDispatchMode):
 
     def _label(self) -> None:
         """Note what the storages of the model and the optimizer are, now."""
-        away = self._away()[0]
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
-            self._note(tensor, AWAY if tensor in away else part_of_parameter(name, self._layers))
+            part, away = part_of_parameter(name, self._layers), tensor in self._on_host
+            number = self._note(tensor, HOST if away else part)
+            if away:
+                self._origins[number] = part
             if tensor.grad is not None:
-                self._note(tensor.grad, "gradients")
-        for tensor in state_tensors(self.optimizer, self._away()[1]):
-            self._note(tensor, "optimizer")
-        for kind, tensors in (("averages", self.averages), ("activations", self.kept)):
+                self._note(tensor.grad, HOST if away else "gradients")
+        for kind, tensors in (
+            ("optimizer", state_tensors(self.optimizer)), ("averages", self.averages), ("activations", self.kept)
+        ):  # fmt: skip
             for tensor in tensors:
                 self._note(tensor, kind)
 
-    def _away(self) -> tuple[set, set]:
-        """Parameters that wait in host memory, and those whose optimizer state does: not of this device."""
-        offload = getattr(self.model, "offload", None)
-        return (set(), set()) if offload is None else offload.away()
-
     def _state_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in state_tensors(self.optimizer, self._away()[1]))
+        """Of the optimizer's state on the device."""
+        return sum(tensor.nbytes for tensor in state_tensors(self.optimizer, self._on_host))
+
+    def _copied(self, tensor: torch.Tensor, in_host_memory: bool) -> None:
+        """The stream has made a copy."""
+        number = self._note(tensor)
+        self._kinds[number] = HOST if in_host_memory else self._origins.get(number, "blocks")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.detach.default and torch._C._current_graph_task_id() >= 0 and args[0].requires_grad:
             self._saved(result)  # as activation checkpointing keeps what it computes again
+        of_host = self._of_host(args) if self._on_host else None
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, torch.Tensor):
-                self._note(tensor)
+                is_new = tensor.untyped_storage()._cdata not in self._known
+                number = self._note(tensor)
+                if of_host is not None and is_new:
+                    self._kinds[number], self._origins[number] = HOST, of_host
         return result
+
+    def _of_host(self, args: tuple) -> str | None:
+        """If all tensors that are given are in host memory, what the first one's copy is part of."""
+        tensors = [each for arg in args for each in (arg if isinstance(arg, (tuple, list)) else (arg,))]
+        numbers = [self._note(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor)]
+        if not numbers or any(self._kinds[number] != HOST for number in numbers):
+            return None
+        return self._origins.get(numbers[0], "blocks")
 
     def _saved(self, tensor: torch.Tensor) -> torch.Tensor:
         number = self._note(tensor)
@@ -210,7 +237,8 @@ class StepMemory(TorchDispatchMode):
             self._known[address] = (number, weakref.ref(storage, lambda _: self._died(address)))
             self._sizes.append(storage.nbytes())
             is_logits = tensor.dim() > 1 and tensor.shape[-1] == self._num_logits
-            self._kinds.append("logits" if is_logits else "rest")
+            elsewhere = tensor.device.type == "cpu" != self._device.type
+            self._kinds.append(HOST if elsewhere else "logits" if is_logits else "rest")
             self._events.append(number)
         if kind is not None:
             self._kinds[number] = kind
@@ -220,16 +248,16 @@ class StepMemory(TorchDispatchMode):
         self._events.append(~self._known.pop(address)[0])
 
 
-def part_of_parameter(name: str, layers: str) -> str:
+def part_of_parameter(name: str, layers: Collection[str]) -> str:
     """The part of [`Parts`] that a parameter or buffer belongs to.
 
     Args:
         name: in the state dict, of a DiffusionBlocks model or of the plain one, with or without adapters.
-        layers: path of the plain model's layers, with a dot at its end.
+        layers: paths of the plain model's layers, each with a dot at its end.
     """
     if name.startswith(("modulations.", "sigma_embeddings.")):
         return "adaln"
-    return "blocks" if layers in name or name.startswith("readout_heads.") else "shared"
+    return "blocks" if any(path in name for path in layers) or name.startswith("readout_heads.") else "shared"
 
 
 def measure_memory(
@@ -239,7 +267,7 @@ def measure_memory(
     """The ledger of one training step, which is taken.
 
     Args:
-        model: a DiffusionBlocks model, or the plain one.
+        model: a DiffusionBlocks model, or a stock one.
         optimizer: of its trained parameters.
         loss_of_step: runs the forward pass.
         averages: of weights, on the device.

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -16,15 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..backbones.base import backbone_for, backbone_of
 from ..configuration import DiffusionBlocksConfig
 from ..conversion import convert
 from ..diffusion.objectives import reading_out_as_on
-from ..models.active import TrainedParameters
 from ..models.base import DiffusionBlocksPreTrainedModel
-from ..models.offload import OffloadedBlocks
+from ..streaming import LayerStream, stream_layers
+from .costs import Costs, Operations
 from .ledger import Ledger, measure_memory
-from .traffic import Traffic, traffic
+from .stock import layer_paths
 from .ways import LORA_RANK, Way, Workload
 
 
@@ -35,6 +34,7 @@ class Step(NamedTuple):
     optimizer: torch.optim.Optimizer
     loss: Callable[[], torch.Tensor]
     kept: Collection[torch.Tensor] = ()  #: hidden states that another pass has left
+    stream: LayerStream | None = None  #: of a streamed model
 
 
 def ledger_of(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = None) -> Ledger:
@@ -42,21 +42,100 @@ def ledger_of(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = N
     ledgers = []
     for step in steps(way, workload, fake_mode):
         with nullcontext() if fake_mode is None else WithoutMemory(fake_mode):
-            averages = _averages(step) if workload.ema and not way.offload else ()
+            averages = _averages(step) if workload.ema else ()
             with reading_out_as_on(workload.device):
                 ledgers.append(measure_memory(*step[:3], averages, step.kept))
     return max(ledgers, key=lambda ledger: ledger.total)
 
 
+def followed_stream(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = None) -> tuple[Ledger, Costs]:
+    """Of a streamed model: the ledger of a micro-batch once the order of its units is known, and what it costs."""
+    (step,) = steps(way, workload, fake_mode)
+    with nullcontext() if fake_mode is None else WithoutMemory(fake_mode):
+        step.loss().backward()
+        step.optimizer.zero_grad()
+        before = step.stream.copied
+        with Operations() as operations:
+            ledger = measure_memory(step.model, step.optimizer, step.loss)
+    copied = {direction: size - before[direction] for direction, size in step.stream.copied.items()}
+    trained = sum(p.numel() for p in step.optimizer.param_groups[0]["params"])
+    return ledger, Costs(**copied, trained=trained, operations=operations.total)
+
+
 def steps(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = None) -> Iterator[Step]:
-    """A step of each block that can hold most (of a plain model, its step), one model in memory at a time.
+    """A step of each block that can hold most (of a stock model, its step), one model in memory at a time.
 
     Raises:
         ValueError: the config cannot be cut so.
     """
-    if way.fields is None:
-        yield _plain_step(way, workload, fake_mode)
-        return
+    found = _stock_step(way, workload, fake_mode) if way.fields is None else _steps_of_blocks(way, workload, fake_mode)
+    for step in found:
+        if workload.bf16:
+            device = step.stream.device if step.stream else next(step.model.parameters()).device
+            step = step._replace(loss=_autocast(step.loss, device.type))
+        yield step
+
+
+def _autocast(loss: Callable[[], torch.Tensor], device: str) -> Callable[[], torch.Tensor]:
+    def computed() -> torch.Tensor:
+        with torch.autocast(device, torch.bfloat16):  # left before the backward pass, as in the Trainer
+            return loss()
+
+    return computed
+
+
+# ---- stock models
+
+
+def _stock_step(way: Way, workload: Workload, fake_mode) -> Iterator[Step]:
+    stock = workload.stock
+
+    def make() -> nn.Module:
+        model = stock.make()
+        if way.lora:
+            _add_adapters(model)
+        return model
+
+    model = _built(make, workload.dtype, fake_mode)
+    if way.checkpointing:
+        stock.checkpoint_layers(model)
+    optimizer, batch = _optimizer(model), workload.batch()
+    if way.in_backward:
+        trained = optimizer.param_groups[0]["params"]
+        _make_state(optimizer, trained)
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(_used)
+    # (Without memory, the CPU's tensors are as good as a device's.)
+    stream = stream_layers(model, None if fake_mode is None else "cpu", keep=workload.keep) if way.streamed else None
+    yield Step(model, optimizer, lambda: stock.loss(model, batch), stream=stream)
+
+
+def _used(parameter: nn.Parameter) -> None:
+    """What is left of a gradient once the optimizer has moved its parameter."""
+    parameter.grad = None
+
+
+def _add_adapters(model: PreTrainedModel) -> None:
+    """LoRA on the matrices of every attention module."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layers = layer_paths(model)
+    matrices = {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith(layers) and isinstance(module, (nn.Linear, Conv1D))
+    }
+    attention = {name: matrix for name, matrix in matrices.items() if "attn" in name or "attention" in name}
+    matrices = attention or matrices  # (a layer may have none)
+    transposed = any(isinstance(module, Conv1D) for module in matrices.values())
+    config = LoraConfig(r=LORA_RANK, target_modules=list(matrices), fan_in_fan_out=transposed)
+    inject_adapter_in_model(config, model)
+
+
+# ---- blocks
+
+
+def _steps_of_blocks(way: Way, workload: Workload, fake_mode) -> Iterator[Step]:
     config = DiffusionBlocksConfig(
         source_config=workload.config, task=workload.task.name, num_blocks=workload.num_blocks, **way.fields
     )
@@ -64,20 +143,8 @@ def steps(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = None)
     if way.job:
         for block in blocks:
             yield from _job_step(way, workload, block, fake_mode)
-    elif way.together:
-        yield from _steps_together(way, workload, blocks, fake_mode)
     else:
-        yield from _steps_in_turn(way, workload, blocks, fake_mode)
-
-
-def traffic_of(way: Way, workload: Workload) -> Traffic | None:
-    """What a way copies while every block moves once; None where blocks stay on the device."""
-    if not way.offload:
-        return None
-    with torch.device("meta"):
-        model = _converted(way, workload)().to(workload.dtype)
-    sizes = [sum(parameter.nbytes for parameter in model.block_parameters(k)) for k in range(workload.num_blocks)]
-    return traffic(sizes, [2 * size for size in sizes], way.objective, way.together, way.carried, way.job)
+        yield from _steps_of_all(way, workload, blocks, fake_mode)
 
 
 def _blocks_that_differ(config: DiffusionBlocksConfig) -> list[int]:
@@ -88,112 +155,46 @@ def _blocks_that_differ(config: DiffusionBlocksConfig) -> list[int]:
     return sorted({0, last, largest} | ({last - 1} if config.readout_layers and last else set()))
 
 
-def _plain_step(way: Way, workload: Workload, fake_mode) -> Step:
-    architecture = backbone_for(workload.config)
-
-    def make() -> PreTrainedModel:
-        model = architecture.make_plain(workload.config)
-        if way.lora:
-            _add_adapters(model)
-        return model
-
-    model = _built(make, workload.dtype, fake_mode)
-    if way.checkpointing:
-        architecture.checkpoint_layers(model)
-    batch = workload.batch() | architecture.largest_step(workload.config)
-    return Step(model, _optimizer(model), lambda: workload.task.plain_loss(model, **batch))
-
-
-def _trained_before(way: Way, workload: Workload, fake_mode) -> tuple[DiffusionBlocksPreTrainedModel, torch.optim.Optimizer]:
-    """A model, and an optimizer with the state of all its blocks."""
+def _steps_of_all(way: Way, workload: Workload, blocks: list[int], fake_mode) -> Iterator[Step]:
+    """A block's step, or its part in a step of all, where every block has optimizer state."""
     model = _built(_converted(way, workload), workload.dtype, fake_mode)
     optimizer = _optimizer(model)
-    if way.checkpointing:
-        model.activation_checkpointing_enable()
-    if way.offload:
-        _offload(model, optimizer)
-    for block in range(workload.num_blocks):
-        if way.offload:
-            model.offload.activate(block)
-        shared = model.shared_parameters() if way.train_shared else ()
-        _make_state(optimizer, (*model.block_parameters(block), *shared))
-    return model, optimizer
-
-
-def _steps_together(way: Way, workload: Workload, blocks: list[int], fake_mode) -> Iterator[Step]:
-    """A block's part in a step of all: `_own_part` first block to last, or `_exact_part` last block to first."""
-    model, optimizer = _trained_before(way, workload, fake_mode)
-    exact, last = way.objective == "exact", workload.num_blocks - 1
+    _make_state(optimizer, optimizer.param_groups[0]["params"])
     for block in blocks:
-        following = block - 1 if exact else (block + 1) % workload.num_blocks
-        if way.offload:
-            model.offload.activate(block, following if following not in (-1, block) else None)
-        loss, kept = (_exact_part if exact else _own_part)(model, workload, block, fake_mode)
-        with fake_mode or nullcontext():  # what all blocks share has a gradient from the first of them that trains
-            for parameter in model.shared_parameters() if way.train_shared and block != (last if exact else 0) else ():
-                parameter.grad = torch.zeros_like(parameter)
-        with TrainedParameters(model, [block], way.train_shared):
-            yield Step(model, optimizer, loss, kept)
+        # (In turn, earlier blocks run, unless nothing is to be computed: forward and without gradient they hold less.)
+        entering = _entering(workload, fake_mode) if block and way.carried and (way.together or fake_mode) else {}
+        arguments = {**workload.batch(), **entering, "block_index": block}
+        if way.together and block:  # what all blocks share has a gradient from the first
+            with fake_mode or nullcontext():
+                for parameter in model.shared_parameters():
+                    parameter.grad = torch.zeros_like(parameter)
+        kept = list(entering.values()) if way.together else []
+        trained = (*model.block_parameters(block), *model.shared_parameters()) if way.together else model.parameters()
+        with _training(model, trained):
+            yield Step(model, optimizer, lambda: model(**arguments).loss, kept)
         optimizer.zero_grad()
 
 
-def _own_part(model: DiffusionBlocksPreTrainedModel, workload: Workload, block: int, fake_mode):
-    """A block's own loss, and what is kept meanwhile: what the one before it has put out."""
-    given = _entering(workload, fake_mode) if block else {}
-    arguments = {**workload.batch(), **given, "block_index": block}
-    return lambda: model(**arguments).loss, list(given.values())
-
-
-def _exact_part(model: DiffusionBlocksPreTrainedModel, workload: Workload, block: int, fake_mode):
-    """The loss through the last block, or what sends a gradient back through another; what enters it and the blocks before
-    is kept, and the gradient of what left it."""
-    last, batch = workload.num_blocks - 1, workload.batch()
-    with fake_mode or nullcontext():
-        kept = [workload.hidden() for _ in range(block + (block < last))]  # the last of them: a gradient
-    entering = kept[block - 1].requires_grad_() if block else None
-
-    def loss() -> torch.Tensor:
-        if block == last:
-            given = {} if entering is None else {"block_input": entering}
-            return model(**batch, **given, block_index=block).loss
-        x, own = model.clean_input(batch), model.blocks[block]
-        hidden = own.run_clean(own.embed(x.inputs) if entering is None else entering, **x.attention)
-        return (hidden * kept[-1]).sum()
-
-    return loss, kept
-
-
-def _steps_in_turn(way: Way, workload: Workload, blocks: list[int], fake_mode) -> Iterator[Step]:
-    model, optimizer = _trained_before(way, workload, fake_mode)
-    batch = workload.batch()
-    for block in blocks:
-        if way.offload:
-            following = (block + 1) % workload.num_blocks
-            model.offload.activate(block, following if following != block else None)
-        entering = {}
-        if fake_mode is not None and way.carried and block:
-            entering = _entering(workload, fake_mode)
-            model.blocks[block - 1].fetch()
-        arguments = {**batch, **entering, "block_index": block, "loss_block": way.loss_block(workload)}
-        with TrainedParameters(model, [block] if way.objective == "final" else range(workload.num_blocks), train_shared=True):
-            yield Step(model, optimizer, lambda: model(**arguments).loss)
-
-
 def _job_step(way: Way, workload: Workload, block: int, fake_mode) -> Iterator[Step]:
-    loss_block = way.loss_block(workload)
-    run = range((block if loss_block is None else loss_block) + 1) if way.carried and not way.cached else [block]
+    run = range(block + 1) if way.carried and not way.cached else [block]
     model = _built(_converted(way, workload, run), workload.dtype, fake_mode)
     batch = workload.batch()
     if way.carried and block and (way.cached or fake_mode is not None):
         batch |= _entering(workload, fake_mode)
-    if way.checkpointing:
-        model.activation_checkpointing_enable()
-    with TrainedParameters(model, [block], way.train_shared):
-        optimizer = _optimizer(model)
-        if way.offload:
-            _offload(model, optimizer)
-            model.offload.activate(block)
-        yield Step(model, optimizer, lambda: model(**batch, block_index=block, loss_block=loss_block).loss)
+    with _training(model, (*model.block_parameters(block), *(model.shared_parameters() if way.train_shared else ()))):
+        yield Step(model, _optimizer(model), lambda: model(**batch, block_index=block).loss)
+
+
+@contextmanager
+def _training(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """These parameters ask for gradients, and no others."""
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = set(parameters)
+    for parameter in asked:
+        parameter.requires_grad_(parameter in trained)
+    yield
+    for parameter in asked:
+        parameter.requires_grad_(True)
 
 
 def _converted(
@@ -203,11 +204,6 @@ def _converted(
     return lambda: convert(
         workload.config, workload.num_blocks, workload.task.name, resident_blocks, preset="paper", **way.fields
     )
-
-
-def _offload(model: DiffusionBlocksPreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    model.offload = OffloadedBlocks(model, model.device)
-    model.offload.optimizer = optimizer
 
 
 def _entering(workload: Workload, fake_mode: FakeTensorMode | None) -> dict[str, torch.Tensor]:
@@ -232,23 +228,6 @@ def _make_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parame
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-
-
-def _add_adapters(model: PreTrainedModel) -> None:
-    """LoRA on the matrices of every attention module."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    layers = f"{backbone_of(model).layers_path}."
-    matrices = {
-        name: module
-        for name, module in model.named_modules()
-        if name.startswith(layers) and isinstance(module, (nn.Linear, Conv1D))
-    }
-    attention = {name: matrix for name, matrix in matrices.items() if "attn" in name or "attention" in name}
-    matrices = attention or matrices  # (a layer may have none)
-    transposed = any(isinstance(module, Conv1D) for module in matrices.values())
-    config = LoraConfig(r=LORA_RANK, target_modules=list(matrices), fan_in_fan_out=transposed)
-    inject_adapter_in_model(config, model)
 
 
 # ---- without memory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -24,6 +24,8 @@ class Copies:
     def __init__(self, device: torch.device):
         self.device = device
         self.to_device_bytes = self.to_host_bytes = 0  #: so far
+        #: Called with each tensor that a copy makes, and whether that is in host memory: on a CPU nothing else tells.
+        self.watch: Callable[[torch.Tensor, bool], None] | None = None
         beside = device.type != "cpu"
         self._inward, self._outward = (torch.Stream(device), torch.Stream(device)) if beside else (None, None)
         self._homeward: deque[torch.Event] = deque()
@@ -33,13 +35,18 @@ class Copies:
         """Copies of host tensors on the device, each in a dtype that it is cast to before it crosses; and when they are there."""
         if self._inward is None:
             copies = [host.detach().to(dtype, copy=True) for host, dtype in hosts]
-            self.to_device_bytes += sum(copy.nbytes for copy in copies)
+            self._count(copies)
             return copies, None
         self._inward.wait_stream(torch.accelerator.current_stream(self.device))
         with self._inward:
             copies = [self._pinned(host, dtype).to(self.device, non_blocking=True, copy=True) for host, dtype in hosts]
-        self.to_device_bytes += sum(copy.nbytes for copy in copies)
+        self._count(copies)
         return copies, self._inward.record_event()
+
+    def _count(self, copies: Sequence[torch.Tensor]) -> None:
+        self.to_device_bytes += sum(copy.nbytes for copy in copies)
+        for copy in copies if self.watch else ():
+            self.watch(copy, False)
 
     def wait_for(self, event: torch.Event | None) -> None:
         """What the device computes from here on comes after a fetch."""
@@ -50,11 +57,16 @@ class Copies:
         """A copy of a tensor in host memory, and when it is there. `value` may be let go at once."""
         self.to_host_bytes += value.nbytes
         if self._outward is None:
-            return value.clone(), None
+            host = value.clone()
+            if self.watch:
+                self.watch(host, True)
+            return host, None
         self._outward.wait_stream(torch.accelerator.current_stream(self.device))
         with self._outward:
             host = torch.empty_like(value, device="cpu", pin_memory=self.device.type == "cuda")
             host.copy_(value, non_blocking=True)
+        if self.watch:
+            self.watch(host, True)
         value.record_stream(self._outward)
         self._last_homeward = self._outward.record_event()
         return host, self._last_homeward

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -51,6 +51,10 @@ class Stream:
         """Bytes so far."""
         return {"to_device": self._copies.to_device_bytes, "to_host": self._copies.to_host_bytes}
 
+    def watch_copies(self, watch: Callable[[torch.Tensor, bool], None] | None) -> None:
+        """Have a function called with each tensor that a copy makes, and whether that is in host memory; None ends it."""
+        self._copies.watch = watch
+
     @property
     def computing(self) -> bool:
         """Whether the model runs now."""
@@ -85,8 +89,8 @@ class Stream:
     def run(self, unit: Unit, module: nn.Module, forward, args: tuple, kwargs: dict[str, Any]):
         """Call a unit's own forward on its copies."""
         unit.belongs_to(module)
-        if unit.depth:
-            return forward(*args, **kwargs)
+        if unit.depth or not any(isinstance(each, nn.Parameter) for each in module.parameters()):
+            return forward(*args, **kwargs)  # (lent already: by itself, or by the unit that it is a part of)
         if module is self._deferring and is_large(args[0].shape[:-1].numel(), module.out_features):
             return self._deferred(unit, module, forward, *args)
         if unit.checkpointed_here and module.training and torch.is_grad_enabled() and not _writes_to_cache(args, kwargs):
