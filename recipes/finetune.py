@@ -69,9 +69,12 @@ class DataArguments:
 
 def load_rows(source: str, name: str, split: str, text_field: str) -> Dataset:
     """The rows of a file or hub id. Raises ValueError, naming the argument, if they are nothing to tune a model on."""
-    reader, options = text.READERS.get(Path(source).suffix, (None, {}))
     try:
-        rows = load_dataset(reader, data_files=source, split="train", **options) if reader else load_dataset(source, split=split)
+        if Path(source).suffix in text.READERS:
+            reader, options = text.READERS[Path(source).suffix]
+            rows = load_dataset(reader, data_files=source, split="train", **options)
+        else:
+            rows = load_dataset(source, split=split)
     except DatasetGenerationError as error:
         raise ValueError(f"{name}={source!r} cannot be read: {error.__cause__}") from None
     if not any(columns <= {*rows.column_names} for columns in ({"messages"}, {"prompt", "completion"}, {text_field})):

@@ -30,7 +30,8 @@ TRAINING = [
     "--use_cpu", "--bf16", "false", "--disable_tqdm", "true", "--report_to", "none", "--save_strategy", "no",
 ]  # fmt: skip
 ACCUMULATION = [
-    "--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "2", "--max_grad_norm", "0.1", "--weight_decay", "0.1"
+    "--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "2", "--max_grad_norm", "0.1",
+    "--weight_decay", "0.1",
 ]  # fmt: skip
 
 
@@ -123,7 +124,8 @@ def test_streaming_changes_nothing(tmp_path, files, model, trainers, capsys, tun
     """Bit for bit, with accumulation, clipping, decay and packing; and a streamed run resumes."""
     options = ["--model", model, "--data", files["chats"], *TRAINING, *ACCUMULATION, *tuned, "--packing"]
     finetune.main([*options, "--output_dir", str(tmp_path / "plain")])
-    streamed = [*options, "--stream", "--output_dir", str(tmp_path / "streamed"), "--save_strategy", "steps", "--save_steps", "2"]
+    saves = ["--save_strategy", "steps", "--save_steps", "2"]
+    streamed = [*options, *saves, "--stream", "--output_dir", str(tmp_path / "streamed")]
     finetune.main(streamed)
     assert "streamed: 4 units, at most 2 on the device at once" in capsys.readouterr().out
     finetune.main([*streamed, "--keep", "1", "--resume_from_checkpoint", str(tmp_path / "streamed" / "checkpoint-2")])
@@ -176,7 +178,9 @@ BAD_INPUTS = {
     "completions of texts": (
         ["--model", "{model}", "--data", "{texts}", "--assistant_only_loss"], "only supported for conversational datasets"
     ),
-    "too many kept": (["--model", "{model}", "--data", "{chats}", "--stream", "--keep", "3"], "a number of layers from 0 to 2"),
+    "too many kept": (
+        ["--model", "{model}", "--data", "{chats}", "--stream", "--keep", "3"], "keep=3 must be a number of layers from 0 to 2"
+    ),
     "unknown option": (["--model", "{model}", "--data", "{texts}", "--packed"], "--packed"),
 }  # fmt: skip
 

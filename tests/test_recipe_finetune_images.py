@@ -82,7 +82,8 @@ def test_streaming_changes_nothing(tmp_path, digits, vit, tuned):
     plain, streamed = (tmp_path / run / name for run in ("plain", "streamed"))
     assert plain.read_bytes() == streamed.read_bytes()
     streamed.unlink()
-    finetune_image_classification.main([*options, *stream, "--resume_from_checkpoint", str(tmp_path / "streamed/checkpoint-2")])
+    resume = ["--resume_from_checkpoint", str(tmp_path / "streamed" / "checkpoint-2")]
+    finetune_image_classification.main([*options, *stream, *resume])
     assert plain.read_bytes() == streamed.read_bytes()
 
 
