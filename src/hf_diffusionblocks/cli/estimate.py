@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..conversion import read_config
-from ..memory.estimate import DTYPES, estimate_memory
+from ..memory.estimate import BANDWIDTH, DTYPES, estimate_memory
 from .arguments import BlocksArguments, config_fields, parse_verb
 
 
@@ -23,12 +23,27 @@ class EstimateArguments:
     dtype: str = field(
         default="fp32",
         metadata={
-            "help": "Of parameters, and so of gradients, optimizer state and activations, as when a model is loaded in it "
-            f"(autocast keeps parameters in fp32: not this). One of {', '.join(DTYPES)}."
+            "help": "Of parameters, and so of gradients, optimizer state and activations, as when a model is loaded in it. "
+            f"One of {', '.join(DTYPES)}."
+        },
+    )
+    bf16: bool = field(
+        default=False, metadata={"help": "Computes in bfloat16 by autocast, over parameters in fp32, as the Trainer's --bf16."}
+    )
+    keep: str = field(
+        default="0", metadata={"help": "Of streamed layers, those that stay on the device: a number, or memory, as in 20GiB."}
+    )
+    bandwidth: str = field(default=BANDWIDTH, metadata={"help": "Of copies between host and device, bytes a second."})
+    tflops: float | None = field(
+        default=None,
+        metadata={
+            "help": "What the device reaches, in 10^12 operations a second: also the batch size from which on computing hides "
+            "the copies."
         },
     )
     budget: str | None = field(
-        default=None, metadata={"help": "Bytes, as in 24GiB: also find the smallest number of blocks that fits."}
+        default=None,
+        metadata={"help": "Bytes on the device, as in 24GiB: also what fits, and the smallest number of blocks that does."},
     )
     device: str | None = field(
         default=None,
@@ -43,19 +58,21 @@ def run(args: list[str]) -> None:
         [EstimateArguments, BlocksArguments],
         {},
         args,
-        description="Print what a training step would hold: end to end, checkpointed, with LoRA (if peft is installed), "
-        "and block by block in each mode; without options of the formulation, the recommended one and the paper's. The "
-        "real step is followed on tensors without memory.",
+        description="Print what a training step would hold, on the device and in host memory: end to end, checkpointed, with "
+        "LoRA (if peft is installed), with its layers streamed, and, of an architecture that can be cut, block by block; "
+        "without options of the formulation, the recommended one and the paper's. The real step is followed on tensors "
+        "without memory.",
     )
     try:
         config = read_config(options.model)
     except OSError as error:  # "couldn't connect": for what?
         raise OSError(f"--model {options.model}: {error}") from error
     given = config_fields(blocks)
-    num_blocks = given.pop("num_blocks", None)
     print(
         estimate_memory(
-            config, num_blocks, options.batch_size, options.sequence_length, options.dtype, options.budget, options.ema,
-            options.task, options.device, **given,
+            config, given.pop("num_blocks", None), options.batch_size, options.sequence_length, options.dtype, options.budget,
+            options.ema, options.task, options.device, bf16=options.bf16,
+            keep=int(options.keep) if options.keep.isdigit() else options.keep, bandwidth=options.bandwidth,
+            tflops=options.tflops, **given,
         )
-    )
+    )  # fmt: skip

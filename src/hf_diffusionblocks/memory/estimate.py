@@ -55,7 +55,7 @@ class MemoryEstimate:
     def __str__(self) -> str:
         lines = [self._title, "", ledger_table(self.ledgers, self._columns), ""]
         if any(name.startswith("streamed") for name in self.ledgers) and self.workload.stock.task_name == "text-generation":
-            lines.append("Streamed, the loss is read out in chunks; other rows of the stock model hold all logits, as it does.")
+            lines.append("Streamed, large logits are computed in parts; other rows of the stock model hold all of them, as it does.")
         lines.append("Seconds: copies of a micro-batch, one after the other; AdamW's step on this host, by a probe.")
         return "\n".join(lines)
 

@@ -119,7 +119,7 @@ class StepMemory(TorchDispatchMode):
         self._stream = stream_of(model)
         self._device = next(model.parameters()).device if self._stream is None else self._stream.device
         self._on_host = set() if self._stream is None else set(self._stream.host_parameters)
-        self._origins: dict[int, str] = {}  # number of a storage in host memory -> the part that its copy belongs to
+        self._parts_on_host: dict[int, str] = {}  # number of a parameter's storage in host memory -> what its copy is part of
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._saved, lambda tensor: tensor)
         self.allocated: int | None = None
 
@@ -181,7 +181,7 @@ class StepMemory(TorchDispatchMode):
             part, away = part_of_parameter(name, self._layers), tensor in self._on_host
             number = self._note(tensor, HOST if away else part)
             if away:
-                self._origins[number] = part
+                self._parts_on_host[number] = part
             if tensor.grad is not None:
                 self._note(tensor.grad, HOST if away else "gradients")
         for kind, tensors in (
@@ -194,31 +194,32 @@ class StepMemory(TorchDispatchMode):
         """Of the optimizer's state on the device."""
         return sum(tensor.nbytes for tensor in state_tensors(self.optimizer, self._on_host))
 
-    def _copied(self, tensor: torch.Tensor, in_host_memory: bool) -> None:
-        """The stream has made a copy."""
-        number = self._note(tensor)
-        self._kinds[number] = HOST if in_host_memory else self._origins.get(number, "blocks")
+    def _copied(self, source: torch.Tensor, copy: torch.Tensor, in_host_memory: bool) -> None:
+        """The stream has copied a weight to the device, or a gradient to host memory."""
+        if in_host_memory:
+            self._note(source, "gradients")
+            self._note(copy, HOST)
+        else:
+            self._note(copy, self._parts_on_host[self._note(source)])
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.detach.default and torch._C._current_graph_task_id() >= 0 and args[0].requires_grad:
             self._saved(result)  # as activation checkpointing keeps what it computes again
-        of_host = self._of_host(args) if self._on_host else None
+        of_host = bool(self._on_host) and self._all_on_host(args)
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, torch.Tensor):
                 is_new = tensor.untyped_storage()._cdata not in self._known
                 number = self._note(tensor)
-                if of_host is not None and is_new:
-                    self._kinds[number], self._origins[number] = HOST, of_host
+                if of_host and is_new:
+                    self._kinds[number] = HOST
         return result
 
-    def _of_host(self, args: tuple) -> str | None:
-        """If all tensors that are given are in host memory, what the first one's copy is part of."""
+    def _all_on_host(self, args: tuple) -> bool:
+        """Whether all tensors that are given are in host memory, and what they make is, too."""
         tensors = [each for arg in args for each in (arg if isinstance(arg, (tuple, list)) else (arg,))]
-        numbers = [self._note(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor)]
-        if not numbers or any(self._kinds[number] != HOST for number in numbers):
-            return None
-        return self._origins.get(numbers[0], "blocks")
+        kinds = [self._kinds[self._note(tensor)] for tensor in tensors if isinstance(tensor, torch.Tensor)]
+        return bool(kinds) and all(kind == HOST for kind in kinds)
 
     def _saved(self, tensor: torch.Tensor) -> torch.Tensor:
         number = self._note(tensor)

@@ -59,7 +59,7 @@ class Stock:
         if self.architecture:
             self.architecture.checkpoint_layers(model)
         else:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
 
     def batch(self, num_rows: int, sequence_length: int | None) -> dict[str, torch.Tensor]:
         """Random inputs and labels."""

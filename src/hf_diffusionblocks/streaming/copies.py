@@ -24,8 +24,8 @@ class Copies:
     def __init__(self, device: torch.device):
         self.device = device
         self.to_device_bytes = self.to_host_bytes = 0  #: so far
-        #: Called with each tensor that a copy makes, and whether that is in host memory: on a CPU nothing else tells.
-        self.watch: Callable[[torch.Tensor, bool], None] | None = None
+        #: Called with what is copied, its copy, and whether that is in host memory: on a CPU nothing else tells.
+        self.watch: Callable[[torch.Tensor, torch.Tensor, bool], None] | None = None
         beside = device.type != "cpu"
         self._inward, self._outward = (torch.Stream(device), torch.Stream(device)) if beside else (None, None)
         self._homeward: deque[torch.Event] = deque()
@@ -35,18 +35,19 @@ class Copies:
         """Copies of host tensors on the device, each in a dtype that it is cast to before it crosses; and when they are there."""
         if self._inward is None:
             copies = [host.detach().to(dtype, copy=True) for host, dtype in hosts]
-            self._count(copies)
+            self._count(hosts, copies)
             return copies, None
         self._inward.wait_stream(torch.accelerator.current_stream(self.device))
         with self._inward:
             copies = [self._pinned(host, dtype).to(self.device, non_blocking=True, copy=True) for host, dtype in hosts]
-        self._count(copies)
+        self._count(hosts, copies)
         return copies, self._inward.record_event()
 
-    def _count(self, copies: Sequence[torch.Tensor]) -> None:
+    def _count(self, hosts: Sequence[tuple[torch.Tensor, torch.dtype]], copies: Sequence[torch.Tensor]) -> None:
         self.to_device_bytes += sum(copy.nbytes for copy in copies)
-        for copy in copies if self.watch else ():
-            self.watch(copy, False)
+        if self.watch:
+            for (host, _), copy in zip(hosts, copies):
+                self.watch(host, copy, False)
 
     def wait_for(self, event: torch.Event | None) -> None:
         """What the device computes from here on comes after a fetch."""
@@ -59,14 +60,14 @@ class Copies:
         if self._outward is None:
             host = value.clone()
             if self.watch:
-                self.watch(host, True)
+                self.watch(value, host, True)
             return host, None
         self._outward.wait_stream(torch.accelerator.current_stream(self.device))
         with self._outward:
             host = torch.empty_like(value, device="cpu", pin_memory=self.device.type == "cuda")
             host.copy_(value, non_blocking=True)
         if self.watch:
-            self.watch(host, True)
+            self.watch(value, host, True)
         value.record_stream(self._outward)
         self._last_homeward = self._outward.record_event()
         return host, self._last_homeward

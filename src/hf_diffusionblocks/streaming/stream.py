@@ -51,8 +51,8 @@ class Stream:
         """Bytes so far."""
         return {"to_device": self._copies.to_device_bytes, "to_host": self._copies.to_host_bytes}
 
-    def watch_copies(self, watch: Callable[[torch.Tensor, bool], None] | None) -> None:
-        """Have a function called with each tensor that a copy makes, and whether that is in host memory; None ends it."""
+    def watch_copies(self, watch: Callable[[torch.Tensor, torch.Tensor, bool], None] | None) -> None:
+        """Have a function called with what is copied, its copy, and whether that is in host memory; None ends it."""
         self._copies.watch = watch
 
     @property
