@@ -11,9 +11,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .checks import check_autocast, check_device, check_model, check_parameter
+from .device_steps import StepsOnDevice
 from .layers import find_layers, find_rest, named_layers
 from .lending import LentUnit, StreamedModel, enter, leave
 from .stream import Stream
@@ -26,6 +27,7 @@ def stream_layers(
     *,
     layers: Sequence[nn.Module | str] | None = None,
     keep: int | str = 0,
+    optimizer_device: str = "host",
 ) -> LayerStream:
     """Keep a model's weights in host memory, and have a layer or two at a time on the device.
 
@@ -40,13 +42,17 @@ def stream_layers(
             elements of its lists of modules. Embedding, head and other large parts come and go beside.
         keep: layers that stay on the device, as a number of them, or as memory that they may take ("20GiB"). Their gradients,
             and what the optimizer has of them, are in host memory all the same.
+        optimizer_device: where optimizers step, "host" or "device": a layer at a time there, with its optimizer state copied
+            beside, for hosts with few cores. It takes PyTorch's own optimizers that move each element by itself.
 
     Raises:
         TypeError: model is no module.
         ValueError: it cannot be streamed, or an argument is out of range; names it.
     """
     check_model(model)
-    return LayerStream(model, check_device(device), layers, keep)
+    if optimizer_device not in ("host", "device"):
+        raise ValueError(f'optimizer_device={optimizer_device!r} must be "host" or "device"')
+    return LayerStream(model, check_device(device), layers, keep, optimizer_device)
 
 
 class LayerStream(Stream):
@@ -56,7 +62,7 @@ class LayerStream(Stream):
         as [`stream_layers`].
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, layers, keep: int | str):
+    def __init__(self, model: nn.Module, device: torch.device, layers, keep: int | str, optimizer_device: str):
         super().__init__(device)
         self._model = weakref.ref(model)
         found = find_layers(model) if layers is None else named_layers(model, layers)
@@ -70,7 +76,11 @@ class LayerStream(Stream):
             self._add(path, layer, checkpointed_here=here, stays=path in staying)
         self._watched: set[tuple] = set()
         self._look(model)
-        self._hook = register_optimizer_step_post_hook(_told(weakref.ref(self)))
+        self._steps = StepsOnDevice(device, self._parameters_of_units) if optimizer_device == "device" else None
+        self._hooks = [
+            register_optimizer_step_pre_hook(_while_alive(self._before_step)),
+            register_optimizer_step_post_hook(_while_alive(self._after_step)),
+        ]
 
     @property
     def units(self) -> list[str]:
@@ -79,7 +89,9 @@ class LayerStream(Stream):
 
     @property
     def _units(self) -> dict[nn.Module, Unit]:
-        return {module: module._unit for module in self._model().modules() if isinstance(module, LentUnit)}
+        model = self._model()
+        modules = () if model is None else model.modules()
+        return {module: module._unit for module in modules if isinstance(module, LentUnit)}
 
     @property
     def host_parameters(self) -> list[nn.Parameter]:
@@ -90,7 +102,8 @@ class LayerStream(Stream):
         """Give the stock model back, all of it in host memory."""
         model = self._model()
         self.let_go()
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for module in list(model.modules()):
             if isinstance(module, LentUnit):
                 leave(module, LentUnit)
@@ -108,6 +121,21 @@ class LayerStream(Stream):
 
     def __exit__(self, *error) -> None:
         self.stop()
+
+    # ---- optimizers
+
+    def _parameters_of_units(self) -> Iterator[list[nn.Parameter]]:
+        for module in self._units:
+            yield list(module.parameters())
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if self._steps is not None:
+            self._steps.before_step(optimizer, args, kwargs)
+
+    def _after_step(self, *_) -> None:
+        self.weights_changed()
+        if self._steps is not None:
+            self._steps.after_step()
 
     # ---- what a model's pass begins with
 
@@ -173,15 +201,16 @@ class LayerStream(Stream):
         if kind in self._watched:
             yield
             return
-        owners = {part: unit for unit in model.modules() if isinstance(unit, LentUnit) for part in unit.modules()}
+        units = [module for module in model.modules() if isinstance(module, LentUnit)]
+        owners = {part: (unit, path) for unit in units for path, part in unit.named_modules() if path}
 
         def watch(module: nn.Module, args) -> None:
-            owner = owners.get(module)
-            if owner is None or module is owner or owner._unit.depth or isinstance(module, LentUnit):
+            owner, path = owners.get(module, (None, ""))
+            if owner is None or owner._unit.depth or isinstance(module, LentUnit):
                 return
             if not any(isinstance(p, nn.Parameter) for p in module.parameters()):
                 return
-            self._add(f"{owner._unit.name}:{type(module).__name__}", module)
+            self._add(f"{owner._unit.name}.{path}", module)
             lent = self.lent(module._unit, module)  # (this call has looked up its forward already)
             lent.__enter__()
 
@@ -204,14 +233,15 @@ def stream_of(model: nn.Module) -> LayerStream | None:
     return next((module._stream for module in model.modules() if isinstance(module, StreamedModel)), None)
 
 
-def _told(stream: weakref.ref[LayerStream]):
-    """What tells a stream, for as long as it lives, that an optimizer has moved weights."""
+def _while_alive(method):
+    """A hook that calls a method, and does not keep its object."""
+    ref = weakref.WeakMethod(method)
 
-    def after_step(*_) -> None:
-        if (alive := stream()) is not None:
-            alive.weights_changed()
+    def hook(*given) -> None:
+        if (alive := ref()) is not None:
+            alive(*given)
 
-    return after_step
+    return hook
 
 
 def _seen(model: nn.Module) -> int:

@@ -79,7 +79,8 @@ def find_rest(model: nn.Module, taken: Sequence[nn.Module]) -> dict[str, nn.Modu
             continue
         found[path] = module
         moving |= {id(p): p.nbytes for p in module.parameters()}
-    return found
+    # What is tied to a part that moves moves, too: the tables of encoder and decoder are modules of their own.
+    return {path: module for path, module in parts if path in found or any(id(p) in moving for p in module.parameters())}
 
 
 def _with_own_parameters(

@@ -64,8 +64,11 @@ class LentUnit:
         ours = {id(each) for p in self.parameters() for each in (p, p.grad) if each is not None}
 
         def stays(tensor: torch.Tensor) -> torch.Tensor:
-            applied = fn(tensor)
-            return applied.to(tensor.device) if id(tensor) in ours and applied.device != tensor.device else applied
+            if id(tensor) in ours:
+                asked = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+                if asked.device != tensor.device:
+                    return tensor.to(asked.dtype)
+            return fn(tensor)
 
         return super()._apply(stays, recurse)
 

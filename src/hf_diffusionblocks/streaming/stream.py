@@ -112,8 +112,11 @@ class Stream:
             return
         copies = self.use(unit, module, autocast)
         lent = {each.id: tied(each.parameter, copies[each.id].tensor, self._copies) for each in keys.values()}
+        checkpointing = [child for child in module.modules() if child is not module and _checkpoints(child)]
         unit.depth += 1
         try:
+            for child in checkpointing:  # it would run again in the backward pass when nothing is lent; the unit does as a whole
+                child.gradient_checkpointing = False
             for (child, name), each in keys.items():
                 child._parameters[name] = lent[each.id]
             with SavedAsOrigins(self._origins):
@@ -122,6 +125,8 @@ class Stream:
             unit.depth -= 1
             for (child, name), each in keys.items():
                 child._parameters[name] = each.parameter
+            for child in checkpointing:
+                child.gradient_checkpointing = True
 
     @contextmanager
     def deferring_logits(self, head: nn.Module | None) -> Iterator[None]:
@@ -162,12 +167,11 @@ class Stream:
             self._follows[self._before, self._current] = unit, autocast
             self._before, self._current = self._current, unit
             self._copies.next_unit()
-            self._evict_all_but(unit)
+        following, cast = self._follows.get((self._before, unit), (None, None))
+        self._evict_all_but(unit, following)
         self._fetch(unit, module, autocast)
         self._copies.wait_for(self._arrivals.get(unit))
-        following, cast = self._follows.get((self._before, self._current), (None, None))
-        if following is not None and following is not unit and following.module is not None and following not in self._there:
-            self._evict_all_but(unit)
+        if following is not None and following not in self._there and following.module is not None:
             self._fetch(following, following.module, cast)
         return self._there[unit]
 
@@ -187,8 +191,9 @@ class Stream:
         self._count(unit, tensors)
 
     def _fetched_again(self, unit: Unit, autocast: torch.dtype | None, id_: Hashable) -> tuple[torch.Tensor, int]:
-        copy = self.use(unit, unit.module, autocast)[id_]
-        return copy.tensor, copy.version
+        there = self._there.get(unit, {}) if unit is self._current else {}
+        copy = there[id_] if id_ in there else self.use(unit, unit.module, autocast)[id_]
+        return copy.tensor, copy.parameter._version
 
     def _is_current(self, copy: Copy | None, key: Key) -> bool:
         return copy is not None and copy.parameter is key.parameter and copy.is_current(self._updates, self._round)
@@ -204,8 +209,8 @@ class Stream:
         del self._there[unit]
         self._arrivals.pop(unit, None)
 
-    def _evict_all_but(self, unit: Unit) -> None:
-        for other in [each for each in self._there if each is not unit and not each.stays]:
+    def _evict_all_but(self, *needed: Unit | None) -> None:
+        for other in [each for each in self._there if each not in needed and not each.stays]:
             self._evict(other)
 
     def _count(self, unit: Unit, tensors: list[torch.Tensor]) -> None:
@@ -221,6 +226,10 @@ class Stream:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast casts to now, if it is on."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    return getattr(module, "gradient_checkpointing", False) is True
 
 
 def _writes_to_cache(args: tuple, kwargs: dict[str, Any]) -> bool:

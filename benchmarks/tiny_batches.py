@@ -1,0 +1,98 @@
+"""Batches for tiny models of every task, and the loss whose gradients are compared."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tiny_models import IMAGE, NUM_LABELS
+from torch import Tensor, nn
+
+ROWS, LENGTH = 2, 16
+#: Ids of text: no special tokens among them.
+FIRST_ID, END_ID = 10, 100
+
+
+def tiny_batch(mapping: str, name: str, model: nn.Module) -> dict[str, Any]:
+    """What the model is called with; the same at each call."""
+    generator = torch.Generator().manual_seed(2)
+    accepted = inspect.signature(model.forward).parameters
+    batch = _image(generator) if mapping == "image-classification" else _text(generator)
+    batch.update(_labels(mapping, batch, generator))
+    batch.update(_more(mapping, name, model, generator))
+    return {key: value for key, value in batch.items() if value is not None and (key in accepted or "kwargs" in accepted)}
+
+
+def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The model's own loss, or else all of its outputs along a fixed random direction."""
+    output = model(**batch)
+    loss = getattr(output, "loss", None)
+    if loss is not None and loss.requires_grad:
+        return loss.sum()
+    generator = torch.Generator().manual_seed(3)
+    found = [value for value in _tensors(output) if value.is_floating_point() and value.requires_grad]
+    return sum((value.float() * torch.randn(value.shape, generator=generator)).sum() for value in found) / len(found)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    return [tensor for part in output for tensor in _tensors(part)] if isinstance(output, (list, tuple)) else []
+
+
+def _ids(generator: torch.Generator, length: int = LENGTH, rows: int = ROWS) -> Tensor:
+    return torch.randint(FIRST_ID, END_ID, (rows, length), generator=generator)
+
+
+def _text(generator: torch.Generator) -> dict[str, Tensor]:
+    return {"input_ids": _ids(generator), "attention_mask": torch.ones(ROWS, LENGTH, dtype=torch.long)}
+
+
+def _image(generator: torch.Generator) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(ROWS, 3, IMAGE, IMAGE, generator=generator)}
+
+
+def _labels(mapping: str, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    if mapping.endswith("classification"):
+        each = (ROWS, LENGTH) if mapping.startswith("token") else (ROWS,)
+        return {"labels": torch.randint(NUM_LABELS, each, generator=generator)}
+    if mapping == "question-answering":
+        return {"start_positions": torch.tensor([2, 5]), "end_positions": torch.tensor([4, 9])}
+    if mapping == "masked-lm":
+        hidden = torch.rand(ROWS, LENGTH, generator=generator) < 0.4
+        return {"labels": batch["input_ids"].masked_fill(~hidden, -100)}
+    if mapping == "seq2seq":
+        return {"labels": _ids(generator)}
+    return {"labels": batch["input_ids"]}
+
+
+def _boxes(generator: torch.Generator, top: int = 60) -> Tensor:
+    corners = torch.randint(top // 2, (ROWS, LENGTH, 2), generator=generator)
+    return torch.cat([corners, corners + top // 4], dim=-1)
+
+
+def _more(mapping: str, name: str, model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
+    """What an architecture takes beside, or instead (None: it takes no such thing)."""
+    match name:
+        case "layoutlm" | "layoutlmv2" | "layoutlmv3" | "lilt":
+            return {"bbox": _boxes(generator)}
+        case "bros":
+            return {"bbox": _boxes(generator).float() / 60}
+        case "gemma3" | "gemma4" | "gemma4_unified":
+            zeros = torch.zeros(ROWS, LENGTH, dtype=torch.long)
+            return {"token_type_ids": zeros, "mm_token_type_ids": zeros}
+        case "git":
+            return _image(generator)
+        case "musicgen" | "musicgen_melody":  # a row of ids for each codebook
+            books = model.config.get_text_config(decoder=True).num_codebooks
+            return {"input_ids": _ids(generator, rows=ROWS * books), "attention_mask": None, "labels": None}
+        case "lxmert":
+            return {
+                "visual_feats": torch.randn(ROWS, 4, model.config.visual_feat_dim, generator=generator),
+                "visual_pos": torch.rand(ROWS, 4, 4, generator=generator), "labels": None,
+            }  # fmt: skip
+    return {}

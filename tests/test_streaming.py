@@ -1,0 +1,366 @@
+"""Streamed layers: exact gradients, what is on the device at once, and a model that stays the stock model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from streaming_models import MODELS, assert_same, backward, gradients, llama, pair, tokens, weights, with_checkpointing
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import hf_diffusionblocks as db
+
+
+@pytest.fixture
+def model():
+    return MODELS["llama"]().train()
+
+
+def moving_share(model: nn.Module, stream: db.LayerStream) -> float:
+    moving = {id(p): p.nbytes for name in stream.units for p in model.get_submodule(name).parameters()}
+    return sum(moving.values()) / sum(p.nbytes for p in model.parameters())
+
+
+# ---- right
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_the_stock_model_s_and_two_units_are_there_at_most(name):
+    stock, model = pair(name)
+    stream, batch = db.stream_layers(model, device="cpu"), MODELS[name].batch()
+    for micro_batch in range(3):  # the order of units is known from the second on
+        assert backward(model, batch, micro_batch) == backward(stock, batch, micro_batch)
+    assert_same(gradients(model), gradients(stock))
+    assert stream.peak_units == 2
+    assert moving_share(model, stream) >= 0.95
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "vit"])
+def test_in_evaluation_mode_too(name):
+    stock, model = (each.eval() for each in pair(name))
+    stream, batch = db.stream_layers(model, device="cpu"), MODELS[name].batch()
+    for _ in range(2):
+        assert backward(model, batch) == backward(stock, batch)
+    assert_same(gradients(model), gradients(stock))
+    assert stream.peak_units == 2
+
+
+@pytest.mark.parametrize("switched", ["reentrant", "off", "every other layer"])
+def test_whatever_checkpointing_is_set_over_it(switched):
+    stock, model = pair("llama")
+    stream = db.stream_layers(model, device="cpu")
+    for each in (stock, model):
+        if switched == "off":
+            each.activation_checkpointing_disable()
+        else:
+            kwargs = {"use_reentrant": switched == "reentrant"}
+            each.activation_checkpointing_enable(kwargs, **({"every_n_layers": 2} if "every" in switched else {}))
+        each.get_input_embeddings().register_forward_hook(lambda *given: given[2].requires_grad_())
+        for _ in range(2):
+            backward(each, tokens())
+    assert_same(gradients(model), gradients(stock))
+    assert stream.peak_units == 2
+
+
+def test_what_is_copied_in_a_micro_batch(model):
+    stream = db.stream_layers(model, device="cpu")
+    for _ in range(2):
+        backward(model, tokens())
+    before = stream.copied
+    backward(model, tokens())
+    size = sum(p.nbytes for name in stream.units for p in model.get_submodule(name).parameters())
+    head, embedding = model.lm_head.weight.nbytes, model.model.embed_tokens.weight.nbytes
+    first, *_, last = (sum(p.nbytes for p in layer.parameters()) for layer in model.model.layers)
+    # Each layer forward and backward, but for the first and the last, which are there still; embedding and head once.
+    assert stream.copied["to_device"] - before["to_device"] == 2 * size - head - embedding - first - last
+    assert stream.copied["to_host"] - before["to_host"] == size
+
+
+@pytest.mark.parametrize("frozen", ["all but the head", "first layers", "embedding"])
+def test_frozen_parts_get_no_gradients(frozen):
+    stock, model = pair("llama")
+    for each in (stock, model):
+        for name, parameter in each.named_parameters():
+            stays = {"all but the head": "lm_head" not in name, "embedding": "embed" in name}
+            parameter.requires_grad = not stays.get(frozen, ".layers.0" in name or ".layers.1" in name)
+    db.stream_layers(model, device="cpu")
+    for each in (stock, model):
+        backward(each, tokens())
+    assert_same(gradients(model), gradients(stock))
+
+
+def test_bfloat16_copies_under_autocast_and_masters_in_float32():
+    stock, model = pair("llama, tied")
+    stream = db.stream_layers(model, device="cpu")
+    for each in (stock, model):
+        with torch.autocast("cpu", torch.bfloat16):
+            backward(each, tokens())
+    assert_same(gradients(model), gradients(stock))
+    linear = sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, nn.Linear))
+    assert stream.copied["to_device"] < 2 * linear * 2 + 3 * model.lm_head.weight.nbytes  # half of them crossed
+
+
+def test_a_model_in_bfloat16_stays_so(model):
+    stock = with_checkpointing(copy.deepcopy(model).bfloat16())
+    stream = db.stream_layers(model.bfloat16(), device="cpu")
+    for each in (stock, model):
+        backward(each, tokens())
+    assert_same(gradients(model), gradients(stock))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert stream.copied["to_host"] == sum(model.get_submodule(n).get_parameter(p).nbytes for n in stream.units
+                                           for p, _ in model.get_submodule(n).named_parameters())
+
+
+def test_a_weight_that_moves_between_forward_and_backward_is_an_error_as_in_a_stock_model(model):
+    db.stream_layers(model, device="cpu")
+    model.eval().activation_checkpointing_disable()
+    loss = model(**tokens()).loss
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="'lm_head'.*modified by an inplace operation"):
+        loss.backward()
+
+
+def test_parts_that_a_model_calls_by_themselves_come_by_themselves():
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(2, 8, 2, num_layers=3, sample_size=8, patch_size=2, num_embeds_ada_norm=10).eval()
+    stock = copy.deepcopy(model)
+    stock.enable_gradient_checkpointing()
+    stream = db.stream_layers(model, device="cpu")
+    batch = {"hidden_states": torch.randn(2, 2, 8, 8), "timestep": torch.tensor([3, 5]), "class_labels": torch.tensor([1, 2])}
+    for each in (stock, model):
+        for _ in range(2):
+            each(**batch).sample.square().mean().backward()
+    assert_same(gradients(model), gradients(stock))
+    assert any(name.startswith("transformer_blocks.0.norm1.emb") for name in stream.units)
+
+
+# ---- seen by the next forward
+
+
+def changed_by_optimizer(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    backward(model, tokens())
+    optimizer.step()
+
+
+def changed_by_load_state_dict(model):
+    model.load_state_dict({name: each + 1 for name, each in model.state_dict().items()})
+
+
+def changed_by_data(model):
+    for parameter in model.parameters():
+        parameter.data.add_(1)
+
+
+def changed_by_assignment(model):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight + 1)
+
+
+@pytest.mark.parametrize("change", [changed_by_optimizer, changed_by_load_state_dict, changed_by_data, changed_by_assignment])
+@pytest.mark.parametrize("keep", [0, 4])
+def test_a_change_of_weights_is_seen(change, keep, model):
+    db.stream_layers(model, device="cpu", keep=keep)
+    model.eval()
+    before = model(**tokens()).logits
+    change(model)
+    after = model(**tokens()).logits
+    plain = llama()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(after, plain.eval()(**tokens()).logits)
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("keep", [0, 4])
+def test_adapters_merged_and_unmerged_are_seen(keep, model):
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)).eval()
+    db.stream_layers(adapted, device="cpu", keep=keep)
+    with torch.no_grad():
+        with_adapter = adapted(**tokens()).logits
+        adapted.merge_adapter()
+        assert torch.allclose(adapted(**tokens()).logits, with_adapter, atol=1e-5)
+        adapted.unmerge_adapter()
+        with adapted.disable_adapter():
+            assert not torch.allclose(adapted(**tokens()).logits, with_adapter, atol=1e-3)
+
+
+# ---- kept
+
+
+def test_layers_that_are_kept_do_not_move_again(model):
+    size = sum(p.nbytes for p in model.model.layers[0].parameters())
+    for keep, kept in ((2, 2), (f"{2.5 * size / 2**20} MiB", 2)):
+        stream = db.stream_layers(model, device="cpu", keep=keep)
+        model.requires_grad_(False)
+        model.lm_head.requires_grad_(True)
+        for _ in range(3):
+            backward(model, tokens())
+        assert stream.peak_units == 2 + kept
+        before = stream.copied["to_device"]
+        model(**tokens())
+        others = (4 - kept) * size + model.lm_head.weight.nbytes  # (the embedding has come ahead)
+        assert stream.copied["to_device"] - before == others
+        stream.stop()
+
+
+# ---- a stock model to all others
+
+
+def test_it_is_the_stock_model_by_class_names_and_files(model, tmp_path):
+    stock = copy.deepcopy(model)
+    db.stream_layers(model, device="cpu")
+    assert isinstance(model, type(stock)) and type(model).__name__ == "LlamaForCausalLM"
+    assert list(dict(model.named_parameters())) == list(dict(stock.named_parameters()))
+    assert_same(dict(model.state_dict()), dict(stock.state_dict()))
+    model.save_pretrained(tmp_path)
+    assert_same(weights(AutoModelForCausalLM.from_pretrained(tmp_path)), weights(stock))
+
+
+def test_generates_as_the_stock_model_with_a_cache(model):
+    prompt = tokens()["input_ids"][:, :4]
+    expected = model.eval().generate(prompt, max_new_tokens=6, do_sample=False)
+    stream = db.stream_layers(model, device="cpu")
+    assert torch.equal(model.generate(prompt, max_new_tokens=6, do_sample=False), expected)
+    assert stream.peak_units == 2
+
+
+def test_a_vocabulary_that_grows_and_adapters_added_later_are_streamed(model):
+    stream = db.stream_layers(model, device="cpu")
+    model.resize_token_embeddings(120)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    stock = copy.deepcopy(adapted)
+    backward(adapted, tokens())
+    assert stock.base_model.model.lm_head.modules_to_save["default"].weight.shape == (120, 32)
+    assert any("lm_head.modules_to_save" in name for name in stream.units) and "model.embed_tokens" in stream.units
+    assert adapted.base_model.model.lm_head.modules_to_save["default"].weight.grad is not None
+
+
+def test_a_copy_trains_apart(model):
+    db.stream_layers(model, device="cpu")
+    other = copy.deepcopy(model)
+    backward(other, tokens())
+    assert all(each is None for each in gradients(model).values())
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    stock, _ = pair("llama")
+    backward(model, tokens())
+    backward(stock, tokens())
+    assert_same(gradients(model), gradients(stock))
+
+
+def test_to_moves_dtypes_and_leaves_units_in_host_memory(model):
+    db.stream_layers(model, device="cpu")
+    assert model.to(torch.float64).lm_head.weight.dtype == torch.float64
+    model.float()
+    model.model.layers[0].to("meta")  # any other device that there is
+    assert {p.device.type for p in model.model.layers[0].parameters()} == {"cpu"}
+
+
+def test_stop_gives_the_stock_model_back():
+    stock, model = pair("llama")
+    model_class, layer_class = type(model), type(model.model.layers[0])
+    with db.stream_layers(model, device="cpu"):
+        assert type(model) is not model_class
+        assert model.is_activation_checkpointing
+    assert type(model) is model_class and type(model.model.layers[0]) is layer_class
+    assert not model.is_activation_checkpointing
+    backward(with_checkpointing(model), tokens())
+    backward(stock, tokens())
+    assert_same(gradients(model), gradients(stock))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_an_error_in_the_middle_leaves_parameters_where_they_were(error, model):
+    parameters = dict(model.named_parameters())
+    stream = db.stream_layers(model, device="cpu")
+
+    def fail(*_):
+        raise error
+
+    hook = model.model.layers[2].mlp.register_forward_hook(fail)
+    with pytest.raises(type(error)):
+        backward(model, tokens())
+    hook.remove()
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    stock, _ = pair("llama")
+    assert backward(model, tokens()) == backward(stock, tokens())
+    assert not stream.computing
+
+
+# ---- refused
+
+
+def dispatched(model):
+    model.hf_device_map = {"model": 0, "lm_head": "disk"}
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, arguments, message",
+    [
+        (lambda model: model, {"device": "nowhere"}, "device='nowhere' must be one that is there"),
+        (lambda model: model, {"device": "meta"}, 'device="meta" computes nothing'),
+        (lambda model: model, {"keep": -1}, "keep=-1 must be a number of layers from 0 to 4"),
+        (lambda model: model, {"keep": "much"}, "keep='much' must be"),
+        (lambda model: model, {"layers": ["model.layers.9"]}, "'model.layers.9' must be the path of a module"),
+        (lambda model: model, {"layers": []}, "must name at least one layer"),
+        (lambda model: model, {"layers": ["model.layers.1", "model.layers.1.mlp"]}, "is inside of 'model.layers.1'"),
+        (lambda model: model.to("meta"), {}, "embed_tokens.weight is on the meta device"),
+        (lambda model: nn.DataParallel(model), {}, "must be streamed before it is wrapped"),
+        (lambda model: nn.Linear(2, 2), {}, "Linear has no layers that can be found"),
+        (dispatched, {}, "dispatched by device_map to 2 places"),
+    ],
+)
+def test_what_cannot_be_streamed_is_named(make, arguments, message, model):
+    with pytest.raises(ValueError, match=message.replace('"', '.')):
+        db.stream_layers(make(model), **{"device": "cpu", **arguments})
+    if isinstance(make(llama()), type(model)):
+        assert type(model).__mro__[1].__name__ != "StreamedModel"  # nothing has begun
+
+
+def test_a_streamed_model_is_not_streamed_twice(model):
+    db.stream_layers(model, device="cpu")
+    with pytest.raises(ValueError, match="is streamed already: call stop"):
+        db.stream_layers(model, device="cpu")
+
+
+def test_float16_autocast_is_refused(model):
+    db.stream_layers(model, device="cpu")
+    with pytest.raises(ValueError, match="fp16=True cannot be streamed"), torch.autocast("cpu", torch.float16):
+        model(**tokens())
+
+
+# ---- doors that libraries leave open
+
+
+def test_layers_checkpoint_the_forward_of_a_subclass():
+    calls = []
+
+    class Layer(GradientCheckpointingLayer):
+        def forward(self, hidden):
+            return hidden
+
+    class Inner(Layer):
+        def forward(self, hidden):
+            calls.append("inner")
+            return super().forward(hidden)
+
+    layer = Inner().train()
+    layer.gradient_checkpointing = True
+    layer._gradient_checkpointing_func = lambda function, *args: function(*args) + function(*args)
+    layer(torch.ones(1))
+    assert calls == ["inner", "inner"]
+
+
+def test_autograd_tells_which_hooks_there_are():
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    pack, unpack = (lambda tensor: tensor), (lambda tensor: tensor)
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        assert torch._C._autograd._top_saved_tensors_default_hooks(True) == (pack, unpack)
