@@ -20,6 +20,8 @@ def tiny_batch(mapping: str, name: str, model: nn.Module) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(2)
     accepted = inspect.signature(model.forward).parameters
     batch = _image(generator) if mapping == "image-classification" else _text(generator)
+    if "input_ids" in batch:
+        batch["input_ids"] %= _vocabulary(model)
     batch.update(_labels(mapping, batch, generator))
     batch.update(_more(mapping, name, model, generator))
     return {key: value for key, value in batch.items() if value is not None and (key in accepted or "kwargs" in accepted)}
@@ -42,6 +44,11 @@ def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Mapping):
         output = list(output.values())
     return [tensor for part in output for tensor in _tensors(part)] if isinstance(output, (list, tuple)) else []
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """A few are smaller than the usual (of bytes, of proteins)."""
+    return getattr(model.get_input_embeddings(), "num_embeddings", END_ID)
 
 
 def _ids(generator: torch.Generator, length: int = LENGTH, rows: int = ROWS) -> Tensor:

@@ -18,13 +18,14 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _outermost(module: nn.Module, path: str, listed: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, GradientCheckpointingLayer):
-        yield path, module
-    elif listed and _is_called(module) and not _has_layers(module):
+    # A reversible layer (Reformer's) calls its parts by themselves in the backward pass: so these come and go.
+    opened = isinstance(module, nn.ModuleList) or hasattr(module, "backward_pass")
+    is_layer = listed and not opened and _is_called(module) and not _has_layers(module)
+    if isinstance(module, GradientCheckpointingLayer) or is_layer:
         yield path, module
     else:
         for name, child in module.named_children():
-            yield from _outermost(child, f"{path}.{name}" if path else name, isinstance(module, nn.ModuleList))
+            yield from _outermost(child, f"{path}.{name}" if path else name, opened)
 
 
 def _is_called(module: nn.Module) -> bool:
