@@ -30,7 +30,7 @@ def test_help_lists_every_verb_with_a_line(args, capsys):
         ("convert", ["SOURCE", "OUT_DIR", "--config FILE.yaml", "--fresh", "--seed", "--overwrite", "--sigma_max"]),
         ("train", ["TASK", "--accelerate_config", "--config FILE.yaml", "tasks: causal-lm, image-classification"]),
         ("inspect", ["PATH_OR_ID", "--config FILE.yaml", "--json"]),
-        ("generate", ["FOLDER", "--config FILE.yaml", "--seed", "--offload", "--class_labels", "--output", "--prompt"]),
+        ("generate", ["FOLDER", "--config FILE.yaml", "--seed", "--stream", "--class_labels", "--output", "--prompt"]),
         ("merge", ["OUT_DIR", "JOB...", "--overwrite"]),
         ("estimate", ["--model", "--batch_size", "--sequence_length", "--dtype", "autocast", "--budget", "--num_blocks"]),
         ("card", ["FOLDER", "--config FILE.yaml", "--stdout", "--force"]),

@@ -217,6 +217,9 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         if every_n_layers != 1:
             raise ValueError(f"every_n_layers={every_n_layers} must be 1: layers are checkpointed all, or none")
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
+        for module in self.modules():  # layers would do it again, inside of ours
+            if module is not self and hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
 
     def run_layer(
         self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention

@@ -75,7 +75,8 @@ def find_rest(model: nn.Module, taken: Sequence[nn.Module]) -> dict[str, nn.Modu
     moving = {id(p): p.nbytes for layer in taken for p in layer.parameters()}
     found = {}
     for path, module in parts:
-        if sum(moving.values()) >= LEAST_SHARE * whole and module not in _tables(model):
+        is_tied = any(id(p) in moving for p in module.parameters())  # to what moves
+        if sum(moving.values()) >= LEAST_SHARE * whole and module not in _tables(model) and not is_tied:
             continue
         found[path] = module
         moving |= {id(p): p.nbytes for p in module.parameters()}

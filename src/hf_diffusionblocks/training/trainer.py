@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from inspect import signature
 from pathlib import Path
 
@@ -174,10 +174,6 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             self.layout.average_gradients(*self._trained_now())
         return loss
 
-    def following_memory(self, is_last: bool) -> AbstractContextManager[None]:
-        """Of the active block's last pass of a step, whose ledger is kept."""
-        return self._ledgers.following() if self._ledgers and is_last else nullcontext()
-
     @property
     def kept_hidden(self) -> list[torch.Tensor]:
         """What other passes of the step have left for the one that goes on."""
@@ -185,7 +181,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     def block_pass(self, model, inputs, num_items_in_batch, is_last: bool) -> torch.Tensor:
         """Forward and backward pass of the active block, over a micro-batch; its loss."""
-        with self.following_memory(is_last):
+        with self._ledgers.following() if self._ledgers and is_last else nullcontext():
             loss = super().training_step(model, inputs, num_items_in_batch)
         # `loss` is already divided by the number of micro-batches.
         self._block_losses[self.active_block, 0] += loss

@@ -153,7 +153,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
 
         Returns:
             `loss` (with labels) and `logits`: of a block, `[N, S-1, V]`, for tokens 1 to S-1, and `hidden_states`, what has
-            left it, without gradient (a tuple of one; factorized: `[N, S, D]`, what the next starts from). Without `block_index`
+            left it, without gradient (a tuple of one; factorized: `[N, S, D]`, for the next). Without `block_index`
             `[N, S, V]`, for the tokens after each, and label-free: factorized and carried, the last block's prior;
             factorized and independent, the mean of the blocks' log-priors; joint, the end of the walk from keyed noise.
 

@@ -111,7 +111,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
 
         Returns:
             `loss` (with labels) and `logits`; of a block also `hidden_states`, what has left it, without gradient (a tuple of
-            one; factorized: `[N, S, D]`, what the next starts from). Without `block_index` the logits are label-free: factorized and
+            one; factorized: `[N, S, D]`, for the next). Without `block_index` the logits are label-free: factorized and
             carried, the last block's prior; factorized and independent, the mean of the blocks' log-priors; joint,
             the end of the walk from keyed noise.
 
