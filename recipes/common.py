@@ -32,6 +32,7 @@ from hf_diffusionblocks.conversion import plain_part, read_config
 from hf_diffusionblocks.extras import MissingExtraError
 from hf_diffusionblocks.saving.resident import checked_blocks
 from hf_diffusionblocks.training.checks import check_one_job
+from hf_diffusionblocks.training.process_group import leave_at_exit
 
 #: What the libraries below raise on bad input; anything else is a bug and keeps its traceback.
 BAD_INPUT = (ValueError, TypeError, OSError, SafetensorError, StrictDataclassError, MissingExtraError)
@@ -373,11 +374,10 @@ def run(
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_diffusionblocks").setLevel(logging.INFO if training_args.should_log else logging.WARNING)
     set_seed(training_args.seed)
+    leave_at_exit()
     try:
         trainer, resume_from = prepare(*arguments)
     except BAD_INPUT as error:
         sys.exit(f"{prog}: error: {' '.join(str(error).split())}")
     metrics = train(trainer, resume_from)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # left open, its threads may abort a process that ends well
     return metrics

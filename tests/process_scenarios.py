@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from pathlib import Path
@@ -121,6 +122,10 @@ class CountedCalls:
         return getattr(dist, name)
 
 
+#: Trainers that live as long as their process, as a script's does.
+KEPT = []
+
+
 def run(name: str, output: Path) -> None:
     _, source, fields, arguments = SCENARIOS[name]
     rank = int(os.environ["RANK"])
@@ -129,6 +134,7 @@ def run(name: str, output: Path) -> None:
         with torch.no_grad():
             next(model.parameters()).add_(1.0)  # all are to start from rank 0's
     trainer = trainer_of(model, source, output / name, arguments)
+    KEPT.append(trainer)
     parallel.dist = CountedCalls()
     trainer.train()
     state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -189,8 +195,16 @@ def run_sharded(family: str, output: Path) -> None:
     torch.save({"held": held, "whole": whole}, output / f"{family}.{os.environ['RANK']}.pt")
 
 
+def write_threads(path: Path) -> None:
+    """Names of the threads that this process has, Python's or not."""
+    tasks = Path("/proc/self/task")  # only Linux has it
+    path.write_text("".join(task.joinpath("comm").read_text() for task in tasks.iterdir()) if tasks.is_dir() else "")
+
+
 @record  # the launcher then prints the traceback of a process that failed
 def main(output: str, *names: str) -> None:
+    threads = f"threads-{os.environ['WORLD_SIZE']}-{os.environ['RANK']}.txt"
+    atexit.register(write_threads, Path(output) / threads)  # before Trainers register theirs: called after these
     if names[0] == "--saving":
         run_saving(names[1], Path(output))
     elif names[0] == "--sharded":
@@ -200,7 +214,6 @@ def main(output: str, *names: str) -> None:
         for scenario in names:
             run(scenario, Path(output))
     dist.barrier()  # a process that ends while another still saves would close its connections
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -69,6 +69,18 @@ def assert_close(actual: dict, expected: dict, tolerance: float) -> None:
         torch.testing.assert_close(actual[key], expected[key], rtol=tolerance, atol=tolerance, msg=lambda m: f"{key}: {m}")
 
 
+def assert_that_groups_are_left(folder: Path, processes: int) -> None:
+    """A thread of gloo that lives on may abort a process that ends well."""
+    paths = list(folder.glob(f"threads-{processes}-*.txt"))
+    assert len(paths) == processes and not any("gloo" in path.read_text() for path in paths)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed by Linux")
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_leave_their_groups(outcomes, processes):
+    assert_that_groups_are_left(outcomes, processes)
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_all_ranks_end_with_the_same_weights(outcomes, name):
     first, *others = outcome(outcomes, name)
@@ -224,6 +236,11 @@ def sharded(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     launched(2, str(SCRIPT), str(folder), "--sharded", *SHARDED, options=FSDP)
     return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed by Linux")
+def test_processes_of_a_sharded_job_leave_their_groups(sharded):
+    assert_that_groups_are_left(sharded, 2)
 
 
 @pytest.mark.parametrize("family", SHARDED)

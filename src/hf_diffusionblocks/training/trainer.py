@@ -26,6 +26,7 @@ from .checks import (
     check_processes, check_schedule, columns_to_keep, settle_schedule,
 )  # fmt: skip
 from .parallel import Layout, all_states, broadcast
+from .process_group import leave_at_exit
 from .resumed_runs import StepsOfRun
 from .step_ledgers import StepLedgers
 from .together import TogetherSteps
@@ -85,6 +86,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         super().__init__(model=model, args=args, **kwargs)
         if args.label_names is None and "labels" not in signature(model.forward).parameters:
             self.label_names = []  # what it is trained on is the input itself (`class_labels` are a condition)
+        leave_at_exit()
         check_processes(self, self.layout)
         check_evaluation_data(self, self._cached_column)
         if args.torch_compile:
