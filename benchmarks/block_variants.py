@@ -6,27 +6,6 @@ import torch
 from torch.nn import functional as F
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.models.active import ActiveBlocks
-
-
-class TwoBlocks(db.DiffusionBlocksForCausalLM):
-    """Trains a block and the one before it, on the later one's loss."""
-
-    def active_blocks(self, block_index, loss_block):
-        # The Trainer gives the first block that moves, and the one that is read out.
-        return ActiveBlocks(range(block_index, loss_block + 1), loss_block)
-
-
-class TwoBlocksTrainer(db.DiffusionBlocksTrainer):
-    """The Trainer of these."""
-
-    def _active(self, block):
-        return neighbours(block)
-
-
-def neighbours(block: int) -> ActiveBlocks:
-    """A block and the one before it."""
-    return ActiveBlocks(range(max(block - 1, 0), block + 1), block)
 
 
 class KeepsInput(db.DiffusionBlocksTrainer):
@@ -39,19 +18,19 @@ class KeepsInput(db.DiffusionBlocksTrainer):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if not model.training or self.active_block == self.num_blocks - 1:
             return loss
-        hidden, tokens = model.passed_on, inputs["input_ids"]
+        hidden, tokens = model.left_last, inputs["input_ids"]
         embeddings = model.get_input_embeddings().weight.detach()
         logits = F.rms_norm(hidden, hidden.shape[-1:]) @ F.rms_norm(embeddings, embeddings.shape[-1:]).T
         return loss + self.WEIGHT * F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
 def remember_what_is_passed_on(model: db.DiffusionBlocksForCausalLM) -> None:
-    """Have `model.passed_on` be what has left the block that ran last, `[N, S, D]`; for [`KeepsInput`]."""
+    """Have `model.left_last` be what has left the block that ran last, `[N, S, D]`; for [`KeepsInput`]."""
 
     def remembering(run_clean):
         def run(hidden: torch.Tensor, **attention) -> torch.Tensor:
-            model.passed_on = run_clean(hidden, **attention)
-            return model.passed_on
+            model.left_last = run_clean(hidden, **attention)
+            return model.left_last
 
         return run
 

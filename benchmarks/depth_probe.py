@@ -24,7 +24,7 @@ from ladder import LAYERS, ROWS, Row, new_model, new_trainer
 from pointer_chasing import ELEMENTS, HOPS, LENGTH, PAIRS, VOCABULARY, PointerChasing, by_hops
 from torch.nn import functional as F
 from trained_ledgers import ledgers_of
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Trainer, set_seed
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Trainer, set_seed
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.utils import logging
 
@@ -34,14 +34,12 @@ WIDTH, HEADS = 64, 2
 HELD_OUT = 10**12  #: number of the first row to measure on
 
 
-def source_of(row: Row) -> PreTrainedConfig | PreTrainedModel:
-    config = LlamaConfig(
+def source_of(row: Row) -> PreTrainedConfig:
+    return LlamaConfig(
         num_hidden_layers=row.layers, hidden_size=WIDTH, intermediate_size=WIDTH * 8 // 3, num_attention_heads=HEADS,
         vocab_size=VOCABULARY, max_position_embeddings=LENGTH, bos_token_id=0, eos_token_id=0, use_cache=False,
         initializer_range=0.1,  # with the usual 0.02 the second hop takes twice as long to learn
     )  # fmt: skip
-    # The exact gradient is to be compared weight by weight: it starts from the plain model of this seed.
-    return AutoModelForCausalLM.from_config(config) if row.is_exact else config
 
 
 def trainer_of(model: PreTrainedModel, row: Row, seed: int, settings: dict) -> Trainer:

@@ -29,14 +29,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks import lora
+from hf_diffusionblocks.models.base import BlockOutput
 
 FORMULATION = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
 RATES, LORA_RATES = (1e-3, 2e-3, 4e-3), (3e-3, 6e-3, 1e-2)
 
-FINAL = {"objective": "final"}
-TOGETHER = {"block_schedule": "together", "objective": "local"}
-EXACT = {"block_schedule": "together", "objective": "exact"}
+TOGETHER = {"block_schedule": "together"}
 
 #: Method -> its kind, its learning rates, and what else it is given
 METHODS: dict[str, tuple[str, tuple[float, ...], dict]] = {
@@ -51,39 +49,8 @@ METHODS: dict[str, tuple[str, tuple[float, ...], dict]] = {
     "blocks, local loss": ("blocks", RATES, {}),
     "blocks, local loss, near the pretrained output": ("near", RATES[1:2], {"remove_unused_columns": False}),
     "blocks, local heads of the last layers": ("blocks", RATES[1:], {"readout_layers": 1}),
-    "blocks, final loss": ("blocks", RATES[1:], FINAL),
-    "blocks, final loss, first to last": ("blocks", RATES[1:2], {**FINAL, "block_schedule": "sequential"}),
-    "blocks, final loss, first to last, in the least memory": (
-        "blocks", RATES[1:2], {**FINAL, "block_schedule": "sequential", "offload_inactive_blocks": "cpu",
-                               "activation_checkpointing": True},
-    ),
-    "blocks, final loss, shared trained": ("blocks", RATES[:2], {**FINAL, "train_shared": True}),
-    "blocks, final loss, shared trained, checkpointing": (
-        "blocks", RATES[1:2], {**FINAL, "train_shared": True, "activation_checkpointing": True}
-    ),
-    "blocks, final loss, shared trained with the first": ("with first", RATES[:2], {**FINAL, "train_shared": True}),
     "blocks together, local loss": ("together", RATES, TOGETHER),
-    "blocks together, exact": ("together", RATES, {**EXACT, "train_shared": True}),
-    "blocks together, exact, in the least memory": (
-        "together", RATES[1:2], {**EXACT, "train_shared": True, "offload_inactive_blocks": "cpu",
-                                 "activation_checkpointing": True},
-    ),
-    "blocks together, exact, shared frozen, in the least memory": (
-        "together", RATES[1:2], {**EXACT, "offload_inactive_blocks": "cpu", "activation_checkpointing": True}
-    ),
-    "blocks, final loss, LoRA": ("blocks", LORA_RATES[:2], {**FINAL, "adapters": True}),
 }  # fmt: skip
-
-
-class WithFirst(db.DiffusionBlocksTrainer):
-    """Trains what blocks share in the first block's steps alone, whose gradient of it is end-to-end training's."""
-
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        if self.active_block:
-            for parameter in self.model.shared_parameters():
-                parameter.grad = None
-        return loss
 
 
 class PeakMemory(TrainerCallback):
@@ -107,14 +74,13 @@ class PeakMemory(TrainerCallback):
 class Near:
     """Of a model class: adds the distance of the active block's output from the pretrained block's on the same input."""
 
-    def training_output(self, active, x, cached=None, output=None):
-        block = self.blocks[active.first]
+    def training_output(self, block, x, cached=None):
         hidden = self.entering(block, x, cached)
         left = block.run_clean(hidden, **x.attention)
         with torch.no_grad():
-            goal = self.pretrained[0].blocks[active.first].run_clean(hidden, **x.attention)
+            goal = self.pretrained[0].blocks[block.index].run_clean(hidden, **x.attention)
         self.distance = F.mse_loss(left, goal) / goal.square().mean()
-        return block.run_local_head(left, **x.attention)
+        return BlockOutput(left, block.run_local_head(left, **x.attention))
 
     def forward(self, *args, **kwargs):
         result = super().forward(*args, **kwargs)
@@ -130,7 +96,7 @@ def make(kind: str, task: Task, rate: float, options: dict, seed: int = 0, turns
         turns: updates of each parameter; None: the task's.
     """
     options = dict(options)
-    in_turn = options.pop("in_turn", kind in ("blocks", "near", "with first"))
+    in_turn = options.pop("in_turn", kind in ("blocks", "near"))
     steps = (turns or task.updates) * (task.num_blocks if in_turn else 1)
     checkpointing = options.pop("activation_checkpointing", False)
     arguments = task.arguments(task.output / "run", steps, rate, activation_checkpointing=checkpointing, seed=seed)
@@ -145,13 +111,10 @@ def make(kind: str, task: Task, rate: float, options: dict, seed: int = 0, turns
         near.load_state_dict(model.state_dict())
         near.pretrained = [copy.deepcopy(model).eval().requires_grad_(False)]
         model = near
-    if options.pop("adapters", False):
-        lora.add_block_adapters(model, task.lora())
     options = {"train_shared": bool(task.head), "block_schedule": "random", **options}
     args = db.DiffusionBlocksTrainingArguments(**arguments, **options)
-    trainer_class = WithFirst if kind == "with first" else db.DiffusionBlocksTrainer
     collator = {"data_collator": collate} if isinstance(task, Clothes) else {}
-    return trainer_class(model=model, args=args, train_dataset=task.train_set, **collator)
+    return db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=task.train_set, **collator)
 
 
 def _plain_trainer(kind: str, task: Task, model, arguments: dict, rate: float, switch_every: int) -> Trainer:

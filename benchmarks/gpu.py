@@ -1,7 +1,7 @@
 """One command that says whether the package is right, and how fast it is, on this machine's GPU.
 
     make check-gpu                                   # python benchmarks/gpu.py --output outputs/check_gpu.json
-    python benchmarks/gpu.py --only offload memory   # the checks with such a word in the name
+    python benchmarks/gpu.py --only streamed memory   # the checks with such a word in the name
 
 One GPU, no network, no data but random ones, some minutes. Every check is a row of one table: what was looked at, what was
 found, what it may be, and whether it holds; measures are ratios of runs side by side, without a limit unless one is given.
@@ -26,7 +26,7 @@ import torch
 import transformers
 
 import gpu_common  # first: it sets what has to be set before CUDA starts
-import gpu_checks, gpu_training, gpu_memory, gpu_measures  # noqa: E401, F401  each registers its checks
+import gpu_checks, gpu_streaming, gpu_training, gpu_memory, gpu_measures  # noqa: E401, F401  each registers its checks
 from gpu_common import CHECKS, Check, Machine, Row
 
 MARKS = {True: "yes", False: "NO", None: ""}

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import is_flash_attn_2_available
 
 import hf_diffusionblocks as db
-from gpu_common import BERT, CARRIED, FAMILIES, GPT2, LLAMA, VIT, Family, Machine, Row, check, equal
+from gpu_common import BERT, CARRIED, FAMILIES, GPT2, LLAMA, VIT, Family, Machine, Row, check, equal, within
 from hf_diffusionblocks.diffusion.randomness import NoiseSource, PositionNoise
 
 CPU = torch.device("cpu")
@@ -43,11 +43,6 @@ def passes_of(model: db.DiffusionBlocksPreTrainedModel, family: Family, block: i
 def error(found: Passes, expected: Passes) -> float:
     """The largest of the tensors' errors, each over the tensor's own size."""
     return max(((one - other).norm() / other.norm()).item() for one, other in zip(found, expected, strict=True))
-
-
-def within(name: str, found: float, allowed: float) -> Row:
-    """An error that may be no larger."""
-    return Row(name, f"{found:.1e}", f"{allowed:.1e}", found <= allowed)
 
 
 # ---- devices

@@ -51,6 +51,11 @@ def equal(name: str, is_equal: bool) -> Row:
     return Row(name, "equal" if is_equal else "differ", "equal bit for bit", is_equal)
 
 
+def within(name: str, found: float, allowed: float) -> Row:
+    """An error that may be no larger."""
+    return Row(name, f"{found:.1e}", f"{allowed:.1e}", found <= allowed)
+
+
 @dataclass(frozen=True)
 class Machine:
     """Where the checks run. Without a GPU they run on the CPU, in small."""

@@ -21,16 +21,15 @@ from gpu_common import Clock, Machine, Row, check, fastest
 from gpu_training import trainer_of
 from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.backbones.dit import DiTConfig
+from hf_diffusionblocks.diffusion.objectives import cross_entropy
 
 NUM_BLOCKS, MIB = 4, 2**20
 WARM_UP, ROUNDS = 2, 3  #: rounds of steps in which every block moves once
 OVER_FLOOR = 1.1  #: what a ratio may be of that of counted multiplications
-HIDDEN = 0.8  #: share of the copies' time that has to be behind that of computing
 LOSSLESS = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
 SCHEDULES = {
     "in turn": {"block_schedule": "random"},
-    "together, local": {"block_schedule": "together", "objective": "local"},
-    "together, exact": {"block_schedule": "together", "objective": "exact"},
+    "together": {"block_schedule": "together"},
 }
 NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 
@@ -89,34 +88,27 @@ def size_of(family: str, machine: Machine) -> Size:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of the steps in which every block moves once: seconds, bytes at the peak (0 without a GPU), bytes copied both ways."""
+    """Of the steps in which every block moves once: seconds, and bytes at the peak (0 without a GPU)."""
 
     seconds: float
     peak: int
-    copied: dict[str, float]
 
 
 class Watch(TrainerCallback):
-    """Clocks the steps after a warm-up, and notes how much of the device they take, and copy."""
+    """Clocks the steps after a warm-up, and notes how much of the device they take."""
 
-    def __init__(self, model: nn.Module, machine: Machine, first_step: int):
-        self.model, self.machine, self.first_step, self.clock = model, machine, first_step, Clock(machine)
-        self.copied: dict[str, int] = {}
+    def __init__(self, machine: Machine, first_step: int):
+        self.machine, self.first_step, self.clock = machine, first_step, Clock(machine)
         self.peak = 0
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step < self.first_step:
             return
-        self.clock.mark()  # from end to end: what is copied between steps counts, too
-        so_far = self.model.offload.copied if getattr(self.model, "offload", None) else {}
-        if state.global_step == self.first_step:
-            self.copied = {way: -size for way, size in so_far.items()}
-            if self.machine.is_gpu:
-                torch.cuda.reset_peak_memory_stats(self.machine.device)
-        elif state.global_step == state.max_steps:
-            self.copied = {way: size + so_far[way] for way, size in self.copied.items()}
-            if self.machine.is_gpu:
-                self.peak = torch.cuda.max_memory_allocated(self.machine.device)
+        self.clock.mark()
+        if state.global_step == self.first_step and self.machine.is_gpu:
+            torch.cuda.reset_peak_memory_stats(self.machine.device)
+        elif state.global_step == state.max_steps and self.machine.is_gpu:
+            self.peak = torch.cuda.max_memory_allocated(self.machine.device)
 
 
 def measured(model: nn.Module, size: Size, machine: Machine, before: int, **arguments) -> Measured:
@@ -128,7 +120,7 @@ def measured(model: nn.Module, size: Size, machine: Machine, before: int, **argu
     in_turn = arguments.get("block_schedule") == "random"
     each = NUM_BLOCKS if in_turn else 1  # steps in which every block moves
     first, steps = WARM_UP * each, (WARM_UP + ROUNDS) * each
-    watch = Watch(model, machine, first)
+    watch = Watch(machine, first)
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(model, size.batch(), Path(folder), machine.device, max_steps=steps, **arguments)
         trainer.add_callback(watch)
@@ -136,8 +128,7 @@ def measured(model: nn.Module, size: Size, machine: Machine, before: int, **argu
         blocks = [trainer.block_schedule.block_at(step) if in_turn else 0 for step in range(first, steps)]
     laps = watch.clock.laps()
     fastest_of = [min(lap for lap, block in zip(laps, blocks) if block == k) for k in sorted(set(blocks))]
-    copied = {way: size / ROUNDS for way, size in watch.copied.items()}
-    return Measured(sum(fastest_of), watch.peak - before if machine.is_gpu else 0, copied)
+    return Measured(sum(fastest_of), watch.peak - before if machine.is_gpu else 0)
 
 
 def floor(schedule: str, size: Size, checkpointing: bool) -> float:
@@ -148,12 +139,8 @@ def floor(schedule: str, size: Size, checkpointing: bool) -> float:
     matrices = sum(parameter.numel() for parameter in layers.parameters() if parameter.dim() > 1)
     layers = matrices + len(layers) * size.length * architecture.width(config)  # causal: scores and sums over half of them
     head, passes = config.vocab_size * architecture.width(config), 4 if checkpointing else 3
-    heads, again = {
-        "in turn": (NUM_BLOCKS, (NUM_BLOCKS - 1) / 2),
-        "together, local": (NUM_BLOCKS, 0),
-        "together, exact": (1, (NUM_BLOCKS - 1) / NUM_BLOCKS),
-    }[schedule]
-    return (passes * layers + 3 * heads * head + again * layers) / (passes * layers + 3 * head)
+    again = {"in turn": (NUM_BLOCKS - 1) / 2, "together": 0}[schedule]
+    return (passes * layers + 3 * NUM_BLOCKS * head + again * layers) / (passes * layers + 3 * head)
 
 
 STEPS = {
@@ -183,41 +170,6 @@ def steps_beside_end_to_end(machine: Machine, name: str, subject: tuple[str, boo
             said += f"; peak {found.peak / base.peak:.2f}x"
         allowed = f"{OVER_FLOOR * least:.2f}x" if machine.is_gpu else ""
         yield Row(f"steps: {name}, {schedule}", said, allowed, ratio <= OVER_FLOOR * least if machine.is_gpu else None)
-
-
-# ---- offload
-
-
-def bytes_a_second(machine: Machine) -> dict[str, float]:
-    """Of copies alone, to the device and to (pinned) host memory."""
-    size = 2**28 if machine.is_gpu else 2**22
-    host = torch.empty(size, dtype=torch.uint8, pin_memory=machine.is_gpu)
-    there = torch.empty(size, dtype=torch.uint8, device=machine.device)
-    copies = {
-        "to_device": lambda: there.copy_(host, non_blocking=True), "to_host": lambda: host.copy_(there, non_blocking=True)
-    }  # fmt: skip
-    return {way: size / seconds for way, seconds in fastest(machine, copies).items()}
-
-
-@check("offload", over={family: family for family in FAMILIES})
-def offload_beside_none(machine: Machine, name: str, subject: str) -> Iterator[Row]:
-    """What copies add to a step, over the time that they take alone: the rest is hidden behind computing."""
-    size, speed = size_of(subject, machine), bytes_a_second(machine)
-    for schedule, arguments in SCHEDULES.items():
-        runs = []
-        for place in ("none", "cpu"):
-            before = machine.allocated()
-            arguments = {**arguments, "activation_checkpointing": True, "offload_inactive_blocks": place}
-            runs.append(measured(size.blocks(machine), size, machine, before, **arguments))
-        kept, moved = runs
-        alone = sum(copied / speed[way] for way, copied in moved.copied.items())
-        hidden = min(1.0, 1 - (moved.seconds - kept.seconds) / alone)
-        said = f"{moved.seconds / kept.seconds:.2f}x in time, {100 * hidden:.0f} % of {1000 * alone:.1f} ms of copies hidden"
-        if machine.is_gpu:
-            said += f"; peak {moved.peak / kept.peak:.2f}x"
-            yield Row(f"offload: {size.name}, {schedule}", said, f"{HIDDEN:.0%} hidden", hidden >= HIDDEN)
-        else:
-            yield Row(f"offload: {size.name}, {schedule}", f"{moved.seconds / kept.seconds:.2f}x in time")
 
 
 # ---- inference
@@ -283,13 +235,16 @@ def readout_beside_plain(machine: Machine) -> Iterator[Row]:
         size = Size("small GPT-2", GPT2Config(n_layer=4, n_embd=256, n_head=4, vocab_size=8192, **NO_DROPOUT), 8, 128)
     batch = {name: tensor.to(machine.device) for name, tensor in size.batch().items()}
     model = size.blocks(machine).train()
-    weight, norm = model.backbone.lm_head.weight, model.backbone.transformer.ln_f
+    block, weight, norm = model.blocks[-1], model.backbone.lm_head.weight, model.backbone.transformer.ln_f
     dtype = dtype_of(machine)
     hidden = torch.randn(size.rows, size.length, size.config.n_embd, dtype=dtype, device=machine.device)
     targets = batch["labels"][:, 1:].flatten()
 
     def ours() -> torch.Tensor:
-        return model(**batch, block_index=NUM_BLOCKS - 1, block_output=hidden).loss
+        return model.mean_of_rows(
+            lambda rows, targets: cross_entropy(block.read_out(rows).float(), targets).sum(),
+            [hidden[:, :-1].flatten(0, 1), targets], [block], None,
+        )  # fmt: skip
 
     def plain_head(kind: torch.dtype) -> torch.Tensor:
         rows = norm(hidden)[:, :-1].flatten(0, 1)

@@ -1,24 +1,23 @@
 """The ladder: ways to train the layers of a text model, whole and by block, for the benchmarks of depth.
 
-All give every parameter of the layers as many updates. "End to end" trains a plain model, "exact gradient" blocks on its loss;
-on their own loss, blocks read out themselves, through local heads or none.
+All give every parameter of the layers as many updates. "End to end" trains a plain model; blocks, on their own loss, read out
+themselves, through local heads or none.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from block_variants import KeepsInput, TwoBlocks, TwoBlocksTrainer, pass_input_beside, remember_what_is_passed_on
+from block_variants import KeepsInput, pass_input_beside, remember_what_is_passed_on
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 import hf_diffusionblocks as db
 
 LAYERS = 8
-EXACT = {"readout_layers": 0, "objective": "exact"}
-NO_HEAD, HEAD = ({"readout_layers": layers, "objective": "local"} for layers in (0, 1))
+NO_HEAD, HEAD = ({"readout_layers": layers} for layers in (0, 1))
 TOGETHER, IN_TURN = {"block_schedule": "together"}, {"block_schedule": "random"}
-PAPER = {"objective": "local", "denoiser": "joint", "context": "independent"}
+PAPER = {"denoiser": "joint", "context": "independent"}
 INDEPENDENT = {**PAPER, "denoiser": "factorized", "readout": "posterior", "prior_fraction": 1.0}
 
 
@@ -30,8 +29,6 @@ class Row:
         fields: what `convert` is given beside the recommended preset; None is a plain model.
         layers: of the model.
         arguments: of the Trainer.
-        two_blocks: whether gradients run through a block and the one before it. All but the last then move twice a round,
-            and the rounds are half as many (the last block gets half of the updates).
         input_beside: whether the embedded input is added to what enters each block.
         keeps_input: whether blocks are trained to keep their input, too.
     """
@@ -39,13 +36,8 @@ class Row:
     fields: dict | None
     layers: int = LAYERS
     arguments: dict = field(default_factory=dict)
-    two_blocks: bool = False
     input_beside: bool = False
     keeps_input: bool = False
-
-    @property
-    def is_exact(self) -> bool:
-        return self.fields is not None and self.fields["objective"] == "exact"
 
 
 ROWS: dict[str, Row] = {
@@ -62,21 +54,15 @@ ROWS: dict[str, Row] = {
     "B=8, own loss, local head of one layer": Row({**HEAD, "num_blocks": 8}, arguments=TOGETHER),
     "B=4, own loss, local head of one layer, input kept": Row(HEAD, arguments=TOGETHER, keeps_input=True),
     "B=4, own loss, local head of one layer, input beside": Row(HEAD, arguments=TOGETHER, input_beside=True),
-    "B=4, gradients through two blocks": Row(NO_HEAD, arguments=IN_TURN, two_blocks=True),
-    "B=4, gradients through two blocks, local head of one layer": Row(HEAD, arguments=IN_TURN, two_blocks=True),
-    "B=4, final loss, blocks in turn": Row({**NO_HEAD, "objective": "final"}, arguments=IN_TURN),
     "B=4, independent blocks": Row(INDEPENDENT, arguments=IN_TURN),
-    "B=4, exact gradient": Row(EXACT, arguments=TOGETHER),
     "end to end, 12 layers": Row(None, layers=12),
-    "B=6 of 12 layers, exact gradient": Row({**EXACT, "num_blocks": 6}, layers=12, arguments=TOGETHER),
-    "B=4, exact gradient, own ends": Row({**EXACT, "shared": "per_block"}, arguments=TOGETHER),
     "B=6 of 12 layers, own loss, local head of one layer": Row({**HEAD, "num_blocks": 6}, layers=12, arguments=TOGETHER),
     "B=4, the paper's settings": Row(PAPER, arguments=IN_TURN),
 }
 
 
-def new_model(row: Row, source: PreTrainedConfig | PreTrainedModel) -> PreTrainedModel:
-    """A fresh model of a row; of blocks, what `convert` makes of a config, or of a plain model's weights."""
+def new_model(row: Row, source: PreTrainedConfig) -> PreTrainedModel:
+    """A fresh model of a row; of blocks, what `convert` makes of a config."""
     if row.fields is None:
         return AutoModelForCausalLM.from_config(source)
     model = db.convert(source, **{"num_blocks": 4, **row.fields})
@@ -84,7 +70,7 @@ def new_model(row: Row, source: PreTrainedConfig | PreTrainedModel) -> PreTraine
         pass_input_beside(model)
     if row.keeps_input:
         remember_what_is_passed_on(model)
-    return TwoBlocks(model.config) if row.two_blocks else model
+    return model
 
 
 def new_trainer(
@@ -102,7 +88,6 @@ def new_trainer(
     )  # fmt: skip
     if row.fields is None:
         return plain(model=model, args=TrainingArguments(max_steps=updates, **arguments), train_dataset=rows)
-    updates = updates // 2 if row.two_blocks else updates
     args = db.DiffusionBlocksTrainingArguments(updates_per_block=updates, **row.arguments, **arguments)
     by_block = KeepsInput if row.keeps_input else db.DiffusionBlocksTrainer
-    return (TwoBlocksTrainer if row.two_blocks else by_block)(model=model, args=args, train_dataset=rows)
+    return by_block(model=model, args=args, train_dataset=rows)

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from pictures import INK, MUTED, QUIET
 
 HERE = Path(__file__).parent
-COLOURS = {"plain": "#7d8893", "own": "#d1495b", "exact": "#30638e"}
-KINDS = {"plain": "a plain model", "own": "blocks, each on its own loss", "exact": "blocks, exact gradient"}
+COLOURS = {"plain": "#7d8893", "own": "#d1495b"}
+KINDS = {"plain": "a plain model", "own": "blocks, each on its own loss"}
 
 #: Where a name is -> points from its mark, and its own alignment
 SIDES = {"left": ((-8, 0), "right", "center"), "right": ((8, 0), "left", "center"), "above": ((0, 7), "center", "bottom")}
@@ -65,7 +65,6 @@ PANELS = (
             "end to end, 2 layers": ("2 layers", "plain", "right"),
             "B=4, own loss, no local head": ("B=4", "own", "right"),
             "B=4, own loss, local head of one layer": ("B=4, local heads", "own", "right"),
-            "B=4, exact gradient": ("B=4, exact", "exact", "left"),
         },
     ),
     Panel(
@@ -76,7 +75,6 @@ PANELS = (
             "B=4, own loss, no local head": ("B=4", "own", "right"),
             "B=4, own loss, local head of one layer": ("B=4, local heads", "own", "right"),
             "B=2, own loss, local head of one layer": ("B=2, local head", "own", "right"),
-            "B=4, exact gradient": ("B=4, exact", "exact", "right"),
         },
     ),
     Panel(

@@ -112,17 +112,13 @@ class CausalText(Text):
     rows = {
         "end to end": Row(),
         "end to end, one block's depth": Row(depth=1 / 4),
-        "B=4, own losses, local heads, together": Row({"num_blocks": 4, "objective": "local"}, arguments=TOGETHER),
-        "B=4, exact gradient, together (recommended)": Row({"num_blocks": 4, "objective": "exact"}, arguments=TOGETHER),
+        "B=4, own losses, local heads, together (recommended)": Row({"num_blocks": 4}, arguments=TOGETHER),
         "end to end, the seconds of the slowest row of blocks": Row(equal_seconds=True),
     }
 
     def new_model(self, row: Row):
-        plain = AutoModelForCausalLM.from_config(self.config(self.layers(row)))
-        if row.fields is None:
-            return plain
-        # The exact gradient starts from the plain model of this seed; blocks on their own losses have local heads.
-        return db.convert(plain if row.fields["objective"] == "exact" else plain.config, **row.fields)
+        config = self.config(self.layers(row))
+        return AutoModelForCausalLM.from_config(config) if row.fields is None else db.convert(config, **row.fields)
 
     @torch.no_grad()
     def losses(self, model, share: float = 1.0) -> torch.Tensor:

@@ -25,10 +25,7 @@ FORMULATIONS = {
     "joint, carried": {"context": "carried"},
     "factorized, independent": {"denoiser": "factorized"},
     "factorized, carried": {"denoiser": "factorized", "context": "carried"},
-    "factorized, carried, together, local": {"denoiser": "factorized", "context": "carried", "together": "local"},
-    "factorized, carried, together, exact": {
-        "denoiser": "factorized", "context": "carried", "prior_fraction": 1.0, "together": "exact"
-    },
+    "factorized, carried, together": {"denoiser": "factorized", "context": "carried", "together": True},
     "factorized, carried, local head": {"denoiser": "factorized", "context": "carried", "readout_layers": 1},
 }  # fmt: skip
 
@@ -98,10 +95,10 @@ def main() -> None:
     subjects = {"end to end": Subject(ViTForImageClassification(config), batch, [None])}
     for name, fields in FORMULATIONS.items():
         fields = dict(fields)
-        together = fields.pop("together", None)
+        together = fields.pop("together", False)
         model = db.convert(config, options.num_blocks, preset="paper", **fields)
         blocks = list(range(options.num_blocks))
-        subjects[name] = WholeSteps(model, batch, together) if together else Subject(model, batch, blocks)
+        subjects[name] = WholeSteps(model, batch) if together else Subject(model, batch, blocks)
 
     sizes = {name: subject.bytes() for name, subject in subjects.items()}
     for subject in subjects.values():

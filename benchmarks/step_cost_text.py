@@ -9,7 +9,7 @@ a joint block runs clean and noisy tokens, and carried context runs the earlier 
 readout adds where z is seen: a product of z with all targets, a third of the head's work in training. Bytes are those of
 one block's step over the end-to-end step's: what autograd stores for the backward pass, and gradients; the largest of
 the blocks. "Together" is a step of the Trainer that trains all blocks: its time is that of the whole step, without
-clipping, and its floor has no repeats of carried context, or (exact) one more forward pass, but for the last block.
+clipping, and its floor has no repeats of carried context.
 """
 
 from __future__ import annotations
@@ -32,12 +32,7 @@ FORMULATIONS = {
     "factorized, carried, all draws at sigma_max (recommended)": {
         "denoiser": "factorized", "context": "carried", "prior_fraction": 1.0
     },
-    "the same, together, local": {
-        "denoiser": "factorized", "context": "carried", "prior_fraction": 1.0, "together": "local"
-    },
-    "the same, together, exact": {
-        "denoiser": "factorized", "context": "carried", "prior_fraction": 1.0, "together": "exact"
-    },
+    "the same, together": {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0, "together": True},
     "joint, independent (paper)": {},
     "joint, posterior readout": {"readout": "posterior"},
     "joint, carried": {"context": "carried"},
@@ -52,12 +47,10 @@ def floor(fields: dict, options: argparse.Namespace, vocab_size: int) -> float:
     active = layers * layer
     if fields.get("denoiser", "joint") == "joint":
         active = 2 * layers * layer - blocks * (layer - keys_values)  # a block's last clean layer: keys and values
-    heads, again = blocks, 0.0  # read-outs, and layers that run forward only
-    if fields.get("together") == "exact":
-        heads, again = 1, layers * layer * (blocks - 1) / blocks
-    elif fields.get("context") == "carried" and "together" not in fields:
+    again = 0.0  # layers that run forward only
+    if fields.get("context") == "carried" and "together" not in fields:
         again = (blocks - 1) / 2 * layers * layer
-    return (3 * (active + heads * head) + again) / (3 * (layers * layer + head))
+    return (3 * (active + blocks * head) + again) / (3 * (layers * layer + head))
 
 
 class Subject:
@@ -112,11 +105,11 @@ def compare(vocab_size: int, options: argparse.Namespace) -> str:
     subjects = {"end to end": Subject(AutoModelForCausalLM.from_config(config), tokens, [None])}
     for name, fields in FORMULATIONS.items():
         fields = dict(fields)
-        together = fields.pop("together", None)
+        together = fields.pop("together", False)
         model = db.convert(config, options.num_blocks, preset="paper", **fields)
         blocks = list(range(options.num_blocks))
         batch = {"input_ids": tokens, "labels": tokens}
-        subjects[name] = WholeSteps(model, batch, together) if together else Subject(model, tokens, blocks)
+        subjects[name] = WholeSteps(model, batch) if together else Subject(model, tokens, blocks)
     sizes = {name: subject.bytes() for name, subject in subjects.items()}
     for subject in subjects.values():
         subject.seconds()  # warm up

@@ -19,7 +19,11 @@ def tiny_batch(mapping: str, name: str, model: nn.Module) -> dict[str, Any]:
     """What the model is called with; the same at each call."""
     generator = torch.Generator().manual_seed(2)
     accepted = inspect.signature(model.forward).parameters
-    batch = _image(generator) if mapping == "image-classification" else _text(generator)
+    batch = _image(model, generator) if mapping == "image-classification" else _text(generator)
+    if "input_ids" in batch:
+        batch["input_ids"] %= _vocabulary(model)
+        if mapping == "sequence-classification" and model.config.is_encoder_decoder:
+            batch["input_ids"][:, -1] = model.config.eos_token_id  # they read what is there
     batch.update(_labels(mapping, batch, generator))
     batch.update(_more(mapping, name, model, generator))
     return {key: value for key, value in batch.items() if value is not None and (key in accepted or "kwargs" in accepted)}
@@ -44,6 +48,14 @@ def _tensors(output: Any) -> list[Tensor]:
     return [tensor for part in output for tensor in _tensors(part)] if isinstance(output, (list, tuple)) else []
 
 
+def _vocabulary(model: nn.Module) -> int:
+    """A few are smaller than the usual (of bytes, of proteins)."""
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", END_ID)
+    except NotImplementedError:
+        return END_ID
+
+
 def _ids(generator: torch.Generator, length: int = LENGTH, rows: int = ROWS) -> Tensor:
     return torch.randint(FIRST_ID, END_ID, (rows, length), generator=generator)
 
@@ -52,8 +64,11 @@ def _text(generator: torch.Generator) -> dict[str, Tensor]:
     return {"input_ids": _ids(generator), "attention_mask": torch.ones(ROWS, LENGTH, dtype=torch.long)}
 
 
-def _image(generator: torch.Generator) -> dict[str, Tensor]:
-    return {"pixel_values": torch.randn(ROWS, 3, IMAGE, IMAGE, generator=generator)}
+def _image(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    vision = getattr(model.config, "vision_config", model.config)
+    side = getattr(vision, "image_size", IMAGE)
+    side = side[0] if isinstance(side, (list, tuple)) else side
+    return {"pixel_values": torch.randn(ROWS, 3, side, side, generator=generator)}
 
 
 def _labels(mapping: str, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
@@ -82,14 +97,25 @@ def _more(mapping: str, name: str, model: nn.Module, generator: torch.Generator)
             return {"bbox": _boxes(generator)}
         case "bros":
             return {"bbox": _boxes(generator).float() / 60}
-        case "gemma3" | "gemma4" | "gemma4_unified":
+        case "gemma3" | "shieldgemma2":  # an image that is four tokens, and text
+            ids, kinds = _ids(generator), torch.zeros(ROWS, LENGTH, dtype=torch.long)
+            labels = {"labels": None} if name == "shieldgemma2" else {}
+            ids[:, 2:6], kinds[:, 2:6] = model.config.image_token_index, 1
+            return {"input_ids": ids, "token_type_ids": kinds, **_image(model, generator), **labels}
+        case "siglip2":
+            patches = torch.randn(ROWS, 16, 3 * 16 * 16, generator=generator)
+            mask, shapes = torch.ones(ROWS, 16, dtype=torch.long), torch.full((ROWS, 2), 4)
+            return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+        case "gemma4" | "gemma4_unified":
             zeros = torch.zeros(ROWS, LENGTH, dtype=torch.long)
             return {"token_type_ids": zeros, "mm_token_type_ids": zeros}
         case "git":
-            return _image(generator)
+            return _image(model, generator)
         case "musicgen" | "musicgen_melody":  # a row of ids for each codebook
             books = model.config.get_text_config(decoder=True).num_codebooks
             return {"input_ids": _ids(generator, rows=ROWS * books), "attention_mask": None, "labels": None}
+        case "imagegpt":  # its images are ids of colours
+            return {"input_ids": _ids(generator), "pixel_values": None}
         case "lxmert":
             return {
                 "visual_feats": torch.randn(ROWS, 4, model.config.visual_feat_dim, generator=generator),

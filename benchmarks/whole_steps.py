@@ -27,15 +27,15 @@ class Clock(TrainerCallback):
 class WholeSteps:
     """A model that is trained on one batch, again and again; all blocks in every step."""
 
-    def __init__(self, model, batch: dict[str, torch.Tensor], objective: str):
-        self.model, self.objective = model, objective
+    def __init__(self, model, batch: dict[str, torch.Tensor]):
+        self.model = model
         self.rows = [dict(zip(batch, row)) for row in zip(*batch.values())]
 
     def _run(self, steps: int, clock: Clock) -> db.DiffusionBlocksTrainer:
         with tempfile.TemporaryDirectory() as folder:
             args = db.DiffusionBlocksTrainingArguments(
                 folder, max_steps=steps, per_device_train_batch_size=len(self.rows), block_schedule="together",
-                objective=self.objective, max_grad_norm=0.0, use_cpu=True, report_to=[], save_strategy="no",
+                max_grad_norm=0.0, use_cpu=True, report_to=[], save_strategy="no",
                 logging_strategy="no", disable_tqdm=True, measure_memory=steps < 3, dataloader_pin_memory=False,
             )  # fmt: skip
             trainer = db.DiffusionBlocksTrainer(model=self.model, args=args, train_dataset=self.rows, callbacks=[clock])

@@ -1,6 +1,6 @@
 """What the training recipes share: arguments and their checks, reading data, making models, training, the main program.
 
-A recipe (`train_<task>.py`, `finetune_<task>.py`) is run as a script or imported, so it imports this file by its
+A recipe (`train_<task>.py`, `finetune.py`) is run as a script or imported, so it imports this file by its
 installed name.
 """
 
@@ -19,7 +19,9 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer, default_data_collator, set_seed
+from transformers import (
+    AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments, default_data_collator, set_seed,
+)  # fmt: skip
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -30,6 +32,7 @@ from hf_diffusionblocks.conversion import plain_part, read_config
 from hf_diffusionblocks.extras import MissingExtraError
 from hf_diffusionblocks.saving.resident import checked_blocks
 from hf_diffusionblocks.training.checks import check_one_job
+from hf_diffusionblocks.training.process_group import leave_at_exit
 
 #: What the libraries below raise on bad input; anything else is a bug and keeps its traceback.
 BAD_INPUT = (ValueError, TypeError, OSError, SafetensorError, StrictDataclassError, MissingExtraError)
@@ -81,17 +84,19 @@ class DataArguments:
 
 def check_arguments(model_args: ModelArguments, data_args: DataArguments) -> None:
     """Raises ValueError naming the field, its value and what is allowed."""
+    _check_one_of(model_args, "model_name_or_path", "config_name")
+    _check_needs(model_args, "config_overrides", "config_name")
+    check_data(data_args)
+
+
+def check_data(data_args: DataArguments) -> None:
+    """As [`check_arguments`], of the data alone."""
     sources = [name for name in ("dataset_name", "train_file", "train_dir") if hasattr(data_args, name)]
     paths = [f"{split}_{kind}" for kind in ("file", "dir") if hasattr(data_args, f"train_{kind}") for split in SPLITS]
-    _check_one_of(model_args, "model_name_or_path", "config_name")
     _check_one_of(data_args, *sources)
-    for arguments, name, needed in (
-        (model_args, "config_overrides", "config_name"),
-        (data_args, "dataset_config_name", "dataset_name"),
-        *((data_args, path, path.replace("validation", "train")) for path in paths),
-    ):
-        if getattr(arguments, name) and not getattr(arguments, needed):
-            raise ValueError(f"{name}={getattr(arguments, name)!r} needs {needed}")
+    _check_needs(data_args, "dataset_config_name", "dataset_name")
+    for path in paths:
+        _check_needs(data_args, path, path.replace("validation", "train"))
     for name in paths:
         value = getattr(data_args, name)
         kind, exists = ("file", Path.is_file) if name.endswith("file") else ("folder", Path.is_dir)
@@ -110,7 +115,12 @@ def _check_one_of(arguments, *names: str) -> None:
         raise ValueError(f"set exactly one of {', '.join(names)}, not {' and '.join(given) or 'none of them'}")
 
 
-def checkpoint_to_resume(args: db.DiffusionBlocksTrainingArguments) -> str | None:
+def _check_needs(arguments, name: str, needed: str) -> None:
+    if getattr(arguments, name) and not getattr(arguments, needed):
+        raise ValueError(f"{name}={getattr(arguments, name)!r} needs {needed}")
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """The folder `resume_from_checkpoint` stands for."""
     value = args.resume_from_checkpoint
     if str(value).lower() in ("none", "false"):
@@ -186,9 +196,7 @@ def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"  # a KeyError alone says little
 
 
-def check_blocks(
-    fields: dict[str, Any] | None, training_args: db.DiffusionBlocksTrainingArguments, adapters: bool
-) -> None:
+def check_blocks(fields: dict[str, Any] | None, training_args: db.DiffusionBlocksTrainingArguments) -> None:
     """Whether `train_blocks`, if given, are blocks that one job may train; and whether there are blocks to average."""
     if fields is None and training_args.ema_decay is not None:
         given = f"ema_decay={training_args.ema_decay}"
@@ -199,7 +207,7 @@ def check_blocks(
     if fields is None:
         raise ValueError(f"train_blocks={chosen} must not be set with end_to_end: it has no blocks")
     checked_blocks(chosen, fields["num_blocks"], "train_blocks")
-    if training_args.train_shared and fields["shared"] == "common" and not adapters:
+    if training_args.train_shared and fields["shared"] == "common":
         check_one_job(chosen, fields["num_blocks"])
 
 
@@ -268,12 +276,11 @@ def load_model(
     backbone = backbone_for(config)
     plain_class = backbone.plain_class
     if fields is not None and training_args.train_blocks is not None:
-        if training_args.objective_of(fields["objective"]) == "local":  # (with the others all blocks run)
-            blocks = db.DiffusionBlocksConfig(source_config=config, task=task, **fields)
-            resident = training_args.train_blocks
-            if blocks.context == "carried":  # the earlier ones run forward
-                resident = list(range(max(resident) + 1))
-            plain_class = plain_part(blocks, resident)
+        blocks = db.DiffusionBlocksConfig(source_config=config, task=task, **fields)
+        resident = training_args.train_blocks
+        if blocks.context == "carried":  # the earlier ones run forward
+            resident = list(range(max(resident) + 1))
+        plain_class = plain_part(blocks, resident)
     if args.model_name_or_path:
         source = backbone.load_plain(plain_class, args.model_name_or_path, config, ignore_mismatched_sizes=True)
         if new_head is not None:
@@ -351,7 +358,6 @@ def run(
     args: Sequence[str] | None,
     prog: str,
     description: str,
-    finish: Callable[..., None] | None = None,
 ) -> dict[str, float]:
     """A recipe's main program; bad input exits with one line on standard error.
 
@@ -361,7 +367,6 @@ def run(
         types: the recipe's arguments.
         args: the command line; None is `sys.argv[1:]`.
         prog, description: as in argparse.
-        finish: given the Trainer and what `prepare` is given, once all is trained and saved.
     """
     types = (*types, BlocksArguments, db.DiffusionBlocksTrainingArguments)
     arguments = parse(types, args, prog=prog, description=description)
@@ -369,13 +374,10 @@ def run(
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_diffusionblocks").setLevel(logging.INFO if training_args.should_log else logging.WARNING)
     set_seed(training_args.seed)
+    leave_at_exit()
     try:
         trainer, resume_from = prepare(*arguments)
     except BAD_INPUT as error:
         sys.exit(f"{prog}: error: {' '.join(str(error).split())}")
     metrics = train(trainer, resume_from)
-    if finish is not None:
-        finish(trainer, *arguments)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # left open, its threads may abort a process that ends well
     return metrics

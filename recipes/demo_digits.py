@@ -185,7 +185,7 @@ Try next
   {command} estimate --model {folder / END_TO_END} --num-blocks 3 --batch-size 32
       what other ways to train this model would hold in memory
   {python} recipes/train_image_classification.py --help
-      the same on images of your own; finetune_causal_lm.py, beside it, tunes a pretrained text model
+      the same on images of your own; finetune.py, beside it, tunes a pretrained text model
   README.md: the quick start in Python, and when (not) to use this"""
 
 

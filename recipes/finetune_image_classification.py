@@ -1,67 +1,98 @@
-"""Fine-tune a pretrained ViT on labels of your own, block by block, whole or by LoRA.
+"""Fine-tune an image classifier on labels of your own with the stock Trainer: whole or by LoRA, streamed or not.
 
-    accelerate launch recipes/finetune_image_classification.py --model_name_or_path google/vit-base-patch16-224 \\
-        --peft lora --train_dir images/train --validation_dir images/test --updates_per_block 500 \\
-        --learning_rate 1e-3 --output_dir outputs/tuned --export_plain outputs/plain
+    accelerate launch recipes/finetune_image_classification.py --model google/vit-base-patch16-224 --stream \\
+        --train_dir images/train --validation_dir images/test --learning_rate 5e-5 --output_dir outputs/tuned
 
-Reads a hub data set, parquet files or folders of images. The classifier is new unless the labels are the model's own,
-and is trained whole, also beside adapters. `--help` lists every option; a YAML file sets any of them, and the command
-line overrides it.
+Reads a hub data set, parquet files or folders of images. The classifier is new unless the labels are the model's own, and is
+trained whole, also beside adapters. `--help` lists every option, those of TrainingArguments among them; a YAML file sets any
+of them (`--config FILE.yaml`), and the command line overrides it.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
-from transformers import Trainer
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.cli.arguments import BlocksArguments
-from hf_diffusionblocks.recipes import common, finetuning, train_image_classification
+from hf_diffusionblocks.cli.arguments import parse
+from hf_diffusionblocks.conversion import read_config
+from hf_diffusionblocks.recipes import common
 from hf_diffusionblocks.recipes.common import option
-from hf_diffusionblocks.recipes.finetuning import FinetuningArguments, not_an_option
-from hf_diffusionblocks.recipes.formulation import blocks_fields
-from hf_diffusionblocks.recipes.train_image_classification import DataArguments
+from hf_diffusionblocks.recipes.train_image_classification import (
+    DataArguments, accuracy, find_labels, load_data, make_transform,
+)  # fmt: skip
 
 PROG = "finetune_image_classification.py"
 
 
 @dataclass
-class ModelArguments(train_image_classification.ModelArguments):
-    """Which model: `model_name_or_path`."""
+class ModelArguments:
+    """Which model, and what of it is trained."""
 
-    image_processor_name: str | None = option(None, "Hub id or folder of the image processor. Default: the model's.")
-    config_name: str | None = not_an_option()
-    config_overrides: str | None = not_an_option()
+    model: str = field(metadata={"help": "Hub id or folder of an image classifier, with its image processor."})
+    lora: bool = option(False, "Train LoRA adapters and the classifier, and leave the rest as it is.")
+    lora_r: int = option(16, "Rank of the adapters; their scale is twice as much over the rank.")
+    stream: bool = option(
+        False, "Keep weights, gradients and optimizer state in host memory; a layer or two at a time is on the device."
+    )
 
 
 def prepare(
-    model_args: ModelArguments, data_args: DataArguments, tuning: FinetuningArguments, blocks_args: BlocksArguments,
-    training_args: db.DiffusionBlocksTrainingArguments,
-) -> tuple[Trainer, str | None]:  # fmt: skip
+    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments
+) -> tuple[Trainer, str | None]:
     """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
-    finetuning.check_source(model_args)
-    config = common.plain_config(model_args)
-    fields = blocks_fields(model_args, blocks_args, training_args, "image-classification", config)
-    finetuning.check_arguments(model_args, tuning, fields, training_args)
-    return train_image_classification.prepare(
-        model_args, data_args, blocks_args, training_args,
-        adapt=partial(finetuning.adapt, tuning=tuning, modules_to_save=["classifier"]) if tuning.peft else None,
+    common.check_data(data_args)
+    resume_from = common.checkpoint_to_resume(training_args)
+    config = read_config(model_args.model)
+    processor = AutoImageProcessor.from_pretrained(model_args.model)
+
+    data = load_data(data_args, training_args.seed)
+    labels = find_labels(data, data_args.label_column)
+    own_labels = list(config.id2label.values())
+    is_new = {*labels.values()} != {*own_labels}
+    if not is_new:  # in the order of the model's classifier
+        labels = dict(sorted(labels.items(), key=lambda label: own_labels.index(label[1])))
+    config.id2label = dict(enumerate(labels.values()))
+    config.label2id = {name: index for index, name in config.id2label.items()}
+    data = data.with_transform(make_transform(processor, getattr(config, "num_channels", 3), labels, data_args))
+    training_args.remove_unused_columns = False  # the transform needs the columns that the model does not know
+
+    model = AutoModelForImageClassification.from_pretrained(model_args.model, config=config, ignore_mismatched_sizes=True)
+    if is_new:  # also where there are as many labels as before
+        model.classifier.reset_parameters()
+    if model_args.stream:
+        db.stream_layers(model, training_args.device)
+    if model_args.lora:
+        lora = LoraConfig(
+            r=model_args.lora_r, lora_alpha=2 * model_args.lora_r, target_modules="all-linear", modules_to_save=["classifier"]
+        )
+        model = get_peft_model(model, lora)
+    trainer = (Trainer if model_args.lora else common.PlainTrainer)(
+        model, training_args, train_dataset=data["train"], eval_dataset=data.get("validation"), processing_class=processor,
+        compute_metrics=accuracy,
     )  # fmt: skip
-
-
-def finish(trainer: Trainer, *arguments) -> None:
-    finetuning.export(trainer, arguments[2])
+    return trainer, resume_from
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, float]:
     """Run the recipe with a command line (None: `sys.argv[1:]`); bad input exits with one line on standard error."""
-    return common.run(
-        prepare, (ModelArguments, DataArguments, FinetuningArguments), args, PROG,
-        description=__doc__.splitlines()[0], finish=finish,
-    )  # fmt: skip
+    model_args, data_args, training_args = parse(
+        (ModelArguments, DataArguments, TrainingArguments), args, prog=PROG, description=__doc__.splitlines()[0]
+    )
+    set_seed(training_args.seed)
+    try:
+        trainer, resume_from = prepare(model_args, data_args, training_args)
+    except common.BAD_INPUT as error:
+        sys.exit(f"{PROG}: error: {' '.join(str(error).split())}")
+    metrics = common.train(trainer, resume_from)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # left open, its threads may abort a process that ends well
+    return metrics
 
 
 if __name__ == "__main__":

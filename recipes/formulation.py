@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.cli.arguments import BlocksArguments, config_fields
 from hf_diffusionblocks.configuration import USER_FIELDS
@@ -16,22 +15,19 @@ from hf_diffusionblocks.recipes.common import ModelArguments
 
 
 def blocks_fields(
-    args: ModelArguments, blocks_args: BlocksArguments, training_args: db.DiffusionBlocksTrainingArguments, task: str,
-    config: PreTrainedConfig,
-) -> dict[str, Any] | None:  # fmt: skip
+    args: ModelArguments, blocks_args: BlocksArguments, task: str, config: PreTrainedConfig
+) -> dict[str, Any] | None:
     """Every field of the DiffusionBlocks model: those that are given, the preset's, the paper's; None with end_to_end."""
     if args.end_to_end:
         return None
     paper = {name: field.default for name, field in USER_FIELDS.items()}
     start, given = "pretrained" if args.model_name_or_path else "fresh", config_fields(blocks_args)
-    together = training_args.train_blocks is None and not training_args.in_turn
-    return paper | with_preset(args.preset, task, start, given, backbone_for(config), together)
+    return paper | with_preset(args.preset, task, start, given, backbone_for(config))
 
 
 def denoiser_fields(
-    args: ModelArguments, blocks_args: BlocksArguments, training_args: db.DiffusionBlocksTrainingArguments, task: str,
-    config: PreTrainedConfig,
-) -> dict[str, Any]:  # fmt: skip
+    args: ModelArguments, blocks_args: BlocksArguments, task: str, config: PreTrainedConfig
+) -> dict[str, Any]:
     """As [`blocks_fields`], of a task whose plain model is a model of one block: that is what end_to_end gives."""
-    fields = blocks_fields(replace(args, end_to_end=False), blocks_args, training_args, task, config)
+    fields = blocks_fields(replace(args, end_to_end=False), blocks_args, task, config)
     return fields | {"num_blocks": 1, "layers_per_block": None} if args.end_to_end else fields

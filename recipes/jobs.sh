@@ -10,7 +10,7 @@
 #   recipes/jobs.sh all 4 outputs/jobs causal-lm --config recipes/configs/gutenberg.yaml \
 #       --denoiser factorized --prior_fraction 1 --train_file train.parquet --validation_file validation.parquet
 #
-# Added to them are `--train_blocks K --context independent --shared per_block --objective local`: no job needs another's
+# Added to them are `--train_blocks K --context independent --shared per_block`: no job needs another's
 # weights. That leaves the recommended preset: what OPTION does not say of the formulation is the paper's.
 #
 # `all` runs as many jobs at a time as there are GPUs, each on its own (JOBS=2 says otherwise; without a GPU it is one), and
@@ -43,7 +43,7 @@ train_block() {
         resume=(--resume_from_checkpoint last)
     fi
     diffusionblocks train --num_processes 1 "$@" --num_blocks "$blocks" --train_blocks "$k" --context independent \
-        --shared per_block --objective local --output_dir "$job" "${resume[@]}" || exit # it has said why
+        --shared per_block --output_dir "$job" "${resume[@]}" || exit # it has said why
     touch "$job/done"
 }
 

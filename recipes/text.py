@@ -176,34 +176,27 @@ def pack(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: DataArgume
 class EvaluationText:
     """What turns an evaluation's loss into perplexity and bits a byte.
 
-    `num_tokens` are predicted, of `num_rows` rows, end tokens included, which cost nats and spell nothing. `num_bytes` is
-    the length of what they spell (None: not counted). The likelihood bound is of the first `bound_sequences`, whose
-    predicted tokens spell `bound_bytes`.
+    `num_tokens` are predicted, end tokens included, which cost nats and spell nothing. `num_bytes` is the length of what
+    they spell. The likelihood bound is of the first `bound_sequences`, whose predicted tokens spell `bound_bytes`.
     """
 
-    num_rows: int
     num_tokens: int
-    num_bytes: int | None
+    num_bytes: int
     bound_sequences: int = 0
     bound_bytes: int = 0
 
     def measures(self, loss: float) -> dict[str, float]:
-        measures = {"eval_perplexity": math.exp(loss) if loss < 700 else math.inf}  # beyond, floats end
-        if self.num_bytes is not None:
-            measures["eval_bits_per_byte"] = db.bits_per_byte(loss, self.num_tokens, self.num_bytes)
-        return measures
-
-    def share(self, num_rows: int, num_tokens: float) -> float:
-        """What the mean loss of a batch's tokens is to be multiplied by, for the Trainer's mean over rows to be one over
-        tokens."""
-        return num_tokens / num_rows / (self.num_tokens / self.num_rows)
+        return {
+            "eval_perplexity": math.exp(loss) if loss < 700 else math.inf,  # beyond, floats end
+            "eval_bits_per_byte": db.bits_per_byte(loss, self.num_tokens, self.num_bytes),
+        }
 
 
 def evaluation_text(data: Dataset, args: DataArguments, num_given: int) -> EvaluationText:
     """Of packed sequences."""
     num_bytes, bound = data["num_bytes"][:], min(args.eval_nll_bound, len(data))
     num_tokens = len(data) * (args.sequence_length - num_given)
-    return EvaluationText(len(data), num_tokens, sum(num_bytes), bound, sum(num_bytes[:bound]))
+    return EvaluationText(num_tokens, sum(num_bytes), bound, sum(num_bytes[:bound]))
 
 
 # ---- tokenizer
@@ -272,12 +265,6 @@ class TextTrainer(Trainer):
     """Adds to every evaluation what its loss amounts to; to the last one the likelihood bound, which takes long."""
 
     evaluation_text: EvaluationText
-
-    def prediction_step(self, model, inputs, *args, **kwargs):
-        # The Trainer divides a process's summed loss by its share of the tokens that all of them have at once.
-        num_tokens = self._get_num_items_in_batch([inputs], self.args.device) / self.args.world_size
-        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
-        return loss * self.evaluation_text.share(len(inputs["labels"]), num_tokens.item()), logits, labels
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "eval_loss" in logs:

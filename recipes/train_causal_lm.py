@@ -14,11 +14,11 @@ diffusion's own likelihood bound.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.cli.arguments import BlocksArguments
@@ -50,31 +50,26 @@ class PlainTextTrainer(text.TextTrainer, common.PlainTrainer):
 
 def prepare(
     model_args: ModelArguments, data_args: DataArguments, blocks_args: BlocksArguments,
-    training_args: db.DiffusionBlocksTrainingArguments, data_format: Format = PACKED,
-    adapt: Callable[[PreTrainedModel], PreTrainedModel] | None = None,
+    training_args: db.DiffusionBlocksTrainingArguments,
 ) -> tuple[Trainer, str | None]:  # fmt: skip
-    """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here.
-
-    `adapt` gets the model before the Trainer does.
-    """
+    """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
     text.check_arguments(model_args, data_args, training_args)
     if data_args.eval_nll_bound and model_args.end_to_end:
         raise ValueError(f"eval_nll_bound={data_args.eval_nll_bound} must be 0 with end_to_end: there is no diffusion")
     config = common.plain_config(model_args)
-    fields = blocks_fields(model_args, blocks_args, training_args, TASK, config)
-    common.check_blocks(fields, training_args, adapters=adapt is not None)
+    fields = blocks_fields(model_args, blocks_args, TASK, config)
+    common.check_blocks(fields, training_args)
     resume_from = common.checkpoint_to_resume(training_args)
     text.check_length(config, data_args.sequence_length)
     tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
     common.check_model(model_args, config, TASK, fields, {"input_ids": tokens})
 
-    data, tokenizer = text.read(model_args, data_args, training_args, resume_from, data_format)
+    data, tokenizer = text.read(model_args, data_args, training_args, resume_from, PACKED)
     text.fit_vocabulary(config, tokenizer, model_args)
-    data = text.encode(data, tokenizer, data_args, training_args, data_format)
+    data = text.encode(data, tokenizer, data_args, training_args, PACKED)
     model = common.load_model(model_args, config, TASK, fields, training_args)
-    model = model if adapt is None else adapt(model)
     trainer_class = PlainTextTrainer if model_args.end_to_end else text.BlocksTextTrainer
-    return text.make_trainer(trainer_class, model, data_args, training_args, data, data_format, tokenizer), resume_from
+    return text.make_trainer(trainer_class, model, data_args, training_args, data, PACKED, tokenizer), resume_from
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, float]:

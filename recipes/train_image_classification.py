@@ -12,14 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import datasets
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from transformers import (
-    AutoImageProcessor, BaseImageProcessor, EvalPrediction, PreTrainedConfig, PreTrainedModel, Trainer,
-    ViTImageProcessorPil,
+    AutoImageProcessor, BaseImageProcessor, EvalPrediction, PreTrainedConfig, Trainer, ViTImageProcessorPil,
 )  # fmt: skip
 
 import hf_diffusionblocks as db
@@ -140,16 +138,12 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 def prepare(
     model_args: ModelArguments, data_args: DataArguments, blocks_args: BlocksArguments,
     training_args: db.DiffusionBlocksTrainingArguments,
-    adapt: Callable[[PreTrainedModel], PreTrainedModel] | None = None,
 ) -> tuple[Trainer, str | None]:  # fmt: skip
-    """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here.
-
-    `adapt` gets the model before the Trainer does.
-    """
+    """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
     common.check_arguments(model_args, data_args)
     config = common.plain_config(model_args)
-    fields = blocks_fields(model_args, blocks_args, training_args, "image-classification", config)
-    common.check_blocks(fields, training_args, adapters=adapt is not None)
+    fields = blocks_fields(model_args, blocks_args, "image-classification", config)
+    common.check_blocks(fields, training_args)
     resume_from = common.checkpoint_to_resume(training_args)
     channels = getattr(config, "num_channels", 3)
     if channels not in (1, 3):
@@ -162,8 +156,8 @@ def prepare(
     labels = find_labels(data, data_args.label_column)
     own_labels = list(config.id2label.values()) if model_args.model_name_or_path else []
     is_new = set(labels.values()) != set(own_labels)
-    if is_new and own_labels and fields is not None:
-        _check_new_classifier(fields, training_args, adapters=adapt is not None)
+    if is_new and own_labels and fields is not None and not training_args.train_shared and fields["shared"] == "common":
+        raise ValueError("train_shared=False must be True: the labels are new, so the classifier is to be trained")
     if not is_new:  # in the order of the model's classifier
         labels = dict(sorted(labels.items(), key=lambda label: own_labels.index(label[1])))
     config.id2label = dict(enumerate(labels.values()))
@@ -173,23 +167,11 @@ def prepare(
 
     new_head = "classifier" if is_new else None
     model = common.load_model(model_args, config, "image-classification", fields, training_args, new_head)
-    model = model if adapt is None else adapt(model)
     trainer_class = common.PlainTrainer if model_args.end_to_end else db.DiffusionBlocksTrainer
     trainer = common.make_trainer(
         trainer_class, model, data_args, training_args, data, processing_class=processor, compute_metrics=accuracy
     )
     return trainer, resume_from
-
-
-def _check_new_classifier(
-    fields: dict[str, Any], training_args: db.DiffusionBlocksTrainingArguments, adapters: bool
-) -> None:
-    """Raises ValueError if nothing would train it."""
-    chosen, last = training_args.train_blocks, fields["num_blocks"] - 1
-    if adapters and chosen is not None and last not in chosen:
-        raise ValueError(f"train_blocks={chosen} must include {last}: the labels are new, so its classifier is to be trained")
-    if not adapters and not training_args.train_shared and fields["shared"] == "common":
-        raise ValueError("train_shared=False must be True: the labels are new, so the classifier is to be trained")
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, float]:

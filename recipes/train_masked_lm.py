@@ -88,8 +88,8 @@ def prepare(
     """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
     text.check_arguments(model_args, data_args, training_args)
     config = common.plain_config(model_args)
-    fields = denoiser_fields(model_args, blocks_args, training_args, TASK, config)
-    common.check_blocks(fields, training_args, adapters=False)
+    fields = denoiser_fields(model_args, blocks_args, TASK, config)
+    common.check_blocks(fields, training_args)
     resume_from = common.checkpoint_to_resume(training_args)
     text.check_length(config, data_args.sequence_length)
     tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")

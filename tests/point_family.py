@@ -59,7 +59,6 @@ class TinyBackbone(Backbone):
     layers_path = "layers"
     embedding_paths = ("proj_in",)
     readout_paths = ("proj_out",)
-    lora_targets = ("mix",)
 
     def init_weights(self, plain: TinyDenoiser, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
@@ -102,11 +101,11 @@ class WholeInput:
     def __init__(self, model: DiffusionBlocksPreTrainedModel):
         self.model = model
 
-    def estimate(self, active, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def estimate(self, block, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """EDM's `D = c_skip z + c_out F(c_in z)`, `[N, H, W]`."""
         c = precondition(sigma[:, None, None], self.model.sigma_data)
-        hidden = self.model.training_output(active, Clean({"pixel_values": c.input * z}, {"c_noise": c.noise[:, 0, 0]}))
-        return c.skip * z + c.out * self.model.blocks[active.reader].read_out(hidden)
+        hidden = self.model.training_output(block, Clean({"pixel_values": c.input * z}, {"c_noise": c.noise[:, 0, 0]})).read
+        return c.skip * z + c.out * block.read_out(hidden)
 
 
 class ImageDenoiser(DiffusionBlocksPreTrainedModel):
@@ -120,17 +119,16 @@ class ImageDenoiser(DiffusionBlocksPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, pixel_values, block_index=None, sigma=None, noise=None, generator=None, return_logits=None,
-        loss_block=None, return_loss=True,
-    ) -> ModelOutput:  # fmt: skip
+        self, pixel_values, block_index=None, sigma=None, noise=None, generator=None, return_logits=None, return_loss=True
+    ) -> ModelOutput:
         self.check_block_given(block_index, pixel_values)
         if block_index is None:  # the loss on held-out images, of all blocks, at levels and with noise that repeat
             rows = [keyed_generators([self.config.inference_seed], range(len(pixel_values))) for _ in self.blocks]
             return ModelOutput(loss=torch.stack([self(pixel_values, k, generator=g).loss for k, g in enumerate(rows)]).mean())
-        active = self.active_blocks(block_index, loss_block)
-        sigma = self.blocks[active.last].draw_levels((len(pixel_values),), generator) if sigma is None else sigma
+        block = self.blocks[block_index]
+        sigma = block.draw_levels((len(pixel_values),), generator) if sigma is None else sigma
         z = corrupt(pixel_values.flatten(1), sigma, noise, generator).unflatten(1, pixel_values.shape[1:])
-        estimate = self.denoiser.estimate(active, z, sigma)
+        estimate = self.denoiser.estimate(block, z, sigma)
         loss = edm_loss_weight(sigma, self.sigma_data) * (estimate - pixel_values).square().mean((1, 2))
         return ModelOutput(loss=loss.mean(), estimate=estimate)
 

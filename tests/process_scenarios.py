@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from pathlib import Path
@@ -52,12 +53,7 @@ SCENARIOS: dict[str, tuple[int, object, dict, dict]] = {
     "data parallel, images": (2, VIT, {}, PLAIN_SGD),
     "data parallel, image generation": (2, DIT, {}, PLAIN_SGD),
     "data parallel, accumulated": (2, GPT2, CARRIED, {**PLAIN_SGD, "gradient_accumulation_steps": 2}),
-    "data parallel, final loss": (2, GPT2, CARRIED, {**PLAIN_SGD, "objective": "final"}),
     "data parallel, together": (2, GPT2, CARRIED, {**PLAIN_SGD, "block_schedule": "together"}),
-    "data parallel, exact": (
-        2, GPT2, CARRIED,
-        {**PLAIN_SGD, "block_schedule": "together", "objective": "exact", "offload_inactive_blocks": "cpu"},
-    ),
     "data parallel of four": (4, GPT2, CARRIED, PLAIN_SGD),
     "blocks, own shared": (2, GPT2, INDEPENDENT, {"block_parallel": True}),
     "blocks, own shared, images": (2, VIT, {"shared": "per_block"}, {"block_parallel": True}),
@@ -68,16 +64,10 @@ SCENARIOS: dict[str, tuple[int, object, dict, dict]] = {
     "blocks of four": (4, GPT2, INDEPENDENT, {**PLAIN_SGD, "block_parallel": True}),
     "blocks, trained shared": (2, GPT2, {"denoiser": "factorized"}, {**PLAIN_SGD, "block_parallel": True}),
     "blocks, carried": (2, GPT2, CARRIED, {**PLAIN_SGD, "block_parallel": True}),
-    "blocks, carried, offloaded": (
-        2, GPT2, CARRIED, {**PLAIN_SGD, "block_parallel": True, "offload_inactive_blocks": "cpu"}
-    ),
-    "blocks, final loss, offloaded": (
-        2, GPT2, CARRIED, {**PLAIN_SGD, "block_parallel": True, "offload_inactive_blocks": "cpu", "objective": "final"}
-    ),
     "two blocks a process": (2, GPT2, {**INDEPENDENT, "num_blocks": 4}, {"block_parallel": True, "max_steps": 8}),
 }  # fmt: skip
 #: Those that are also stopped after 2 steps and resumed
-RESUMED = ("data parallel, text", "blocks, own shared", "blocks, carried, offloaded")
+RESUMED = ("data parallel, text", "blocks, own shared", "blocks, carried")
 STEPS, BATCH = 4, 2
 
 
@@ -132,6 +122,10 @@ class CountedCalls:
         return getattr(dist, name)
 
 
+#: Trainers that live as long as their process, as a script's does.
+KEPT = []
+
+
 def run(name: str, output: Path) -> None:
     _, source, fields, arguments = SCENARIOS[name]
     rank = int(os.environ["RANK"])
@@ -140,6 +134,7 @@ def run(name: str, output: Path) -> None:
         with torch.no_grad():
             next(model.parameters()).add_(1.0)  # all are to start from rank 0's
     trainer = trainer_of(model, source, output / name, arguments)
+    KEPT.append(trainer)
     parallel.dist = CountedCalls()
     trainer.train()
     state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -200,8 +195,16 @@ def run_sharded(family: str, output: Path) -> None:
     torch.save({"held": held, "whole": whole}, output / f"{family}.{os.environ['RANK']}.pt")
 
 
+def write_threads(path: Path) -> None:
+    """Names of the threads that this process has, Python's or not."""
+    tasks = Path("/proc/self/task")  # only Linux has it
+    path.write_text("".join(task.joinpath("comm").read_text() for task in tasks.iterdir()) if tasks.is_dir() else "")
+
+
 @record  # the launcher then prints the traceback of a process that failed
 def main(output: str, *names: str) -> None:
+    threads = f"threads-{os.environ['WORLD_SIZE']}-{os.environ['RANK']}.txt"
+    atexit.register(write_threads, Path(output) / threads)  # before Trainers register theirs: called after these
     if names[0] == "--saving":
         run_saving(names[1], Path(output))
     elif names[0] == "--sharded":
@@ -211,7 +214,6 @@ def main(output: str, *names: str) -> None:
         for scenario in names:
             run(scenario, Path(output))
     dist.barrier()  # a process that ends while another still saves would close its connections
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A block as a thing: which parameters are its own, which blocks run before it, and which can be read out for its loss."""
+"""A block as a thing: which parameters are its own, and which blocks run before it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from process_scenarios import GPT2, VIT
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.models.active import ActiveBlocks, TrainedParameters
+from hf_diffusionblocks.models.active import TrainedParameters
 from hf_diffusionblocks.saving.shards import Provenance
 
 
@@ -25,28 +25,19 @@ def test_a_block_owns_its_layers_and_no_others():
 
 
 @pytest.mark.parametrize(
-    "fields, predecessors, readers",
-    [
-        ({"denoiser": "factorized", "context": "carried"}, [[], [0], [0, 1]], [[0, 1, 2], [1, 2], [2]]),
-        ({"denoiser": "factorized", "context": "independent"}, [[], [], []], [[0], [1], [2]]),
-        ({"denoiser": "joint", "context": "carried"}, [[], [0], [0, 1]], [[0], [1], [2]]),
-    ],
-    ids=["factorized-carried", "factorized-independent", "joint-carried"],
+    "context, predecessors", [("carried", [[], [0], [0, 1]]), ("independent", [[], [], []])]
 )
-def test_which_blocks_run_before_and_after_it(fields, predecessors, readers):
-    model = model_of(**fields)
-    assert [list(block.predecessors) for block in model.blocks] == predecessors
-    assert [list(block.readers) for block in model.blocks] == readers
+def test_which_blocks_run_before_it(context, predecessors):
+    assert [list(block.predecessors) for block in model_of(denoiser="factorized", context=context).blocks] == predecessors
 
 
-def test_active_blocks_alone_ask_for_gradients_and_all_do_again_at_the_end():
-    """Neighbours may train together; a block that reads out for them does not."""
+def test_the_active_block_alone_asks_for_gradients_and_all_do_again_at_the_end():
     model = model_of(denoiser="factorized", context="carried")
     with TrainedParameters(model, [0, 1], train_shared=False) as trained:
-        for active in (ActiveBlocks(range(0, 2), 2), ActiveBlocks(range(1, 2), 1)):
+        for active in (0, 1):
             trained.activate(active)
             asking = {model.block_of_parameter(name) for name, p in model.named_parameters() if p.requires_grad}
-            assert asking == set(active.blocks)
+            assert asking == {active}
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -65,11 +56,11 @@ def test_a_loaded_model_knows_who_trained_it(tmp_path, resident):
     assert type(model).from_pretrained(tmp_path, resident_blocks=resident).provenance == model.provenance
 
 
-def test_noise_levels_are_those_of_the_block_that_trains_whichever_reads_out():
+def test_noise_levels_are_those_of_the_block_that_trains():
     model = model_of(denoiser="factorized", context="carried").eval()
     ids, generator = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(3)
     sigma = model.blocks[0].draw_levels((2, 7), generator)
     noise = torch.randn(2, 7, model.config.hidden_size, generator=generator)
-    arguments = {"input_ids": ids, "labels": ids, "block_index": 0, "loss_block": 2}
+    arguments = {"input_ids": ids, "labels": ids, "block_index": 0}
     by_hand = model(**arguments, sigma=sigma, noise=noise).loss
     assert torch.equal(model(**arguments, generator=generator.manual_seed(3)).loss, by_hand)

@@ -30,7 +30,7 @@ def test_help_lists_every_verb_with_a_line(args, capsys):
         ("convert", ["SOURCE", "OUT_DIR", "--config FILE.yaml", "--fresh", "--seed", "--overwrite", "--sigma_max"]),
         ("train", ["TASK", "--accelerate_config", "--config FILE.yaml", "tasks: causal-lm, image-classification"]),
         ("inspect", ["PATH_OR_ID", "--config FILE.yaml", "--json"]),
-        ("generate", ["FOLDER", "--config FILE.yaml", "--seed", "--offload", "--class_labels", "--output", "--prompt"]),
+        ("generate", ["FOLDER", "--config FILE.yaml", "--seed", "--stream", "--class_labels", "--output", "--prompt"]),
         ("merge", ["OUT_DIR", "JOB...", "--overwrite"]),
         ("estimate", ["--model", "--batch_size", "--sequence_length", "--dtype", "autocast", "--budget", "--num_blocks"]),
         ("card", ["FOLDER", "--config FILE.yaml", "--stdout", "--force"]),
@@ -150,8 +150,8 @@ def test_train_names_what_is_wrong(args, status, named, recipe_saw, fail):
 
 def test_recipes_are_found_in_the_package():
     recipes = train.find_recipes()
-    tasks = ["causal-lm", "image-classification"]
-    assert list(recipes) == [*tasks, "image-generation", "masked-lm", *(f"finetune-{task}" for task in tasks)]
+    tasks = ["causal-lm", "image-classification", "image-generation", "masked-lm"]
+    assert list(recipes) == [*tasks, "finetune", "finetune-image-classification"]
     for task, recipe in recipes.items():
         name = f"{task.replace('-', '_')}.py"
-        assert Path(recipe).name == (name if name.startswith("finetune_") else f"train_{name}") and Path(recipe).is_file()
+        assert Path(recipe).name == (name if name.startswith("finetune") else f"train_{name}") and Path(recipe).is_file()

@@ -63,18 +63,18 @@ def test_images_are_the_pipelines(folders, tmp_path, capsys):
     assert pixels(tmp_path / "new" / "b.png").shape == (16, 16, 3)
 
 
-def test_seed_offload_and_a_file_of_options(folders, tmp_path):
+def test_seed_stream_and_a_file_of_options(folders, tmp_path):
     """A row a class; each image has noise of its own, whatever it is made with."""
     options = tmp_path / "options.yaml"
     lines = ["class_labels: [0, owl]", "num_images: 3", "num_inference_steps: 4", "guidance_scale: 2.0", "sampler: heun"]
     options.write_text("\n".join(lines))
-    runs = {"a": ["--seed", 1], "offloaded": ["--seed", 1, "--offload"], "other": ["--seed", 2], "one": ["--seed", 1]}
+    runs = {"a": ["--seed", 1], "streamed": ["--seed", 1, "--stream"], "other": ["--seed", 2], "one": ["--seed", 1]}
     runs["one"] += ["--class_labels", "cat", "--num_images", 1]
     for name, more in runs.items():
         generate(folders / "images", "--config", options, "--output", tmp_path / f"{name}.png", *more)
     found = {name: pixels(tmp_path / f"{name}.png").astype(int) for name in runs}
     assert found["a"].shape == (16, 24)
-    assert np.array_equal(found["offloaded"], found["a"]) and not np.array_equal(found["other"], found["a"])
+    assert np.array_equal(found["streamed"], found["a"]) and not np.array_equal(found["other"], found["a"])
     assert abs(found["one"] - found["a"][:8, :8]).max() <= 1
 
 
@@ -87,7 +87,7 @@ def test_text_goes_on_from_the_prompt(folders, capsys):
     model = db.DiffusionBlocksForCausalLM.from_pretrained(folders / "text")
     tokens = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=12)[0].tolist()
     assert greedy.split() == [WORDS[token] for token in tokens if token]
-    assert told("--offload") == greedy
+    assert told("--stream") == greedy
     sampled = {told("--temperature", 5.0, "--seed", seed) for seed in (1, 1, 2)}
     assert len(sampled) == 2
 
@@ -113,7 +113,7 @@ def test_masks_follow_the_prompt_or_stand_in_it(folders, capsys):
     filled = told("once <mask> <mask> time", *options)
     z = torch.tensor([[1, MASK, MASK, 4, 0]])
     assert filled.split() == spelled(model.infill(z, generator=torch.Generator().manual_seed(1), **settings))
-    assert told("once upon a", *options, "--max_new_tokens", 9, "--offload") == plain
+    assert told("once upon a", *options, "--max_new_tokens", 9, "--stream") == plain
 
 
 def test_drafts_show_the_masks_that_are_left(folders, capsys):

@@ -22,13 +22,10 @@ STEPS = {
     **{name: (name, {}, (), {}) for name, case in CASES.items() if case.trained and not case.is_own},
     **{f"{name}, recommended": (name, RECOMMENDED, (), {}) for name in ("vit, factorized-carried", "gpt2, factorized-carried")},
     **{
-        f"{name}, exact": (name, RECOMMENDED, (), {"objective": "exact"})
+        f"{name}, together": (name, RECOMMENDED, (), {"block_schedule": "together"})
         for name in ("vit, factorized-carried", "gpt2, factorized-carried")
     },
-    "text, exact, shared part frozen": (
-        "gpt2, factorized-carried", RECOMMENDED, (), {"objective": "exact", "train_shared": False}
-    ),
-    "text, final loss": ("gpt2, factorized-carried", {}, (), {"objective": "final"}),
+    "text, shared part frozen": ("gpt2, factorized-carried", RECOMMENDED, (), {"train_shared": False}),
     **{
         f"{name}, padded": (name, {}, ("attention_mask",), {})
         for name in ("gpt2, factorized-carried", "gpt2, joint-edm-independent", "llama, masked", "bert")

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from families import CASES, TEXT_CONFIGS, Case, same, trainer_of
-from peft import LoraConfig
 from process_scenarios import GPT2, INDEPENDENT, made
 from process_scenarios import trainer_of as trainer_of_scenario
 from safetensors.torch import load_file
@@ -17,14 +16,12 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks import lora
 from hf_diffusionblocks.memory.scenarios import ledger_of
 from hf_diffusionblocks.memory.ways import Way, Workload
 from hf_diffusionblocks.training.averages import FILE, WeightAverages
 from hf_diffusionblocks.training.checks import check_processes
 from hf_diffusionblocks.training.parallel import Layout
 
-pytestmark = pytest.mark.usefixtures("late_copies")
 DECAY = 0.3  # the warm-up's decay, (1 + n) / (10 + n), reaches it at the third update
 CARRIED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 0.5}
 TEXT = Case(TEXT_CONFIGS["llama"], CARRIED)  # head and embeddings are not tied: block 0's steps alone reach these
@@ -90,18 +87,20 @@ def test_embeddings_count_the_steps_that_reach_them(tmp_path):
 
 
 class Evaluates(TrainerCallback):
-    """Where a step is about to train: its block, and with offload the optimizer state, are on the device."""
+    """Where a step is about to train."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer.evaluate()
 
 
-@pytest.mark.parametrize("place", ["none", "cpu"])
-def test_evaluation_is_of_averages_and_training_does_not_notice(place, tmp_path):
-    plain = trained(TEXT, tmp_path, ema_decay=None, offload_inactive_blocks=place)
-    evaluates = Evaluates()
-    arguments = {"max_steps": 9, "offload_inactive_blocks": place, "eval_strategy": "steps", "eval_steps": 4}
-    evaluates.trainer = trainer = trainer_of(TEXT.model(), TEXT, tmp_path, [evaluates], ema_decay=DECAY, **arguments)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_evaluation_is_of_averages_and_training_does_not_notice(streamed, tmp_path):
+    plain = trained(TEXT, tmp_path, ema_decay=None)
+    model, evaluates = TEXT.model(), Evaluates()
+    if streamed:
+        db.stream_layers(model, "cpu")
+    arguments = {"max_steps": 9, "eval_strategy": "steps", "eval_steps": 4}
+    evaluates.trainer = trainer = trainer_of(model, TEXT, tmp_path, [evaluates], ema_decay=DECAY, **arguments)
     trainer.train()
     own = copy.deepcopy(trainer.model.state_dict())
     assert same(own, plain.model.state_dict())
@@ -116,24 +115,22 @@ def test_evaluation_is_of_averages_and_training_does_not_notice(place, tmp_path)
     assert trainer_of(other, TEXT, tmp_path).evaluate()["eval_loss"] == found
 
 
-@pytest.mark.parametrize("place", [{"offload_inactive_blocks": "cpu"}, {"ema_in_host_memory": True}], ids=str)
-def test_where_they_are_changes_nothing(place, tmp_path):
-    kept, moved = trained(TEXT, tmp_path), trained(TEXT, tmp_path, **place)
+def test_where_they_are_changes_nothing(tmp_path):
+    kept, moved = trained(TEXT, tmp_path), trained(TEXT, tmp_path, ema_in_host_memory=True)
     assert same(averages(kept), averages(moved))
     own = sum(parameter.nbytes for parameter in kept.model.parameters())
     assert {ledger.parts.averages for ledger in kept.ledgers.values()} == {own}
     assert {ledger.parts.averages for ledger in moved.ledgers.values()} == {0}
 
 
-@pytest.mark.parametrize("place", ["none", "cpu"])
-def test_a_run_that_dies_in_a_save_and_is_resumed_has_those_of_the_uninterrupted_one(place, tmp_path, monkeypatch):
+def test_a_run_that_dies_in_a_save_and_is_resumed_has_those_of_the_uninterrupted_one(tmp_path, monkeypatch):
     def dies(self, folder):
         save(self, folder)
         if self._trainer.state.global_step == 8:
             raise KeyboardInterrupt
 
-    arguments = {"save_strategy": "steps", "save_steps": 4, "offload_inactive_blocks": place}
-    whole, save = trained(TEXT, tmp_path / "whole", offload_inactive_blocks=place), WeightAverages.save
+    arguments = {"save_strategy": "steps", "save_steps": 4}
+    whole, save = trained(TEXT, tmp_path / "whole"), WeightAverages.save
     monkeypatch.setattr(WeightAverages, "save", dies)
     with pytest.raises(KeyboardInterrupt):
         trained(TEXT, tmp_path, **arguments)
@@ -162,8 +159,8 @@ def test_the_best_model_comes_back_with_its_averages(tmp_path):
     assert trainer.evaluate()["eval_loss"] == max(losses) != losses[-1]
 
 
-def test_adapters_in_bf16_are_averaged_in_float32(tmp_path):
-    model = lora.add_block_adapters(TEXT.model().to(torch.bfloat16), LoraConfig(r=4))
+def test_parameters_in_bf16_are_averaged_in_float32(tmp_path):
+    model = TEXT.model().to(torch.bfloat16)
     asked = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     trainer = trained(TEXT, tmp_path, model, save_strategy="steps", save_steps=9)
     saved = load_file(tmp_path / "checkpoint-9" / FILE)
@@ -186,13 +183,12 @@ def test_averages_of_jobs_are_merged(tmp_path):
 
 
 def test_an_estimate_counts_them():
-    """Of all that is trained, in 4 bytes each; none where they are in host memory."""
+    """Of all that is trained, in 4 bytes each."""
     model = TEXT.model()
     all_trained = sum(parameter.numel() for parameter in model.parameters())
     job = Way("job", CARRIED, job=True, train_shared=False)
     of_a_block = sum(parameter.numel() for parameter in model.block_parameters(1))
-    ways = [(Way("in turn", CARRIED), all_trained), (Way("final", CARRIED, objective="final"), all_trained)]
-    ways += [(job, of_a_block), (replace(job, offload=True), 0)]
+    ways = [(Way("in turn", CARRIED), all_trained), (job, of_a_block)]
     plain = Workload(TEXT.config, 2, batch_size=2, sequence_length=12, dtype=torch.bfloat16)
     for way, in_averages in ways:
         without, ledger = (ledger_of(way, each) for each in (plain, replace(plain, ema=True)))

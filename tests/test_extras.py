@@ -67,8 +67,6 @@ main(["card", folder + "/merged"])
 MISSING = {
     "SampleImages": ("db.SampleImages", "diffusers"),
     "cache_block_inputs": ("from hf_diffusionblocks import cache_block_inputs as use; use(None, [], 1, '')", "datasets"),
-    "lora": ("db.lora", "peft"),
-    "lora, imported": ("from hf_diffusionblocks import lora", "peft"),
     "DiffusionBlocksImagePipeline": ("db.DiffusionBlocksImagePipeline", "diffusers"),
     "plots": (
         "from hf_diffusionblocks.recipes import plots; plots.plot_noise_partition(db.NoiseSchedule(2), '')", "matplotlib"
@@ -131,18 +129,11 @@ def test_what_is_missing_is_named():
         assert end.endswith(f" needs {package}: pip install hf-diffusionblocks[{extra}]"), name
 
 
-def test_the_command_names_what_is_missing_in_one_line():
-    result = run("from hf_diffusionblocks.cli import main; main(['train', 'causal-lm'])")
-    line = "diffusionblocks train: error: a recipe needs datasets: pip install hf-diffusionblocks[recipes]"
+@pytest.mark.parametrize(("task", "package", "extra"), [("causal-lm", "datasets", "recipes"), ("finetune", "trl", "sft")])
+def test_the_command_names_what_is_missing_in_one_line(task, package, extra):
+    result = run(f"from hf_diffusionblocks.cli import main; main(['train', '{task}'])")
+    line = f"diffusionblocks train: error: a recipe needs {package}: pip install hf-diffusionblocks[{extra}]"
     assert (result.returncode, result.stderr.splitlines()[-1]) == (1, line)
-
-
-def test_adapters_are_reached_without_being_imported_before():
-    script = (
-        "import sys, hf_diffusionblocks as db; assert 'hf_diffusionblocks.lora' not in sys.modules; "
-        "db.lora.add_block_adapters; from hf_diffusionblocks import lora; assert lora is db.lora"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 def test_a_name_that_is_none_is_named():

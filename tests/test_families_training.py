@@ -52,18 +52,8 @@ def test_a_step_moves_its_block_and_shared_parameters_only(case, tmp_path):
 @everywhere
 def test_training_resumes_bit_equal(case, tmp_path):
     """Stopped within an epoch and a round of blocks; dropout on, so the global generator matters, too."""
-    check_that_it_resumes(case, tmp_path, "none")
-
-
-@few
-def test_so_it_does_with_blocks_in_host_memory(case, tmp_path):
-    check_that_it_resumes(case, tmp_path, "cpu")
-
-
-def check_that_it_resumes(case, tmp_path, place) -> None:
     case = case.with_dropout(0.1)
-    arguments = {"max_steps": 7, "lr_scheduler_type": "cosine", "offload_inactive_blocks": place}
-    arguments |= {"save_strategy": "steps", "save_steps": 3}
+    arguments = {"max_steps": 7, "lr_scheduler_type": "cosine", "save_strategy": "steps", "save_steps": 3}
     whole, resumed = case.model(), case.model(inference_seed=1)
     with torch.no_grad():
         for parameter in resumed.parameters():
@@ -72,20 +62,6 @@ def check_that_it_resumes(case, tmp_path, place) -> None:
     trainer_of(resumed, case, tmp_path, **arguments).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert same(whole.state_dict(), resumed.state_dict())
     assert not same(whole.state_dict(), case.model().state_dict())
-
-
-@few
-def test_offload_changes_nothing(case, tmp_path):
-    """Every block's turn comes round again."""
-    results = []
-    for place in ("none", "cpu"):
-        model = case.model(num_blocks=4)
-        arguments = {"max_steps": 12, "block_schedule": "random", "offload_inactive_blocks": place}
-        trainer = trainer_of(model, case, tmp_path / place, **arguments)
-        trainer.train()
-        assert [trainer.block_schedule.updates_before(12, block) for block in range(4)] == [3] * 4
-        results.append((model.state_dict(), trainer.evaluate()["eval_loss"]))
-    assert same(results[0][0], results[1][0]) and results[0][1] == results[1][1]
 
 
 @everywhere

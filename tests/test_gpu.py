@@ -8,7 +8,6 @@ from families import CASES, Case, grid, same
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.diffusion.randomness import draw, keyed_generators
-from hf_diffusionblocks.models.copy_stream import CopyStream
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -79,40 +78,32 @@ def test_fresh_weights_made_there_leave_its_generator_as_it_was():
     assert model.device.type == DEVICE and torch.equal(torch.cuda.get_rng_state(), before)
 
 
-class SlowCopies(CopyStream):
-    """Each begins some milliseconds late."""
-
-    def _follow(self) -> None:
-        super()._follow()
-        with self._stream:
-            torch.cuda._sleep(10**7)
-
-
 @trained
-@pytest.mark.parametrize("copies", [CopyStream, SlowCopies])
-def test_offload_changes_nothing(case, copies, tmp_path, monkeypatch):
+def test_a_streamed_block_has_the_gradients_of_one_that_is_not(case, monkeypatch):
     """Bit for bit, where kernels are deterministic."""
-    monkeypatch.setattr("hf_diffusionblocks.models.offload.CopyStream", copies)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        states = []
-        for place in ("none", "cpu"):
-            model = case.model()
-            trainer_of(model, case, tmp_path / place, max_steps=6, offload_inactive_blocks=place).train()
-            states.append({name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()})
+        found = []
+        for streamed in (False, True):
+            model = case.model().to(DEVICE).train()
+            if streamed:
+                db.stream_layers(model, DEVICE)
+            for block in case.blocks:
+                generator = torch.Generator(DEVICE).manual_seed(block)
+                model(**on(DEVICE, case.rows()), block_index=block, generator=generator).loss.backward()
+            found.append({name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None})
     finally:
         torch.use_deterministic_algorithms(False)
-    assert same(*states)
+    assert same(*found)
 
 
 @trained
-@pytest.mark.parametrize("place", ["none", "cpu"])
-def test_a_step_waits_for_the_device_nowhere(case, place, tmp_path):
+def test_a_step_waits_for_the_device_nowhere(case, tmp_path):
     """Nor does a turn that begins, from the third round on, when all is there that is made once; the optimizer's moves included
     where blocks train together."""
     rounds = 4 * len(case.blocks)
-    trainer = trainer_of(case.model(), case, tmp_path, max_steps=rounds, offload_inactive_blocks=place)
+    trainer = trainer_of(case.model(), case, tmp_path, max_steps=rounds)
     steps = []
 
     def watched(method):

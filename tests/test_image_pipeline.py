@@ -74,7 +74,7 @@ def test_a_step_runs_the_layers_of_one_block(gray, sampler, guidance_scale):
     second = [levels[[step, step + 1]] for step in range(T - 1)]  # Heun's: at the next level, by the block that owns that
     evaluated = levels[:T] if sampler == "euler" else torch.cat([*second, levels[T - 1 : T]])
     blocks = model.noise_schedule.block_of(evaluated).tolist()
-    assert blocks == sorted(blocks)  # so that offload copies each once a walk
+    assert blocks == sorted(blocks)  # so that a block's layers come and go together
     layers = [layer for k in blocks for layer in model.block_layers(k)]
     assert seen == [(layer, 4 if guidance_scale > 1 else 2) for layer in layers]
     assert len(layers) == len(evaluated) * LAYERS // B and set(layers) == set(range(LAYERS))
@@ -193,29 +193,18 @@ def test_a_pipeline_on_the_hub_is_downloaded_whole(gray, tmp_path, monkeypatch):
 # ---- memory
 
 
-def test_sampling_in_the_memory_of_one_block(pipe):
+def test_sampling_in_the_memory_of_a_layer_or_two(pipe):
     """"The device" is the CPU: a copy is a copy."""
-    model = pipe.transformer
     expected = pipe([0, 1], T, 2.0, sampler="heun", output_type="pt").images
-    pipe.enable_block_offload("cpu")
-    offload, held = model.offload, []
-    for module in (*model.backbone.transformer_blocks, *([] if pipe.vae is None else [pipe.vae.decoder])):
-        module.register_forward_hook(lambda *_: held.append(offload.bytes_on_device()["parameters"]))
+    with db.stream_layers(pipe.transformer, "cpu") as stream:
+        assert torch.equal(pipe.to("cpu")([0, 1], T, 2.0, sampler="heun", output_type="pt").images, expected)
+        assert stream.peak_units == 2
     assert torch.equal(pipe([0, 1], T, 2.0, sampler="heun", output_type="pt").images, expected)
-    sizes = {sum(p.nbytes for p in model.block_parameters(k)) for k in range(B)}
-    assert set(held) == sizes | (set() if pipe.vae is None else {0})  # none while the VAE decodes
-    assert len(sizes) == 1
-
-    with pytest.raises(ValueError, match=r"disable_block_offload\(\) first"):
-        pipe.to("cpu")
-    pipe.disable_block_offload()
-    assert model.offload is None
-    assert torch.equal(pipe.to("cpu")([0, 1], T, 2.0, sampler="heun", output_type="pt").images, expected)
 
 
 @pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 def test_offload_of_whole_components_is_refused(gray, method):
-    with pytest.raises(NotImplementedError, match=r"use enable_block_offload\(device\)"):
+    with pytest.raises(NotImplementedError, match=r"use stream_layers\(pipe.transformer\)"):
         getattr(gray, method)()
 
 

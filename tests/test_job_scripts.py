@@ -58,7 +58,7 @@ def calls(folder: Path) -> list[str]:
 def test_one_job_a_block_and_then_the_merge(faked):
     assert run(faked, "all", 2, "out", *OPTIONS).returncode == 0
     train = "gpu : train --num_processes 1 causal-lm --learning_rate 1e-2 --num_blocks 2 --train_blocks {0} "
-    train += "--context independent --shared per_block --objective local --output_dir out/block-{0}"
+    train += "--context independent --shared per_block --output_dir out/block-{0}"
     assert calls(faked) == [
         "gpu : merge --overwrite out/whole out/block-0 out/block-1",
         train.format(0),

@@ -180,19 +180,6 @@ def test_a_job_evaluates_the_label_free_loss_of_its_block(texts, tmp_path):
     assert loss == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_a_job_on_the_final_loss_evaluates_that(texts, tmp_path):
-    """On cached inputs, without the blocks before: what it reads is the whole model's loss."""
-    torch.manual_seed(0)
-    whole = db.convert(CONFIGS["gpt2"], 4, preset="paper", **CARRIED)
-    whole.save_pretrained(tmp_path / "whole")
-    part = type(whole).from_pretrained(tmp_path / "whole", resident_blocks=[1, 2, 3])
-    cached = db.cache_block_inputs(whole, texts, 1, tmp_path / "cache")
-    args = {"train_blocks": [1], "train_shared": False, "objective": "final"}
-    losses = [trained(model, tmp_path, data, **args) for model, data in ((part, cached), (whole, texts))]
-    expected = losses[1].evaluate()["eval_loss"]
-    assert losses[0].evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
-
-
 def test_an_interrupted_job_resumes_bit_equal(texts, tmp_path):
     whole = made(CONFIGS["gpt2"], INDEPENDENT, [1])
     trained(whole, tmp_path / "whole", texts)
@@ -225,7 +212,7 @@ def test_jobs_that_cannot_be_are_refused(fields, resident, arguments, message, t
         trained(made(CONFIGS["gpt2"], fields, resident), tmp_path, texts, **arguments)
 
 
-OURS = ("sigma", "noise", "generator", "block_index", "loss_block", "block_input", "return_logits", "text_walk")
+OURS = ("sigma", "noise", "generator", "block_index", "block_input", "return_logits", "text_walk")
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -71,6 +71,6 @@ def test_end_tokens_are_labels_and_first_tokens_are_none():
 
 
 def test_infinite_perplexity_is_no_error():
-    text = EvaluationText(num_rows=2, num_tokens=10, num_bytes=20)
+    text = EvaluationText(num_tokens=10, num_bytes=20)
     assert text.measures(1e4)["eval_perplexity"] == math.inf
     assert text.measures(2 * math.log(2))["eval_bits_per_byte"] == pytest.approx(1.0)

@@ -1,8 +1,7 @@
-"""What `convert` gives by default, what leaves it, and the objective that a model brings along."""
+"""What `convert` gives by default, and what leaves it; which schedule a run has by default."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 from pathlib import Path
 
@@ -10,13 +9,10 @@ import pytest
 import torch
 import yaml
 from conftest import randomized
-from process_scenarios import DIT, GPT2, VIT, arguments_of, trainer_of
+from process_scenarios import DIT, GPT2, VIT, trainer_of
 from transformers import AutoConfig, GPT2LMHeadModel
-from transformers.utils import logging
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks import lora
-from hf_diffusionblocks.saving import cards
 from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.cli.arguments import BlocksArguments
@@ -29,12 +25,12 @@ from hf_diffusionblocks.tasks import TASKS
 
 TRIPLE = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
 SOURCES = {"text-generation": GPT2, "image-classification": VIT}
-#: (task, start) -> what the model is by default, local heads, objective
+#: (task, start) -> layers of the local heads that it has by default
 TABLE = {
-    ("text-generation", "pretrained"): (0, "exact"),
-    ("image-classification", "pretrained"): (0, "exact"),
-    ("text-generation", "fresh"): (0, "exact"),
-    ("image-classification", "fresh"): (0, "local"),
+    ("text-generation", "pretrained"): 0,
+    ("image-classification", "pretrained"): 0,
+    ("text-generation", "fresh"): 1,
+    ("image-classification", "fresh"): 0,
 }
 
 
@@ -64,13 +60,10 @@ def inputs_of(config) -> torch.Tensor:
 
 
 def formulation(config: db.DiffusionBlocksConfig) -> dict:
-    return {name: getattr(config, name) for name in (*TRIPLE, "readout", "readout_layers", "objective")}
+    return {name: getattr(config, name) for name in (*TRIPLE, "readout", "readout_layers")}
 
 
-PAPER = {
-    "denoiser": "joint", "context": "independent", "prior_fraction": 0.0, "readout": "edm", "readout_layers": 0,
-    "objective": "local",
-}  # fmt: skip
+PAPER = {"denoiser": "joint", "context": "independent", "prior_fraction": 0.0, "readout": "edm", "readout_layers": 0}
 
 
 # ---- the table
@@ -85,8 +78,7 @@ def test_the_recommended_model(task, start, origin, tmp_path):
         if origin == "folder":
             source.save_pretrained(tmp_path)
             source = tmp_path
-    heads, objective = TABLE[task, start]
-    expected = {**TRIPLE, "readout": "posterior", "readout_layers": heads, "objective": objective}
+    expected = {**TRIPLE, "readout": "posterior", "readout_layers": TABLE[task, start]}
     assert formulation(db.convert(source, 2).config) == expected
     assert TABLE.keys() | {("image-generation", "fresh")} == RECOMMENDED.keys()
 
@@ -106,8 +98,7 @@ def test_the_paper_s_model_has_the_class_s_defaults(config, plain):
 
 def test_the_memory_of_the_recommended_model_is_that_of_a_pretrained_one_of_either_task():
     for task in SOURCES:
-        fields = {name: value for name, value in RECOMMENDED[task, "pretrained"].items() if name != "objective"}
-        assert formulations_for(TASKS[task], backbone_for(SOURCES[task]))["recommended"] == fields == TRIPLE
+        assert formulations_for(TASKS[task], backbone_for(SOURCES[task]))["recommended"] == RECOMMENDED[task, "pretrained"] == TRIPLE
 
 
 @pytest.mark.parametrize("fields", [{}, {"shared": "per_block"}, {"prior_fraction": 0.5}, {"sampler": "ancestral"}])
@@ -137,12 +128,9 @@ def test_one_block_and_one_layer(config, layers, tmp_path):
 def test_fields_override_the_preset_s():
     config = db.convert(GPT2, 2, prior_fraction=0.5, readout_layers=2, overlap=0.2).config
     assert formulation(config) == {
-        **TRIPLE, "prior_fraction": 0.5, "readout": "posterior", "readout_layers": 2, "objective": "exact"
+        **TRIPLE, "prior_fraction": 0.5, "readout": "posterior", "readout_layers": 2
     }  # fmt: skip
     assert config.overlap == 0.2
-    plain = GPT2LMHeadModel(GPT2)
-    assert db.convert(plain, 2, objective="local").config.objective == "local"
-    assert db.convert(plain, 2, shared="per_block").config.objective == "exact"
 
 
 @pytest.mark.parametrize(
@@ -157,7 +145,7 @@ def test_naming_the_formulation_leaves_the_preset(config, plain, fields):
     for source in (config, plain):
         expected = db.DiffusionBlocksConfig(source_config=config, num_blocks=2, **fields)
         assert formulation(db.convert(source, 2, **fields).config) == formulation(expected)
-        assert expected.prior_fraction == 0 and expected.objective == "local"
+        assert expected.prior_fraction == 0
 
 
 @pytest.mark.parametrize("fields", [{}, {"denoiser": "joint"}])
@@ -176,60 +164,7 @@ def test_the_saved_config_holds_what_came_of_it(config, plain, tmp_path):
         assert not hasattr(reloaded, "preset")
 
 
-# ---- the objective
-
-
-@pytest.mark.parametrize("fields", [{}, {"denoiser": "factorized"}, {"context": "carried"}])
-def test_the_final_objective_needs_blocks_that_run_on(fields):
-    with pytest.raises(ValueError, match="objective='final' needs denoiser='factorized' and context='carried'"):
-        db.DiffusionBlocksConfig(source_config=GPT2, num_blocks=2, objective="final", **fields)
-    with pytest.raises(ValueError, match="objective='both' must be one of 'local', 'final', 'exact'"):
-        db.DiffusionBlocksConfig(source_config=GPT2, num_blocks=2, objective="both")
-
-
-@pytest.mark.parametrize("own", ["local", "final", "exact"])
-@pytest.mark.parametrize("given", [None, "local", "final", "exact"])
-def test_a_run_has_the_model_s_objective_unless_another_is_given(own, given, tmp_path):
-    model = db.convert(GPT2LMHeadModel(GPT2), 2, objective=own)
-    trainer = trainer_of(model, GPT2, tmp_path, {"objective": given, "max_steps": 2})
-    expected = given or own
-    assert trainer.args.objective == expected
-    assert trainer.active.reader == (0 if expected == "local" else 1)
-    assert trainer.args.block_schedule == ("random" if expected == "final" else "together")
-    trainer.train()
-    trainer.save_model()
-    assert model.config.objective == own
-    assert model.config.training_report["objective"] == expected
-    card = (tmp_path / "README.md").read_text()
-    assert f"- objective: {expected}" in card
-    assert ("block-local training" in card) is ("each on a loss of its own" in card) is (expected == "local")
-    assert ("on the whole model's loss" in card) is (expected != "local")
-
-
-@pytest.mark.parametrize(
-    "given, heads",
-    [({}, 0), ({"objective": "final"}, 0), ({"objective": "local"}, 1), ({"resident_blocks": [0]}, 1)],
-    ids=str,
-)
-def test_fresh_text_blocks_have_local_heads_for_their_own_losses(given, heads):
-    """And so have those of a job that loads some of the blocks: it has no other loss."""
-    config = db.convert(GPT2, 2, **given).config
-    assert (config.readout_layers, config.formulation) == (heads, "factorized, carried")
-    assert config.objective == given.get("objective", "local" if heads else "exact")
-
-
-@pytest.mark.parametrize(
-    "turns",
-    [{"block_schedule": "sequential"}, {"block_schedule": "random"}, {"block_parallel": True}, {"block_switch_interval": 2}],
-    ids=str,
-)
-def test_exact_is_the_final_loss_where_blocks_take_turns(turns, tmp_path, caplog):
-    """Of the model's own objective; who asks a run for it is told that it needs all blocks in a step."""
-    caplog.set_level("WARNING")
-    logging.get_logger("hf_diffusionblocks").propagate = True
-    trainer = trainer_of(db.convert(GPT2LMHeadModel(GPT2), 2), GPT2, tmp_path, turns)
-    assert trainer.args.objective == "final"
-    assert "the model's objective='exact' is 'final' in this run" in caplog.text
+# ---- the schedule
 
 
 @pytest.mark.parametrize(
@@ -240,8 +175,8 @@ def test_exact_is_the_final_loss_where_blocks_take_turns(turns, tmp_path, caplog
         ({}, {"train_blocks": [2], "train_shared": False}, "random"),
         ({"context": "independent"}, {}, "random"),
         ({"denoiser": "joint", "prior_fraction": 0.5}, {}, "random"),  # (it cannot)
-        ({}, {"objective": "final"}, "random"),
         ({}, {"block_switch_interval": 2}, "random"),
+        ({}, {"block_parallel": True}, "random"),
         ({}, {"block_schedule": "sequential"}, "sequential"),
         ({"context": "independent"}, {"block_schedule": "together"}, "together"),
     ],
@@ -255,58 +190,10 @@ def test_blocks_train_together_where_turns_would_run_others_again(fields, argume
 
 def test_the_caller_s_arguments_serve_another_model(tmp_path):
     args = db.DiffusionBlocksTrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
-    for own in ("exact", "final", "local"):
-        model = db.convert(GPT2LMHeadModel(GPT2), 2, objective=own)
-        assert db.DiffusionBlocksTrainer(model=model, args=args).args.objective == own
-    assert args.objective is None
-    with pytest.raises(ValueError, match="objective='both' must be one of None, 'local', 'final', 'exact'"):
-        db.DiffusionBlocksTrainingArguments(str(tmp_path), objective="both")
-
-
-def test_one_block_alone_is_told_how_to_train_without_the_later_ones(tmp_path):
-    model = db.convert(GPT2LMHeadModel(GPT2), 2, resident_blocks=[0])
-    arguments = {"train_blocks": [0], "train_shared": False}
-    with pytest.raises(ValueError, match=r"needs the later blocks \[1\]: load them, too, or set objective='local'"):
-        trainer_of(model, GPT2, tmp_path, arguments)
-    trainer_of(model, GPT2, tmp_path, {**arguments, "objective": "local"}).train()
-
-
-@pytest.mark.parametrize("own", [{"prior_fraction": 0.5}, {"readout_layers": 1}], ids=str)
-def test_what_is_for_own_losses_warns_beside_the_whole_model_s(own, tmp_path, caplog):
-    logging.enable_propagation()
-    (name, value), = own.items()
-    for fields, arguments in (({}, {}), (own, {"objective": "local"}), (own, {})):
-        assert f"{name}={value} with objective='exact'" not in caplog.text
-        trainer_of(db.convert(GPT2LMHeadModel(GPT2), 2, **fields), GPT2, tmp_path, arguments)
-    assert f"{name}={value} with objective='exact'" in caplog.text
-    logging.disable_propagation()
-
-
-def test_a_converted_card_speaks_of_the_model_s_objective(tmp_path):
-    for objective, local in (("local", True), ("exact", False)):
-        db.convert(GPT2, 2, objective=objective).save_pretrained(tmp_path)
-        assert ("block-local training" in (tmp_path / "README.md").read_text()) is local
-
-
-# ---- the adapters' card
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{}, {"objective": "local", "overlap": 0.2}, {"denoiser": "factorized"}, {**TRIPLE, "readout_layers": 1}],
-    ids=str,
-)
-def test_the_card_of_adapters_rebuilds_the_model(fields, tmp_path):
-    """By executing the arguments that it says."""
-    from peft import LoraConfig
-
-    plain = GPT2LMHeadModel(GPT2)
-    model = lora.add_block_adapters(db.convert(plain, 2, **fields), LoraConfig(r=2))
-    (line,) = [line for line in cards.render(model, Path("tuned")).splitlines() if line.startswith("model = db.convert(")]
-    call = ast.parse(line).body[0].value
-    arguments = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
-    again = db.convert(plain, **arguments).config
-    assert all(getattr(again, name) == getattr(model.config, name) for name in USER_FIELDS)
+    for fields, schedule in (({}, "together"), ({"preset": "paper"}, "random")):
+        model = db.convert(GPT2LMHeadModel(GPT2), 2, **fields)
+        assert db.DiffusionBlocksTrainer(model=model, args=args).args.block_schedule == schedule
+    assert args.block_schedule is None
 
 
 # ---- the command line and the recipes
@@ -323,11 +210,11 @@ def test_the_command_takes_a_preset(preset, fresh, gpt2, tmp_path, capsys):
 
 
 def test_the_command_s_options_override_the_preset(gpt2, tmp_path, capsys):
-    options = ["--num_blocks", "2", "--objective", "local", "--prior_fraction", "0.5"]
+    options = ["--num_blocks", "2", "--prior_fraction", "0.5"]
     main(["convert", str(gpt2), str(tmp_path / "a"), *options])
     config = AutoConfig.from_pretrained(tmp_path / "a")
     assert formulation(config) == {
-        **TRIPLE, "prior_fraction": 0.5, "readout": "posterior", "readout_layers": 0, "objective": "local"
+        **TRIPLE, "prior_fraction": 0.5, "readout": "posterior", "readout_layers": 0
     }  # fmt: skip
     (tmp_path / "options.yaml").write_text("denoiser: joint\nnum_blocks: 2\n")
     main(["convert", str(gpt2), str(tmp_path / "b"), "--config", str(tmp_path / "options.yaml")])
@@ -337,25 +224,17 @@ def test_the_command_s_options_override_the_preset(gpt2, tmp_path, capsys):
     assert "--preset: invalid choice: 'best'" in capsys.readouterr().err
 
 
-def fields_of_recipe(preset: str, given: dict, task: str, start: str, training_args) -> dict:
+def fields_of_recipe(preset: str, given: dict, task: str, start: str) -> dict:
     name = {"model_name_or_path" if start == "pretrained" else "config_name": "some"}
     arguments = common.ModelArguments(preset=preset, **name)
-    return blocks_fields(arguments, BlocksArguments(num_blocks=2, **given), training_args, task, SOURCES[task])
-
-
-@pytest.mark.parametrize("run", [{"train_blocks": [0], "train_shared": False}, {"block_parallel": True}], ids=str)
-def test_a_recipe_s_fresh_blocks_that_do_not_train_together_have_their_own_losses(run, tmp_path):
-    fields = fields_of_recipe("recommended", {}, "text-generation", "fresh", arguments_of(tmp_path, run))
-    assert (fields["objective"], fields["readout_layers"]) == ("local", 1)
-    fields = fields_of_recipe("recommended", {}, "text-generation", "pretrained", arguments_of(tmp_path, run))
-    assert (fields["objective"], fields["readout_layers"]) == ("exact", 0)
+    return blocks_fields(arguments, BlocksArguments(num_blocks=2, **given), task, SOURCES[task])
 
 
 @pytest.mark.parametrize(("task", "start"), TABLE)
 @pytest.mark.parametrize("given", [{}, {"prior_fraction": 0.5}, {"context": "carried"}], ids=str)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_recipes_take_a_preset(preset, given, task, start, tmp_path):
-    fields = fields_of_recipe(preset, given, task, start, arguments_of(tmp_path, {}))
+def test_the_recipes_take_a_preset(preset, given, task, start):
+    fields = fields_of_recipe(preset, given, task, start)
     assert fields.keys() == USER_FIELDS.keys()
     made = db.DiffusionBlocksConfig(source_config=SOURCES[task], **fields)
     wanted = with_preset(preset, task, start, given, backbone_for(SOURCES[task]))
@@ -364,7 +243,7 @@ def test_the_recipes_take_a_preset(preset, given, task, start, tmp_path):
 
 @pytest.mark.parametrize("file", sorted((Path(common.__file__).parent / "configs").glob("*.yaml")), ids=lambda file: file.stem)
 def test_the_configs_that_come_along_leave_the_formulation_to_the_preset(file):
-    assert not yaml.safe_load(file.read_text()).keys() & {*LEAVING, "objective"}
+    assert not yaml.safe_load(file.read_text()).keys() & {*LEAVING}
 
 
 def test_all_options_of_the_config_are_left_to_the_preset():

@@ -3,116 +3,70 @@
 from __future__ import annotations
 
 import copy
-import re
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from process_scenarios import DIT, GPT2, VIT, arguments_of, made, rows, trainer_of
-from together_runs import (
-    B, CARRIED, EXACT, LOCAL, STEPS, UNCLIPPED, assert_same, data, objective, source, stock_trained, trained,
-)  # fmt: skip
+from together_runs import B, CARRIED, STEPS, TOGETHER, UNCLIPPED, assert_same, data, source, stock_trained, trained
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks import lora
-from hf_diffusionblocks.training.checks import check_schedule
+from hf_diffusionblocks.training.checks import check_schedule, settle_schedule
 
-pytestmark = pytest.mark.usefixtures("late_copies")
+# ---- one block: end-to-end training
 
-# ---- exact: end-to-end training
-
-
-ALONE = ("offload_inactive_blocks", "activation_checkpointing")  # that the stock Trainer knows nothing of, or otherwise
+ONE = {**CARRIED, "num_blocks": 1}
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {}, {"gradient_accumulation_steps": 3}, {"activation_checkpointing": True},
-        {"gradient_accumulation_steps": 2, "offload_inactive_blocks": "cpu", "optim": "sgd"},
-    ],
-    ids=["", "accumulated", "checkpointed", "offloaded, sgd"],
-)  # fmt: skip
-def test_exact_is_end_to_end_training_of_the_stock_model(source, arguments, tmp_path):
-    """After several steps in float64 (the loss is float32): tied embeddings get the sum, optimizers have the same state."""
-    model = made(source, CARRIED).double()
+@pytest.mark.parametrize("arguments", [{}, {"gradient_accumulation_steps": 3}, {"activation_checkpointing": True}], ids=str)
+def test_one_block_is_end_to_end_training_of_the_stock_model(source, arguments, tmp_path):
+    """After several steps in float64 (the loss is float32)."""
+    model = made(source, ONE).double()
     plain = copy.deepcopy(model.to_plain())
-    trainer = trained(model, source, tmp_path, {**EXACT, **arguments})
-    both = {name: value for name, value in arguments.items() if name not in ALONE}
+    trainer = trained(model, source, tmp_path, {**TOGETHER, **arguments})
+    both = {name: value for name, value in arguments.items() if name != "activation_checkpointing"}
     reference = stock_trained(plain, source, tmp_path, trainer.args.per_device_train_batch_size, both)
     assert_same(model.to_plain(), plain, tolerance=2e-6)  # of moves of 1e-2 a step
-    losses = [of.state.log_history[-1]["train_loss"] for of in (trainer, reference)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    logs = [of.state.log_history for of in (trainer, reference)]
+    assert logs[0][-1]["train_loss"] == pytest.approx(logs[1][-1]["train_loss"], rel=1e-6)
 
 
 def test_a_short_micro_batch_counts_by_its_rows(source, tmp_path):
     """The last of an epoch's: 2, 2 and 1 rows are a step."""
-    model, rows = made(source, CARRIED).double(), data(source).select(range(5))
+    model, rows = made(source, ONE).double(), data(source).select(range(5))
     plain = copy.deepcopy(model.to_plain())
-    trained(model, source, tmp_path, {**EXACT, "gradient_accumulation_steps": 3}, dataset=rows)
+    trained(model, source, tmp_path, {**TOGETHER, "gradient_accumulation_steps": 3}, dataset=rows)
     stock_trained(plain, source, tmp_path, 2, {"gradient_accumulation_steps": 3}, dataset=rows)
     assert_same(model.to_plain(), plain, tolerance=2e-6)
 
 
 def test_data_without_a_length_accumulate_as_in_the_stock_trainer(source, tmp_path):
     """What is left of an epoch, here a row, is part of the next step."""
-    model, rows = made(source, CARRIED).double(), data(source).select(range(5)).to_iterable_dataset()
+    model, rows = made(source, ONE).double(), data(source).select(range(5)).to_iterable_dataset()
     plain = copy.deepcopy(model.to_plain())
-    trained(model, source, tmp_path, {**EXACT, "gradient_accumulation_steps": 2}, dataset=rows)
+    trained(model, source, tmp_path, {**TOGETHER, "gradient_accumulation_steps": 2}, dataset=rows)
     stock_trained(plain, source, tmp_path, 2, {"gradient_accumulation_steps": 2}, dataset=rows)
     assert_same(model.to_plain(), plain, tolerance=2e-6)
 
 
-def test_exact_takes_embedded_tokens(tmp_path):
-    model = made(GPT2, CARRIED).double()
-    plain = copy.deepcopy(model.to_plain())
-    embed = plain.get_input_embeddings().weight.detach().clone()
+def test_embedded_tokens_train_as_tokens_do(tmp_path):
+    """All but the embeddings, which these do not reach."""
+    models = [made(GPT2, {**CARRIED, "shared": "common"}).double() for _ in range(2)]
+    embed = models[0].get_input_embeddings().weight.detach().clone()
     texts = [{"inputs_embeds": embed[row["input_ids"]], "labels": row["labels"]} for row in data(GPT2)]
-    trained(model, GPT2, tmp_path, EXACT, dataset=texts)
-    stock_trained(plain, GPT2, tmp_path, 2, {}, dataset=texts)
-    assert_same(model.to_plain(), plain, tolerance=2e-6)
+    for model, rows in zip(models, (texts, None)):
+        trained(model, GPT2, tmp_path, {**TOGETHER, "train_shared": False}, dataset=rows)
+    assert_same(*models, tolerance=1e-12)
 
 
-def test_exact_for_some_blocks_is_end_to_end_training_of_these(source, tmp_path):
-    model = made(source, CARRIED).double()
-    reference = copy.deepcopy(model)
-    trained(model, source, tmp_path, {**EXACT, "train_blocks": [1, 2], "train_shared": False})
-    for name, parameter in reference.named_parameters():
-        parameter.requires_grad_(reference.block_of_parameter(name) in (1, 2))
-    trained(reference, source, tmp_path, EXACT)
-    assert_same(model, reference, tolerance=1e-12)
-    assert not torch.equal(model.block_parameters(1)[0], made(source, CARRIED).double().block_parameters(1)[0])
-
-
-def test_dropout_repeats_between_the_two_runs_of_a_block(tmp_path):
-    source = copy.deepcopy(GPT2)
-    source.resid_pdrop = source.embd_pdrop = 0.5
-    model, runs = made(source, CARRIED), {}
-    trainer = trainer_of(model, GPT2, tmp_path, {"max_steps": 2, "gradient_accumulation_steps": 2, **EXACT})
-    run = trainer._together._run
-
-    def noted(k, m, inputs):
-        hidden = run(k, m, inputs)
-        runs.setdefault((trainer.state.global_step, k, m), []).append(hidden.detach().clone())
-        return hidden
-
-    trainer._together._run = noted
-    trainer.train()
-    assert [len(of) for of in runs.values()].count(2) == 2 * 2 * (B - 1)  # (the last block runs once)
-    assert all(torch.equal(of[0], of[-1]) for of in runs.values())
-    assert not torch.equal(runs[0, 0, 0][0] == 0, runs[0, 0, 1][0] == 0)  # micro-batches differ, and so do steps
-    assert not torch.equal(runs[0, 0, 0][0] == 0, runs[1, 0, 0][0] == 0)
-
-
-# ---- local: a slow reference
+# ---- a slow reference
 
 
 @pytest.mark.parametrize("fields", [{}, {"shared": "per_block"}, {"readout_layers": 1}], ids=str)
-def test_local_is_a_loop_over_blocks_by_hand(source, fields, tmp_path):
+def test_it_is_a_loop_over_blocks_by_hand(source, fields, tmp_path):
     """Each block is moved by its own loss on what the earlier ones put out before they moved; what is shared, by the sum."""
     model = made(source, {**CARRIED, **fields}).double()
     slow, seen = copy.deepcopy(model).train(), []
-    arguments = {"max_steps": STEPS, "gradient_accumulation_steps": 2, **UNCLIPPED, **LOCAL}
+    arguments = {"max_steps": STEPS, "gradient_accumulation_steps": 2, **UNCLIPPED, **TOGETHER}
     trainer = trainer_of(model, source, tmp_path, arguments)
     step = trainer._together.training_step
     trainer._together.training_step = lambda *given: seen.append(given) or step(*given)
@@ -138,7 +92,7 @@ def test_local_is_a_loop_over_blocks_by_hand(source, fields, tmp_path):
 def test_independent_blocks_train_together_too(source, fields, tmp_path):
     model = made(source, fields)
     before = copy.deepcopy(model.state_dict())
-    trainer = trained(model, source, tmp_path, {**LOCAL, "max_steps": -1, "updates_per_block": 3})
+    trainer = trained(model, source, tmp_path, {**TOGETHER, "max_steps": -1, "updates_per_block": 3})
     assert trainer.state.global_step == 3
     moved = {model.block_of_parameter(name) for name, p in model.named_parameters() if not torch.equal(before[name], p)}
     assert {0, 1} <= moved
@@ -147,9 +101,9 @@ def test_independent_blocks_train_together_too(source, fields, tmp_path):
 # ---- what every way to train has
 
 
-@pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9, "bf16": True, "offload_inactive_blocks": "cpu"}], ids=str)
-def test_a_resumed_run_repeats_the_uninterrupted_one(objective, extra, tmp_path):
-    arguments = {**objective, **extra, "max_grad_norm": 1.0, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+@pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9, "bf16": True}], ids=str)
+def test_a_resumed_run_repeats_the_uninterrupted_one(extra, tmp_path):
+    arguments = {**TOGETHER, **extra, "max_grad_norm": 1.0, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     whole = trained(made(GPT2, CARRIED), GPT2, tmp_path / "run", arguments)
     model = made(GPT2, CARRIED)
     again = trainer_of(model, GPT2, tmp_path / "run", {**arguments, "restore_callback_states_from_checkpoint": bool(extra)})
@@ -160,22 +114,21 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(objective, extra, tmp_path)
         assert_same(whole.model, model)
 
 
-RANDOM = {"block_schedule": "random", "objective": "local"}
-IN_TURN = {"block_schedule": "sequential", "objective": "local"}
+RANDOM = {"block_schedule": "random"}
+IN_TURN = {"block_schedule": "sequential"}
 
 
 @pytest.mark.parametrize(
     "before, after, message",
     [
-        (RANDOM, {"objective": "local"}, "block_schedule='together' must be 'random'"),
-        (LOCAL, RANDOM, "block_schedule='random' must be 'together'"),
+        (RANDOM, {}, "block_schedule='together' must be 'random'"),
+        (TOGETHER, RANDOM, "block_schedule='random' must be 'together'"),
         (RANDOM, IN_TURN, "block_schedule='sequential' must be 'random'"),
-        (EXACT, LOCAL, "objective='local' must be 'exact'"),
         (RANDOM, {**RANDOM, "block_switch_interval": 2}, "block_switch_interval=2 must be 1"),
         (RANDOM, {**RANDOM, "train_blocks": [0, 1], "train_shared": False}, r"train_blocks=\[0, 1\] must be \[0, 1, 2, 3\]"),
         (IN_TURN, {**IN_TURN, "max_steps": 8}, "max_steps=8 must be 4"),
         (RANDOM, {**RANDOM, "seed": 1}, "seed=1 must be 42"),
-        (EXACT, {**EXACT, "train_shared": False}, "train_shared=False must be True"),
+        (TOGETHER, {**TOGETHER, "train_shared": False}, "train_shared=False must be True"),
     ],
 )  # fmt: skip
 def test_a_run_resumes_as_it_was_stopped(before, after, message, tmp_path):
@@ -186,39 +139,28 @@ def test_a_run_resumes_as_it_was_stopped(before, after, message, tmp_path):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
-def test_layers_are_cast_as_in_turns(objective, tmp_path):
-    """bf16: Accelerate casts in `forward`, where these layers do not run."""
+def test_layers_of_a_block_that_does_not_train_are_cast_too(tmp_path):
+    """bf16: Accelerate casts in `forward`, where these do not run."""
     model, dtypes = made(GPT2, CARRIED), set()
     for layer in model.backbone.transformer.h:
         layer.mlp.c_fc.register_forward_hook(lambda module, given, output: dtypes.add(output.dtype))
-    trained(model, GPT2, tmp_path, {**objective, "bf16": True, "max_steps": 1})
+    trained(model, GPT2, tmp_path, {**TOGETHER, "bf16": True, "max_steps": 1, "train_blocks": [1, 2], "train_shared": False})
     assert dtypes == {torch.bfloat16}
-
-
-def test_dropout_differs_between_blocks(tmp_path):
-    source, dropped = copy.deepcopy(GPT2), []
-    source.resid_pdrop = 0.5
-    model = made(source, CARRIED)
-    for layer in model.backbone.transformer.h:
-        layer.mlp.dropout.register_forward_hook(lambda module, given, output: dropped.append(output == 0))
-    trained(model, GPT2, tmp_path, {**EXACT, "max_steps": 1})
-    first = dropped[: B - 1]  # of the forward pass
-    assert not any(torch.equal(one, other) for k, one in enumerate(first) for other in first[:k])
 
 
 @pytest.mark.parametrize("schedule", ["random", "together"])
 def test_a_trainer_trains_again(schedule, tmp_path):
-    trainer = trained(made(GPT2, CARRIED), GPT2, tmp_path, {"offload_inactive_blocks": "cpu", "block_schedule": schedule})
+    trainer = trained(made(GPT2, CARRIED), GPT2, tmp_path, {"block_schedule": schedule})
     before = copy.deepcopy(trainer.model.state_dict())
     trainer.train()
     assert not torch.equal(before["backbone.transformer.h.0.mlp.c_fc.weight"], trainer.model.state_dict()["backbone.transformer.h.0.mlp.c_fc.weight"])
 
 
 def test_a_job_on_cached_inputs_is_no_matter_for_it(tmp_path):
-    """A pretrained preset's objective is exact; one block trains by itself, then, and who asks for more is told."""
-    model = made(GPT2, {**CARRIED, "objective": "exact"})
+    """One block trains by itself, and who asks for more is told."""
+    model = made(GPT2, CARRIED)
     cached = db.cache_block_inputs(model, rows(GPT2).with_format(None), B - 1, tmp_path / "cached")
-    job = made(GPT2, {**CARRIED, "objective": "exact"}, resident_blocks=[B - 1])
+    job = made(GPT2, CARRIED, resident_blocks=[B - 1])
     for schedule in (None, "together"):
         args = arguments_of(tmp_path, {"train_shared": False, "max_steps": 1, "block_schedule": schedule})
         if schedule:
@@ -228,62 +170,32 @@ def test_a_job_on_cached_inputs_is_no_matter_for_it(tmp_path):
             db.DiffusionBlocksTrainer(model=job, args=args, train_dataset=cached).train()
 
 
-def test_averages_move_with_their_parameters(objective, tmp_path):
-    trainer = trained(made(GPT2, CARRIED), GPT2, tmp_path, {**objective, "ema_decay": 0.9})
+def test_averages_move_with_their_parameters(tmp_path):
+    trainer = trained(made(GPT2, CARRIED), GPT2, tmp_path, {**TOGETHER, "ema_decay": 0.9})
     assert set(trainer.averages.updates.values()) == {STEPS}
 
 
-def test_adapters_on_all_blocks(objective, tmp_path):
-    model = made(GPT2, CARRIED).double()
-    lora.add_block_adapters(model, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False))
-    before = copy.deepcopy(model)
-    trained(model, GPT2, tmp_path, {**objective, "train_shared": False})
-    moved = [name for name, p in model.named_parameters() if not torch.equal(p, before.get_parameter(name))]
-    assert len(moved) == 2 * B and all("lora_" in name for name in moved)
-
-
-def adapters_of(model) -> dict[str, torch.Tensor]:
-    """By layer and part."""
-    return {re.sub(r".*\.h\.|\.(block_\d|default)", "", name): p for name, p in model.named_parameters() if "lora_" in name}
-
-
-def test_exact_adapters_train_as_stock_lora_s(tmp_path):
-    model = made(GPT2, CARRIED).double()
-    config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
-    plain = get_peft_model(model.to_plain(), copy.deepcopy(config))
-    lora.add_block_adapters(model, config)
-    start = {name: adapter.detach().clone() for name, adapter in adapters_of(model).items()}
-    for name, adapter in adapters_of(plain).items():
-        adapter.data.copy_(start[name])
-    trainer = trained(model, GPT2, tmp_path, {**EXACT, "train_shared": False})
-    stock_trained(plain, GPT2, tmp_path, trainer.args.per_device_train_batch_size, {})
-    for name, adapter in adapters_of(plain).items():
-        assert not torch.equal(adapter, start[name])
-        torch.testing.assert_close(adapters_of(model)[name], adapter, rtol=0, atol=2e-6)
-
-
-def test_the_log_and_the_card_say_so(objective, tmp_path):
-    trainer = trained(made(GPT2, CARRIED), GPT2, tmp_path, {**objective, "max_steps": 1})
+def test_the_log_and_the_card_say_so(tmp_path):
+    trainer = trained(made(GPT2, CARRIED), GPT2, tmp_path, {**TOGETHER, "max_steps": 1})
     named = {name for name in trainer.state.log_history[0] if name.startswith("loss_block")}
-    assert named == {f"loss_block_{k}" for k in (range(B) if objective is LOCAL else [B - 1])}
+    assert named == {f"loss_block_{k}" for k in range(B)}
     trainer.save_model()
     assert "- block schedule: together" in (tmp_path / "README.md").read_text()
 
 
 def test_fp16_of_the_launcher_has_blocks_take_turns(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    assert arguments_of(tmp_path, {}).in_turn
+    args = arguments_of(tmp_path, {})
+    settle_schedule(made(GPT2, CARRIED), args)
+    assert args.block_schedule == "random"
 
 
 @pytest.mark.parametrize(
     "source, fields, arguments, message",
     [
-        (GPT2, CARRIED, {**EXACT, "block_schedule": "random"}, "block_schedule='random' with objective='exact' must be 'together'"),
-        (GPT2, CARRIED, {**EXACT, "objective": "final"}, "objective='final' with block_schedule='together' must be 'exact'"),
-        (GPT2, CARRIED, {**LOCAL, "block_parallel": True}, "block_schedule='together' with block_parallel=True"),
-        (GPT2, {"context": "carried"}, LOCAL, "needs denoiser='factorized'.*joint, carried, text-generation"),
-        (GPT2, {"denoiser": "factorized"}, EXACT, "objective='exact' needs denoiser='factorized' and context='carried'"),
-        (GPT2, CARRIED, {**EXACT, "fp16": True}, "block_schedule='together' with fp16=True"),
+        (GPT2, CARRIED, {**TOGETHER, "block_parallel": True}, "block_schedule='together' with block_parallel=True"),
+        (GPT2, {"context": "carried"}, TOGETHER, "needs denoiser='factorized'.*joint, carried, text-generation"),
+        (GPT2, CARRIED, {**TOGETHER, "fp16": True}, "block_schedule='together' with fp16=True"),
     ],
 )  # fmt: skip
 def test_what_it_needs_is_said(source, fields, arguments, message, tmp_path):
@@ -292,3 +204,26 @@ def test_what_it_needs_is_said(source, fields, arguments, message, tmp_path):
         args = trainer_of(model, source, tmp_path, {**arguments, "fp16": False}).args
         args.mixed_precision = "fp16" if arguments.get("fp16") else "no"  # (the CPU has none)
         check_schedule(model, args, None)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e9])
+def test_the_log_has_the_norm_of_all_gradients(limit, tmp_path):
+    """Before each block's was clipped by its own."""
+    model, rows = made(GPT2, {**CARRIED, "num_blocks": 1}), data(GPT2)
+    plain, arguments = model.to_plain(), {"max_grad_norm": limit}
+    ours = trained(model, GPT2, tmp_path, {**TOGETHER, **arguments}, dataset=rows)
+    stock = stock_trained(plain, GPT2, tmp_path, 2, {**arguments, "logging_steps": 1}, dataset=rows)
+    norms = [of.state.log_history[0]["grad_norm"] for of in (ours, stock)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("limit, clipped", [(1e-3, True), (0.0, False), (-1.0, False)])
+def test_blocks_are_clipped_by_their_own_norms(limit, clipped, tmp_path):
+    model = made(GPT2, CARRIED)
+    before = [[p.detach().clone() for p in model.block_parameters(k)] for k in range(B)]
+    arguments = {**TOGETHER, "max_steps": 1, "optim": "sgd", "weight_decay": 0.0, "max_grad_norm": limit}
+    trained(model, GPT2, tmp_path, arguments)
+    for k in range(B):
+        moves = [after - start for after, start in zip(model.block_parameters(k), before[k])]
+        length = torch.stack([move.norm() for move in moves]).norm().item()
+        assert (length == pytest.approx(1e-2 * 1e-3, rel=1e-2)) is clipped and length > 0

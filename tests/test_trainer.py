@@ -75,21 +75,6 @@ def test_schedule_counts_the_updates_of_each_block(order, interval, num_blocks, 
     assert max(updates) - min(updates) <= interval
 
 
-@pytest.mark.parametrize("interval", [1, 3])
-@pytest.mark.parametrize("num_blocks", [1, 3])
-def test_the_block_of_the_next_turn_is_fetched(interval, num_blocks):
-    schedule = BlockSchedule("random", range(num_blocks), 18, 0, interval)
-    turns = [schedule.block_at(step) for step in range(0, 18, interval)]
-    for step in range(18):
-        now, following = [*turns, None][step // interval : step // interval + 2]
-        assert schedule.block_to_fetch(step) == (None if following == now else following)
-
-
-def test_long_turns_fetch_no_block_ahead():
-    schedule = BlockSchedule("sequential", range(3), 18, 0)
-    assert {schedule.block_to_fetch(step) for step in range(18)} == {None}
-
-
 @pytest.mark.parametrize(
     "arguments, others, message",
     [
@@ -247,7 +232,6 @@ def test_best_model_is_loaded_at_the_end(plain_model, tmp_path):
     "arguments, message",
     [
         ({"block_schedule": "round-robin"}, "block_schedule='round-robin' must be one of None, 'random', 'sequential', 'together'"),
-        ({"offload_inactive_blocks": "disk"}, r"offload_inactive_blocks='disk' must be one of 'none', 'cpu'"),
         ({"block_switch_interval": 0}, r"block_switch_interval=0 must be a whole number from 1"),
         ({"updates_per_block": 0}, r"updates_per_block=0 must be a whole number from 1, or None"),
         ({"updates_per_block": 1.5}, r"updates_per_block=1.5 must be a whole number from 1, or None"),

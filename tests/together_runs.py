@@ -12,20 +12,14 @@ import hf_diffusionblocks as db
 B, STEPS = 4, 5
 CARRIED = {"num_blocks": B, "denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
 SOURCES = {"gpt2": GPT2, "llama": LLAMA, "vit": VIT}
-EXACT = {"block_schedule": "together", "objective": "exact"}
+TOGETHER = {"block_schedule": "together"}
 #: (Without its epsilon, AdamW makes signs of what is nearly nothing.)
 UNCLIPPED = {"max_grad_norm": 0.0, "adam_epsilon": 1e-3}
-LOCAL = {"block_schedule": "together", "objective": "local"}
 
 
 @pytest.fixture(params=SOURCES)
 def source(request):
     return SOURCES[request.param]
-
-
-@pytest.fixture(params=[EXACT, LOCAL], ids=["exact", "local"])
-def objective(request):
-    return request.param
 
 
 def data(source):
@@ -56,8 +50,8 @@ def trained(
 
 def stock_trained(plain, source, folder, batch_size: int, arguments: dict, dataset=None) -> Trainer:
     args = TrainingArguments(
-        str(folder), max_steps=STEPS, **UNCLIPPED, weight_decay=0.1, learning_rate=1e-2, use_cpu=True, save_strategy="no",
-        per_device_train_batch_size=batch_size, report_to=[], disable_tqdm=True, **arguments,
+        str(folder), max_steps=STEPS, weight_decay=0.1, learning_rate=1e-2, use_cpu=True, save_strategy="no",
+        per_device_train_batch_size=batch_size, report_to=[], disable_tqdm=True, **{**UNCLIPPED, **arguments},
     )  # fmt: skip
     trainer = Trainer(model=plain, args=args, train_dataset=dataset or data(source))
     trainer.train()

@@ -33,8 +33,6 @@ AutoConfig.register(DiffusionBlocksConfig.model_type, DiffusionBlocksConfig, exi
 
 def __getattr__(name: str):
     # What imports packages of an extra is imported when it is asked for.
-    if name == "lora":
-        return import_module(".lora", __name__)
     if name == "DiffusionBlocksImagePipeline":
         return import_module(".models.image_generation.pipeline", __name__).DiffusionBlocksImagePipeline
     if name == "SampleImages":

@@ -17,7 +17,7 @@ from .tasks import task_of
 from .whole_numbers import check_whole, is_whole
 
 #: Of saved models; to be raised when their config, names or files change their meaning.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 #: Field -> the values it may take.
 CHOICES: dict[str, tuple] = {
@@ -29,7 +29,6 @@ CHOICES: dict[str, tuple] = {
     "shared": ("common", "per_block"),
     "sampler": ("euler", "ancestral"),
     "loss_weighting": (None, "edm"),
-    "objective": ("local", "final", "exact"),
 }
 
 
@@ -120,12 +119,6 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     )
     loss_weighting: str | None = _field(
         None, "None (right for cross-entropy), or 'edm': the paper's w(sigma), meant for L2 targets."
-    )
-    objective: str = _field(
-        "local",
-        "What a block is trained on: 'local', its own readout; 'final', the last block's, through the later blocks, which "
-        "stay as they are (they run twice); 'exact', the same, in steps that train all blocks together, last to first (both "
-        "factorized and carried; 'final' is for pretrained blocks).",
     )
 
     label_dropout: float = _field(
@@ -253,11 +246,6 @@ class DiffusionBlocksConfig(PreTrainedConfig):
             raise ValueError(
                 f"readout_layers={self.readout_layers} must be 0 with context='independent': nothing is passed on "
                 "past a local head there, so its layers would only be more layers of the block"
-            )
-        if self.objective != "local" and (self.denoiser, self.context) != ("factorized", "carried"):
-            raise ValueError(
-                f"objective={self.objective!r} needs denoiser='factorized' and context='carried', so that a block's output runs "
-                f"on through the later ones, not {self.denoiser!r} and {self.context!r}"
             )
         self._check_noise_table()
         self.noise_schedule(overlap=0.0)

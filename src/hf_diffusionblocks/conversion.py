@@ -61,7 +61,7 @@ def convert(
     if loading.get("dtype") == "auto":
         loading["dtype"] = source.dtype
     if isinstance(source, PreTrainedConfig):
-        config = _config(plain_config, num_blocks, task, preset, "fresh", fields, together=resident_blocks is None)
+        config = _config(plain_config, num_blocks, task, preset, "fresh", fields)
         return build(TASKS[config.task].model_class, config, resident_blocks, **loading)
     config = _config(plain_config, num_blocks, task, preset, "pretrained", fields)
     plain_class = backbone_for(plain_config).plain_class
@@ -169,9 +169,8 @@ def plain_part(config: DiffusionBlocksConfig, resident_blocks: Sequence[int] | N
 
 
 def _config(
-    source: PreTrainedConfig, num_blocks: int | None, task: str | None, preset: str, start: str, fields: dict,
-    together: bool = True,
-) -> DiffusionBlocksConfig:  # fmt: skip
+    source: PreTrainedConfig, num_blocks: int | None, task: str | None, preset: str, start: str, fields: dict
+) -> DiffusionBlocksConfig:
     if isinstance(source, DiffusionBlocksConfig):
         raise ValueError(
             f"source is a DiffusionBlocks model already (num_blocks={source.num_blocks}): convert the plain model"
@@ -180,5 +179,5 @@ def _config(
     check_known(fields)
     if num_blocks is not None:
         fields = {"num_blocks": num_blocks, **fields}
-    fields = with_preset(preset, task, start, fields, backbone_for(source), together)
+    fields = with_preset(preset, task, start, fields, backbone_for(source))
     return DiffusionBlocksConfig(source_config=source, task=task, **fields)

@@ -12,18 +12,15 @@ from .backbones.base import Backbone
 _LOSSLESS = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
 #: (task, how the weights start) -> fields of DiffusionBlocksConfig that are not its defaults.
 RECOMMENDED: dict[tuple[str, str], dict[str, Any]] = {
-    ("text-generation", "pretrained"): {**_LOSSLESS, "objective": "exact"},
-    ("image-classification", "pretrained"): {**_LOSSLESS, "objective": "exact"},
-    # Blocks on their own losses are as good where depth counts a little, and behind where a task needs it.
-    ("text-generation", "fresh"): {**_LOSSLESS, "objective": "exact"},
+    ("text-generation", "pretrained"): _LOSSLESS,
+    ("image-classification", "pretrained"): _LOSSLESS,
+    # (A local head keeps early blocks from throwing away what later ones need. Pretrained ones begin with what they need.)
+    ("text-generation", "fresh"): {**_LOSSLESS, "readout_layers": 1},
     # (p_mean places the blocks' boundaries, which the walk to one of few labels wants higher.)
-    ("image-classification", "fresh"): {**_LOSSLESS, "p_mean": 0.5, "objective": "local"},
+    ("image-classification", "fresh"): {**_LOSSLESS, "p_mean": 0.5},
     # (Blocks that share patches and final layer pull these apart. Those of masked text do not: nothing is added there.)
     ("image-generation", "fresh"): {"shared": "per_block"},
 }
-#: Task -> what fresh blocks have besides that train on their own losses: a local head keeps early blocks from throwing away
-#: what later ones need.
-ON_OWN_LOSSES: dict[str, dict[str, Any]] = {"text-generation": {"readout_layers": 1}}
 PRESETS = ("recommended", "paper")
 #: Naming one of these leaves the preset: the other fields of the table are chosen for its formulation, not for another.
 LEAVING = ("denoiser", "context", "readout")
@@ -36,9 +33,7 @@ def recommended(task: str, start: str, architecture: Backbone) -> dict[str, Any]
     return {**RECOMMENDED.get((task, start), {}), **architecture.fixed_fields}
 
 
-def with_preset(
-    preset: str, task: str, start: str, fields: Mapping[str, Any], architecture: Backbone, together: bool = True
-) -> dict[str, Any]:
+def with_preset(preset: str, task: str, start: str, fields: Mapping[str, Any], architecture: Backbone) -> dict[str, Any]:
     """Fields of [`DiffusionBlocksConfig`]: these, and those that a preset adds.
 
     Args:
@@ -48,8 +43,6 @@ def with_preset(
         fields: override the preset's; if they name `denoiser`, `context` or `readout`, whatever the value, nothing is
             added, and what they do not say is the paper's.
         architecture: of the plain model; what it leaves no choice in is added whatever the preset.
-        together: whether all blocks can train in one step. Otherwise fresh ones, unless the fields say so, have their own
-            losses: others, which the whole model's would run through, are as fresh.
 
     Raises:
         ValueError: there is no such preset.
@@ -58,9 +51,4 @@ def with_preset(
         raise ValueError(f"preset={preset!r} must be one of {', '.join(map(repr, PRESETS))}")
     if preset == "paper" or any(name in fields for name in LEAVING):
         return {**architecture.fixed_fields, **fields}
-    if start == "fresh" and not together:
-        fields = {"objective": "local", **fields}
-    found = {**recommended(task, start, architecture), **fields}
-    if start == "fresh" and found.get("objective") == "local":
-        return {**ON_OWN_LOSSES.get(task, {}), **found}
-    return found
+    return {**recommended(task, start, architecture), **fields}

@@ -33,7 +33,6 @@ class Backbone(ABC):
     #: Fields of DiffusionBlocksConfig without a choice for it, and what they are; why is said in `fixed_because`
     fixed_fields: ClassVar[Mapping[str, Any]] = {}
     fixed_because: ClassVar[str] = ""
-    lora_targets: ClassVar[Sequence[str]] = ("q_proj", "v_proj")  #: what LoRA adapts in a layer, if not told
 
     def check(self, config: PreTrainedConfig) -> None:
         """Raise ValueError if this config asks for something that cannot be cut into blocks."""

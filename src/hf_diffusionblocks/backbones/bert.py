@@ -18,7 +18,6 @@ class BertBackbone(Encoder):
     layers_path = "bert.encoder.layer"
     embedding_paths = ("bert.embeddings",)
     readout_paths = ("cls",)
-    lora_targets = ("query", "value")
     embeds_token_types = True
 
     def check(self, config: BertConfig) -> None:

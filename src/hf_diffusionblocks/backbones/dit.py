@@ -80,7 +80,6 @@ class DiTBackbone(Backbone):
     layers_path = "transformer_blocks"
     embedding_paths = ("pos_embed",)
     readout_paths = ("norm_out", "proj_out_1", "proj_out_2")
-    lora_targets = ("to_q", "to_v")
 
     @property
     def plain_class(self) -> type[nn.Module]:

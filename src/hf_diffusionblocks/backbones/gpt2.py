@@ -16,7 +16,6 @@ class GPT2Backbone(Decoder):
     model_type = "gpt2"
     plain_class = GPT2LMHeadModel
     layers_path = "transformer.h"
-    lora_targets = ("c_attn",)
     embedding_paths = ("transformer.wte", "transformer.wpe", "transformer.drop")
     noisy_embedding_paths = ("transformer.wpe", "transformer.drop")
     attention_norm_name, attention_name, mlp_norm_name = "ln_1", "attn", "ln_2"

@@ -21,7 +21,6 @@ class ModernBertBackbone(Encoder):
     layers_path = "model.layers"
     embedding_paths = ("model.embeddings",)
     readout_paths = ("model.final_norm", "head", "decoder")
-    lora_targets = ("Wqkv",)
 
     def make_layer(self, config: ModernBertConfig) -> ModernBertEncoderLayer:
         return ModernBertEncoderLayer(config, layer_idx=layer_beyond_the_last(config))

@@ -26,16 +26,11 @@ def _option(field: dataclasses.Field) -> tuple[str, Any, dataclasses.Field]:
     return field.name, f"{kind} | None", dataclasses.field(default=None, metadata=metadata)
 
 
-#: The fields of DiffusionBlocksConfig as command-line options, with their help; but the objective, which is a training
-#: argument, too.
+#: The fields of DiffusionBlocksConfig as command-line options, with their help.
 BlocksArguments = dataclasses.make_dataclass(
     "BlocksArguments",
-    [_option(field) for name, field in USER_FIELDS.items() if name != "objective"],
+    [_option(field) for field in USER_FIELDS.values()],
     namespace={"__module__": __name__},
-)
-#: All of them, for where nothing is trained.
-AllBlocksArguments = dataclasses.make_dataclass(
-    "AllBlocksArguments", [_option(USER_FIELDS["objective"])], bases=(BlocksArguments,), namespace={"__module__": __name__}
 )
 
 

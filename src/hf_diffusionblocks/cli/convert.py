@@ -15,7 +15,7 @@ from ..conversion import convert, read_config
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..saving import shards
 from ..tasks import TASKS, task_of
-from .arguments import AllBlocksArguments, config_fields, parse_verb, preset_option
+from .arguments import BlocksArguments, config_fields, parse_verb, preset_option
 from .inspect import block_table, describe
 
 
@@ -36,7 +36,7 @@ class ConvertArguments:
 def run(args: list[str]) -> None:
     options, blocks, source, out_dir = parse_verb(
         "convert",
-        [ConvertArguments, AllBlocksArguments],
+        [ConvertArguments, BlocksArguments],
         {
             "SOURCE": "hub id or folder of a plain model, or its config JSON file (with --fresh)",
             "OUT_DIR": "folder for the DiffusionBlocks model",

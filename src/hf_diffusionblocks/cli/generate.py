@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..models.base import DiffusionBlocksPreTrainedModel
+from ..streaming import stream_layers
 from ..tasks import TASKS, Task
 from .arguments import parse_verb
 from .inspect import read_config
@@ -23,8 +24,8 @@ class GenerateArguments:
     device: str | None = field(
         default=None, metadata={"help": "Where the model runs. Not given: the accelerator if there is one, else the CPU."}
     )
-    offload: bool = field(
-        default=False, metadata={"help": "Have one block on the device at a time, and the others in host memory."}
+    stream: bool = field(
+        default=False, metadata={"help": "Have a layer or two on the device at a time, and the others in host memory."}
     )
 
 
@@ -46,11 +47,9 @@ def run(args: list[str]) -> None:
     def load() -> DiffusionBlocksPreTrainedModel:
         model = task.model_class.from_pretrained(folder)
         device = place.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        if place.offload:
-            model.offload_blocks(device)
-        else:
-            model.to(device)
-        return model
+        if place.stream:
+            stream_layers(model, device)
+        return model.to(device)
 
     task.generation.run(source, _own(options, task), place.seed, load)
 

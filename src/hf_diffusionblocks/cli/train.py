@@ -36,8 +36,9 @@ def run(args: list[str]) -> None:
     launch = _parse(args)
     if launch.training_script not in recipes:
         raise ValueError(f"TASK={launch.training_script!r} must be one of {', '.join(recipes)}")
-    with from_extra("datasets", "a recipe"):  # said here in one line, and not by each process
-        version("datasets")
+    package, extra = ("trl", "sft") if launch.training_script == "finetune" else ("datasets", "recipes")
+    with from_extra(package, "a recipe", extra):  # said here in one line, and not by each process
+        version(package)
     launch.training_script = recipes[launch.training_script]
     try:
         launch_command(launch)
@@ -48,11 +49,11 @@ def run(args: list[str]) -> None:
 
 
 def find_recipes() -> dict[str, str]:
-    """Task -> its recipe: `train_<task>.py`, and for the task "finetune-<task>" `finetune_<task>.py`."""
+    """Task -> its recipe: `train_<task>.py`; "finetune" -> `finetune.py`, and "finetune-<task>" -> `finetune_<task>.py`."""
     found = sorted(files("hf_diffusionblocks.recipes").iterdir(), key=lambda path: path.name)
     return {
         path.name.removeprefix("train_").removesuffix(".py").replace("_", "-"): str(path)
-        for kind in ("train_", "finetune_")
+        for kind in ("train_", "finetune")
         for path in found
         if path.name.startswith(kind) and path.name.endswith(".py")
     }

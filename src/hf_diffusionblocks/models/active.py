@@ -1,38 +1,11 @@
-"""What trains now, said in one place; gradients, dropout and what is on the device follow from it."""
+"""What trains now: which parameters ask for gradients, and which modules drop nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from torch import nn
-
-
-@dataclass(frozen=True)
-class ActiveBlocks:
-    """The blocks that a training step moves.
-
-    Args:
-        blocks: neighbours, first block first; gradients run through all of them, and into nothing before.
-        reader: the block that is read out for their loss: the last of them, or a later one, which then stays as it is.
-    """
-
-    blocks: range
-    reader: int
-
-    @property
-    def first(self) -> int:
-        return self.blocks[0]
-
-    @property
-    def last(self) -> int:
-        return self.blocks[-1]
-
-    @property
-    def passed_through(self) -> range:
-        """The blocks between, which pass the gradient on."""
-        return range(self.last + 1, self.reader + 1)
 
 
 @contextmanager
@@ -73,12 +46,12 @@ class TrainedParameters:
             parameter.requires_grad_(owner in self._owners)
         return self
 
-    def activate(self, active: ActiveBlocks) -> None:
-        """Have no block but the active ones ask for gradients: one that passes them on, or reads out, gets none."""
+    def activate(self, active_block: int) -> None:
+        """Have no block but the active one ask for gradients."""
         for block, parameters in self.of_block.items():
             if block is not None:
                 for parameter in parameters:
-                    parameter.requires_grad_(block in active.blocks)
+                    parameter.requires_grad_(block == active_block)
 
     def __exit__(self, *error) -> None:
         for parameter in self._asked:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint as checkpoint_activations
 from transformers import initialization as init
 
 from ..backbones.base import backbone_for
@@ -17,10 +15,10 @@ from ..configuration import DiffusionBlocksConfig
 from ..diffusion.randomness import Generators
 from ..diffusion.schedule import NoiseSchedule
 from ..saving.pretrained import SavedByBlock
-from .active import ActiveBlocks, without_dropout
+from ..streaming import weights_on_device
+from .active import without_dropout
 from .block import Block
 from .context import CONTEXTS
-from .offload import OffloadedBlocks
 from .sharing import SHARINGS
 from .targets import FixedTargets
 
@@ -30,6 +28,13 @@ class Clean(NamedTuple):
 
     inputs: dict[str, Any]  #: what embeds it
     attention: dict[str, Any]  #: what a layer takes beside hidden states to run it
+
+
+class BlockOutput(NamedTuple):
+    """What a block has made of x in training, `[N, S, D]` each."""
+
+    leaving: torch.Tensor  #: what the next block may start from
+    read: torch.Tensor  #: what it is read out from: the same, or what its local head makes of it
 
 
 class DiffusionBlocksPreTrainedModel(SavedByBlock):
@@ -62,8 +67,6 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     copied_modules: ClassVar[tuple[str, ...]] = ()  #: lists of modules with a copy a block if it has its own
 
     gradient_checkpointing = False  #: Transformers' switch, of all layers
-    #: While inactive blocks are kept in host memory: what brings a block's parameters to the device
-    offload: OffloadedBlocks | None = None
 
     def __init__(self, config: DiffusionBlocksConfig):
         super().__init__(config)
@@ -115,8 +118,8 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             )
 
     def _make_block(self, k: int, modulated: bool) -> Block:
-        layers, is_last = self.config.block_layers(k), k == self.num_blocks - 1
-        head_layers = range(0 if is_last else self.config.readout_layers)
+        layers = self.config.block_layers(k)
+        has_head = self.config.readout_layers and k < self.num_blocks - 1
         prefixes = [f"backbone.{self.architecture.layers_path}.{layer}." for layer in layers]
         prefixes += [f"modulations.{layer}." for layer in layers] + [f"readout_heads.{k}."]
         prefixes += self.sharing.prefixes(k, ("sigma_embeddings", *self.copied_modules))
@@ -125,13 +128,10 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             index=k,
             layers=layers,
             predecessors=self.context.predecessors(k),
-            readers=range(k, self.num_blocks if self.context.passes_on and not modulated else k + 1),
             embeddings=self.sharing.embeddings(k),
             readout=self.sharing.readout(k),
             sigma_embedding=f"sigma_embeddings.{self.sharing.copy(k)}" if modulated else None,
-            local_head=f"readout_heads.{k}" if head_layers else None,
-            # (peft wraps layers, not the list of them.)
-            own_readout=[*(f"readout_heads.{k}.{layer}" for layer in head_layers), *self.sharing.own_readout(k)],
+            local_head=f"readout_heads.{k}" if has_head else None,
             prefixes=prefixes,
         )
 
@@ -191,20 +191,12 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
 
     def block_of_parameter(self, name: str) -> int | None:
         """The block a parameter belongs to by its name in the state dict, or None if it is shared."""
-        _, whole, adapter = name.partition(".modules_to_save.block_")  # what peft trains whole beside a block's adapter
-        if whole:
-            return int(adapter.split(".")[0])
         return next((block.index for block in self.blocks if name.startswith(block.prefixes)), None)
 
     @property
     def computes_plain_model(self) -> bool:
         """Whether the blocks compute together what the stock model does: each passes x on, and none sees z."""
         return self.context.passes_on and not self.denoiser.modulated
-
-    @property
-    def has_adapters(self) -> bool:
-        """Whether blocks have LoRA adapters: see `lora.add_block_adapters`."""
-        return bool(getattr(self, "peft_config", None))
 
     def block_parameters(self, block_index: int) -> list[nn.Parameter]:
         """All parameters of one block, and of no other."""
@@ -217,40 +209,6 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
 
     # ---- running layers
 
-    def offload_blocks(self, device: torch.device | str | None) -> None:
-        """Keep blocks in host memory, and on the device the one that runs: inference in the memory of one block.
-
-        What no block owns stays on the device. Each block is copied there when it is its turn: where a block serves few
-        rows, the copies take longer than it does.
-
-        Args:
-            device: where blocks run; None ends it, and leaves the whole model in host memory.
-        """
-        if self.offload is not None:
-            self.offload.put_away()
-            self.offload = None
-            self.to("cpu")
-        if device is not None:
-            self.offload = OffloadedBlocks(self, torch.device(device))
-
-    def state_dict(self, *args, **kwargs) -> dict[str, torch.Tensor]:
-        if self.offload is not None:
-            self.offload.settle()
-        return super().state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args, **kwargs):
-        with self.blocks_at_hand():
-            return super().load_state_dict(*args, **kwargs)
-
-    def blocks_at_hand(self) -> AbstractContextManager[None]:
-        """Have blocks where others than training read and change their weights: in host memory, if they wait there for their
-        turn. (Of what is on the device then, only what has trained goes back.)"""
-        return nullcontext() if self.offload is None else self.offload.all_away()
-
-    @property
-    def device(self) -> torch.device:
-        return super().device if self.offload is None else self.offload.device
-
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, every_n_layers: int = 1):
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError(
@@ -259,21 +217,22 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         if every_n_layers != 1:
             raise ValueError(f"every_n_layers={every_n_layers} must be 1: layers are checkpointed all, or none")
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
+        for module in self.modules():  # layers would do it again, inside of ours
+            if module is not self and hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
 
     def run_layer(
         self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention
     ) -> torch.Tensor:
         """One layer, checkpointed where gradient checkpointing is on; `attention` as in [`Backbone.run_layer`]."""
-        # (By the model's mode: in training, layers that carry a gradient on are in evaluation mode, without dropout.)
-        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
-            return self._run_layer(layer, hidden, modulation, **attention)
-        training = layer.training
 
         def run(hidden: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:
-            with nullcontext() if training else without_dropout(layer):  # also where the layer runs again
+            with weights_on_device(layer):  # of which modulated ones are called part by part
                 return self._run_layer(layer, hidden, modulation, **attention)
 
-        return self._gradient_checkpointing_func(run, hidden, modulation)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(run, hidden, modulation)
+        return run(hidden, modulation)
 
     def compile_layers(self, **kwargs) -> None:
         """Have layers compiled as they first run: one graph for all layers of all blocks, since they are alike.
@@ -285,9 +244,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
 
     # ---- the clean input through blocks
 
-    def check_block_given(
-        self, block_index: int | None, target: torch.Tensor | None, block_output: torch.Tensor | None = None
-    ) -> None:
+    def check_block_given(self, block_index: int | None, target: torch.Tensor | None) -> None:
         """Raise ValueError unless `forward` is called for a block and its target, or for the whole model in evaluation."""
         if block_index is None and self.training and target is not None:
             raise ValueError(
@@ -296,24 +253,8 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             )
         if block_index is not None and target is None:
             raise ValueError(f"labels=None with block_index={block_index}: a block is trained on labels")
-        if block_output is not None and self.denoiser.modulated:
-            raise ValueError("block_output must be None with denoiser='joint': layers run on x and z together")
-
-    def active_blocks(self, block_index: int, loss_block: int | None) -> ActiveBlocks:
-        """The block that a step trains, and the one that is read out for its loss (None: itself).
-
-        Raises:
-            ValueError: there is no such block, or it cannot be read out for the loss of the other.
-        """
-        self.block_layers(block_index)  # raises on a block that does not exist
-        reader = block_index if loss_block is None else loss_block
-        if reader not in self.blocks[block_index].readers:
-            raise ValueError(
-                f"loss_block={loss_block} with block_index={block_index} must be this or a later block of "
-                f"{self.num_blocks}, and needs denoiser='factorized' and context='carried' (this model: "
-                f"{self.config.formulation})"
-            )
-        return ActiveBlocks(range(block_index, block_index + 1), reader)
+        if block_index is not None:
+            self.block_layers(block_index)  # raises on a block that does not exist
 
     def sees_z(self, sigma: torch.Tensor | None) -> bool:
         """Whether z is looked at where the noise levels are these, or (None) drawn: at sigma_max it says nothing of the
@@ -357,31 +298,10 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
                 hidden = self.blocks[earlier].run_clean(hidden, **x.attention)
         return hidden
 
-    def training_output(
-        self, active: ActiveBlocks, x: Clean, cached: torch.Tensor | None = None, output: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Training, where layers see x alone: what the reader is read out from, `[N, S, D]`; of `cached`, what enters the
-        first active block, or of `output`, what has left the last."""
-        hidden = output
-        if hidden is None:
-            hidden = self.entering(self.blocks[active.first], x, cached)
-            for k in active.blocks:
-                hidden = self.blocks[k].run_clean(hidden, **x.attention)
-        hidden = self._through_later(active, hidden, x)
-        return self.blocks[active.reader].run_local_head(hidden, **x.attention)
-
-    def _through_later(self, active: ActiveBlocks, hidden: torch.Tensor, x: Clean) -> torch.Tensor:
-        """With gradient and without dropout. Each block keeps what enters it alone, and runs again in the backward pass:
-        the activations of one at a time are held."""
-        attention = x.attention  # what is kept for the backward pass; what embeds x is not
-
-        def run(k: int, hidden: torch.Tensor) -> torch.Tensor:
-            with without_dropout(self.backbone):
-                return self.blocks[k].run_clean(hidden, **attention)
-
-        for k in active.passed_through:
-            hidden = checkpoint_activations(run, k, hidden, use_reentrant=False, preserve_rng_state=False)
-        return hidden
+    def training_output(self, block: Block, x: Clean, cached: torch.Tensor | None = None) -> BlockOutput:
+        """Training, where layers see x alone: of `cached`, what enters the block, if it is there."""
+        leaving = block.run_clean(self.entering(block, x, cached), **x.attention)
+        return BlockOutput(leaving, block.run_local_head(leaving, **x.attention))
 
     def clean_outputs(self, x: Clean, without_last: bool = False) -> list[torch.Tensor]:
         """Inference: what leaves each block when x runs through all of them, or all but the last, first block first."""

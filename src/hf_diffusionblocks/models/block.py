@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,35 +12,32 @@ from torch import nn
 from ..backbones.modulation import Modulation
 from ..diffusion.gaussian import precondition
 from ..diffusion.randomness import Generators
+from ..streaming import weights_on_device
 
 
 class Block:
     """A view of one block of a model.
 
-    It holds no tensors, and looks modules up when it is called: no key doubles, and peft may replace modules.
+    It holds no tensors, and looks modules up when it is called: no key doubles, and others may replace modules.
 
     Args:
         model: whose block.
         index: 0 for the first layers and the highest noise.
         layers: global indices of its layers.
         predecessors: blocks whose clean output is its input: they run before it, without gradient.
-        readers: blocks that can be read out for its loss: itself, and later ones that its output runs on through.
         embeddings, readout: paths of what holds the modules that embed its input, and that read it out: the stock model,
             or parts of its own.
         sigma_embedding: path of what embeds sigma for its layers; None where nothing modulates them.
         local_head: path of the layers of its local head, if it has one.
-        own_readout: paths of the modules that read out this block alone.
         prefixes: how the names of its parameters begin.
     """
 
     def __init__(
-        self, model: nn.Module, index: int, layers: range, predecessors: range, readers: range, embeddings: str,
-        readout: str, sigma_embedding: str | None, local_head: str | None, own_readout: Sequence[str],
-        prefixes: Sequence[str],
+        self, model: nn.Module, index: int, layers: range, predecessors: range, embeddings: str, readout: str,
+        sigma_embedding: str | None, local_head: str | None, prefixes: Sequence[str],
     ):  # fmt: skip
         self.model, self.index, self.layer_indices = model, index, layers
-        self.predecessors, self.readers = predecessors, readers
-        self.own_readout, self.prefixes = list(own_readout), tuple(prefixes)
+        self.predecessors, self.prefixes = predecessors, tuple(prefixes)
         self._embeddings, self._readout = embeddings, readout
         self._sigma_embedding, self._local_head = sigma_embedding, local_head
 
@@ -52,7 +50,7 @@ class Block:
     @property
     def layers(self) -> list[nn.Module]:
         """Its layers, of the stock model's."""
-        layers = self._part("backbone").get_submodule(self.model.architecture.layers_path)
+        layers = self.model.backbone.get_submodule(self.model.architecture.layers_path)
         return [layers[index] for index in self.layer_indices]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -90,10 +88,14 @@ class Block:
         """What holds its final norm and head."""
         return self._part(self._readout)
 
-    def readout_parameters(self) -> list[nn.Parameter]:
-        """Those of its final norm and head."""
-        paths = self.model.architecture.readout_paths
-        return [parameter for path in paths for parameter in self.readout_parts.get_submodule(path).parameters()]
+    @contextmanager
+    def readout_on_device(self) -> Iterator[list[torch.Tensor]]:
+        """While this runs, final norm and head are where they compute, however often; gives their parameters there."""
+        with ExitStack() as there:
+            parts = [self.readout_parts.get_submodule(path) for path in self.model.architecture.readout_paths]
+            for part in parts:
+                there.enter_context(weights_on_device(part))
+            yield [parameter for part in parts for parameter in part.parameters()]
 
     def read_out(self, hidden: torch.Tensor, **conditions) -> torch.Tensor:
         """What has left a block and its local head, through final norm and head."""
@@ -136,11 +138,5 @@ class Block:
         """The clean input through its layers: for the next block, or to be read out."""
         return self.run(hidden, self.clean_modulations(), **attention)
 
-    def fetch(self) -> None:
-        """To be called before its parameters are used: they may be in host memory."""
-        if self.model.offload is not None:
-            self.model.offload.use(self.index)
-
     def _part(self, path: str) -> nn.Module:
-        self.fetch()
         return self.model.get_submodule(path)

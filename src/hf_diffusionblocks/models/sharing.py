@@ -31,10 +31,6 @@ class CommonParts:
         """Path of what holds a block's final norm and head."""
         return "backbone"
 
-    def own_readout(self, block_index: int) -> list[str]:
-        """Paths of the modules of its own that a block is read out by."""
-        return []
-
     def copy(self, block_index: int) -> int:
         """Which of the copies a block uses."""
         return 0
@@ -78,9 +74,6 @@ class OwnParts:
 
     def readout(self, block_index: int) -> str:
         return f"block_readouts.{block_index}" if block_index < self._last else "backbone"
-
-    def own_readout(self, block_index: int) -> list[str]:
-        return [f"{self.readout(block_index)}.{path}" for path in self._backbone.readout_paths]
 
     def copy(self, block_index: int) -> int:
         return block_index

@@ -9,7 +9,6 @@ from string import Template
 
 from transformers import PreTrainedModel
 
-from ..configuration import USER_FIELDS
 from ..tasks import TASKS
 
 CARD = "README.md"
@@ -24,12 +23,8 @@ from transformers import {auto_class}, pipeline
 
 model = {auto_class}.from_pretrained("{name}")
 {lines}"""
-USE_ADAPTERS = """\
-import hf_diffusionblocks as db  # pip install hf-diffusionblocks
-from hf_diffusionblocks import lora
-
-model = db.convert("{base_model}", task="{task}", preset="paper", {fields})
-lora.load_block_adapters(model, "{name}")  # an adapter a block; peft reads them into the plain model, too"""
+#: `config.denoiser` -> how its blocks train
+TRAINED_AS = {"joint": "each as a denoiser of its own range of noise", "factorized": "each on a loss of its own"}
 FORMULATION_FIELDS = (
     "denoiser", "context", "readout", "readout_layers", "sampler", "bridge", "prior_fraction", "overlap",
     "noise_distribution", "p_mean", "p_std", "sigma_data", "shared",
@@ -64,8 +59,7 @@ def render(model: PreTrainedModel, home: Path) -> str:
     config, name = model.config, home.resolve().name
     report = config.training_report or {}
     evaluation_sentence = TASKS[config.task].evaluation.get((config.denoiser, config.context), "")
-    objective = report.get("objective", config.objective)  # a run may have had one of its own
-    if (config.denoiser, config.context) == ("factorized", "carried") and objective == "local":
+    if (config.denoiser, config.context) == ("factorized", "carried"):
         evaluation_sentence += " This is block-local training with a noise-tempered loss."
     template = Template(files("hf_diffusionblocks.model_cards").joinpath("template.md").read_text())
     plain = f"{type(model.backbone).__name__}, {config.num_hidden_layers} layers"
@@ -80,7 +74,7 @@ def render(model: PreTrainedModel, home: Path) -> str:
         datasets_yaml=f"datasets:\n- {report['dataset']}\n" if report.get("dataset") else "",
         source=source,
         num_blocks=config.num_blocks,
-        trained_as=_trained_as(config.denoiser, objective),
+        trained_as=TRAINED_AS[config.denoiser],
         level=model.noise_schedule.level_name,
         block_rows="\n".join(_block_row(model, k) for k in range(config.num_blocks)),
         shared_parameters=f"{sum(p.numel() for p in model.shared_parameters()):,}",
@@ -90,21 +84,9 @@ def render(model: PreTrainedModel, home: Path) -> str:
     )
 
 
-def _trained_as(denoiser: str, objective: str) -> str:
-    if denoiser == "joint":
-        return "each as a denoiser of its own range of noise"
-    return "each on a loss of its own" if objective == "local" else "on the whole model's loss"
-
-
 def _use_code(model: PreTrainedModel, name: str) -> str:
-    if not model.has_adapters:
-        task = TASKS[model.task]
-        return USE.format(auto_class=task.auto_class.__name__, name=name, lines=task.usage.format(name=name))
-    # Every field that is not the class's default: whatever the presets of another version, this is the model.
-    values = {field: getattr(model.config, field) for field in USER_FIELDS}
-    given = [f"{field}={value!r}" for field, value in values.items() if value != USER_FIELDS[field].default]
-    base_model = model.config.base_model or "FOLDER_OF_THE_PRETRAINED_MODEL"
-    return USE_ADAPTERS.format(base_model=base_model, task=model.task, fields=", ".join(given), name=name)
+    task = TASKS[model.task]
+    return USE.format(auto_class=task.auto_class.__name__, name=name, lines=task.usage.format(name=name))
 
 
 def _block_row(model: PreTrainedModel, block_index: int) -> str:
@@ -144,7 +126,6 @@ _REPORT_LABELS = {
     "steps": "optimizer steps",
     "updates_per_block": "updates of each block",
     "block_schedule": "block schedule",
-    "objective": "objective",
     "batch_size": "batch size",
     "learning_rate": "learning rate",
     "ema_decay": "weights are exponential moving averages, of decay",

@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedModel
 
 from . import cards, resident, shards
-from .adapters import save_block_adapters
 from .shards import Provenance
 
 
@@ -25,8 +24,8 @@ class SavedByBlock(PreTrainedModel):
         """A copy of the stock HF model inside, with the trained weights: it gives the same logits.
 
         Raises:
-            ValueError: the formulation is not the stock model's function (anything but factorized and carried), blocks
-                are missing, or adapters are not merged.
+            ValueError: the formulation is not the stock model's function (anything but factorized and carried), or blocks
+                are missing.
         """
         if not self.computes_plain_model:
             raise ValueError(
@@ -35,16 +34,12 @@ class SavedByBlock(PreTrainedModel):
             )
         if len(self.resident_blocks) < self.num_blocks:
             raise ValueError(f"to_plain() needs all {self.num_blocks} blocks: resident_blocks={self.resident_blocks}")
-        if self.has_adapters:
-            raise ValueError(f"to_plain() of a model with adapters ({', '.join(self.peft_config)}): merge_and_unload first")
-        if self.offload is not None:
-            self.offload.settle()
         config = copy.deepcopy(self.config.source_config)
         plain = self.architecture.plain_class._from_config(config, dtype=self.dtype)
         plain.load_state_dict(self.backbone.state_dict())
         if plain.can_generate() and self.can_generate():
             plain.generation_config = copy.deepcopy(self.generation_config)
-        return plain.to(self.device).train(self.training)
+        return plain.to(next(self.backbone.parameters()).device).train(self.training)  # (of a streamed one, host memory)
 
     def save_pretrained(
         self,
@@ -66,16 +61,13 @@ class SavedByBlock(PreTrainedModel):
             raise ValueError(f"variant={kwargs['variant']!r} is not supported: shards are named by block")
         hub_kwargs = {key: kwargs.pop(key) for key in shards.HUB_KWARGS if key in kwargs}
         if is_main_process:
-            if len(self.resident_blocks) < self.num_blocks and not self.has_adapters:  # (which replace no weights)
+            if len(self.resident_blocks) < self.num_blocks:
                 shards.check_overwrite(Path(save_directory), self.resident_blocks)
             with shards.atomic_save(Path(save_directory)) as staging:
                 # Current parameter names, not HF's older ones: block files and Trainer resume go by them.
                 kwargs |= {"max_shard_size": "1000TB", "save_original_format": False}
-                if self.has_adapters:
-                    save_block_adapters(self, staging)
-                else:
-                    super().save_pretrained(staging, state_dict=state_dict, **kwargs)
-                    shards.split_by_block(staging, self.block_of_parameter, self.num_blocks, self.provenance)
+                super().save_pretrained(staging, state_dict=state_dict, **kwargs)
+                shards.split_by_block(staging, self.block_of_parameter, self.num_blocks, self.provenance)
                 cards.write(self, staging, keep_from=Path(save_directory))
         if push_to_hub:
             self.push_to_hub(hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs)

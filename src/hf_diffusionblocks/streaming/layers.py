@@ -18,13 +18,19 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _outermost(module: nn.Module, path: str, listed: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, GradientCheckpointingLayer):
-        yield path, module
-    elif listed and not isinstance(module, nn.ModuleList) and not _has_layers(module):
+    # A reversible layer (Reformer's) calls its parts by themselves in the backward pass: so these come and go.
+    opened = isinstance(module, nn.ModuleList) or hasattr(module, "backward_pass")
+    is_layer = listed and not opened and _is_called(module) and not _has_layers(module)
+    if isinstance(module, GradientCheckpointingLayer) or is_layer:
         yield path, module
     else:
         for name, child in module.named_children():
-            yield from _outermost(child, f"{path}.{name}" if path else name, isinstance(module, nn.ModuleList))
+            yield from _outermost(child, f"{path}.{name}" if path else name, opened)
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Whether it is more than a place for others."""
+    return type(module).forward is not nn.Module.forward
 
 
 def _has_layers(module: nn.Module) -> bool:
@@ -69,7 +75,8 @@ def find_rest(model: nn.Module, taken: Sequence[nn.Module]) -> dict[str, nn.Modu
     moving = {id(p): p.nbytes for layer in taken for p in layer.parameters()}
     found = {}
     for path, module in parts:
-        if sum(moving.values()) >= LEAST_SHARE * whole and module not in _tables(model):
+        is_tied = any(id(p) in moving for p in module.parameters())  # to what moves
+        if sum(moving.values()) >= LEAST_SHARE * whole and module not in _tables(model) and not is_tied:
             continue
         found[path] = module
         moving |= {id(p): p.nbytes for p in module.parameters()}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -70,6 +71,17 @@ class LentUnit:
             return fn(tensor)
 
         return super()._apply(stays, recurse)
+
+
+@contextmanager
+def weights_on_device(module: nn.Module) -> Iterator[None]:
+    """For who calls parts of a module, or reads its weights, by himself: while this runs, those that are streamed are copies
+    on the device."""
+    with ExitStack() as lent:
+        for unit in module.modules():
+            if isinstance(unit, LentUnit):
+                lent.enter_context(unit._stream.lent(unit._unit, unit))
+        yield
 
 
 def _deferring_head(model: nn.Module, given: dict[str, Any]) -> nn.Module | None:

@@ -89,8 +89,8 @@ class Stream:
     def run(self, unit: Unit, module: nn.Module, forward, args: tuple, kwargs: dict[str, Any]):
         """Call a unit's own forward on its copies."""
         unit.belongs_to(module)
-        if unit.depth:
-            return forward(*args, **kwargs)
+        if unit.depth or not any(isinstance(each, nn.Parameter) for each in module.parameters()):
+            return forward(*args, **kwargs)  # (lent already: by itself, or by the unit that it is a part of)
         if module is self._deferring and is_large(args[0].shape[:-1].numel(), module.out_features):
             return self._deferred(unit, module, forward, *args)
         if unit.checkpointed_here and module.training and torch.is_grad_enabled() and not _writes_to_cache(args, kwargs):

@@ -6,11 +6,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from ..configuration import CHOICES
 from ..whole_numbers import check_whole
 from .block_schedule import ORDERS
-
-OFFLOADS = ("none", "cpu")
 
 
 @dataclass
@@ -28,7 +25,7 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
             "help": "Which block each optimizer step trains: 'random' (each round of num_blocks steps visits every "
             "block once, in random order), 'sequential' (block 0 to its end, then block 1, ...), or 'together': every step "
             "trains all, one after another, each alone with its gradients. Default: 'together' where a turn of one block would "
-            "run others again (both factorized and carried), else 'random'.",
+            "run others again (both factorized and carried), and nothing asks for turns; else 'random'.",
             "choices": list(ORDERS),
         },
     )
@@ -48,25 +45,6 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
         metadata={
             "help": "Whether to train what all blocks share (embeddings, final norm, head and sigma "
             "embeddings). A job that trains some of the blocks leaves it as it is, or has shared='per_block'."
-        },
-    )
-    objective: str | None = field(
-        default=None,
-        metadata={
-            "help": "What a block is trained on: 'local', its own readout; 'final', the last block's, through the later "
-            "blocks, which stay as they are (they run twice); 'exact', the same, in steps that train all blocks together, "
-            "last to first: end-to-end training, with gradients and activations of one block (both factorized and carried; "
-            "'final' is for pretrained blocks). Default: the model's own, as its config has it.",
-            "choices": list(CHOICES["objective"]),
-        },
-    )
-    offload_inactive_blocks: str = field(
-        default="none",
-        metadata={
-            "help": "Where blocks wait while others train: 'none' keeps all on the device; 'cpu' keeps parameters and "
-            "optimizer state of inactive blocks in host memory, and (not if 'sequential') copies the next block while one "
-            "trains.",
-            "choices": list(OFFLOADS),
         },
     )
     block_switch_interval: int = field(
@@ -89,7 +67,7 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
     )
     ema_in_host_memory: bool = field(
         default=False,
-        metadata={"help": "Keep the averages in host memory, as with offload_inactive_blocks='cpu' in any case."},
+        metadata={"help": "Keep the averages in host memory, as those of what is streamed are in any case."},
     )
     measure_memory: bool = field(
         default=True,
@@ -98,14 +76,8 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, allowed in (
-            ("block_schedule", (None, *ORDERS)),
-            ("offload_inactive_blocks", OFFLOADS),
-            ("objective", (None, *CHOICES["objective"])),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+        if self.block_schedule not in (allowed := (None, *ORDERS)):
+            raise ValueError(f"block_schedule={self.block_schedule!r} must be one of {', '.join(map(repr, allowed))}")
         if self.ema_decay is not None and not (isinstance(self.ema_decay, float) and 0 < self.ema_decay < 1):
             raise ValueError(f"ema_decay={self.ema_decay!r} must be above 0 and below 1, or None for no averages")
         if self.ema_in_host_memory and self.ema_decay is None:
@@ -128,17 +100,3 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
     def scales_loss(self) -> bool:
         """Whether it trains in fp16, whoever says so: `fp16=True`, or `accelerate launch --mixed_precision fp16`."""
         return self.mixed_precision == "fp16"
-
-    @property
-    def in_turn(self) -> bool:
-        """Whether blocks take turns, by what is asked for."""
-        if self.block_schedule is None:
-            return self.block_parallel or self.block_switch_interval > 1 or self.scales_loss
-        return self.block_schedule != "together"
-
-    def objective_of(self, configured: str) -> str:
-        """The objective of a run: what is given here, or else what the model's config says. Its 'exact' is 'final' where
-        blocks take turns: the same loss."""
-        if self.objective is None:
-            return "final" if configured == "exact" and self.in_turn else configured
-        return self.objective

@@ -92,18 +92,17 @@ class WeightAverages(TrainerCallback):
         own: dict[str, torch.Tensor] = {}
         self._are_in_model = True
         try:
-            with self._trainer.model.blocks_at_hand():
-                own = {name: self._parameters[name].detach().to("cpu", copy=True) for name in self._averages}
-                self._write(self._averages)
+            own = {name: self._parameters[name].detach().to("cpu", copy=True) for name in self._averages}
+            self._write(self._averages)
             yield
         finally:
-            with self._trainer.model.blocks_at_hand():
-                self._write(own)
+            self._write(own)
             self._are_in_model = False
 
+    @torch.no_grad()
     def _write(self, values: Mapping[str, torch.Tensor]) -> None:
         for name, value in values.items():
-            self._parameters[name].data.copy_(value)
+            self._parameters[name].copy_(value)  # (not its `data`: a stream goes by the version)
 
     # ---- in a checkpoint
 
@@ -142,8 +141,7 @@ class AveragingTrainer(RunReports):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        in_host_memory = self.args.ema_in_host_memory or self.args.offload_inactive_blocks == "cpu"
-        self.averages = WeightAverages(self, in_host_memory) if self.args.ema_decay is not None else None
+        self.averages = WeightAverages(self, self.args.ema_in_host_memory) if self.args.ema_decay is not None else None
         if self.averages:
             self.add_callback(self.averages)
 

@@ -6,8 +6,6 @@ import torch
 from accelerate.utils import find_batch_size
 from transformers import Trainer
 
-from ..models.active import ActiveBlocks
-
 
 class BlockEvaluation(Trainer):
     """The part of the Trainer that evaluates."""
@@ -18,10 +16,6 @@ class BlockEvaluation(Trainer):
     def __init__(self, *args, **kwargs):
         self._evaluated: list[torch.Tensor] = []  # `[rows, B]` losses of the evaluation that runs
         super().__init__(*args, **kwargs)
-
-    def _active(self, block: int) -> ActiveBlocks:
-        """What trains, and is evaluated, with a block."""
-        raise NotImplementedError
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         result = super().compute_loss(model, inputs, *args, **kwargs)
@@ -54,10 +48,9 @@ class BlockEvaluation(Trainer):
         inputs = self._prepare_inputs(inputs)
         num_items = self._get_num_items_in_batch([inputs], self.args.device)
         num_rows, losses = find_batch_size(inputs), []
-        for active in map(self._active, self.train_blocks):
+        for block in self.train_blocks:
             generator = torch.Generator().manual_seed(self.model.config.inference_seed)
-            inputs |= {"generator": generator, "block_index": active.first, "loss_block": active.reader}
-            inputs |= self.model.evaluation_levels(active.first, num_rows)
+            inputs |= {"generator": generator, "block_index": block, **self.model.evaluation_levels(block, num_rows)}
             with self.compute_loss_context_manager():
                 losses.append(self.compute_loss(self.model, dict(inputs), num_items_in_batch=num_items))
         return torch.stack(losses).mean().detach(), None, None

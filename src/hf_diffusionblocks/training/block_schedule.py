@@ -40,15 +40,6 @@ class BlockSchedule:
         index, place = divmod(step // self.switch_interval, len(self.blocks))
         return self._round(index)[place]
 
-    def block_to_fetch(self, step: int) -> int | None:
-        """The block of the next turn, to be copied ahead; None if it is the same, or none follows, or turns are so long
-        ("sequential") that a block's memory is worth more than the wait at their end."""
-        later = (step // self.switch_interval + 1) * self.switch_interval
-        if self.order == "sequential" or later >= self.total_steps:
-            return None
-        following = self.block_at(later)
-        return None if following == self.block_at(step) else following
-
     def updates_before(self, step: int, block_index: int) -> int:
         """How many of the steps before `step` trained this block."""
         if block_index not in self.blocks:

@@ -56,9 +56,6 @@ class AtomicCheckpoints(Trainer):
             shutil.rmtree(staged)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
-            if self.args.should_save:  # beside the files that the Trainer knows of: adapters
-                for folder in final.glob("block_*"):
-                    shutil.copytree(folder, Path(self.args.output_dir) / folder.name, dirs_exist_ok=True)
             super()._push_from_checkpoint(str(final))
 
     def _surplus_checkpoints(self, run_dir: Path) -> list[Path]:

@@ -11,15 +11,13 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.training_args import OptimizerNames
-from transformers.utils import logging
 
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..saving.resident import checked_blocks
+from ..streaming import stream_of
 from .arguments import DiffusionBlocksTrainingArguments
 from .cached_inputs import column_of, predecessors_column_of
 from .parallel import Layout
-
-logger = logging.get_logger(__name__)
 
 
 def check_given_to_trainer(args: DiffusionBlocksTrainingArguments, given: Mapping[str, Any]) -> None:
@@ -69,18 +67,6 @@ def blocks_to_train(
         )
     if args.train_shared and any(parameter.requires_grad for parameter in model.shared_parameters()):
         check_one_job(blocks, model.num_blocks)
-    if args.objective != "local":
-        if model.num_blocks - 1 not in model.blocks[min(blocks)].readers:
-            raise ValueError(
-                f"objective={args.objective!r} needs denoiser='factorized' and context='carried', so that a block's output runs "
-                f"on through the later ones; this model is {model.config.formulation}"
-            )
-        later = sorted(set(range(min(blocks), model.num_blocks)) - set(resident))
-        if later:
-            raise ValueError(
-                f"objective={args.objective!r} with train_blocks={blocks} needs the later blocks {later}: load them, too, "
-                "or set objective='local'"
-            )
     return blocks
 
 
@@ -90,55 +76,23 @@ def _chosen_blocks(model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksT
     return checked_blocks(args.train_blocks, model.num_blocks, "train_blocks")
 
 
-def settle_schedule(
-    model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments, columns: Sequence[str]
-) -> None:
-    """Fill in schedule and objective where a run leaves them to the model: all blocks together where a turn of one would run
-    others again.
-
-    Args:
-        columns: of the training data.
+def settle_schedule(model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments) -> None:
+    """Fill in the schedule where it is not given: all blocks together where a turn of one would run others again, and
+    nothing asks for turns.
 
     Raises:
         ValueError: the model has no such blocks.
     """
-    blocks = _chosen_blocks(model, args)
-    if args.block_schedule is None and (args.in_turn or cached_column(blocks, columns)):
-        args.block_schedule = "random"
-    found = args.objective_of(model.config.objective)
-    if args.objective is None and found != model.config.objective:
-        logger.warning(
-            f"blocks take turns, so that the model's objective={model.config.objective!r} is {found!r} in this run: it is for "
-            "pretrained blocks. Fresh ones want objective='local'"
-        )
-    args.objective = found
+    runs_again = len(_chosen_blocks(model, args)) > 1 and model.computes_plain_model
+    in_turn = args.block_parallel or args.block_switch_interval > 1 or args.scales_loss
     if args.block_schedule is None:
-        runs_again = len(blocks) > 1 and model.computes_plain_model
-        together = args.objective == "exact" or (runs_again and args.objective == "local")
-        args.block_schedule = "together" if together else "random"
-
-
-def warn_of_own_fields(model: DiffusionBlocksPreTrainedModel, objective: str) -> None:
-    """Say which fields of a model are for blocks' own losses, where it trains on the whole model's."""
-    config = model.config
-    if objective == "local":
-        return
-    if config.prior_fraction < 1:
-        logger.warning(
-            f"prior_fraction={config.prior_fraction} with objective={objective!r}: where the noise is low, the "
-            "label is in z, and a block has little to learn from it. Convert with prior_fraction=1.0"
-        )
-    if config.readout_layers:
-        logger.warning(
-            f"readout_layers={config.readout_layers} with objective={objective!r}: local heads stay as they are. Blocks' own "
-            "losses (objective='local') train them"
-        )
+        args.block_schedule = "together" if runs_again and not in_turn else "random"
 
 
 def check_schedule(
     model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments, cached: str | None
 ) -> None:
-    """Refuse what blocks cannot be trained on in turn, or together.
+    """Refuse what blocks cannot be trained on together.
 
     Args:
         cached: the column of the data that holds what enters the block, if there is one.
@@ -148,11 +102,7 @@ def check_schedule(
     """
     schedule = f"block_schedule={args.block_schedule!r}"
     if args.block_schedule != "together":
-        if args.objective == "exact":
-            raise ValueError(f"{schedule} with objective='exact' must be 'together': each step moves all blocks")
         return
-    if args.objective == "final":
-        raise ValueError(f"objective='final' with {schedule} must be 'exact', or 'local': other blocks do not stay as they are")
     if args.block_parallel:
         raise ValueError(f"{schedule} with block_parallel=True: each process trains blocks of its own, and none has all")
     if args.scales_loss:
@@ -236,10 +186,6 @@ def _check_sharding(trainer: Trainer) -> None:
             f"FSDP with train_blocks={trainer.train_blocks} and block_parallel={args.block_parallel}: it shards a job that "
             "trains one block, too large for one device. Load and train one block: resident_blocks=[k]"
         )
-    if args.objective != "local":
-        raise ValueError(
-            f"FSDP with objective={args.objective!r}: of the blocks, it shards the trained one. Set objective='local'"
-        )
     if not model.can_generate():
         raise ValueError(f"FSDP with model_type={model.config.source_config.model_type!r}: Accelerate shards text models only")
     embedding = getattr(model.get_input_embeddings(), "weight", None)
@@ -250,10 +196,8 @@ def _check_sharding(trainer: Trainer) -> None:
         raise ValueError(
             "FSDP with denoiser='joint': its streams call parts of the attention module, which FSDP gathers as a whole"
         )
-    if args.offload_inactive_blocks != "none":
-        raise ValueError(
-            f"FSDP with offload_inactive_blocks={args.offload_inactive_blocks!r}: sharded parameters stay where they are"
-        )
+    if stream_of(model) is not None:
+        raise ValueError("FSDP with a streamed model: sharded parameters stay where they are. Call stop() of its stream before")
     if args.block_schedule == "together":
         raise ValueError("FSDP with block_schedule='together': it shards a job that trains one block. Set 'random'")
     if args.ema_decay is not None:

@@ -1,7 +1,6 @@
 """Several processes: which ranks train which blocks on which rows, and what they tell one another.
 
-DDP is not used: its buckets hold a gradient of every block on every rank, and it cannot follow parameters that leave the
-device. Here only gradients that exist are averaged.
+DDP is not used: its buckets hold a gradient of every block on every rank. Here only gradients that exist are averaged.
 """
 
 from __future__ import annotations
@@ -92,6 +91,7 @@ def broadcast(tensors: Iterable[torch.Tensor], source: int) -> None:
     """Overwrite tensors by those of one rank."""
     for tensor in tensors:
         dist.broadcast(tensor.data, source)
+        torch.autograd.graph.increment_version(tensor)  # by which others know that it has changed
 
 
 @contextmanager

@@ -36,7 +36,6 @@ class RunReports(AtomicCheckpoints):
             "steps": self.state.global_step,
             "updates_per_block": self._updates(),
             "block_schedule": self.args.block_schedule,
-            "objective": self.args.objective,
             "batch_size": self.get_total_train_batch_size(self.args),
             "learning_rate": self.args.learning_rate,
             "ema_decay": None if self.writes_checkpoint else self.args.ema_decay,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from inspect import signature
 from pathlib import Path
 
@@ -13,9 +13,8 @@ from transformers.utils import logging
 
 from ..diffusion.randomness import keyed_generators
 from ..memory.ledger import Ledger
-from ..models.active import ActiveBlocks, TrainedParameters
+from ..models.active import TrainedParameters
 from ..models.base import DiffusionBlocksPreTrainedModel
-from ..models.offload import OffloadedBlocks
 from ..saving import shards
 from .arguments import DiffusionBlocksTrainingArguments
 from .averages import AveragingTrainer
@@ -24,9 +23,10 @@ from .block_optimizer import learning_rate_curve, scheduler_by_block, split_by_b
 from .block_schedule import BlockSchedule
 from .checks import (
     WithBlockInput, WithoutFullMask, blocks_to_train, cached_column, check_evaluation_data, check_given_to_trainer,
-    check_processes, check_schedule, columns_to_keep, settle_schedule, warn_of_own_fields,
+    check_processes, check_schedule, columns_to_keep, settle_schedule,
 )  # fmt: skip
 from .parallel import Layout, all_states, broadcast
+from .process_group import leave_at_exit
 from .resumed_runs import StepsOfRun
 from .step_ledgers import StepLedgers
 from .together import TogetherSteps
@@ -52,7 +52,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         TypeError: model or args are of another class.
         ValueError: one process sees several devices, the noise is not fitted yet, `lr_scheduler_type` is not a
             function of the step, the loss is asked to be another, `train_blocks` asks for what one job cannot do alone,
-            or processes, offload and formulation do not go together.
+            or processes and formulation do not go together.
     """
 
     args: DiffusionBlocksTrainingArguments
@@ -74,9 +74,8 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             )
         args = copy.copy(args)  # the caller's stay as they are, for another model
         columns = getattr(kwargs.get("train_dataset"), "column_names", None) or ()
-        settle_schedule(model, args, columns)
+        settle_schedule(model, args)
         together = args.block_schedule == "together"
-        warn_of_own_fields(model, args.objective)
         self.num_blocks = model.config.num_blocks
         self.train_blocks = blocks_to_train(model, args, columns)
         self._cached_column = cached_column(self.train_blocks, columns)
@@ -87,18 +86,17 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         super().__init__(model=model, args=args, **kwargs)
         if args.label_names is None and "labels" not in signature(model.forward).parameters:
             self.label_names = []  # what it is trained on is the input itself (`class_labels` are a condition)
+        leave_at_exit()
         check_processes(self, self.layout)
         check_evaluation_data(self, self._cached_column)
         if args.torch_compile:
             model.compile_layers(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        if model.offload is not None:  # `evaluate` would move the whole model to the device, to prepare it
-            self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         if self._cached_column:
             self.data_collator = WithBlockInput(self.data_collator, self.train_blocks[0])
         self.data_collator = WithoutFullMask(self.data_collator)
         learning_rate_curve(args, num_updates=1)  # complain before training
         self.block_schedule: BlockSchedule | None = None  # known once training knows its number of steps
-        self.active = self._active(self.layout.blocks[0])
+        self.active_block = self.layout.blocks[0]  #: the block that trains now
         self._steps_of_run = StepsOfRun.of(args, self.train_blocks)
         self.add_callback(self._steps_of_run)
         self._together = TogetherSteps(self) if together else None
@@ -117,15 +115,6 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     # ---- which block
 
-    @property
-    def active_block(self) -> int:
-        """The block that trains now."""
-        return self.active.first
-
-    def _active(self, block: int) -> ActiveBlocks:
-        reader = block if self.args.objective == "local" else self.num_blocks - 1
-        return ActiveBlocks(range(block, block + 1), reader)
-
     def get_batch_samples(self, *args, **kwargs):
         # The Trainer calls this once for each optimizer step, before its micro-batches.
         if self._together is None:
@@ -138,35 +127,33 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         if self.args.block_schedule == "sequential" and block != before:
             for parameter in self._parameters.get(before, ()):  # this block's turn will not come again
                 self.optimizer.state.pop(parameter, None)
-        # (With adapters all blocks may read out by the last one's new head.)
-        if self.model.context.passes_on or self.model.has_adapters:
+        if self.model.context.passes_on:
             self.exchange_blocks()
         if self.layout.num_lanes > 1:
             self._stale |= {schedule.block_at(step) for schedule in self._schedules}
-        self.begin_block(block, self.block_schedule.block_to_fetch(step))
+        self.begin_block(block)
 
-    def begin_block(self, block: int, following: int | None) -> None:
-        """Have the passes that come train a block; the one that follows is copied ahead, if others are in host memory."""
-        self.active = self._active(block)
+    def begin_block(self, block: int) -> None:
+        """Have the passes that come train a block."""
+        self.active_block = block
         self._micro_batch = 0
-        self._trained.activate(self.active)
-        if self.model.offload is not None:
-            self.model.offload.activate(block, following)
+        self._trained.activate(block)
 
     @property
     def _parameters(self) -> dict[int | None, list[torch.nn.Parameter]]:
         """Those that train, of each block, and of none."""
         return self._trained.of_block
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        given = {"block_index": self.active_block, "loss_block": self.active.reader}
-        if self._together is not None and (output := self._together.output_of(self._micro_batch, inputs)) is not None:
-            given["block_output"] = output
-        inputs = {**inputs, **given, "generator": self.noise_generators(self._micro_batch, find_batch_size(inputs))}
-        self._micro_batch += 1
-        return super().compute_loss(model, inputs, *args, **kwargs)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        m, self._micro_batch = self._micro_batch, self._micro_batch + 1
+        given = {"block_index": self.active_block, "generator": self.noise_generators(m, find_batch_size(inputs))}
+        given |= self._together.entering(m) if self._together is not None else {}
+        loss, outputs = super().compute_loss(model, {**inputs, **given}, True, num_items_in_batch)
+        if self._together is not None:
+            self._together.note(m, outputs)
+        return (loss, outputs) if return_outputs else loss
 
     def _set_signature_columns_if_needed(self) -> None:
         # The only word that the Trainer takes on which columns to keep: it has no argument for them.
@@ -189,10 +176,6 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             self.layout.average_gradients(*self._trained_now())
         return loss
 
-    def following_memory(self, is_last: bool) -> AbstractContextManager[None]:
-        """Of the active block's last pass of a step, whose ledger is kept."""
-        return self._ledgers.following() if self._ledgers and is_last else nullcontext()
-
     @property
     def kept_hidden(self) -> list[torch.Tensor]:
         """What other passes of the step have left for the one that goes on."""
@@ -200,7 +183,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     def block_pass(self, model, inputs, num_items_in_batch, is_last: bool) -> torch.Tensor:
         """Forward and backward pass of the active block, over a micro-batch; its loss."""
-        with self.following_memory(is_last):
+        with self._ledgers.following() if self._ledgers and is_last else nullcontext():
             loss = super().training_step(model, inputs, num_items_in_batch)
         # `loss` is already divided by the number of micro-batches.
         self._block_losses[self.active_block, 0] += loss
@@ -229,7 +212,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     def _prepare_for_training(self, *args, **kwargs):
         # A model that "owns placement and gradient reduction" is not wrapped in DDP, nor moved to the device.
-        if not self.is_fsdp_enabled and self.model.offload is None:
+        if not self.is_fsdp_enabled:
             self._move_model_to_device(self.model, self.args.device)
         self.is_distributed_loading_by_transformers = not self.is_fsdp_enabled
         try:
@@ -238,38 +221,20 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             self.is_distributed_loading_by_transformers = False
 
     def _sync_replicated_trainable_parameters(self, model) -> None:
-        # The Trainer's would broadcast parameters that are in host memory.
-        if self._averages_gradients:  # as DDP does: all start from rank 0's weights
-            broadcast((*self.model.shared_parameters(), *self.model.buffers()), source=0)
-            for block in self.model.resident_blocks:
-                self._broadcast_block(block, self.model.block_parameters(block), source=0)
-
-    def _move_model_to_device(self, model, device: torch.device) -> None:
-        # Where the Trainer would move all of the model.
-        if self.args.offload_inactive_blocks == "cpu":
-            model.offload = OffloadedBlocks(model, device)
-        else:
-            super()._move_model_to_device(model, device)
+        if self._averages_gradients:  # as DDP does: all start from rank 0's weights, frozen ones and buffers, too
+            broadcast((*self.model.parameters(), *self.model.buffers()), source=0)
 
     def _clip_grad_norm(self, model):
         # By the norm over the blocks of all lanes; the Trainer knows those of one process.
         if self.layout.num_lanes > 1 and self._parameters[None]:
             return self.layout.clip_gradients(*self._trained_now(), self.args.max_grad_norm)
-        if self._together is not None and self._together.exact:
-            return self._together.clip_shared()
         return super()._clip_grad_norm(model)
 
     def exchange_blocks(self) -> None:
         """Give every rank the blocks that other lanes have trained. All ranks call it."""
         for block in sorted(self._stale):
-            self._broadcast_block(block, self._parameters[block], self.layout.owner(block))
+            broadcast(self._parameters[block], self.layout.owner(block))
         self._stale.clear()
-
-    def _broadcast_block(self, block: int, parameters: list[torch.nn.Parameter], source: int) -> None:
-        self.model.blocks[block].fetch()
-        broadcast(parameters, source)
-        if self.model.offload is not None:
-            self.model.offload.write_back(block)
 
     def evaluate(self, *args, **kwargs):
         self.exchange_blocks()
@@ -287,8 +252,6 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         optimizer = super().create_optimizer(model)
         if made_here:
             split_by_block(optimizer, self.model)
-        if self.model.offload is not None:
-            self.model.offload.optimizer = optimizer
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -342,17 +305,12 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         with self._trained:
             result = super().train(*args, **kwargs)
         self.exchange_blocks()
-        if self.model.offload is not None:
-            self.model.offload.put_away()
         if self._ledgers:
             self._ledgers.log()
         return result
 
     def _load_best_model(self) -> None:
-        if self.model.has_adapters:  # of which the Trainer's knows nothing
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
+        super()._load_best_model()
         if self.averages:
             self.averages.load(self.state.best_model_checkpoint)
 
@@ -362,8 +320,6 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         # Each lane has the state of its own blocks alone.
         if self.layout.num_lanes == 1:
             return super()._save_optimizer_and_scheduler(output_dir)
-        if self.model.offload is not None:
-            self.model.offload.settle()
         with all_states(self.optimizer, self._parameters, self.layout):  # one file, as if one process had trained all
             super()._save_optimizer_and_scheduler(output_dir)
 
@@ -377,18 +333,9 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
                 self.optimizer.state.pop(parameter, None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        # The Trainer's reads what is there: a save that is not finished, shards that are not whole, no adapters.
+        # The Trainer's reads what is there: a save that is not finished, shards that are not whole.
         folder = Path(resume_from_checkpoint)
         shards.finish_interrupted_save(folder)
         self._steps_of_run.check(folder)
-        saved = any(folder.glob("block_*/adapter_config.json"))
-        if saved != self.model.has_adapters:
-            says, has = ("holds", "has none") if saved else ("has no", "has them")
-            raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint} {says} adapters, and the model {has}")
-        if self.model.has_adapters:
-            from .. import lora
-
-            lora.load_block_adapters(self.model, resume_from_checkpoint)
-            return
         shards.check_shards(folder)
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from ...diffusion.likelihood import LikelihoodTerms
 from ...diffusion.objectives import IGNORED, rows_per_chunk
-from ..active import ActiveBlocks
 from ..base import DiffusionBlocksPreTrainedModel
 from .text import Rows, Text
 
@@ -58,16 +57,16 @@ def _sum_of_rows(
 ) -> torch.Tensor:
     """A measure of one block's denoising at `sigma [N]`, summed over the labelled tokens of each sequence; `[N]`."""
     batch = {name: value.to(model.device) for name, value in batch.items()}
-    targets, active = batch["labels"][:, 1:], ActiveBlocks(range(block_index, block_index + 1), block_index)
+    targets, block = batch["labels"][:, 1:], model.blocks[block_index]
     text = Text(batch["input_ids"], None, batch.get("attention_mask"), batch.get("position_ids"))
     sigma = model.levels(block_index, targets, sigma, generator)
     z = model.corrupt(targets, sigma, None, generator)
-    rows, targets = Rows(model.denoiser.run(active, text, z, sigma), z, sigma).flat(), targets.flatten()
+    rows, targets = Rows(model.denoiser.run(block, text, z, sigma).read, z, sigma).flat(), targets.flatten()
     vectors, size = model.target_vectors(), rows_per_chunk(len(targets), model.config.vocab_size, targets.device)
     values = torch.zeros(len(targets), dtype=torch.float64, device=model.device)
     for start in range(0, len(targets), size):
         part = slice(start, start + size)
-        logits = model.readout.logits(model.blocks[block_index], rows.where(part), vectors)
+        logits = model.readout.logits(block, rows.where(part), vectors)
         values[part] = measure(logits, targets[part].clamp(min=0), vectors).double()
     values[targets == IGNORED] = 0
     return values.unflatten(0, (len(batch["labels"]), -1)).sum(1)

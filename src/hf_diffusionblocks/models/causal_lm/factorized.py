@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ...diffusion.objectives import cross_entropy, rows_with_loss
-from ..active import ActiveBlocks
-from ..base import DiffusionBlocksPreTrainedModel
+from ..base import BlockOutput, DiffusionBlocksPreTrainedModel
+from ..block import Block
 from .text import Text
 
 
@@ -28,9 +28,10 @@ class FactorizedText:
         """A noise level for each token: layers do not depend on it."""
         return targets.shape
 
-    def run(self, active: ActiveBlocks, text: Text, z: torch.Tensor | None, sigma: torch.Tensor) -> torch.Tensor:
-        """What tokens 1 to S-1 are read out from, `[N, S-1, D]`."""
-        return self.model.training_output(active, self.model.clean(text), text.block_input, text.block_output)[:, :-1]
+    def run(self, block: Block, text: Text, z: torch.Tensor | None, sigma: torch.Tensor) -> BlockOutput:
+        """What has left a block, `[N, S, D]`, and what tokens 1 to S-1 are read out from, `[N, S-1, D]`."""
+        leaving, read = self.model.training_output(block, self.model.clean(text), text.block_input)
+        return BlockOutput(leaving, read[:, :-1])
 
     def new_walk(self, num_steps: int | None) -> None:
         """No walk: one evaluation says all.

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from ...diffusion.gaussian import precondition
 from ...diffusion.objectives import IGNORED
-from ..active import ActiveBlocks
-from ..base import DiffusionBlocksPreTrainedModel
+from ..base import BlockOutput, DiffusionBlocksPreTrainedModel
+from ..block import Block
 from .streams import CleanKeys, Streams
 from .text import Text
 from .walk import TextWalk
@@ -41,9 +41,10 @@ class JointText:
         """A noise level for each sequence: it modulates the layers."""
         return targets.shape[:1]
 
-    def run(self, active: ActiveBlocks, text: Text, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """What tokens 1 to S-1 are read out from, `[N, S-1, D]`."""
-        model, block, text = self.model, self.model.blocks[active.first], text.without_last()
+    def run(self, block: Block, text: Text, z: torch.Tensor, sigma: torch.Tensor) -> BlockOutput:
+        """What tokens 1 to S-1 are read out from, `[N, S-1, D]`; what has left the block is of noisy tokens, and of no use to
+        the next."""
+        model, text = self.model, text.without_last()
         x = model.clean(text)
         clean = model.entering(block, x, text.block_input)
         kept = torch.arange(clean.shape[1], device=clean.device)
@@ -55,7 +56,8 @@ class JointText:
         # With dropout, PyTorch's attention on the CPU keeps all scores: those that say nothing are worth leaving out.
         keeps_scores = noisy.device.type == "cpu" and model.training and model.architecture.attention_dropout(model.backbone)
         run = streams.run_noisy_in_groups if keeps_scores else streams.run_noisy
-        return run(block, noisy, block.modulations(sigma[:, 0]))
+        hidden = run(block, noisy, block.modulations(sigma[:, 0]))
+        return BlockOutput(hidden, hidden)
 
     def new_walk(self, num_steps: int | None) -> TextWalk:
         """What goes to the next tokens, in so many evaluations; None is the config's number."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from ...configuration import DiffusionBlocksConfig
 from ...diffusion.gaussian import corrupt
 from ...diffusion.objectives import IGNORED, chunked_sum, cross_entropy, rows_with_loss, weighted
 from ...diffusion.randomness import Generators
+from ...streaming import weights_on_device
 from ..base import Clean, DiffusionBlocksPreTrainedModel
 from ..block import Block
 from ..targets import FixedTargets
@@ -72,7 +74,9 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         """All targets e_v, `[V, D]` float32 of norm 1, without gradient: input embeddings, or the fixed table."""
         if self.target_embeddings is not None:
             return self.target_embeddings.vectors()
-        weight = self.get_input_embeddings().weight.detach()
+        embedding = self.get_input_embeddings()
+        with weights_on_device(embedding):
+            weight = embedding.weight.detach()
         if isinstance(weight, DTensor):  # FSDP gathers it for the embedding's own call only
             weight = weight.full_tensor()
         return F.normalize(weight.float(), dim=-1)
@@ -126,8 +130,6 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         text_walk: TextWalk | None = None,
         num_steps: int | None = None,
         block_input: torch.Tensor | None = None,
-        block_output: torch.Tensor | None = None,
-        loss_block: int | None = None,
     ) -> CausalLMOutputWithPast:
         """Train one block (`block_index` given), or predict next tokens.
 
@@ -148,13 +150,10 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
             num_steps: prediction: denoiser evaluations of a walk (joint); None is `config.num_inference_steps`.
             block_input: the hidden states `[N, S, D]` that enter the block, where the earlier blocks are not run but
                 their output was cached.
-            block_output: the hidden states `[N, S, D]` that have left the block, where its layers have run already
-                (factorized).
-            loss_block: the block that is read out, after those between have run, too (factorized, carried); None is
-                `block_index` itself. Parameters between get gradients unless they ask for none.
 
         Returns:
-            `loss` (with labels) and `logits`: of a block, `[N, S-1, V]`, for tokens 1 to S-1. Without `block_index`
+            `loss` (with labels) and `logits`: of a block, `[N, S-1, V]`, for tokens 1 to S-1, and `hidden_states`, what has
+            left it, without gradient (a tuple of one; factorized: `[N, S, D]`, for the next). Without `block_index`
             `[N, S, V]`, for the tokens after each, and label-free: factorized and carried, the last block's prior;
             factorized and independent, the mean of the blocks' log-priors; joint, the end of the walk from keyed noise.
 
@@ -164,20 +163,20 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         """
         if inputs_embeds is not None and self.blocks[-1].embeds_apart:
             raise ValueError("inputs_embeds must be None with shared='per_block': each block embeds tokens by itself")
-        self.check_block_given(block_index, labels, block_output)
-        text = Text(
-            input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, block_input, block_output
-        )
+        self.check_block_given(block_index, labels)
+        text = Text(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, block_input)
         if block_index is None:
             text_walk = text_walk or self.denoiser.new_walk(num_steps)
             return self._predict(text, labels, use_cache, logits_to_keep, num_items_in_batch, return_logits, text_walk)
-        active, targets = self.active_blocks(block_index, loss_block), labels[:, 1:]
+        block, targets = self.blocks[block_index], labels[:, 1:]
         sees_z = self.sees_z(sigma)
-        sigma = self.levels(active.last, targets, sigma, generator)
+        sigma = self.levels(block_index, targets, sigma, generator)
         z = self.corrupt(targets, sigma, noise, generator) if sees_z else None
-        rows = Rows(self.denoiser.run(active, text, z, sigma), z, sigma)
-        loss = self._objective(active.reader, rows, targets, num_items_in_batch)
-        return CausalLMOutputWithPast(loss=loss, logits=self.logits(active.reader, rows) if return_logits else None)
+        leaving, read = self.denoiser.run(block, text, z, sigma)
+        rows = Rows(read, z, sigma)
+        loss = self._objective(block, rows, targets, num_items_in_batch)
+        logits = self.logits(block_index, rows) if return_logits else None
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=(leaving.detach(),))
 
     # ---- one block
 
@@ -197,9 +196,9 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         """Logits `[N, S-1, V]` of p(token | before, z) by one block, from rows `[N, S-1, ...]`."""
         return self.readout.logits(self.blocks[block_index], rows.flat()).unflatten(0, rows.sigma.shape)
 
-    def _objective(self, block_index: int, rows: Rows, targets: torch.Tensor, num_items) -> torch.Tensor:
+    def _objective(self, block: Block, rows: Rows, targets: torch.Tensor, num_items) -> torch.Tensor:
         """The mean cross-entropy of labelled tokens, read out in chunks."""
-        block, targets = self.blocks[block_index], targets.flatten()
+        targets = targets.flatten()
         labelled = rows_with_loss(targets, at_most=len(targets))
         rows, targets = rows.flat().where(labelled), targets[labelled]
         vectors = None if rows.z is None else self.readout.targets()
@@ -217,8 +216,9 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         Args:
             tensors: hidden states, targets, and what else `loss_of_rows` takes, by row.
         """
-        parameters = [parameter for block in blocks for parameter in block.readout_parameters()]
-        total = chunked_sum(loss_of_rows, tensors, list(dict.fromkeys(parameters)), self.config.vocab_size)
+        with ExitStack() as there:
+            parameters = [parameter for block in blocks for parameter in there.enter_context(block.readout_on_device())]
+            total = chunked_sum(loss_of_rows, tensors, list(dict.fromkeys(parameters)), self.config.vocab_size)
         return total / ((tensors[1] != IGNORED).sum().clamp(min=1) if num_items is None else num_items)
 
     def clean_input(self, batch: Mapping[str, torch.Tensor]) -> Clean:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import torch
 
 from ...backbones.modulation import Modulation
+from ...streaming import weights_on_device
 from ..base import DiffusionBlocksPreTrainedModel
 from ..block import Block
 from .text import Text
@@ -185,11 +186,11 @@ class Streams:
         """Clean tokens `[N, S, D]` through a block. Without `output`, the last layer computes keys and values only."""
         if output:
             return block.run(hidden, modulations, **self._clean_attention)
-        block.fetch()
         *first, last = block.layers
         for layer, modulation in zip(first, modulations):
             hidden = self.model.run_layer(layer, hidden, modulation, **self._clean_attention)
-        keys, values = self.architecture.keys_and_values(last, hidden, modulations[-1], **self._clean_positions)
+        with weights_on_device(last):
+            keys, values = self.architecture.keys_and_values(last, hidden, modulations[-1], **self._clean_positions)
         self.cache.update(keys, values, self.architecture.cache_slot(last))
         return None
 

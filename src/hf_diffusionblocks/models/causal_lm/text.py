@@ -16,7 +16,6 @@ class Text(NamedTuple):
     position_ids: torch.Tensor | None = None  #: `[N or 1, S]`
     past_key_values: Any = None  #: of the P tokens before
     block_input: torch.Tensor | None = None  #: `[N, S, D]`, what enters the block that trains, from a cache
-    block_output: torch.Tensor | None = None  #: `[N, S, D]`, what has left it, where its layers have run
 
     @property
     def tokens(self) -> torch.Tensor:

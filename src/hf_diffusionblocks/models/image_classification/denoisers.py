@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from ...diffusion.gaussian import precondition
-from ..active import ActiveBlocks
-from ..base import Clean, DiffusionBlocksPreTrainedModel
+from ..base import BlockOutput, Clean, DiffusionBlocksPreTrainedModel
+from ..block import Block
 
 
 class NoisyLabelToken(nn.Module):
@@ -31,19 +31,22 @@ class JointImage:
     def __init__(self, model: DiffusionBlocksPreTrainedModel):
         self.model = model
 
-    def network(
-        self, active: ActiveBlocks, x: Clean, z: torch.Tensor, sigma: torch.Tensor, cached: torch.Tensor | None = None,
-        output: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
-        """F: logits `[N, V]` of one block, given the image, z `[N, D]` and sigma `[N]`."""
-        return self._read(active.first, self.model.entering(self.model.blocks[active.first], x, cached), z, sigma)
+    def run(
+        self, block: Block, x: Clean, z: torch.Tensor, sigma: torch.Tensor, cached: torch.Tensor | None = None
+    ) -> BlockOutput:
+        """What a block makes of the image, z `[N, D]` and sigma `[N]`: `[N, S+1, D]`, of no use to the next."""
+        return self._run(block, self.model.entering(block, x, cached), z, sigma)
+
+    def _run(self, block: Block, hidden: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> BlockOutput:
+        noisy_label = self.model.noisy_labels[self.model.sharing.copy(block.index)]
+        hidden = torch.cat([hidden, noisy_label(z, precondition(sigma, self.model.sigma_data).input)], dim=1)
+        leaving = block.run(hidden, block.modulations(sigma))
+        return BlockOutput(leaving, block.run_local_head(leaving))
 
     def _read(self, block_index: int, hidden: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        model, block = self.model, self.model.blocks[block_index]
-        block.fetch()
-        noisy_label = model.noisy_labels[model.sharing.copy(block_index)]
-        hidden = torch.cat([hidden, noisy_label(z, precondition(sigma, model.sigma_data).input)], dim=1)
-        return block.read_out(block.run_local_head(block.run(hidden, block.modulations(sigma))))
+        """F: logits `[N, V]` of one block, of what enters it."""
+        block = self.model.blocks[block_index]
+        return block.read_out(self._run(block, hidden, z, sigma).read)
 
     def walk_denoiser(self, x: Clean):
         """`(block, z [N, D], sigma [N]) -> F, logits [N, V]`: what a walk reads out from."""
@@ -77,12 +80,11 @@ class FactorizedImage:
     def __init__(self, model: DiffusionBlocksPreTrainedModel):
         self.model = model
 
-    def network(
-        self, active: ActiveBlocks, x: Clean, z: torch.Tensor, sigma: torch.Tensor, cached: torch.Tensor | None = None,
-        output: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
-        """F: logits `[N, V]` of one block, given the image: its prior."""
-        return self.model.blocks[active.reader].read_out(self.model.training_output(active, x, cached, output))
+    def run(
+        self, block: Block, x: Clean, z: torch.Tensor, sigma: torch.Tensor, cached: torch.Tensor | None = None
+    ) -> BlockOutput:
+        """What a block makes of the image, `[N, S, D]`: its prior is read from it."""
+        return self.model.training_output(block, x, cached)
 
     def walk_denoiser(self, x: Clean):
         """`(block, z [N, D], sigma [N]) -> F, logits [N, V]`: what a walk reads out from. Each block runs once, whatever z

@@ -91,8 +91,6 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         return_logits: bool | None = None,
         block_input: torch.Tensor | None = None,
-        block_output: torch.Tensor | None = None,
-        loss_block: int | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> ImageClassifierOutput:
         """Train one block (`block_index` given), or classify.
@@ -109,36 +107,33 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
             return_logits: for all tasks alike; logits of images are always returned.
             block_input: the hidden states `[N, S, D]` that enter the block, where the earlier blocks are not run but
                 their output was cached.
-            block_output: the hidden states `[N, S, D]` that have left the block, where its layers have run already
-                (factorized).
-            loss_block: the block that is read out, after those between have run, too (factorized, carried); None is
-                `block_index` itself. Parameters between get gradients unless they ask for none.
             num_items_in_batch: images that the summed loss is divided by; None is those of this batch.
 
         Returns:
-            `loss` (with labels) and `logits`. Without `block_index` the logits are label-free: factorized and
+            `loss` (with labels) and `logits`; of a block also `hidden_states`, what has left it, without gradient (a tuple of
+            one; factorized: `[N, S, D]`, for the next). Without `block_index` the logits are label-free: factorized and
             carried, the last block's prior; factorized and independent, the mean of the blocks' log-priors; joint,
             the end of the walk from keyed noise.
 
         Raises:
             ValueError: labels are missing for a block, or a block for training.
         """
-        self.check_block_given(block_index, labels, block_output)
+        self.check_block_given(block_index, labels)
         x = self._clean(pixel_values, interpolate_pos_encoding)
         if block_index is None:
             logits = self.denoiser.logits(x)
             loss = None if labels is None else F.cross_entropy(logits.float(), labels, reduction="none")
             loss = None if loss is None else mean_of_step(loss, num_items_in_batch)
             return ImageClassifierOutput(loss=loss, logits=logits)
-        active = self.active_blocks(block_index, loss_block)
-        sees_z = self.sees_z(sigma)
-        sigma = self.levels(active.last, labels, sigma, generator)
+        block, sees_z = self.blocks[block_index], self.sees_z(sigma)
+        sigma = self.levels(block_index, labels, sigma, generator)
         targets = F.embedding(labels, self.label_embeddings.vectors())
         z = corrupt(targets, sigma, noise, generator) if sees_z else None
-        logits = self.readout(self.denoiser.network(active, x, z, sigma, block_input, block_output), z, sigma)
+        leaving, read = self.denoiser.run(block, x, z, sigma, block_input)
+        logits = self.readout(block.read_out(read), z, sigma)
         loss = F.cross_entropy(logits.float(), labels, reduction="none")
         loss = mean_of_step(weighted(loss, self.config.loss_weighting, sigma, self.sigma_data), num_items_in_batch)
-        return ImageClassifierOutput(loss=loss, logits=logits)
+        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=(leaving.detach(),))
 
     def levels(self, block_index: int, labels: torch.Tensor, sigma: torch.Tensor | None, generator) -> torch.Tensor:
         """Noise levels `[N]` float32: those given, or drawn for the block."""

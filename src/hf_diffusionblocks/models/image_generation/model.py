@@ -13,8 +13,10 @@ from ...configuration import DiffusionBlocksConfig
 from ...diffusion.gaussian import corrupt, edm_loss_weight, precondition
 from ...diffusion.randomness import Generators, draw, keyed_generators
 from ...diffusion.samplers import flow_on
-from ..active import ActiveBlocks, without_dropout
+from ...streaming import weights_on_device
+from ..active import without_dropout
 from ..base import Clean, DiffusionBlocksPreTrainedModel
+from ..block import Block
 
 #: Sampler -> order of its method.
 SAMPLERS = {"euler": 1, "heun": 2}
@@ -59,16 +61,15 @@ class NoisyImage:
     def __init__(self, model: DiffusionBlocksPreTrainedModel):
         self.model = model
 
-    def estimate(
-        self, active: ActiveBlocks, z: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor
-    ) -> torch.Tensor:
+    def estimate(self, block: Block, z: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
         """EDM's `D = c_skip z + c_out F(c_in z, c_noise)`, `[N, C, H, W]` float32, of z and levels `[N]`."""
-        model, block = self.model, self.model.blocks[active.reader]
+        model = self.model
         c = precondition(sigma[:, None, None, None], model.sigma_data)
         # (Sinusoids of diffusers are made for 0 to 1000; c_noise spans [-1.6, 1.1].)
         conditions = {"timestep": 1000 * c.noise.flatten(), "class_labels": class_labels}
-        hidden = model.training_output(active, Clean({"pixel_values": c.input * z}, conditions))
-        condition = model.architecture.condition(block.layers[0], **conditions)
+        hidden = model.training_output(block, Clean({"pixel_values": c.input * z}, conditions)).read
+        with weights_on_device(block.layers[0]):
+            condition = model.architecture.condition(block.layers[0], **conditions)
         patches = block.read_out(hidden, condition=condition)
         network = model.architecture.unpatchify(model.config.source_config, patches)
         return c.skip * z + c.out * network[:, : z.shape[1]].float()  # (a learned variance comes after the image)
@@ -120,7 +121,6 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
         noise: torch.Tensor | None = None,
         generator: Generators = None,
         return_logits: bool | None = None,
-        loss_block: int | None = None,
         return_loss: bool = True,
     ) -> ImageDenoiserOutput:
         """Train one block (`block_index` given), or evaluate all of them.
@@ -133,7 +133,6 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
             noise: standard normal, like the images; drawn when None.
             generator: of the draws; or one an image, N of them.
             return_logits, return_loss: for all tasks alike; there are no logits.
-            loss_block: None, or `block_index`.
 
         Returns:
             `loss` and `estimate` of the block. Without `block_index`, `loss` and `block_losses` on held-out images: each
@@ -147,22 +146,22 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
         class_labels = self.checked_labels(class_labels, len(pixel_values))
         if block_index is None:
             return self._held_out(pixel_values, class_labels)
-        active = self.active_blocks(block_index, loss_block)
+        block = self.blocks[block_index]
         if sigma is None:
-            sigma = self.blocks[active.last].draw_levels((len(pixel_values),), generator)
+            sigma = block.draw_levels((len(pixel_values),), generator)
         if self.training and self.config.label_dropout:
             hidden = draw(torch.rand, (len(pixel_values),), generator, self.device) < self.config.label_dropout
             class_labels = torch.where(hidden.to(self.device), self.num_classes, class_labels)
-        loss, estimate = self._loss(active, pixel_values, class_labels, sigma, noise, generator)
+        loss, estimate = self._loss(block, pixel_values, class_labels, sigma, noise, generator)
         return ImageDenoiserOutput(loss=loss, estimate=estimate)
 
-    def _loss(self, active, images, class_labels, sigma, noise, generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss(self, block, images, class_labels, sigma, noise, generator) -> tuple[torch.Tensor, torch.Tensor]:
         """EDM's w(sigma) L2, each image with the weight of its own level, and the estimate."""
         sigma = sigma.to(self.device, torch.float32)
         images = images.to(self.device, torch.float32)
         flat_noise = None if noise is None else noise.flatten(1)
         z = corrupt(images.flatten(1), sigma, flat_noise, generator).unflatten(1, images.shape[1:])
-        estimate = self.denoiser.estimate(active, z, sigma, class_labels)
+        estimate = self.denoiser.estimate(block, z, sigma, class_labels)
         loss = edm_loss_weight(sigma, self.sigma_data) * (estimate - images).square().mean((1, 2, 3))
         return loss.mean(), estimate
 
@@ -171,7 +170,7 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
         for block in self.blocks:
             rows = keyed_generators([self.config.inference_seed, block.index], range(len(images)))
             sigma = self.evaluation_levels(block.index, len(images))["sigma"]
-            losses.append(self._loss(self.active_blocks(block.index, None), images, class_labels, sigma, None, rows)[0])
+            losses.append(self._loss(block, images, class_labels, sigma, None, rows)[0])
         losses = torch.stack(losses)
         return ImageDenoiserOutput(loss=losses.mean(), block_losses=losses)
 
@@ -232,11 +231,11 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
         return estimate
 
     def _guided(self, k: int, z, sigma, class_labels, guidance_scale: float) -> torch.Tensor:
-        active = self.active_blocks(k, None)
+        block = self.blocks[k]
         if guidance_scale == 1.0:
-            return self.denoiser.estimate(active, z, sigma, class_labels)
+            return self.denoiser.estimate(block, z, sigma, class_labels)
         twice = torch.cat([class_labels, torch.full_like(class_labels, self.num_classes)])
-        of_class, of_none = self.denoiser.estimate(active, torch.cat([z, z]), sigma.repeat(2), twice).chunk(2)
+        of_class, of_none = self.denoiser.estimate(block, torch.cat([z, z]), sigma.repeat(2), twice).chunk(2)
         return of_none + guidance_scale * (of_class - of_none)
 
     def inference_sigmas(self, num_inference_steps: int | None = None, grid: str = "equal") -> torch.Tensor:

@@ -9,6 +9,7 @@ from huggingface_hub import snapshot_download
 
 from ...diffusion.randomness import Generators
 from ...extras import from_extra
+from ...streaming import stream_of
 from .model import DiffusionBlocksForImageGeneration
 
 with from_extra("diffusers", "DiffusionBlocksImagePipeline", extra="diffusers"):
@@ -70,37 +71,13 @@ class DiffusionBlocksImagePipeline(DiffusionPipeline):
 
     # ---- memory
 
-    def enable_block_offload(self, device: torch.device | str) -> None:
-        """Sample in the memory of one block: the others, and the VAE until it decodes, are in host memory.
-
-        Args:
-            device: where the block runs.
-        """
-        if self.vae is not None:
-            self.vae.to("cpu")
-        self.transformer.offload_blocks(device)
-
-    def disable_block_offload(self) -> None:
-        """Leave the whole pipeline in host memory, from where `to(device)` moves it."""
-        self.transformer.offload_blocks(None)
-
-    def to(self, *args, **kwargs) -> DiffusionBlocksImagePipeline:
-        """As in diffusers.
-
-        Raises:
-            ValueError: blocks are offloaded.
-        """
-        if self.transformer.offload is not None:
-            raise ValueError("the pipeline cannot be moved while blocks are offloaded: disable_block_offload() first")
-        return super().to(*args, **kwargs)
-
     def enable_model_cpu_offload(self, *args, **kwargs) -> None:
         """Refused: it brings a whole component to the device when its `forward` is called, and sampling calls blocks.
 
         Raises:
             NotImplementedError: always.
         """
-        raise NotImplementedError("use enable_block_offload(device), which has one block on the device at a time")
+        raise NotImplementedError("use stream_layers(pipe.transformer), which has a layer or two on the device at a time")
 
     enable_sequential_cpu_offload = enable_model_cpu_offload
 
@@ -186,12 +163,12 @@ class DiffusionBlocksImagePipeline(DiffusionPipeline):
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """`[N, C, H, W]` -> images `[N, 3, ...]` in about [-1, 1], where the latents are."""
-        offload, config = self.transformer.offload, self.vae.config
-        if offload is not None:
-            offload.activate(None)  # the VAE takes the place of the block
+        config, stream = self.vae.config, stream_of(self.transformer)
+        if stream is not None:
+            stream.let_go()  # the VAE takes the place of layers
         vae = self.vae.to(latents.device)
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
         images = vae.decode(latents.to(vae.dtype)).sample
-        if offload is not None:
+        if stream is not None:
             vae.to("cpu")
         return images

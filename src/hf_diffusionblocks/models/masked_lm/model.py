@@ -102,7 +102,7 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         It gives MASK a logit, too.
 
         Raises:
-            ValueError: there is more than one block (none has all layers, then), or adapters are not merged.
+            ValueError: there is more than one block: none has all layers, then.
         """
         if not self.computes_plain_model:
             raise ValueError(f"to_plain() needs num_blocks=1, this model has {self.num_blocks}: no block has all layers")
@@ -125,7 +125,6 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         generator: Generators = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         return_logits: bool | None = None,
-        loss_block: int | None = None,
     ) -> MaskedLMOutput:
         """Train one block (`block_index` given), or predict masked tokens.
 
@@ -142,7 +141,6 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
             num_items_in_batch: tokens that the summed loss is divided by; None is the labels of this batch.
             return_logits: whether to hold and return all logits; None returns them unless a block is trained. No other
                 logits are held than those of masked tokens, in chunks.
-            loss_block: None, or `block_index`.
 
         Returns:
             `loss` (with labels), nats a token, and `logits` `[N, S, V]`, MASK at -inf. Training: B times an
@@ -159,17 +157,15 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         if block_index is None:
             return self._predict(text, labels, num_items_in_batch, return_logits)
         self._refuse_masked(text)
-        active = self.active_blocks(block_index, loss_block)
-        maskable = (labels != IGNORED) & text.attended
-        counts = self._counts(active.last, text, maskable, mask_ratio, generator)
+        block, maskable = self.blocks[block_index], (labels != IGNORED) & text.attended
+        counts = self._counts(block_index, text, maskable, mask_ratio, generator)
         masked = draw_masked(counts, maskable, generator)
-        hidden = self.training_output(active, self.seen(text.masked(masked, self.mask_token_id)))
-        reader = self.blocks[active.reader]
-        weights = self._weights(active.last, text, masked, maskable)
+        hidden = self.training_output(block, self.seen(text.masked(masked, self.mask_token_id))).read
+        weights = self._weights(block_index, text, masked, maskable)
         items = maskable.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         targets = labels.masked_fill(~masked, IGNORED)
-        loss = self._weighted_sum(reader, hidden, targets, weights, self._at_most(active.last, targets, mask_ratio)) / items
-        return MaskedLMOutput(loss=loss, logits=self.logits(reader, hidden) if return_logits else None)
+        loss = self._weighted_sum(block, hidden, targets, weights, self._at_most(block_index, targets, mask_ratio)) / items
+        return MaskedLMOutput(loss=loss, logits=self.logits(block, hidden) if return_logits else None)
 
     def _refuse_masked(self, text: MaskedText) -> None:
         if text.input_ids.device.type == "cpu" and bool(text.holds(self.mask_token_id).any()):  # (no wait for a device)
@@ -207,16 +203,17 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         return num_rows * (length if mask_ratio is not None else self.noise_schedule.most(block_index, length, overlap))
 
     def _weighted_sum(
-        self, reader: Block, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, at_most: int
+        self, block: Block, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, at_most: int
     ) -> torch.Tensor:
         """`-ln p` of the targets `[N, S]`, weighted by text and summed, in chunks."""
         masked = rows_with_loss(targets.flatten(), at_most)
 
         def loss_of_rows(hidden, targets, weights):
-            return (weights * cross_entropy(self.logits(reader, hidden).float(), targets)).sum()
+            return (weights * cross_entropy(self.logits(block, hidden).float(), targets)).sum()
 
         rows = [hidden.flatten(0, 1)[masked], targets.flatten()[masked], weights[masked // targets.shape[1]]]
-        return chunked_sum(loss_of_rows, rows, reader.readout_parameters(), self.config.vocab_size)
+        with block.readout_on_device() as parameters:
+            return chunked_sum(loss_of_rows, rows, parameters, self.config.vocab_size)
 
     def seen(self, text: MaskedText) -> Clean:
         """What embeds a text, and what attention takes to run it."""
@@ -283,7 +280,7 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         owners = self.noise_schedule.block_of(text.holds(self.mask_token_id).sum(1), text.attended.sum(1)).cpu()
         for k in owners.unique().tolist():
             rows = (owners == k).nonzero()[:, 0].to(text.input_ids.device)
-            yield self.blocks[k], rows, self.training_output(self.active_blocks(k, None), self.seen(text.rows(rows)))
+            yield self.blocks[k], rows, self.training_output(self.blocks[k], self.seen(text.rows(rows))).read
 
     def sums_of_rows(self, block: Block, hidden: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """`-ln p` of each text's masked tokens, summed: `[N]` float64, of hidden states `[N, S, D]`. In chunks."""

@@ -1,0 +1,160 @@
+"""Fine-tune a language model with TRL's SFTTrainer: whole or by LoRA, and with --stream in the memory of a layer or two.
+
+    accelerate launch recipes/finetune.py --model Qwen/Qwen3-8B --data train.jsonl --stream --learning_rate 1e-5 \\
+        --output_dir outputs/tuned
+
+The data are chats (a column `messages`), prompts with completions (`prompt`, `completion`), or texts (`text`). All that
+SFTConfig takes is an option, too: `--packing`, `--assistant_only_loss`, `--gradient_accumulation_steps` and so on. `--help`
+lists every option; a YAML file sets any of them (`--config FILE.yaml`), and the command line overrides it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from transformers import AutoModelForCausalLM
+
+import hf_diffusionblocks as db
+from hf_diffusionblocks.cli.arguments import parse
+from hf_diffusionblocks.extras import from_extra
+from hf_diffusionblocks.recipes import common, text
+from hf_diffusionblocks.recipes.common import option
+
+with from_extra("trl", "fine-tuning of text", "sft"):
+    from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+
+PROG = "finetune.py"
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's, with shorter names for what everyone sets."""
+
+    model: str = field(kw_only=True, metadata={"help": "Hub id or folder of the model to tune, with its tokenizer."})
+    lora: bool = option(False, "Train LoRA adapters, and leave the model as it is; lora_r and the like say which.")
+    stream: bool = option(
+        False, "Keep weights, gradients and optimizer state in host memory; a layer or two at a time is on the device."
+    )
+    keep: str | None = option(
+        None, "With stream: how many layers stay on the device, or as many as fit into a budget such as 20GiB."
+    )
+    model_name_or_path: str | None = field(init=False, default=None)
+    use_peft: bool = field(init=False, default=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.model_name_or_path, self.use_peft = self.model, self.lora
+        if self.keep is not None and not self.stream:
+            raise ValueError(f"keep={self.keep!r} needs stream: without it, all layers stay on the device")
+        of_lora = [each for each in fields(ModelConfig) if each.name.startswith(("lora_", "use_rslora", "use_dora"))]
+        for each in of_lora:
+            if (value := getattr(self, each.name)) != each.default and not self.lora:
+                raise ValueError(f"{each.name}={value!r} needs lora")
+
+
+@dataclass
+class DataArguments:
+    """What it is tuned on."""
+
+    data: str = field(metadata={"help": f"File ({', '.join(text.READERS)}), or hub id (split train), to train on."})
+    eval_data: str | None = option(None, "File, or hub id (split test), to evaluate on at the end (and by eval_strategy).")
+    samples: int = option(2, "After training, continue that many prompts of the data, and print what comes.")
+
+
+def load_rows(source: str, name: str, split: str, text_field: str) -> Dataset:
+    """The rows of a file or hub id. Raises ValueError, naming the argument, if they are nothing to tune a model on."""
+    try:
+        if Path(source).suffix in text.READERS:
+            reader, options = text.READERS[Path(source).suffix]
+            rows = load_dataset(reader, data_files=source, split="train", **options)
+        else:
+            rows = load_dataset(source, split=split)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{name}={source!r} cannot be read: {error.__cause__}") from None
+    if not any(columns <= {*rows.column_names} for columns in ({"messages"}, {"prompt", "completion"}, {text_field})):
+        raise ValueError(
+            f"{name}={source!r} must have a column 'messages', columns 'prompt' and 'completion', or a column "
+            f"{text_field!r} (dataset_text_field); it has {', '.join(rows.column_names)}"
+        )
+    return rows
+
+
+def prepare(
+    model_args: ModelArguments, data_args: DataArguments, training_args: SFTConfig
+) -> tuple[SFTTrainer, list[str | list[dict]], db.LayerStream | None]:
+    """The trainer, prompts to continue at the end, and the stream, if there is one."""
+    with training_args.main_process_first(local=False, desc="reading the data"):
+        data = load_rows(data_args.data, "data", "train", training_args.dataset_text_field)
+        eval_data = data_args.eval_data and load_rows(
+            data_args.eval_data, "eval_data", "test", training_args.dataset_text_field
+        )
+    quantization = get_quantization_config(model_args)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_args.model, revision=model_args.model_revision, dtype=model_args.dtype, quantization_config=quantization,
+        attn_implementation=model_args.attn_implementation, trust_remote_code=training_args.trust_remote_code,
+        device_map="cpu" if quantization and model_args.stream else None,  # (quantized weights go to the GPU by themselves)
+    )  # fmt: skip
+    stream = None
+    if model_args.stream:
+        keep = model_args.keep or "0"
+        stream = db.stream_layers(model, training_args.device, keep=int(keep) if keep.isdigit() else keep)
+    trainer = SFTTrainer(
+        model, args=training_args, train_dataset=data, eval_dataset=eval_data, peft_config=get_peft_config(model_args)
+    )
+    shown = (eval_data or data).select(range(min(data_args.samples, len(eval_data or data))))
+    return trainer, [prompt_of(row, training_args.dataset_text_field) for row in shown], stream
+
+
+def prompt_of(row: dict, text_field: str) -> str | list[dict]:
+    """A row without its answer: what the model is asked in use."""
+    if "messages" in row:
+        messages = row["messages"]
+        return messages[:-1] if messages[-1]["role"] == "assistant" and len(messages) > 1 else messages
+    return row["prompt"] if "prompt" in row else row[text_field][:60]
+
+
+@torch.no_grad()
+def print_samples(trainer: SFTTrainer, prompts: list[str | list[dict]], num_tokens: int = 48) -> None:
+    """The likeliest tokens after each prompt. Every process takes part (with FSDP, each has a part of the weights)."""
+    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        room = getattr(model.config, "max_position_embeddings", None) or num_tokens * 100
+        inputs = tokenizer(prompt, return_tensors="pt")["input_ids"][:, -(room - num_tokens) :].to(model.device)
+        made = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=num_tokens, do_sample=False)
+        trainer.accelerator.print(f"\n{prompt} -> {tokenizer.decode(made[0, inputs.shape[1] :], skip_special_tokens=True)}")
+
+
+def main(args: Sequence[str] | None = None) -> dict[str, float]:
+    """Run the recipe with a command line (None: `sys.argv[1:]`); bad input exits with one line on standard error."""
+    model_args, data_args, training_args = parse(
+        (ModelArguments, DataArguments, SFTConfig), args, prog=PROG, description=__doc__.splitlines()[0]
+    )
+    try:
+        resume_from = common.checkpoint_to_resume(training_args)
+        trainer, prompts, stream = prepare(model_args, data_args, training_args)
+    except common.BAD_INPUT as error:
+        sys.exit(f"{PROG}: error: {' '.join(str(error).split())}")
+    metrics = common.train(trainer, resume_from)
+    trainer.create_model_card(dataset_name=None if Path(data_args.data).exists() else data_args.data)
+    print_samples(trainer, prompts)
+    if stream is not None:
+        to_device, to_host = (number / 1e9 for number in stream.copied.values())
+        trainer.accelerator.print(
+            f"\nstreamed: {len(stream.units)} units, at most {stream.peak_units} on the device at once; "
+            f"{to_device:.3g} GB copied there, {to_host:.3g} GB back"
+        )
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # left open, its threads may abort a process that ends well
+    return metrics
+
+
+if __name__ == "__main__":
+    main()
