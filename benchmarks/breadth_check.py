@@ -24,6 +24,13 @@ LEAST_MOVED = 0.8
 #: Operations that make a copy of a weight, as fetching it does.
 COPIES = {"aten::_to_copy", "aten::clone", "aten::copy_"}
 
+#: Architectures that are run once more with the dropout that their configs have by default, and as which task.
+WITH_DROPOUT = {
+    "gpt2": "causal-lm", "openai-gpt": "causal-lm", "opt": "causal-lm", "xlnet": "sequence-classification",
+    "deberta-v2": "token-classification", "bert": "masked-lm", "longformer": "masked-lm", "swin": "image-classification",
+    "bart": "seq2seq", "t5": "seq2seq",
+}  # fmt: skip
+
 
 @dataclass
 class Result:
@@ -80,18 +87,17 @@ class Result:
         return (self.exact or self.rounded) and self.two_units and self.host_unused and self.enough_moved
 
 
-def check(mapping: str, name: str, dropout: bool = False, steps: int = 2) -> Result:
+def check(mapping: str, name: str, steps: int = 2) -> Result:
     """Build the model, and compare.
 
     Args:
-        mapping: of `tiny_models.MAPPINGS`, or "diffusers".
+        mapping: of `tiny_models.MAPPINGS`, "diffusers", or "own-dropout".
         name: a model type, or a class of diffusers.
-        dropout: as the config has it, instead of none.
         steps: forward and backward passes; in the first the stream learns the order, in those after it fetches ahead by it.
     """
     start, result = time.perf_counter(), Result(mapping, name)
     try:
-        model, batch = _build(mapping, name, dropout)
+        model, batch = _build(mapping, name)
         stock = copy.deepcopy(model)
         expected = [gradients(stock, batch, step) for step in range(steps)]
         result.repeats = not _difference(gradients(stock, batch, 0), expected[0])[0]
@@ -106,9 +112,10 @@ def check(mapping: str, name: str, dropout: bool = False, steps: int = 2) -> Res
     return result
 
 
-def _build(mapping: str, name: str, dropout: bool) -> tuple[nn.Module, dict]:
+def _build(mapping: str, name: str) -> tuple[nn.Module, dict]:
     if mapping == "diffusers":
         return diffusers_model(name), diffusers_batch(name)
+    dropout, mapping = mapping == "own-dropout", WITH_DROPOUT[name] if mapping == "own-dropout" else mapping
     model = tiny_model(mapping, name, dropout)
     return model, tiny_batch(mapping, name, model)
 

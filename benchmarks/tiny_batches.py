@@ -114,6 +114,9 @@ def _more(mapping: str, name: str, model: nn.Module, generator: torch.Generator)
         case "musicgen" | "musicgen_melody":  # a row of ids for each codebook
             books = model.config.get_text_config(decoder=True).num_codebooks
             return {"input_ids": _ids(generator, rows=ROWS * books), "attention_mask": None, "labels": None}
+        case "voxtral_realtime":
+            frames = LENGTH * model.config.audio_length_per_tok
+            return {"input_features": torch.randn(ROWS, model.config.audio_config.num_mel_bins, frames, generator=generator)}
         case "imagegpt":  # its images are ids of colours
             return {"input_ids": _ids(generator), "pixel_values": None}
         case "lxmert":

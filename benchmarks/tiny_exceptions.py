@@ -31,6 +31,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16},
     "mobilevitv2": {"image_size": 64},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+    "nemotron3_5_transcribe_word_timestamp": {"blank_token_id": 127},
     "perceiver": {
         "num_latents": 8, "d_latents": 32, "d_model": 32, "num_self_attends_per_block": 3, "max_position_embeddings": 16,
         "num_self_attention_heads": 4, "num_cross_attention_heads": 4, "image_size": 8,

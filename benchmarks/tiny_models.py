@@ -34,7 +34,7 @@ SIZES = {
     r"(src_|tgt_|audio_|entity_|pronunciation_|shape_|char_)?vocab_size(_per_layer_input|s)?": VOCABULARY,
     r"(num_hidden_|num_|n_|encoder_|decoder_|num_encoder_|num_decoder_|conf_num_hidden_|[lxr]_)?layers?": LAYERS,
     r"depth": 2,
-    r"(d_|vision_|text_|backbone_|decoder_)?(hidden_size|hidden_size_global|model|embed_dim|embed)": WIDTH,
+    r"(d_|vision_|text_|audio_|backbone_|decoder_)?(hidden_size|hidden_size_global|model|embed_dim|embed)": WIDTH,
     r"(input_|output_|entity_)?(embedding_size|emb_dim|emb_size|n_embd|dim|hidden_dim|embed_dim|width)": WIDTH,
     r"(out_|downsample_|prediction_head_)(hidden_size|size)|(pronunciation|shape)_embed_dim": WIDTH,
     r"(.*_)?(intermediate_size|ffn_hidden_size|ffn_dim|d_ff|d_inner|n_inner|intermediate_size_mlp|mlp_dim)": WIDTH,
