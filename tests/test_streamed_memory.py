@@ -23,9 +23,9 @@ LAYERS = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "
 LLAMA = LlamaConfig(**LAYERS, vocab_size=1003, tie_word_embeddings=False)
 GPT2 = GPT2Config(n_layer=4, n_embd=64, n_head=2, vocab_size=1003, n_positions=64, bos_token_id=0, eos_token_id=0)
 OTHERS = {
-    "gemma2": Gemma2Config(**LAYERS, num_key_value_heads=2, head_dim=8, vocab_size=307),
+    "gemma2": Gemma2Config(**LAYERS | {"num_hidden_layers": 2}, num_key_value_heads=2, head_dim=8, vocab_size=307),
     "openai-gpt": OpenAIGPTConfig(n_layer=3, n_embd=32, n_head=2, vocab_size=307, n_positions=64),  # checkpoints nothing
-    "mixtral": MixtralConfig(**LAYERS, num_key_value_heads=2, vocab_size=307, num_local_experts=4),
+    "mixtral": MixtralConfig(**LAYERS | {"num_hidden_layers": 2}, num_key_value_heads=2, vocab_size=307, num_local_experts=4),
     "swin": SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[2, 1], num_heads=[2, 2], window_size=4),
 }
 EVERYTHING, ADAPTERS = ways_of_streams()
@@ -42,12 +42,11 @@ def followed(way: Way, config, fake: bool = True, **options):
     return followed_stream(way, Workload(config, None, **options), fake_mode() if fake else None)
 
 
-@pytest.mark.parametrize("parts", ["all logits", "logits in parts"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("way", [EVERYTHING, ADAPTERS], ids=["everything", "LoRA"])
-@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
-def test_the_estimate_is_the_ledger(config, way, dtype, parts, monkeypatch):
-    if parts == "logits in parts":
+@pytest.mark.parametrize("config, in_parts", [(GPT2, False), (LLAMA, True)], ids=["gpt2", "llama, logits in parts"])
+def test_the_estimate_is_the_ledger(config, in_parts, way, dtype, monkeypatch):
+    if in_parts:
         monkeypatch.setattr(streamed_loss, "PART_BYTES", 2**16)
     expected, of_step = followed(way, config, fake=False, **DTYPES[dtype])
     actual, foretold = followed(way, config, **DTYPES[dtype])
@@ -68,18 +67,17 @@ def test_host_memory_has_weights_gradients_and_moments_and_the_device_two_units(
     element = 4 if dtype == "float32" else 2
     assert ledger.parts.blocks == pytest.approx(2 * layer * element, rel=0.01)
     assert ledger.parts.gradients <= 1003 * 64 * 4 + layer * 4
-    # Twice the weights but the head, which is there until its gradient is, and the embedding, which is not needed again.
-    once = 2 * 1003 * 64
-    of_embedding = 4 if dtype == "masters" else element  # (which autocast does not cast)
-    expected = 2 * 4 * layer * element + 1003 * 64 * (element + of_embedding)
-    assert costs.to_device == pytest.approx(expected, rel=0.01)
-    assert costs.to_host == pytest.approx((size - once) * element + 1003 * 64 * (element + of_embedding), rel=0.01)
+    # Layers twice, but the last one, which is still there; the head once; the embedding again, ahead of what comes next.
+    table, of_embedding = 1003 * 64, 4 if dtype == "masters" else element  # (autocast does not cast an embedding)
+    assert costs.to_device == pytest.approx(7 * layer * element + table * (element + 2 * of_embedding), rel=0.01)
+    assert costs.to_host == pytest.approx(4 * layer * element + table * (element + of_embedding), rel=0.01)
 
 
 def test_the_ledger_follows_a_streamed_model_of_one_s_own():
     model = AutoModelForCausalLM.from_config(LLAMA)
     optimizer = torch.optim.AdamW(model.parameters())
     ids = torch.randint(1003, (3, 48))
+    torch.manual_seed(0)
     expected, _ = followed(EVERYTHING, LLAMA)
     with db.stream_layers(model, "cpu") as stream:
         for _ in range(2):  # in the first, nothing comes ahead of its use
@@ -112,9 +110,8 @@ def test_any_causal_model_or_image_classifier_is_estimated(config):
     assert streamed.total < plain.total and streamed.host > 0 == plain.host
     assert config.model_type in str(estimate) and "B=" not in str(estimate)
     options = {"batch_size": 2, "sequence_length": length}
-    if config.model_type != "openai-gpt":  # (its dropout draws other numbers of bytes: none)
-        measured, _ = followed(EVERYTHING, config, fake=False, **options)
-        assert streamed.total == pytest.approx(measured.total, rel=0.02)
+    measured, _ = followed(EVERYTHING, config, fake=False, **options)
+    assert streamed.total == pytest.approx(measured.total, rel=0.02)
 
 
 @pytest.mark.parametrize("fields", [{"num_blocks": 2}, {"denoiser": "joint"}], ids=str)

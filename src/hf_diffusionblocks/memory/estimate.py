@@ -151,9 +151,7 @@ def estimate_memory(
     if isinstance(config, DiffusionBlocksConfig):
         task = config.task if task is None else task
         num_blocks = num_blocks or config.num_blocks
-        # (The objective is no matter of memory.)
-        others = ("num_blocks", "sigma_data", "objective")
-        of_model = {name: getattr(config, name) for name in USER_FIELDS if name not in others}
+        of_model = {name: getattr(config, name) for name in USER_FIELDS if name not in ("num_blocks", "sigma_data")}
         config_fields, config = of_model | config_fields, config.source_config
     workload = Workload(
         config, num_blocks, batch_size, sequence_length, _dtype(dtype, bf16), task, ema, _kind_of_device(device), bf16, keep

@@ -129,6 +129,8 @@ class StepMemory(TorchDispatchMode):
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         if self._stream is not None:
+            for parameter, copy in self._stream.copies_there:
+                self._copied(parameter, copy, in_host_memory=False)
             self._stream.watch_copies(self._copied)
         self._hooks.__enter__()
         super().__enter__()

@@ -120,13 +120,11 @@ def _add_adapters(model: PreTrainedModel) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     layers = layer_paths(model)
-    matrices = {
-        name: module
-        for name, module in model.named_modules()
-        if name.startswith(layers) and isinstance(module, (nn.Linear, Conv1D))
-    }
+    inside = {name: module for name, module in model.named_modules() if name.startswith(layers)}
+    matrices = {name: module for name, module in inside.items() if isinstance(module, (nn.Linear, Conv1D))}
     attention = {name: matrix for name, matrix in matrices.items() if "attn" in name or "attention" in name}
-    matrices = attention or matrices  # (a layer may have none)
+    convolutions = {name: module for name, module in inside.items() if isinstance(module, nn.Conv2d)}
+    matrices = attention or matrices or convolutions  # (a layer may have none)
     transposed = any(isinstance(module, Conv1D) for module in matrices.values())
     config = LoraConfig(r=LORA_RANK, target_modules=list(matrices), fan_in_fan_out=transposed)
     inject_adapter_in_model(config, model)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..backbones.base import BACKBONES, Backbone, backbone_for, backbone_of
+from ..streaming.layers import find_layers
 from ..tasks import Task, task_of
 
 #: What is estimated of architectures that are not cut into blocks: task -> what makes the model
@@ -55,10 +55,10 @@ class Stock:
         return STOCK_CLASSES[self.task_name].from_config(self.config)
 
     def checkpoint_layers(self, model: nn.Module) -> None:
-        """Have it compute the activations of its layers again in the backward pass."""
+        """Have it compute the activations of its layers again in the backward pass, if it knows how to."""
         if self.architecture:
             self.architecture.checkpoint_layers(model)
-        else:
+        elif model.supports_gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
 
     def batch(self, num_rows: int, sequence_length: int | None) -> dict[str, torch.Tensor]:
@@ -122,7 +122,7 @@ def layer_paths(model: nn.Module) -> tuple[str, ...]:
         return (f"{backbone_of(model).layers_path}.",)
     if is_known(config):
         return (f"{backbone_for(config).layers_path}.",)
-    return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer))
+    return tuple(f"{name}." for name in find_layers(model))
 
 
 def num_logits(model: nn.Module) -> int | None:

@@ -106,7 +106,7 @@ class Way:
 def formulations_for(task: Task, architecture: Backbone) -> dict[str, dict]:
     """Formulation -> what `convert` is given for it: what is recommended for a pretrained model, and the paper's."""
     found = recommended(task.name, "pretrained", architecture)
-    fields = {name: found[name] for name in found if name not in ("objective", "num_blocks")}  # the ways', the workload's
+    fields = {name: found[name] for name in found if name != "num_blocks"}  # the workload's
     return ({"recommended": fields} if fields and fields != PAPER else {}) | {"joint (paper)": PAPER}
 
 

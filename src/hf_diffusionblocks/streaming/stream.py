@@ -51,6 +51,11 @@ class Stream:
         """Bytes so far."""
         return {"to_device": self._copies.to_device_bytes, "to_host": self._copies.to_host_bytes}
 
+    @property
+    def copies_there(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+        """Parameters whose copies are on the device now, each with its copy."""
+        return [(copy.parameter, copy.tensor) for copies in self._there.values() for copy in copies.values()]
+
     def watch_copies(self, watch: Callable[[torch.Tensor, torch.Tensor, bool], None] | None) -> None:
         """Have a function called with what is copied, its copy, and whether that is in host memory; None ends it."""
         self._copies.watch = watch
