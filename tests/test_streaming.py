@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hf_diffusionblocks as db
+from hf_diffusionblocks.streaming import checks
 
 
 @pytest.fixture
@@ -335,6 +336,15 @@ def test_float16_autocast_is_refused(model):
     db.stream_layers(model, device="cpu")
     with pytest.raises(ValueError, match="fp16=True cannot be streamed"), torch.autocast("cpu", torch.float16):
         model(**tokens())
+
+
+def test_several_processes_on_accelerators_are_refused(monkeypatch):
+    monkeypatch.setattr(checks.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(checks.dist, "get_world_size", lambda: 2)
+    checks.check_pass(torch.device("cpu"), trains=True)
+    checks.check_pass(torch.device("cuda"), trains=False)
+    with pytest.raises(ValueError, match="2 processes on cuda cannot train a streamed model"):
+        checks.check_pass(torch.device("cuda"), trains=True)
 
 
 # ---- doors that libraries leave open
