@@ -1,10 +1,10 @@
 """What training steps would hold, by `db.estimate_memory`: the figures of README.md and docs/memory.md.
 
     python benchmarks/estimates.py --output outputs/estimates                 # all; some minutes on an idle core
-    python benchmarks/estimates.py --output outputs/estimates --cases 70B     # one of: 8B, 8B-streamed, 70B, gpt2, vit
+    python benchmarks/estimates.py --output outputs/estimates --cases 70B     # one of: 8B, 8B-streamed, 70B, recipes, gpt2, vit
 
 Of each case a table (Markdown) and its numbers (JSON). No weights are read, and any machine will do. "8B" and "70B" have the
-shapes of Llama-3.1.
+shapes of Llama-3.1; "recipes" are the steps of `recipes/configs/finetune_8b_*.yaml`, on Qwen3-8B.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import GPT2Config, LlamaConfig, ViTConfig
+from transformers import GPT2Config, LlamaConfig, Qwen3Config, ViTConfig
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.memory.costs import Costs
@@ -26,19 +26,25 @@ from hf_diffusionblocks.memory.ways import Workload, ways_of_streams
 COMMON = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": False}
 LLAMA_8B = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, **COMMON)
 LLAMA_70B = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, **COMMON)
+QWEN3_8B = Qwen3Config(
+    hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+    vocab_size=151936, max_position_embeddings=40960, tie_word_embeddings=False,
+)  # fmt: skip
 #: Case -> what `estimate_memory` is given, for whole tables.
 TABLES = {
     "8B": (LLAMA_8B, {"num_blocks": 8, "sequence_length": 2048, "dtype": "bf16", "device": "cuda", "tflops": 200}),
     "gpt2": (GPT2Config(), {"num_blocks": 4, "batch_size": 4, "sequence_length": 512, "device": "cpu"}),
     "vit": (ViTConfig(num_labels=1000), {"num_blocks": 4, "batch_size": 8, "device": "cpu"}),
 }
-#: Case -> config, and the workloads of which only the streamed rows are estimated: rows, tokens, dtype, bf16=True or not.
+#: Case -> config, and the workloads of which only "streamed, everything trained" is estimated: rows, tokens, dtype, bf16=True
+#: or not.
 STREAMED = {
     "8B-streamed": (
         LLAMA_8B,
         [(n, s, dtype, dtype == torch.float32) for n, s in ((1, 2048), (8, 1024)) for dtype in (torch.bfloat16, torch.float32)],
     ),
     "70B": (LLAMA_70B, [(1, 2048, torch.bfloat16, False)]),
+    "recipes": (QWEN3_8B, [(n, 1024, torch.bfloat16, False) for n in (16, 4)]),
 }
 
 
@@ -58,19 +64,18 @@ def table(case: str) -> tuple[str, dict]:
 
 
 def streamed(case: str) -> tuple[str, dict]:
-    """The same, of streamed layers alone, a row for each workload."""
+    """The same, of streamed layers alone, everything trained: a row for each workload."""
     config, workloads = STREAMED[case]
-    found, lines = {}, ["| way | tokens | weights on the host | device, GiB | host, GiB | copied, GB | back, GB |", "|---" * 7 + "|"]
+    way = ways_of_streams()[0]
+    found, lines = {}, ["| tokens | weights on the host | device, GiB | host, GiB | copied, GB | back, GB |", "|---" * 6 + "|"]
     for batch_size, length, dtype, bf16 in workloads:
-        for way in ways_of_streams():
-            workload = Workload(config, None, batch_size, length, dtype, bf16=bf16)
-            ledger, costs = followed_stream(way, workload, FakeTensorMode(allow_non_fake_inputs=True))
-            kept = f"{str(dtype).removeprefix('torch.')}{', bf16=True' if bf16 else ''}"
-            found[f"{way.name}, {batch_size} x {length}, {kept}"] = numbers(ledger, costs)
-            cells = (ledger.total / 2**30, ledger.host / 2**30, costs.to_device / 1e9, costs.to_host / 1e9)
-            row = [way.name, f"{batch_size} x {length}", kept, *(f"{cell:.1f}" for cell in cells)]
-            lines.append(f"| {' | '.join(row)} |")
-            print(lines[-1], flush=True)
+        workload = Workload(config, None, batch_size, length, dtype, bf16=bf16)
+        ledger, costs = followed_stream(way, workload, FakeTensorMode(allow_non_fake_inputs=True))
+        kept = f"{str(dtype).removeprefix('torch.')}{', bf16=True' if bf16 else ''}"
+        found[f"{batch_size} x {length}, {kept}"] = numbers(ledger, costs)
+        cells = (ledger.total / 2**30, ledger.host / 2**30, costs.to_device / 1e9, costs.to_host / 1e9)
+        lines.append(f"| {batch_size} x {length} | {kept} | {' | '.join(f'{cell:.1f}' for cell in cells)} |")
+        print(lines[-1], flush=True)
     return "\n".join(lines), found
 
 

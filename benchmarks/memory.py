@@ -1,4 +1,4 @@
-"""What a training step holds in memory, and how many there are in a second: end to end, and block by block in each mode.
+"""What a training step holds in memory, and how many there are in a second: end to end, streamed, and block by block.
 
     python benchmarks/memory.py --output outputs/memory
 
@@ -9,8 +9,9 @@ there at one moment. Of the blocks, the one that holds most. LoRA is peft's, r=1
 
 "By count" is what the sum should be: 4 bytes a parameter (and saved buffer) held, 12 a trained one (gradient and AdamW's
 two moments), what autograd keeps for the backward pass (counted on the same step, by storage) and one chunk of logits
-with its gradient. It asserts that the measured sum is within 5 % of it. The peak is lower where gradients come only as
-activations go, and higher by temporary tensors.
+with its gradient (of a stock model, its logits as they are counted). It asserts that the measured sum is within 5 % of it. The
+peak is lower where gradients come only as activations go, and higher by temporary tensors. What is streamed is not all on the
+device: no sum by count.
 
 Steps a second are block-steps, each on the same batch: the fastest of `--repetitions` (after the one that is measured),
 the mean of the first and the last block. The same tokens through all B blocks take B of them. ("Together": a block's part
@@ -32,11 +33,12 @@ import torch
 from transformers import GPT2Config, ViTConfig
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.backbones.base import backbone_for
-from hf_diffusionblocks.memory.estimate import ledger_table
 from hf_diffusionblocks.diffusion.objectives import rows_per_chunk
 from hf_diffusionblocks.memory.scenarios import Step, steps
-from hf_diffusionblocks.memory.ways import Way, Workload, formulations_for, ways_to_train
+from hf_diffusionblocks.memory.table import ledger_table
+from hf_diffusionblocks.memory.ways import (
+    Way, Workload, formulations_for, ways_of_blocks, ways_of_stock_models, ways_of_streams
+)  # fmt: skip
 
 #: Of a ledger's parts, the colour in the chart.
 COLOURS = {
@@ -52,7 +54,7 @@ def workload_of(model: str, num_blocks: int, images: int) -> Workload:
     return Workload(ViTConfig(num_labels=1000), num_blocks, batch_size=images, sequence_length=None)
 
 
-def by_count(step: Step, ledger: db.Ledger, workload: Workload) -> int:
+def by_count(step: Step, ledger: db.Ledger, workload: Workload, is_stock: bool) -> int:
     """The sum of parts, from the number of parameters; activations as they were counted."""
     held = sum({id(t): t.numel() for t in (*step.model.parameters(), *step.model.buffers())}.values())
     trained = sum(p.numel() for p in step.model.parameters() if p.grad is not None)
@@ -62,7 +64,8 @@ def by_count(step: Step, ledger: db.Ledger, workload: Workload) -> int:
         vocab_size = workload.config.vocab_size
         rows = workload.batch_size * (workload.sequence_length - 1)
         logits = rows_per_chunk(rows, vocab_size, step.model.device) * vocab_size
-    return 4 * (held + trained + 2 * moving + 2 * logits) + ledger.parts.activations
+    of_logits = ledger.parts.logits if is_stock else 8 * logits
+    return 4 * (held + trained + 2 * moving) + of_logits + ledger.parts.activations
 
 
 def seconds(step: Step, repetitions: int) -> float:
@@ -83,12 +86,13 @@ def measured(way: Way, workload: Workload, repetitions: int) -> tuple[db.Ledger,
     """The largest step's ledger and its sum by count, and steps a second."""
     found, times = [], []
     for step in steps(way, workload):
+        if step.stream:
+            seconds(step, 1)  # the order of units is learned
         with db.StepMemory(step.model, step.optimizer, kept=step.kept) as memory:
             step.loss().backward()
         step.optimizer.step()
         ledger = memory.ledger()
-        # With blocks in host memory, what is here is not what the model has.
-        found.append((ledger, None if way.offload else by_count(step, ledger, workload)))
+        found.append((ledger, None if step.stream else by_count(step, ledger, workload, way.fields is None)))
         step.optimizer.zero_grad()
         times.append(seconds(step, repetitions))
     return *max(found, key=lambda pair: pair[0].total), len(times) / sum(times)
@@ -97,7 +101,8 @@ def measured(way: Way, workload: Workload, repetitions: int) -> tuple[db.Ledger,
 def report(model: str, workload: Workload, repetitions: int) -> tuple[str, dict[str, db.Ledger]]:
     """The table of a model, and its ledgers."""
     ledgers, counted, speed = {}, {}, {}
-    for way in ways_to_train(formulations_for(workload.task, backbone_for(workload.config))):
+    formulations = formulations_for(workload.task, workload.stock.architecture)
+    for way in (*ways_of_stock_models(), *ways_of_streams(), *ways_of_blocks(formulations)):
         torch.manual_seed(0)
         ledgers[way.name], count, rate = measured(way, workload, repetitions)
         counted[way.name] = "" if count is None else f"{count / MIB:,.0f}"

@@ -1,19 +1,19 @@
-"""The pictures in docs/, and the table of memory at 8 billion parameters in README.md.
+"""The pictures in docs/.
 
+    python benchmarks/estimates.py --output outputs/estimates --cases 8B
     make demo && python benchmarks/pictures.py                # all three; a minute or two
     python benchmarks/pictures.py memory                      # one of: partition, memory, walk
 
 - `noise_partition.png`: how the noise is cut into four blocks, with the config's own defaults.
-- `memory_8b.svg`: what a training step of Llama-3.1-8B holds at its peak, by `db.estimate_memory`: the step is followed
-  on tensors without memory, so any machine will do. Prints the whole table, too.
+- `memory_8b.svg`: what a training step of Llama-3.1-8B holds at its peak, by what `benchmarks/estimates.py` found.
 - `walk.png`: a walk from noise to a label, by the model that the demo trained.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from matplotlib import rcParams
@@ -24,24 +24,20 @@ import hf_diffusionblocks as db
 from hf_diffusionblocks.diffusion.schedule import NoiseSchedule
 from hf_diffusionblocks.recipes.plots import plot_noise_partition, plot_walk
 
-LLAMA_8B = LlamaConfig(
-    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-    vocab_size=128256, max_position_embeddings=131072, tie_word_embeddings=False,
-)  # fmt: skip
-#: Row of `estimate_memory` -> its name in the picture
+#: Row of the estimate -> its name in the picture
 ROWS = {
     "end to end": "end to end",
     "end to end, checkpointing": "end to end, checkpointing",
-    "recommended: all blocks together, exact gradient": "all 8 blocks in each step, exact gradient",
-    "LoRA (r=16, attention)": "LoRA",
-    "recommended: all blocks, inactive ones in host memory": "all 8 blocks in turn, own loss, others in host memory",
+    "end to end, checkpointing, 8-bit AdamW (by formula)": "… 8-bit AdamW (by formula)",
+    "end to end, checkpointing, optimizer in the backward pass": "… optimizer in the backward pass",
     "LoRA (r=16, attention), checkpointing": "LoRA, checkpointing",
-    "recommended: all blocks together, exact gradient, checkpointing, inactive ones in host memory":
-        "all 8 blocks in each step, exact gradient,\ncheckpointing, others in host memory",
-    "recommended: all blocks together, exact gradient, checkpointing, inactive ones in host memory, shared part frozen":
-        "the same, shared part frozen",
-    "recommended: job, shared part frozen, cached inputs": "a job of one block, own loss, cached inputs",
-}  # fmt: skip
+    "recommended: all blocks in turn": "8 blocks in turn, losses of their own",
+    "recommended: job, shared part frozen, cached inputs": "a job of one of 8 blocks, own loss, cached inputs",
+    "FSDP2 with CPU offload, checkpointing (by formula)": "FSDP2 with CPU offload (by formula)",
+    "QLoRA (r=16, attention), checkpointing (by formula)": "QLoRA, checkpointing (by formula)",
+    "streamed, everything trained": "streamed, everything trained",
+    "streamed, LoRA (r=16, attention)": "streamed, LoRA",
+}
 #: What is drawn as one part -> its colour, and the ledger's parts
 PARTS = {
     "parameters": ("#7d8893", ("shared", "blocks", "adaln")),
@@ -54,30 +50,32 @@ WALKS, STEPS = (0, 0.02, 0.05), 6  # images by how sure the first step is, from 
 
 
 def partition(folder: Path) -> None:
-    schedule: NoiseSchedule = db.DiffusionBlocksConfig(source_config=LLAMA_8B, num_blocks=4).noise_schedule(0.1)
+    schedule: NoiseSchedule = db.DiffusionBlocksConfig(source_config=LlamaConfig(), num_blocks=4).noise_schedule(0.1)
     plot_noise_partition(schedule, folder / "noise_partition.png")
 
 
-def memory(folder: Path) -> None:
-    estimate = db.estimate_memory(LLAMA_8B, num_blocks=8, batch_size=1, sequence_length=2048, dtype="bf16", device="cuda")
-    print(estimate)
-    draw_memory({title: estimate.ledgers[name] for name, title in ROWS.items()}, folder / "memory_8b.svg")
+def memory(folder: Path, estimates: Path) -> None:
+    file = estimates / "8B.json"
+    if not file.is_file():
+        raise SystemExit(f"pictures.py: error: there is no {file}; `benchmarks/estimates.py --cases 8B` first")
+    found = json.loads(file.read_text())
+    draw_memory({title: found[name]["peak"] for name, title in ROWS.items()}, folder / "memory_8b.svg")
 
 
-def draw_memory(ledgers: Mapping[str, db.Ledger], file: Path) -> None:
+def draw_memory(peaks: Mapping[str, Mapping[str, int]], file: Path) -> None:
     """Bars of what is there at the peak, by parts."""
-    figure = Figure(figsize=(9, 0.8 + 0.5 * len(ledgers)), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(9, 0.8 + 0.5 * len(peaks)), layout="constrained", facecolor="white")
     axes = figure.subplots()
-    rows, left = range(len(ledgers)), [0.0] * len(ledgers)
+    rows, left = range(len(peaks)), [0.0] * len(peaks)
     for part, (colour, names) in PARTS.items():
-        widths = [sum(asdict(ledger.peak)[name] for name in names) / 2**30 for ledger in ledgers.values()]
+        widths = [sum(peak[name] for name in names) / 2**30 for peak in peaks.values()]
         axes.barh(rows, widths, left=left, color=colour, height=0.62, label=part)
         left = [start + width for start, width in zip(left, widths)]
     beneath = {"facecolor": "white", "linewidth": 0, "pad": 1}
-    for row, (ledger, end) in enumerate(zip(ledgers.values(), left)):
-        axes.text(end + 0.6, row, f"{ledger.total / 2**30:.1f}", va="center", fontsize=9, color=INK, bbox=beneath)
-    axes.set_yticks(rows, list(ledgers), fontsize=9, color=INK)
-    axes.set_ylim(len(ledgers) - 0.5, -0.7)  # the first on top
+    for row, end in enumerate(left):
+        axes.text(end + 0.6, row, f"{end:.1f}", va="center", fontsize=9, color=INK, bbox=beneath)
+    axes.set_yticks(rows, list(peaks), fontsize=9, color=INK)
+    axes.set_ylim(len(peaks) - 0.5, -0.7)  # the first on top
     axes.set_xlim(0, 1.08 * max(left))
     axes.axvline(24, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)), zorder=0)
     axes.text(24.5, -0.55, "24 GiB", fontsize=8, color=MUTED, va="center")
@@ -116,16 +114,15 @@ def main() -> None:
     every = ["partition", "memory", "walk"]
     parser.add_argument("pictures", nargs="*", default=every, help=f"of {', '.join(every)}; all, if none is named")
     parser.add_argument("--demo", type=Path, default=Path("outputs/demo"), help="what `make demo` wrote")
+    parser.add_argument("--estimates", type=Path, default=Path("outputs/estimates"), help="what benchmarks/estimates.py wrote")
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the pictures")
     options = parser.parse_args()
     if unknown := set(options.pictures) - set(every):
         parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(every)}")
     rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "docs"})  # small files, the same every time
     for name in options.pictures:
-        if name == "walk":
-            walk(options.output, options.demo)
-        else:
-            {"partition": partition, "memory": memory}[name](options.output)
+        given = {"partition": (), "memory": (options.estimates,), "walk": (options.demo,)}[name]
+        {"partition": partition, "memory": memory, "walk": walk}[name](options.output, *given)
 
 
 if __name__ == "__main__":
