@@ -3,8 +3,8 @@
     python benchmarks/breadth.py --output benchmarks/results/breadth.json
     python benchmarks/breadth.py --mapping causal-lm masked-lm --names llama bert
 
-Every architecture of transformers' mappings, and some transformers of diffusers, tiny and random, on the CPU (with real copies),
-without dropout; and some with their own.
+Every architecture of transformers' mappings, and some transformers of diffusers, tiny and random, on the CPU (with real
+copies), without dropout; and some with their own.
 Prints a line for each as it ends, then a table of counts, and what does not hold, by name. What holds by the output
 already is not run again, unless it is named or `--again` is given.
 """
@@ -163,8 +163,9 @@ def _read(path: Path | None) -> list[Result]:
 def _write(path: Path, results: list[Result]) -> None:
     counts = {mapping: dict(zip(COLUMNS, _counts(results, mapping))) for mapping in AIMS}
     path.parent.mkdir(parents=True, exist_ok=True)
-    models = [asdict(each) for each in sorted(results, key=lambda each: ([*AIMS].index(each.mapping), each.name))]
-    path.write_text(json.dumps({"counts": counts, "models": models}, indent=1) + "\n")
+    models = [json.dumps(asdict(each)) for each in sorted(results, key=lambda each: ([*AIMS].index(each.mapping), each.name))]
+    lines = ",\n  ".join(models)  # a line each
+    path.write_text(f'{{\n "counts": {json.dumps(counts)},\n "models": [\n  {lines}\n ]\n}}\n')
 
 
 def _line(result: Result) -> str:

@@ -1,10 +1,11 @@
-"""One tiny model, streamed and not: are its gradients the stock model's, and did nothing of a unit run on the host's weights."""
+"""One tiny model, streamed and not: gradients, units that are there at once, and what runs on the host's weights."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +14,6 @@ from tiny_diffusers import diffusers_batch, diffusers_model
 from tiny_models import CannotBuild, seed, tiny_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import hf_diffusionblocks as db
 
@@ -181,15 +181,27 @@ class HostWatch(TorchDispatchMode):
         }  # fmt: skip
 
     def __torch_dispatch__(self, func: Callable, types, args=(), kwargs=None):
-        if not _is_view(func) and func._schema.name not in COPIES:
-            for tensor in tree_leaves((args, kwargs or {})):
-                if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
-                    weight = self._units.get(tensor.untyped_storage()._cdata)
-                    if weight is not None:
-                        self.found.add(f"{weight}: {func._schema.name}")
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if _computes(func):
+            for tensor in _tensors_of((*args, *kwargs.values())):
+                weight = self._units.get(tensor.untyped_storage()._cdata)
+                if weight is not None:
+                    self.found.add(f"{weight}: {func._schema.name}")
+        return func(*args, **kwargs)
 
 
-def _is_view(func) -> bool:
+def _tensors_of(values: Iterable) -> Iterator[Tensor]:
+    """Operations take tensors, and lists of them."""
+    for value in values:
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors_of(value)
+
+
+@functools.cache
+def _computes(func: Callable) -> bool:
+    """Neither a copy nor a view."""
     returns = func._schema.returns
-    return bool(returns) and all(each.alias_info is not None and not each.alias_info.is_write for each in returns)
+    is_view = bool(returns) and all(each.alias_info is not None and not each.alias_info.is_write for each in returns)
+    return not is_view and func._schema.name not in COPIES
