@@ -3,9 +3,10 @@
     python benchmarks/breadth.py --output benchmarks/results/breadth.json
     python benchmarks/breadth.py --mapping causal-lm masked-lm --names llama bert
 
-Every architecture of transformers' mappings, and some transformers of diffusers, tiny and random, on the CPU (with real copies).
-Prints a line for each as it ends, then a table of counts, and what does not hold, by name. What is in the output already is
-not run again, unless it is named or `--again` is given.
+Every architecture of transformers' mappings, and some transformers of diffusers, tiny and random, on the CPU (with real
+copies), without dropout; and some with their own.
+Prints a line for each as it ends, then a table of counts, and what does not hold, by name. What holds by the output
+already is not run again, unless it is named or `--again` is given.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 import torch
-from breadth_check import Result, check
+from breadth_check import WITH_DROPOUT, Result, check
 from tiny_diffusers import NAMES as DIFFUSERS
 from tiny_models import MAPPINGS, names_of
 from transformers.utils import logging
@@ -32,7 +33,7 @@ from transformers.utils import logging
 #: Architectures that have to be exact, with two units there, nothing on the host and enough moved, in each mapping.
 AIMS = {
     "causal-lm": 165, "sequence-classification": 96, "token-classification": 85, "question-answering": 60, "masked-lm": 39,
-    "image-classification": 20, "seq2seq": 0, "diffusers": 8,
+    "image-classification": 20, "seq2seq": 0, "diffusers": 8, "own-dropout": 0,
 }  # fmt: skip
 #: How processes begin: apart from this one, whose threads a copy of it would not have.
 START_METHOD = "spawn"
@@ -44,7 +45,7 @@ def main() -> int:
     wanted = [(mapping, name) for mapping in arguments.mapping for name in _names(mapping) if _asked(name, arguments.names)]
     before = [] if arguments.again else _read(arguments.output)
     known = {(each.mapping, each.name): each for each in before}
-    todo = wanted if arguments.names else [each for each in wanted if each not in known]
+    todo = wanted if arguments.names else [each for each in wanted if each not in known or not known[each].holds]
     started = time.monotonic()
     for number, result in enumerate(_run(todo, arguments), 1):
         known[result.mapping, result.name] = result
@@ -62,14 +63,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--names", nargs="+", help="only these architectures")
     parser.add_argument("--output", type=Path, help="a JSON file of what was found")
     parser.add_argument("--again", action="store_true", help="run what the output has, too")
-    parser.add_argument("--dropout", action="store_true", help="with the dropout that each config has")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--seconds", type=float, default=120, help="the longest that one architecture may take")
     return parser.parse_args()
 
 
 def _names(mapping: str) -> list[str]:
-    return list(DIFFUSERS) if mapping == "diffusers" else names_of(mapping)
+    others = {"diffusers": DIFFUSERS, "own-dropout": WITH_DROPOUT}
+    return list(others[mapping] if mapping in others else names_of(mapping))
 
 
 def _asked(name: str, names: list[str] | None) -> bool:
@@ -83,7 +84,7 @@ class Worker:
     """A process that checks one architecture after the other. It starts with the first, and anew after one that ended it."""
 
     def __init__(self, arguments: argparse.Namespace):
-        self._dropout, self._seconds = arguments.dropout, arguments.seconds
+        self._seconds = arguments.seconds
         self._process = None
         self.task: tuple[str, str] | None = None
 
@@ -91,7 +92,7 @@ class Worker:
         if self._process is None:
             context = mp.get_context(START_METHOD)
             self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=_work, args=(theirs, self._dropout), daemon=True)
+            self._process = context.Process(target=_work, args=(theirs,), daemon=True)
             self._process.start()
             theirs.close()
         self.task = task
@@ -104,7 +105,7 @@ class Worker:
         if not error and self._pipe.poll(0.05):
             try:
                 found = self._pipe.recv()
-            except EOFError:
+            except (EOFError, ConnectionError):
                 self._process.join()
                 error = f"the process ended with status {self._process.exitcode}"
             else:
@@ -126,14 +127,14 @@ class Worker:
         self._process = None
 
 
-def _work(pipe, dropout: bool) -> None:
+def _work(pipe) -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
     while True:
         task = pipe.recv()
         pipe.send(None)
-        pipe.send(check(*task, dropout=dropout))
+        pipe.send(check(*task))
 
 
 def _run(todo: list[tuple[str, str]], arguments: argparse.Namespace):
@@ -162,8 +163,9 @@ def _read(path: Path | None) -> list[Result]:
 def _write(path: Path, results: list[Result]) -> None:
     counts = {mapping: dict(zip(COLUMNS, _counts(results, mapping))) for mapping in AIMS}
     path.parent.mkdir(parents=True, exist_ok=True)
-    models = [asdict(each) for each in sorted(results, key=lambda each: ([*AIMS].index(each.mapping), each.name))]
-    path.write_text(json.dumps({"counts": counts, "models": models}, indent=1) + "\n")
+    models = [json.dumps(asdict(each)) for each in sorted(results, key=lambda each: ([*AIMS].index(each.mapping), each.name))]
+    lines = ",\n  ".join(models)  # a line each
+    path.write_text(f'{{\n "counts": {json.dumps(counts)},\n "models": [\n  {lines}\n ]\n}}\n')
 
 
 def _line(result: Result) -> str:

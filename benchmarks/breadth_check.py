@@ -1,10 +1,11 @@
-"""One tiny model, streamed and not: are its gradients the stock model's, and did nothing of a unit run on the host's weights."""
+"""One tiny model, streamed and not: gradients, units that are there at once, and what runs on the host's weights."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +14,6 @@ from tiny_diffusers import diffusers_batch, diffusers_model
 from tiny_models import CannotBuild, seed, tiny_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import hf_diffusionblocks as db
 
@@ -23,6 +23,13 @@ ROUNDING = 1e-6
 LEAST_MOVED = 0.8
 #: Operations that make a copy of a weight, as fetching it does.
 COPIES = {"aten::_to_copy", "aten::clone", "aten::copy_"}
+
+#: Architectures that are run once more with the dropout that their configs have by default, and as which task.
+WITH_DROPOUT = {
+    "gpt2": "causal-lm", "openai-gpt": "causal-lm", "opt": "causal-lm", "xlnet": "sequence-classification",
+    "deberta-v2": "token-classification", "bert": "masked-lm", "longformer": "masked-lm", "swin": "image-classification",
+    "bart": "seq2seq", "t5": "seq2seq",
+}  # fmt: skip
 
 
 @dataclass
@@ -80,18 +87,17 @@ class Result:
         return (self.exact or self.rounded) and self.two_units and self.host_unused and self.enough_moved
 
 
-def check(mapping: str, name: str, dropout: bool = False, steps: int = 2) -> Result:
+def check(mapping: str, name: str, steps: int = 2) -> Result:
     """Build the model, and compare.
 
     Args:
-        mapping: of `tiny_models.MAPPINGS`, or "diffusers".
+        mapping: of `tiny_models.MAPPINGS`, "diffusers", or "own-dropout".
         name: a model type, or a class of diffusers.
-        dropout: as the config has it, instead of none.
         steps: forward and backward passes; in the first the stream learns the order, in those after it fetches ahead by it.
     """
     start, result = time.perf_counter(), Result(mapping, name)
     try:
-        model, batch = _build(mapping, name, dropout)
+        model, batch = _build(mapping, name)
         stock = copy.deepcopy(model)
         expected = [gradients(stock, batch, step) for step in range(steps)]
         result.repeats = not _difference(gradients(stock, batch, 0), expected[0])[0]
@@ -106,9 +112,10 @@ def check(mapping: str, name: str, dropout: bool = False, steps: int = 2) -> Res
     return result
 
 
-def _build(mapping: str, name: str, dropout: bool) -> tuple[nn.Module, dict]:
+def _build(mapping: str, name: str) -> tuple[nn.Module, dict]:
     if mapping == "diffusers":
         return diffusers_model(name), diffusers_batch(name)
+    dropout, mapping = mapping == "own-dropout", WITH_DROPOUT[name] if mapping == "own-dropout" else mapping
     model = tiny_model(mapping, name, dropout)
     return model, tiny_batch(mapping, name, model)
 
@@ -174,15 +181,27 @@ class HostWatch(TorchDispatchMode):
         }  # fmt: skip
 
     def __torch_dispatch__(self, func: Callable, types, args=(), kwargs=None):
-        if not _is_view(func) and func._schema.name not in COPIES:
-            for tensor in tree_leaves((args, kwargs or {})):
-                if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
-                    weight = self._units.get(tensor.untyped_storage()._cdata)
-                    if weight is not None:
-                        self.found.add(f"{weight}: {func._schema.name}")
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if _computes(func):
+            for tensor in _tensors_of((*args, *kwargs.values())):
+                weight = self._units.get(tensor.untyped_storage()._cdata)
+                if weight is not None:
+                    self.found.add(f"{weight}: {func._schema.name}")
+        return func(*args, **kwargs)
 
 
-def _is_view(func) -> bool:
+def _tensors_of(values: Iterable) -> Iterator[Tensor]:
+    """Operations take tensors, and lists of them."""
+    for value in values:
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors_of(value)
+
+
+@functools.cache
+def _computes(func: Callable) -> bool:
+    """Neither a copy nor a view."""
     returns = func._schema.returns
-    return bool(returns) and all(each.alias_info is not None and not each.alias_info.is_write for each in returns)
+    is_view = bool(returns) and all(each.alias_info is not None and not each.alias_info.is_write for each in returns)
+    return not is_view and func._schema.name not in COPIES

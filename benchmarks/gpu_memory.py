@@ -15,7 +15,9 @@ from gpu_common import Machine, Row, check
 from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.memory.ledger import measure_memory
 from hf_diffusionblocks.memory.scenarios import steps
-from hf_diffusionblocks.memory.ways import Way, Workload, formulations_for, ways_to_train
+from hf_diffusionblocks.memory.ways import (
+    Way, Workload, formulations_for, ways_of_blocks, ways_of_stock_models, ways_of_streams,
+)  # fmt: skip
 
 WITHIN = 0.05
 NUM_BLOCKS, MIB = 4, 2**20
@@ -54,6 +56,9 @@ def measured(way: Way, case: Workload, machine: Machine) -> tuple[int, int]:
     before, found = machine.allocated(), []
     with machine.device:
         for step in steps(way, case):
+            if step.stream:  # the order of its layers is known from the second pass on
+                step.loss().backward()
+                step.optimizer.zero_grad()
             gc.collect()  # what the making of the model has left
             ledger = measure_memory(step.model, step.optimizer, step.loss, kept=step.kept)
             found.append((ledger.total, (ledger.allocated or before) - before))
@@ -61,8 +66,8 @@ def measured(way: Way, case: Workload, machine: Machine) -> tuple[int, int]:
     return max(found)
 
 
-_CONFIG = GPT2Config()
-WAYS = {way.name: way for way in ways_to_train(formulations_for(workload(True).task, backbone_for(_CONFIG)))}
+_BLOCKS = ways_of_blocks(formulations_for(workload(True).task, backbone_for(GPT2Config())))
+WAYS = {way.name: way for way in (*ways_of_stock_models(), *ways_of_streams(), *_BLOCKS)}
 
 
 @check("memory", over=WAYS)

@@ -114,8 +114,14 @@ def _more(mapping: str, name: str, model: nn.Module, generator: torch.Generator)
         case "musicgen" | "musicgen_melody":  # a row of ids for each codebook
             books = model.config.get_text_config(decoder=True).num_codebooks
             return {"input_ids": _ids(generator, rows=ROWS * books), "attention_mask": None, "labels": None}
+        case "voxtral_realtime":
+            frames = LENGTH * model.config.audio_length_per_tok
+            return {"input_features": torch.randn(ROWS, model.config.audio_config.num_mel_bins, frames, generator=generator)}
         case "imagegpt":  # its images are ids of colours
             return {"input_ids": _ids(generator), "pixel_values": None}
+        case "longformer":  # (for answers it would look for separators else)
+            first = torch.zeros(ROWS, LENGTH, dtype=torch.long).index_fill(1, torch.tensor([0]), 1)
+            return {"global_attention_mask": first}
         case "lxmert":
             return {
                 "visual_feats": torch.randn(ROWS, 4, model.config.visual_feat_dim, generator=generator),

@@ -14,7 +14,9 @@ ROWS, TEXT, SIDE, HEADS, HEAD, WIDTH = 2, 6, 8, 4, 16, 64
 HEADS_OF = {"num_attention_heads": HEADS, "attention_head_dim": HEAD}
 #: Class -> the fields of its config that are not as usual.
 CONFIGS: dict[str, dict[str, Any]] = {
-    "DiTTransformer2DModel": {**HEADS_OF, "num_layers": 4, "sample_size": SIDE, "num_embeds_ada_norm": 10, "norm_num_groups": 4},
+    "DiTTransformer2DModel": {
+        **HEADS_OF, "num_layers": 4, "sample_size": SIDE, "num_embeds_ada_norm": 10, "norm_num_groups": 4,
+    },
     "FluxTransformer2DModel": {
         **HEADS_OF, "num_layers": 2, "num_single_layers": 2, "in_channels": 16, "joint_attention_dim": WIDTH,
         "pooled_projection_dim": WIDTH, "axes_dims_rope": (4, 4, 8),
@@ -32,8 +34,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "norm_num_groups": 4, "use_additional_conditions": False,
     },
     "SanaTransformer2DModel": {
-        **HEADS_OF, "num_layers": 4, "sample_size": SIDE, "in_channels": 4, "out_channels": 4, "num_cross_attention_heads": HEADS,
-        "cross_attention_head_dim": HEAD, "cross_attention_dim": WIDTH, "caption_channels": WIDTH,
+        **HEADS_OF, "num_layers": 4, "sample_size": SIDE, "in_channels": 4, "out_channels": 4,
+        "num_cross_attention_heads": HEADS, "cross_attention_head_dim": HEAD, "cross_attention_dim": WIDTH,
+        "caption_channels": WIDTH,
     },
     "WanTransformer3DModel": {
         **HEADS_OF, "num_layers": 4, "in_channels": 4, "out_channels": 4, "text_dim": WIDTH, "freq_dim": 32, "ffn_dim": WIDTH,
@@ -57,7 +60,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sample_width": SIDE, "sample_height": SIDE, "sample_frames": 5, "max_text_seq_length": TEXT,
     },
     "LTXVideoTransformer3DModel": {
-        **HEADS_OF, "num_layers": 4, "in_channels": 8, "out_channels": 8, "cross_attention_dim": WIDTH, "caption_channels": WIDTH,
+        **HEADS_OF, "num_layers": 4, "in_channels": 8, "out_channels": 8, "cross_attention_dim": WIDTH,
+        "caption_channels": WIDTH,
     },
 }  # fmt: skip
 NAMES = tuple(CONFIGS)
@@ -108,7 +112,8 @@ def _batches(draw: Callable, image: dict[str, Tensor], text: dict[str, Tensor]) 
         "WanTransformer3DModel": lambda: {**image, **text, "hidden_states": draw(ROWS, 4, 2, SIDE, SIDE)},
         "AuraFlowTransformer2DModel": lambda: {**image, **text, "timestep": some},
         "ZImageTransformer2DModel": lambda: {
-            "x": [draw(4, 1, SIDE, SIDE) for _ in range(ROWS)], "t": some, "cap_feats": [draw(TEXT, WIDTH) for _ in range(ROWS)],
+            "x": [draw(4, 1, SIDE, SIDE) for _ in range(ROWS)], "t": some,
+            "cap_feats": [draw(TEXT, WIDTH) for _ in range(ROWS)],
         },
         "Lumina2Transformer2DModel": lambda: {**image, **text, "timestep": some, "encoder_attention_mask": everywhere},
         "CogVideoXTransformer3DModel": lambda: {**image, **text, "hidden_states": draw(ROWS, 2, 4, SIDE, SIDE)},

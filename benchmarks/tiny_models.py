@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from tiny_exceptions import EXCEPTIONS, OTHER_CLASSES
+from tiny_exceptions import EXCEPTIONS
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto import modeling_auto
@@ -34,7 +34,7 @@ SIZES = {
     r"(src_|tgt_|audio_|entity_|pronunciation_|shape_|char_)?vocab_size(_per_layer_input|s)?": VOCABULARY,
     r"(num_hidden_|num_|n_|encoder_|decoder_|num_encoder_|num_decoder_|conf_num_hidden_|[lxr]_)?layers?": LAYERS,
     r"depth": 2,
-    r"(d_|vision_|text_|backbone_|decoder_)?(hidden_size|hidden_size_global|model|embed_dim|embed)": WIDTH,
+    r"(d_|vision_|text_|audio_|backbone_|decoder_)?(hidden_size|hidden_size_global|model|embed_dim|embed)": WIDTH,
     r"(input_|output_|entity_)?(embedding_size|emb_dim|emb_size|n_embd|dim|hidden_dim|embed_dim|width)": WIDTH,
     r"(out_|downsample_|prediction_head_)(hidden_size|size)|(pronunciation|shape)_embed_dim": WIDTH,
     r"(.*_)?(intermediate_size|ffn_hidden_size|ffn_dim|d_ff|d_inner|n_inner|intermediate_size_mlp|mlp_dim)": WIDTH,
@@ -85,9 +85,7 @@ def names_of(mapping: str) -> list[str]:
 
 def model_class(mapping: str, name: str) -> type[nn.Module]:
     found = getattr(modeling_auto, f"MODEL_FOR_{MAPPINGS[mapping]}_MAPPING_NAMES")[name]
-    if isinstance(found, (tuple, list)):
-        found = found[0]
-    return getattr(transformers, OTHER_CLASSES.get((mapping, name), found))
+    return getattr(transformers, found if isinstance(found, str) else found[0])
 
 
 def tiny_model(mapping: str, name: str, dropout: bool = False) -> nn.Module:
@@ -132,8 +130,8 @@ def seed(number: int) -> None:
 
 
 def tiny_config(kind: type[PreTrainedConfig], dropout: bool = False, **more) -> PreTrainedConfig:
-    """The config of this class with small sizes, configs inside it as well."""
-    own = {**EXCEPTIONS.get(kind.model_type, {}), **EXCEPTIONS.get(kind.__name__, {}), **more}
+    """The config of this class with small sizes, configs inside it as well; `more` are fields as they are."""
+    own = {**EXCEPTIONS.get(kind.model_type, {}), **more}
     fields = {}
     for field in dataclasses.fields(kind):
         value = _tiny(field.name, _default(field), dropout)
@@ -163,7 +161,7 @@ def _tiny(name: str, value: Any, dropout: bool) -> Any:
     if DROPOUT.fullmatch(name) and isinstance(value, (int, float)):
         return None if dropout else type(value)(0)
     if isinstance(value, int) and re.fullmatch(r".*_(token_id|token_index|index|id)", name) and value >= VOCABULARY - 20:
-        return VOCABULARY - 1 - sum(map(ord, name)) % 17
+        return VOCABULARY - 1 - sum(map(ord, name)) % 17  # at the end of the vocabulary; most differ
     if isinstance(value, (list, tuple)):
         return _tiny_list(name, list(value))
     for pattern, size in SIZES.items():
@@ -189,9 +187,8 @@ def _inner_configs(kind: type[PreTrainedConfig], own: dict) -> list[tuple[str, t
         if name in own and not isinstance(own[name], dict):
             continue
         usual = (getattr(kind, "sub_configs_defaults", None) or {}).get(name)
-        model_type = own.get(name, {}).get("model_type") or getattr(usual, "model_type", None)
         if sub is AutoConfig:
-            sub = CONFIG_MAPPING[model_type] if model_type else None
+            sub = CONFIG_MAPPING[usual.model_type] if getattr(usual, "model_type", None) else None
         if sub is not None:
             found.append((name, sub))
     return found

@@ -337,6 +337,7 @@ def make_trainer(
 
 def train(trainer: Trainer, resume_from: str | None) -> dict[str, float]:
     """Train, evaluate and save; returns all metrics."""
+    leave_at_exit()
     metrics = trainer.train(resume_from_checkpoint=resume_from).metrics
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
@@ -374,7 +375,6 @@ def run(
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_diffusionblocks").setLevel(logging.INFO if training_args.should_log else logging.WARNING)
     set_seed(training_args.seed)
-    leave_at_exit()
     try:
         trainer, resume_from = prepare(*arguments)
     except BAD_INPUT as error:

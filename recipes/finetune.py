@@ -151,8 +151,6 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
             f"\nstreamed: {len(stream.units)} units, at most {stream.peak_units} on the device at once; "
             f"{to_device:.3g} GB copied there, {to_host:.3g} GB back"
         )
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # left open, its threads may abort a process that ends well
     return metrics
 
 

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
@@ -90,8 +89,6 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
     except common.BAD_INPUT as error:
         sys.exit(f"{PROG}: error: {' '.join(str(error).split())}")
     metrics = common.train(trainer, resume_from)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # left open, its threads may abort a process that ends well
     return metrics
 
 

@@ -12,10 +12,13 @@ import torch
 from streaming_models import weights
 from test_streaming_training import adapted, trained
 
+from hf_diffusionblocks.training.process_group import leave_at_exit
+
 SCENARIOS = {"plain": {}, "bf16": {"bf16": True}, "lora": {"model": adapted}}
 
 
 def main() -> None:
+    leave_at_exit()
     folder = Path(sys.argv[1])
     for name, how in SCENARIOS.items():
         for streamed in (False, True):
@@ -27,5 +30,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

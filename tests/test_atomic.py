@@ -25,7 +25,7 @@ RECOMMENDED = {"denoiser": "factorized", "context": "carried", "prior_fraction":
 MODES = {
     "all blocks": (RECOMMENDED, None, {}),
     "one block": ({"denoiser": "factorized", "shared": "per_block"}, [1], {}),
-    "in turns": (RECOMMENDED, None, {"block_switch_interval": 2}),
+    "in turns": (RECOMMENDED, None, {"block_schedule": "random"}),
 }
 FILES = {"config.json", "model.safetensors.index.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import MethodType
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hf_diffusionblocks as db
+from hf_diffusionblocks.streaming import checks
 
 
 @pytest.fixture
@@ -333,8 +335,18 @@ def test_a_streamed_model_is_not_streamed_twice(model):
 
 def test_float16_autocast_is_refused(model):
     db.stream_layers(model, device="cpu")
-    with pytest.raises(ValueError, match="fp16=True cannot be streamed"), torch.autocast("cpu", torch.float16):
+    forward = model.forward
+    model.forward = MethodType(lambda self, **given: torch.autocast("cpu", torch.float16)(forward)(**given), model)  # as Accelerate
+    with pytest.raises(ValueError, match="fp16=True cannot be streamed"):
         model(**tokens())
+
+
+def test_several_processes_on_accelerators_are_refused(monkeypatch):
+    monkeypatch.setattr(checks.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(checks.dist, "get_world_size", lambda: 2)
+    checks.check_processes(torch.device("cpu"))
+    with pytest.raises(ValueError, match="2 processes on cuda cannot train a streamed model"):
+        checks.check_processes(torch.device("cuda"))
 
 
 # ---- doors that libraries leave open

@@ -15,14 +15,15 @@ import breadth  # noqa: E402
 import breadth_check  # noqa: E402
 from breadth_check import HostWatch, check  # noqa: E402
 
-#: What each is in for: attention of several kinds, experts, recurrences, shared layers, layers that hold layers, encoder and
-#: decoder, towers of images, convolutions, models that checkpoint nothing, and blocks of diffusers that are used from outside.
+#: What each is in for: attention of several kinds, experts, recurrences, shared layers, layers that hold layers, reversible
+#: ones, encoder and decoder, towers of images, convolutions, models that checkpoint nothing, and blocks of diffusers parts of
+#: which are called from outside.
 SAMPLE = [
     ("causal-lm", "llama"), ("causal-lm", "gpt2"), ("causal-lm", "gemma3"), ("causal-lm", "mixtral"), ("causal-lm", "mamba"),
     ("causal-lm", "zamba2"), ("causal-lm", "openai-gpt"), ("causal-lm", "xlnet"),
     ("sequence-classification", "albert"), ("sequence-classification", "qwen3"),
     ("token-classification", "bert"), ("token-classification", "deberta-v2"),
-    ("question-answering", "mpnet"), ("masked-lm", "modernbert"), ("masked-lm", "roberta"),
+    ("question-answering", "mpnet"), ("masked-lm", "modernbert"), ("masked-lm", "reformer"),
     ("image-classification", "vit"), ("image-classification", "convnext"),
     ("seq2seq", "t5"), ("seq2seq", "bart"),
     ("diffusers", "DiTTransformer2DModel"),
@@ -39,7 +40,7 @@ def test_gradients_are_the_stock_models_and_nothing_runs_on_host_weights(mapping
 
 
 def test_with_the_dropout_of_its_config():
-    result = check("causal-lm", "gpt2", dropout=True)
+    result = check("own-dropout", "gpt2")
     assert result.holds and result.exact, result
 
 
@@ -74,7 +75,7 @@ def test_a_process_that_ends_or_hangs_does_not_end_the_run(monkeypatch):
     assert found == {"ends": "the process ended with status 3", "hangs": "takes longer than it may"}
 
 
-def _ends_or_hangs(pipe, dropout):
+def _ends_or_hangs(pipe):
     import time
 
     _, name = pipe.recv()

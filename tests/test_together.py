@@ -115,7 +115,6 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(extra, tmp_path):
 
 
 RANDOM = {"block_schedule": "random"}
-IN_TURN = {"block_schedule": "sequential"}
 
 
 @pytest.mark.parametrize(
@@ -123,10 +122,7 @@ IN_TURN = {"block_schedule": "sequential"}
     [
         (RANDOM, {}, "block_schedule='together' must be 'random'"),
         (TOGETHER, RANDOM, "block_schedule='random' must be 'together'"),
-        (RANDOM, IN_TURN, "block_schedule='sequential' must be 'random'"),
-        (RANDOM, {**RANDOM, "block_switch_interval": 2}, "block_switch_interval=2 must be 1"),
         (RANDOM, {**RANDOM, "train_blocks": [0, 1], "train_shared": False}, r"train_blocks=\[0, 1\] must be \[0, 1, 2, 3\]"),
-        (IN_TURN, {**IN_TURN, "max_steps": 8}, "max_steps=8 must be 4"),
         (RANDOM, {**RANDOM, "seed": 1}, "seed=1 must be 42"),
         (TOGETHER, {**TOGETHER, "train_shared": False}, "train_shared=False must be True"),
     ],

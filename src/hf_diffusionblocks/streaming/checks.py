@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -66,10 +67,14 @@ def check_device(device: torch.device | str | int | None) -> torch.device:
     return device
 
 
-def check_autocast(device: torch.device) -> None:
-    """
+def check_processes(device: torch.device) -> None:
+    """To be called where a model trains.
+
     Raises:
-        ValueError: in float16, whose gradients want scaling.
+        ValueError: it does so in one of several processes on accelerators.
     """
-    if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16:
-        raise ValueError("fp16=True cannot be streamed: its gradients are scaled and unscaled on the device; use bf16=True")
+    if device.type != "cpu" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            f"{dist.get_world_size()} processes on {device.type} cannot train a streamed model: parameters in host memory are not "
+            "averaged there; use one process, or FSDP2 with CPUOffloadPolicy"
+        )

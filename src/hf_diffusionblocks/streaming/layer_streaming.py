@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .checks import check_autocast, check_device, check_model, check_parameter
+from .checks import check_device, check_model, check_parameter, check_processes
 from .device_steps import StepsOnDevice
 from .layers import find_layers, find_rest, named_layers
 from .lending import LentUnit, StreamedModel, enter, leave
@@ -146,7 +146,8 @@ class LayerStream(Stream):
             if not is_outermost:
                 yield
                 return
-            check_autocast(self.device)
+            if model.training and torch.is_grad_enabled():
+                check_processes(self.device)
             if _seen(model) != model.__dict__.get("_seen"):
                 self._look(model)
             self._place(model)

@@ -94,6 +94,7 @@ class Stream:
     def run(self, unit: Unit, module: nn.Module, forward, args: tuple, kwargs: dict[str, Any]):
         """Call a unit's own forward on its copies."""
         unit.belongs_to(module)
+        self._round += not self._computing  # (a layer that is called by itself)
         if unit.depth or not any(isinstance(each, nn.Parameter) for each in module.parameters()):
             return forward(*args, **kwargs)  # (lent already: by itself, or by the unit that it is a part of)
         if module is self._deferring and is_large(args[0].shape[:-1].numel(), module.out_features):
@@ -229,8 +230,15 @@ class Stream:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast casts to now, if it is on."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    """What autocast casts to now, if it is on.
+
+    Raises:
+        ValueError: it is float16, whose gradients want scaling.
+    """
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    if dtype == torch.float16:
+        raise ValueError("fp16=True cannot be streamed: its gradients are scaled and unscaled on the device; use bf16=True")
+    return dtype
 
 
 def _checkpoints(module: nn.Module) -> bool:

@@ -23,9 +23,9 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Which block each optimizer step trains: 'random' (each round of num_blocks steps visits every "
-            "block once, in random order), 'sequential' (block 0 to its end, then block 1, ...), or 'together': every step "
-            "trains all, one after another, each alone with its gradients. Default: 'together' where a turn of one block would "
-            "run others again (both factorized and carried), and nothing asks for turns; else 'random'.",
+            "block once, in random order), or 'together': every step trains all, one after another, each alone with its "
+            "gradients. Default: 'together' where a turn of one block would run others again (both factorized and carried), "
+            "and nothing asks for turns; else 'random'.",
             "choices": list(ORDERS),
         },
     )
@@ -46,9 +46,6 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
             "help": "Whether to train what all blocks share (embeddings, final norm, head and sigma "
             "embeddings). A job that trains some of the blocks leaves it as it is, or has shared='per_block'."
         },
-    )
-    block_switch_interval: int = field(
-        default=1, metadata={"help": "Optimizer steps that a block keeps its turn (block_schedule='random')."}
     )
     block_parallel: bool = field(
         default=False,
@@ -82,12 +79,6 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
             raise ValueError(f"ema_decay={self.ema_decay!r} must be above 0 and below 1, or None for no averages")
         if self.ema_in_host_memory and self.ema_decay is None:
             raise ValueError("ema_in_host_memory=True needs ema_decay, without which there are no averages")
-        check_whole("block_switch_interval", self.block_switch_interval, 1)
-        if self.block_switch_interval > 1 and self.block_schedule not in (None, "random"):
-            raise ValueError(
-                f"block_switch_interval={self.block_switch_interval} with block_schedule={self.block_schedule!r} must be 1: random "
-                "turns have a length"
-            )
         if self.updates_per_block is not None:
             check_whole("updates_per_block", self.updates_per_block, 1, ", or None")
             if self.max_steps > 0:

@@ -84,7 +84,7 @@ def settle_schedule(model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocks
         ValueError: the model has no such blocks.
     """
     runs_again = len(_chosen_blocks(model, args)) > 1 and model.computes_plain_model
-    in_turn = args.block_parallel or args.block_switch_interval > 1 or args.scales_loss
+    in_turn = args.block_parallel or args.scales_loss
     if args.block_schedule is None:
         args.block_schedule = "together" if runs_again and not in_turn else "random"
 

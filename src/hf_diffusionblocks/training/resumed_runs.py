@@ -24,15 +24,13 @@ class StepsOfRun(TrainerCallback, ExportableState):
     @classmethod
     def of(cls, args: DiffusionBlocksTrainingArguments, blocks: Sequence[int]) -> StepsOfRun:
         """Of settled arguments, and the blocks that are trained."""
-        names = ("block_schedule", "block_switch_interval", "block_parallel", "train_shared", "seed")
+        names = ("block_schedule", "block_parallel", "train_shared", "seed")
         return cls(**{name: getattr(args, name) for name in names}, train_blocks=list(blocks))
 
     def state(self) -> dict:
         return {"args": self._values, "attributes": {}}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self._values["block_schedule"] == "sequential":  # each block has a part of all steps
-            self._values["max_steps"] = state.max_steps
         self._compare(state)
 
     def check(self, checkpoint: Path) -> None:

@@ -123,15 +123,11 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     def _begin_turn(self, step: int) -> None:
         """Have an optimizer step train the block whose turn it is."""
-        block, before = self.block_schedule.block_at(step), self.active_block
-        if self.args.block_schedule == "sequential" and block != before:
-            for parameter in self._parameters.get(before, ()):  # this block's turn will not come again
-                self.optimizer.state.pop(parameter, None)
         if self.model.context.passes_on:
             self.exchange_blocks()
         if self.layout.num_lanes > 1:
             self._stale |= {schedule.block_at(step) for schedule in self._schedules}
-        self.begin_block(block)
+        self.begin_block(self.block_schedule.block_at(step))
 
     def begin_block(self, block: int) -> None:
         """Have the passes that come train a block."""
@@ -257,9 +253,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """`lr_scheduler_type` over the updates of one block; each group advances with the updates of its block."""
         self._schedules = [
-            BlockSchedule(
-                self.args.block_schedule, blocks, num_training_steps, self.args.seed, self.args.block_switch_interval
-            )
+            BlockSchedule(self.args.block_schedule, blocks, num_training_steps, self.args.seed)
             for blocks in self.layout.lanes
         ]
         self.block_schedule = self._schedules[self.layout.lane]

@@ -1,0 +1,115 @@
+"""Copies beside computing: nothing is used before it has come, and who waits for whom on a device with streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from streaming_models import MODELS, assert_same, backward, gradients, pair, tokens
+
+import hf_diffusionblocks as db
+from hf_diffusionblocks.streaming import copies, stream
+from hf_diffusionblocks.streaming.copies import Copies
+
+
+class Event:
+    """What is to be done when somebody waits for it."""
+
+    def __init__(self, come: Callable[[], None] = lambda: None):
+        self._come = come
+
+    def synchronize(self) -> None:
+        self._come()
+        self._come = lambda: None
+
+
+class LateCopies(Copies):
+    """As slow as can be: what is copied is there when somebody waits for it, and NaN before."""
+
+    def fetch(self, hosts):
+        now, _ = super().fetch(hosts)
+        late = [torch.full_like(each, torch.nan) for each in now]
+        return late, Event(lambda: [there.copy_(value) for there, value in zip(late, now)])
+
+    def wait_for(self, event):
+        if event is not None:
+            event.synchronize()
+
+    def send_home(self, value):
+        now, _ = super().send_home(value)
+        late = torch.full_like(now, torch.nan)
+        return late, Event(lambda: late.copy_(now))
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "t5", "openai-gpt, checkpoints nothing"])
+@pytest.mark.parametrize("keep", [0, 1])
+def test_nothing_is_used_before_it_has_come(name, keep, monkeypatch):
+    monkeypatch.setattr(stream, "Copies", LateCopies)
+    stock, model = pair(name)
+    db.stream_layers(model, device="cpu", keep=keep)
+    for step in range(3):
+        for each in (stock, model):
+            backward(each, MODELS[name].batch(), step)
+        with torch.no_grad():
+            for each in (stock, model):
+                for parameter in each.parameters():
+                    parameter -= 0.1 * parameter.grad
+    assert_same(gradients(model), gradients(stock))
+
+
+@pytest.mark.parametrize("forgotten", ["wait_for", "wait"])
+def test_it_tells_if_a_wait_is_forgotten(forgotten, monkeypatch):
+    monkeypatch.setattr(stream, "Copies", LateCopies)
+    target = LateCopies if forgotten == "wait_for" else stream.tied.__globals__["_Trip"]
+    monkeypatch.setattr(target, forgotten, lambda *_: None)
+    _, model = pair("llama")
+    db.stream_layers(model, device="cpu")
+    backward(model, tokens())
+    assert any(each.isnan().any() for each in gradients(model).values())
+
+
+class Stream:
+    """Writes down what is asked of it."""
+
+    def __init__(self, name: str, log: list[str]):
+        self._name, self._log = name, log
+
+    def wait_stream(self, other: Stream) -> None:
+        self._log.append(f"{self._name} waits for {other._name}")
+
+    def wait_event(self, event: Event) -> None:
+        self._log.append(f"{self._name} waits for an event")
+
+    def record_event(self) -> Event:
+        self._log.append(f"event on {self._name}")
+        return Event(lambda: self._log.append("host waits"))
+
+    def __enter__(self) -> None:
+        self._log.append(f"on {self._name}")
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
+def test_streams_wait_for_one_another_and_the_host_two_units_behind(monkeypatch):
+    log: list[str] = []
+    monkeypatch.setattr(copies.torch.accelerator, "current_stream", lambda device: Stream("compute", log))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, on: log.append(f"kept for {on._name}"))
+    made = Copies(torch.device("cpu"))
+    made._inward, made._outward = Stream("inward", log), Stream("outward", log)
+    found, event = made.fetch([(torch.ones(2), torch.bfloat16)])
+    made.wait_for(event)
+    # Memory that was let go is written again only when all that was asked for before is done.
+    assert log == ["inward waits for compute", "on inward", "event on inward", "compute waits for an event"]
+    assert found[0].dtype == torch.bfloat16
+    log.clear()
+    home, _ = made.send_home(torch.ones(2))
+    assert log == ["outward waits for compute", "on outward", "kept for outward", "event on outward"]
+    assert torch.equal(home, torch.ones(2))
+    log.clear()
+    for _ in range(4):
+        made.next_unit()
+        made.send_home(torch.ones(2))
+    made.next_unit()
+    assert log.count("host waits") == 3  # of five units that had gradients, two are on their way
