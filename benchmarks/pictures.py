@@ -28,13 +28,13 @@ from hf_diffusionblocks.recipes.plots import plot_noise_partition, plot_walk
 ROWS = {
     "end to end": "end to end",
     "end to end, checkpointing": "end to end, checkpointing",
-    "end to end, checkpointing, 8-bit AdamW (by formula)": "… 8-bit AdamW (by formula)",
-    "end to end, checkpointing, optimizer in the backward pass": "… optimizer in the backward pass",
-    "LoRA (r=16, attention), checkpointing": "LoRA, checkpointing",
     "recommended: all blocks in turn": "8 blocks in turn, losses of their own",
+    "end to end, checkpointing, optimizer in the backward pass": "optimizer in the backward pass, checkpointing",
+    "end to end, checkpointing, 8-bit AdamW (by formula)": "8-bit AdamW, checkpointing (by formula)",
+    "LoRA (r=16, attention), checkpointing": "LoRA, checkpointing",
+    "QLoRA (r=16, attention), checkpointing (by formula)": "QLoRA, checkpointing (by formula)",
     "recommended: job, shared part frozen, cached inputs": "a job of one of 8 blocks, own loss, cached inputs",
     "FSDP2 with CPU offload, checkpointing (by formula)": "FSDP2 with CPU offload (by formula)",
-    "QLoRA (r=16, attention), checkpointing (by formula)": "QLoRA, checkpointing (by formula)",
     "streamed, everything trained": "streamed, everything trained",
     "streamed, LoRA (r=16, attention)": "streamed, LoRA",
 }

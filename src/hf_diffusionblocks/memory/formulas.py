@@ -86,7 +86,8 @@ def fsdp_offload(checkpointed: Ledger, model: nn.Module, workload: Workload) -> 
     - at the head: its weights and gradient, `2 U(head)`, logits, and what is kept to enter layers;
     - at the last layer: its weights and gradients and the head's buffers, `2 U(layer) + 2 U(head)`, and activations;
 
-    and small parts that are no unit. Host: parameters, gradients, two moments.
+    and small parts that are no unit. Temporary tensors are left out, so a little more is held in fact. Host: parameters, gradients,
+    two moments.
     """
     itemsize = 2 if workload.bf16 else workload.dtype.itemsize
     layers = layer_paths(model)
