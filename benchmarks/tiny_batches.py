@@ -1,4 +1,7 @@
-"""Batches for tiny models of every task, and the loss whose gradients are compared."""
+"""Batches for tiny models of every task, and the loss whose gradients are compared.
+
+Most models of text with towers of images or sound get text alone; their towers then have no gradient, streamed or not.
+"""
 
 from __future__ import annotations
 
