@@ -160,7 +160,7 @@ def test_gradients_are_gone_as_they_are_used(of_llama):
     way = next(way for way in ways_of_stock_models() if way.in_backward)
     measured = ledger_of(way, Workload(LLAMA, None, 3, 48))
     assert measured.parts.gradients == 0 and of_llama[way.name].total == pytest.approx(measured.total, rel=0.02)
-    assert of_llama[way.name].total < of_llama[CHECKPOINTING].total
+    assert of_llama[way.name].parts.total == of_llama[CHECKPOINTING].parts.total - of_llama[CHECKPOINTING].parts.gradients
 
 
 # ---- what it costs
@@ -188,10 +188,11 @@ def test_operations_are_those_of_products_of_matrices():
 
 
 def test_the_command_takes_bandwidth_and_speed(tmp_path, capsys):
-    LLAMA.save_pretrained(tmp_path)
-    options = "--num-blocks 2 --sequence_length 24 --bf16 --keep 1 --bandwidth 10GB/s --tflops 50"
+    config = OTHERS["gemma2"]
+    config.save_pretrained(tmp_path)
+    options = "--sequence_length 24 --bf16 --keep 1 --bandwidth 10GB/s --tflops 50"
     main(["estimate", "--model", str(tmp_path), *options.split()])
-    expected = db.estimate_memory(LLAMA, 2, 1, 24, bf16=True, keep=1, bandwidth="10GB/s", tflops=50)
+    expected = db.estimate_memory(config, None, 1, 24, bf16=True, keep=1, bandwidth="10GB/s", tflops=50)
     printed = capsys.readouterr().out.strip()
     assert printed == str(expected)
     header = printed.splitlines()[2]
