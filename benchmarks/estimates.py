@@ -1,7 +1,7 @@
 """What training steps would hold, by `db.estimate_memory`: the figures of README.md and docs/memory.md.
 
-    python benchmarks/estimates.py --output outputs/estimates                 # all; some minutes on an idle core
-    python benchmarks/estimates.py --output outputs/estimates --cases 70B     # one of: 8B, 8B-streamed, 70B, recipes, gpt2, vit
+    python benchmarks/estimates.py --output outputs/estimates              # all; some minutes on an idle core
+    python benchmarks/estimates.py --output outputs/estimates --cases 70B  # of 8B, 8B-streamed, 70B, recipes, gpt2, vit
 
 Of each case a table (Markdown) and its numbers (JSON). No weights are read, and any machine will do. "8B" and "70B" have the
 shapes of Llama-3.1; "recipes" are the steps of `recipes/configs/finetune_8b_*.yaml`, on Qwen3-8B.
@@ -27,8 +27,8 @@ COMMON = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddin
 LLAMA_8B = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, **COMMON)
 LLAMA_70B = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, **COMMON)
 QWEN3_8B = Qwen3Config(
-    hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-    vocab_size=151936, max_position_embeddings=40960, tie_word_embeddings=False,
+    hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+    head_dim=128, vocab_size=151936, max_position_embeddings=40960, tie_word_embeddings=False,
 )  # fmt: skip
 #: Case -> what `estimate_memory` is given, for whole tables.
 TABLES = {
@@ -41,7 +41,7 @@ TABLES = {
 STREAMED = {
     "8B-streamed": (
         LLAMA_8B,
-        [(n, s, dtype, dtype == torch.float32) for n, s in ((1, 2048), (8, 1024)) for dtype in (torch.bfloat16, torch.float32)],
+        [(n, s, *kept) for n, s in ((1, 2048), (8, 1024)) for kept in ((torch.bfloat16, False), (torch.float32, True))],
     ),
     "70B": (LLAMA_70B, [(1, 2048, torch.bfloat16, False)]),
     "recipes": (QWEN3_8B, [(n, 1024, torch.bfloat16, False) for n in (16, 4)]),
@@ -89,7 +89,7 @@ def main() -> None:
     for case in options.cases:
         text, found = table(case) if case in TABLES else streamed(case)
         (options.output / f"{case}.md").write_text(f"{text}\n")
-        (options.output / f"{case}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (options.output / f"{case}.json").write_text(json.dumps(found) + "\n")
         print(f"{case}\n\n{text}\n", flush=True)
 
 

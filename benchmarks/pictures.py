@@ -1,6 +1,5 @@
 """The pictures in docs/.
 
-    python benchmarks/estimates.py --output outputs/estimates --cases 8B
     make demo && python benchmarks/pictures.py                # all three; a minute or two
     python benchmarks/pictures.py memory                      # one of: partition, memory, walk
 
@@ -114,7 +113,8 @@ def main() -> None:
     every = ["partition", "memory", "walk"]
     parser.add_argument("pictures", nargs="*", default=every, help=f"of {', '.join(every)}; all, if none is named")
     parser.add_argument("--demo", type=Path, default=Path("outputs/demo"), help="what `make demo` wrote")
-    parser.add_argument("--estimates", type=Path, default=Path("outputs/estimates"), help="what benchmarks/estimates.py wrote")
+    results = Path("benchmarks/results/estimates")
+    parser.add_argument("--estimates", type=Path, default=results, help="what benchmarks/estimates.py wrote")
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the pictures")
     options = parser.parse_args()
     if unknown := set(options.pictures) - set(every):

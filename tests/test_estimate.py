@@ -142,7 +142,7 @@ def test_a_diffusionblocks_model_is_estimated_as_it_is():
         ({"sequence_length": None}, "sequence_length=None must be a whole number from 2"),
         ({"sequence_length": 64}, "sequence_length=64 must be at most max_position_embeddings=32"),
         ({"device": "gpu"}, "device='gpu' must be a kind of device that PyTorch knows"),
-        ({"bandwidth": "25"}, "bandwidth='25' must be"), ({"bandwidth": "25GB/h"}, "bandwidth='25GB/h' must be"),
+        ({"bandwidth": "25GB/h"}, "bandwidth='25GB/h' must be"),
         ({"tflops": 0}, "tflops=0 must be a number above 0"),
         ({"bf16": True, "dtype": "bf16"}, "bf16=True is autocast, over parameters in float32: dtype='bfloat16' is not"),
         ({"keep": 9}, "keep=9 must be a number of layers from 0 to 4"),

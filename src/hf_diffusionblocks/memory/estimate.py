@@ -55,7 +55,7 @@ class MemoryEstimate:
     def __str__(self) -> str:
         lines = [self._title, "", ledger_table(self.ledgers, self._columns), ""]
         if any(name.startswith("streamed") for name in self.ledgers) and self.workload.stock.task_name == "text-generation":
-            lines.append("Streamed, large logits are computed in parts; other rows of the stock model hold all of them, as it does.")
+            lines.append("Streamed, large logits are computed in parts; other rows of the stock model hold all, as it does.")
         lines.append("Seconds: copies of a micro-batch, one after the other; AdamW's step on this host, by a probe.")
         return "\n".join(lines)
 
@@ -117,12 +117,12 @@ def estimate_memory(
     """What a training step would hold, on the device and in host memory: end to end, checkpointed, with LoRA (if peft is
     installed), with its layers streamed, and, of an architecture that can be cut, block by block.
 
-    The real step runs on tensors that have sizes and no memory, under the same [`StepMemory`] that measures it: what it says is
-    what would be measured on a CPU, but for the rows that blocks read out, which are as many as on `device`. (On a GPU,
+    The real step runs on tensors that have sizes and no memory, under the same [`StepMemory`] that measures it: what it says
+    is what would be measured on a CPU, but for the rows that blocks read out, which are as many as on `device`. (On a GPU,
     attention with dropout takes less: other kernels.) Rows "by formula" are counted: see `memory/formulas.py`.
 
     Args:
-        model_or_config: stock, of a causal language model or an image classifier, or DiffusionBlocks; weights are not looked at.
+        model_or_config: stock, of a causal language model or an image classifier, or DiffusionBlocks. Weights are not read.
         num_blocks: B, where it can be cut; None is the DiffusionBlocks model's, or 4.
         batch_size: rows of a step.
         sequence_length: tokens a row; text only.
@@ -173,16 +173,15 @@ def estimate_memory(
 
 def _of_stock_model(workload: Workload) -> tuple[dict[str, Ledger], dict[str, Costs]]:
     """Ledgers of the ways that need no blocks, and costs of those of them that keep weights in host memory."""
-    ledgers, costs, operations = {}, {}, Operations()
+    # (First, since it checks `keep`.)
+    streamed = {way.name: followed_stream(way, workload, _fake_mode()) for way in ways_of_streams()}
+    ledgers, operations = {}, Operations()
     for way in ways_of_stock_models():
         with operations if way.name == CHECKPOINTING else nullcontext():
             ledgers[way.name] = _followed(way, workload)
     ledgers |= ledgers_by_formula(workload, ledgers)
-    if FSDP in ledgers:
-        costs[FSDP] = costs_of_fsdp(workload, operations.total)
-    for way in ways_of_streams():
-        ledgers[way.name], costs[way.name] = followed_stream(way, workload, _fake_mode())
-    return ledgers, costs
+    costs = {FSDP: costs_of_fsdp(workload, operations.total)} | {name: cost for name, (_, cost) in streamed.items()}
+    return ledgers | {name: ledger for name, (ledger, _) in streamed.items()}, costs
 
 
 def _checked(workload: Workload, config_fields: Mapping) -> tuple[Workload, dict[str, dict]]:
@@ -196,7 +195,8 @@ def _checked(workload: Workload, config_fields: Mapping) -> tuple[Workload, dict
         if name == "sequence_length" and not stock.takes_sequence_length:
             if value is not None:
                 raise ValueError(
-                    f"sequence_length={value!r} must be None for task {stock.task_name!r}: the config says the size of its inputs"
+                    f"sequence_length={value!r} must be None for task {stock.task_name!r}: the config says the size of its "
+                    "inputs"
                 )
         else:
             check_whole(name, value, 2 if name == "sequence_length" else 1)
@@ -223,7 +223,8 @@ def _dtype(dtype: torch.dtype | str | None, bf16: bool) -> torch.dtype:
             raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype or "fp32"]
     if bf16 and dtype != torch.float32:
-        raise ValueError(f"bf16=True is autocast, over parameters in float32: dtype={str(dtype).removeprefix('torch.')!r} is not")
+        given = str(dtype).removeprefix("torch.")
+        raise ValueError(f"bf16=True is autocast, over parameters in float32: dtype={given!r} is not")
     return dtype
 
 

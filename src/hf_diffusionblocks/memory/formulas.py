@@ -46,8 +46,8 @@ def ledgers_by_formula(workload: Workload, followed: Mapping[str, Ledger]) -> di
 def eight_bit_adamw(checkpointed: Ledger, model: nn.Module) -> Ledger:
     """bitsandbytes' AdamW in 8 bits (`optim="adamw_bnb_8bit"`), with checkpointing.
 
-    Of a matrix of n weights, two moments of one byte each, and 4 bytes for every 256 of them: `2n + 2 * 4 * n / 256`. Of tensors
-    below 4,096 elements, and of embeddings, for which the Trainer asks for it, both moments are in float32: `8n`.
+    Of a matrix of n weights, two moments of one byte each, and 4 bytes for every 256 of them: `2n + 2 * 4 * n / 256`. Of
+    tensors below 4,096 elements, and of embeddings, for which the Trainer asks for it, both moments are in float32: `8n`.
     """
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     state = 0
@@ -61,8 +61,8 @@ def eight_bit_adamw(checkpointed: Ledger, model: nn.Module) -> Ledger:
 def qlora(adapted: Ledger, model: nn.Module, workload: Workload) -> Ledger:
     """LoRA on a base in 4 bits (NF4, double quantisation), with checkpointing.
 
-    Matrices of layers take 0.516 bytes a weight; embeddings, head and norms stay in `dtype`. While a matrix is used it is there
-    once more in what it computes in: the largest one's bytes are added to what is temporary.
+    Matrices of layers take 0.516 bytes a weight; embeddings, head and norms stay in `dtype`. While a matrix is used it is
+    there once more in what it computes in: the largest one's bytes are added to what is temporary.
     """
     layers = layer_paths(model)
     matrices = [
@@ -79,15 +79,15 @@ def qlora(adapted: Ledger, model: nn.Module, workload: Workload) -> Ledger:
 def fsdp_offload(checkpointed: Ledger, model: nn.Module, workload: Workload) -> Ledger:
     """PyTorch's FSDP2 in one process: each layer, embedding and head wrapped with `CPUOffloadPolicy`, and checkpointing.
 
-    In one process nothing is fetched ahead. As a unit's backward pass ends, its gradients are copied into one buffer, and that
-    into another, from which they go to the host; the first stays until the next unit's. So, with U the bytes of a unit in what it
-    computes in, the device holds the most of
+    In one process nothing is fetched ahead. As a unit's backward pass ends, its gradients are copied into one buffer, and
+    that into another, from which they go to the host; the first stays until the next unit's. So, with U the bytes of a unit
+    in what it computes in, the device holds the most of
 
     - at the head: its weights and gradient, `2 U(head)`, logits, and what is kept to enter layers;
     - at the last layer: its weights and gradients and the head's buffers, `2 U(layer) + 2 U(head)`, and activations;
 
-    and small parts that are no unit. Temporary tensors are left out, so a little more is held in fact. Host: parameters, gradients,
-    two moments.
+    and small parts that are no unit. Temporary tensors are left out, so a little more is held in fact. Host:
+    parameters, gradients, two moments.
     """
     itemsize = 2 if workload.bf16 else workload.dtype.itemsize
     layers = layer_paths(model)

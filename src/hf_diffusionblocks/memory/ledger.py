@@ -58,7 +58,7 @@ class Ledger:
         parts: each part at its largest in the step; without `rest`. Their sum is what would be held if all were there
             together, as they are where gradients of several micro-batches are summed.
         peak: what is there when most is: gradients come as activations go.
-        host: what is in host memory, of a streamed model: parameters, gradients, optimizer state, and what is on its way there.
+        host: what is in host memory, of a streamed model: parameters, gradients, optimizer state, and what is on its way.
         allocated: `torch.cuda.max_memory_allocated` of the same step, on CUDA.
     """
 

@@ -53,8 +53,8 @@ def in_column(parts: Parts, column: str) -> int:
 
 
 def ledger_table(ledgers: Mapping[str, Ledger], columns: Mapping[str, Mapping[str, str]] = {}) -> str:
-    """Markdown: of each way, the parts on the device at their largest and their sum, the peak, the peak over the first's (end to
-    end), and what is in host memory. Averages, and host memory, are left out where there are none.
+    """Markdown: of each way, the parts on the device at their largest and their sum, the peak, the peak over the first's (end
+    to end), and what is in host memory. Averages, and host memory, are left out where there are none.
 
     Args:
         columns: more of them: heading -> way -> cell; a way that is not named has none.
