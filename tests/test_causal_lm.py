@@ -111,7 +111,7 @@ def test_edm_readout_at_sigma_max_is_the_network_s_own_head(plain, ids):
     model = make(plain)
     sigma = model.levels(1, ids[:, 1:], torch.full((3,), 80.0), None)
     z = model.corrupt(ids[:, 1:], sigma, draw()["noise"], None)
-    hidden = model.denoiser.run(model.active_blocks(1, None), Text(ids), z, sigma)
+    hidden = model.denoiser.run(model.blocks[1], Text(ids), z, sigma).read
     network = model.architecture.read_out(model.backbone, hidden)
     c_skip_part = 0.25 / (80.0**2 + 0.25) * model.architecture.head(model.backbone, z) / 0.5
     assert torch.allclose(model.logits(1, Rows(hidden, z, sigma)), network + c_skip_part, atol=1e-3)

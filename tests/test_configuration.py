@@ -40,7 +40,7 @@ BAD_FIELDS = [
     ({"shared": "none"}, r"shared='none' must be one of 'common', 'per_block'"),
     ({"id2label": ["cat"]}, r"id2label=\['cat'\] must be a dictionary of class numbers and their names, or None"),
     ({"training_report": "done"}, r"training_report='done' must be a dictionary, or None"),
-    ({"format_version": 2}, r"format_version=2 must be 1: the model was saved by .*: convert again"),
+    ({"format_version": 1}, r"format_version=1 must be 2: the model was saved by .*: convert again"),
     ({"noise_distribution": "uniform"}, r"noise_distribution='uniform' must be one of 'lognormal', 'information'"),
     ({"noise_table": TABLE}, r"noise_distribution='lognormal' must be 'information' with a noise_table"),
     *(
@@ -98,16 +98,16 @@ def test_a_source_config_of_another_type_is_named(source_config):
         DiffusionBlocksConfig(source_config=source_config)
 
 
-@pytest.mark.parametrize("version", [None, 0, 2, "1"])
+@pytest.mark.parametrize("version", [None, 0, 1, "2"])
 @pytest.mark.parametrize("load", [AutoConfig, DiffusionBlocksConfig, AutoModelForImageClassification])
 def test_a_model_saved_in_another_format_is_refused(plain_config, load, version, tmp_path):
     model = DiffusionBlocksForImageClassification(DiffusionBlocksConfig(source_config=plain_config, num_blocks=2))
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    assert config.pop("format_version") == 1
+    assert config.pop("format_version") == 2
     path.write_text(json.dumps(config if version is None else {**config, "format_version": version}))
-    with pytest.raises(ValueError, match=f"format_version={version!r} must be 1: .*earlier version .*: convert again"):
+    with pytest.raises(ValueError, match=f"format_version={version!r} must be 2: .*earlier version .*: convert again"):
         load.from_pretrained(tmp_path)
 
 

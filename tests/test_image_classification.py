@@ -83,7 +83,8 @@ def test_posterior_readout_adds_the_likelihood_of_z(model, batch):
     logits = model(**batch, block_index=1, sigma=sigma, noise=noise).logits
     targets = model.label_embeddings.vectors()
     z = targets[batch["labels"]] + 0.4 * noise
-    network = model.denoiser.network(model.active_blocks(1, None), model.clean_input(batch), z, sigma)
+    block = model.blocks[1]
+    network = block.read_out(model.denoiser.run(block, model.clean_input(batch), z, sigma).read)
     likelihood = -(z[:, None] - targets).square().sum(-1) / (2 * 0.4**2)
     expected = network + likelihood if model.config.readout == "posterior" else network
     # A likelihood is known up to a factor of the row.
@@ -134,9 +135,9 @@ def test_sigma_is_drawn_in_the_block_and_at_sigma_max_for_the_prior_fraction(pla
 
 def test_prior_of_a_factorized_block_cannot_see_the_label(plain_model, batch):
     model = randomized(db.convert(plain_model, num_blocks=2, denoiser="factorized"))
-    active, x, sigma = model.active_blocks(0, None), model.clean_input(batch), torch.ones(6)
-    first, second = (model.denoiser.network(active, x, torch.randn(6, 32), sigma) for _ in range(2))
-    assert torch.equal(first, second)
+    block, x, sigma = model.blocks[0], model.clean_input(batch), torch.ones(6)
+    first, second = (model.denoiser.run(block, x, torch.randn(6, 32), sigma) for _ in range(2))
+    assert torch.equal(first.read, second.read)
 
 
 def test_what_evaluation_logits_are(model, batch):

@@ -117,8 +117,8 @@ def test_the_loss_weights_every_image_by_its_own_level():
     errors = (found.estimate - images()).square().mean((1, 2, 3))
     expected = torch.stack([edm_loss_weight(s, 0.5) * error for s, error in zip(sigma, errors)]).mean()
     assert torch.allclose(found.loss, expected)
-    z, active = images() + at(sigma) * noise, model.active_blocks(1, None)
-    assert torch.allclose(found.estimate, model.denoiser.estimate(active, z, sigma, LABELS), atol=1e-6)
+    z, block = images() + at(sigma) * noise, model.blocks[1]
+    assert torch.allclose(found.estimate, model.denoiser.estimate(block, z, sigma, LABELS), atol=1e-6)
 
 
 def test_labels_are_dropped_once_for_all_layers_and_only_in_training():
@@ -174,8 +174,8 @@ def test_predict_is_the_flow_by_the_block_that_owns_each_level():
     z = sigmas[0] * torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(3)).double()
     none = torch.full((4,), DIT.num_embeds_ada_norm)
     for k, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):  # T = B: a step a block, first block first
-        active, level = model.active_blocks(k, None), torch.full((4,), sigma)
-        of_class, of_none = (model.denoiser.estimate(active, z.float(), level, labels) for labels in (LABELS, none))
+        block, level = model.blocks[k], torch.full((4,), sigma)
+        of_class, of_none = (model.denoiser.estimate(block, z.float(), level, labels) for labels in (LABELS, none))
         estimate = of_none + scale * (of_class - of_none)
         z = z + (sigma_next - sigma) * (z - estimate.double()) / sigma
     assert torch.allclose(found.images, z.float(), atol=1e-4) and found.sigmas.tolist() == sigmas
