@@ -1,5 +1,5 @@
-"""Checks of `benchmarks/gpu.py` for streamed layers: exact on the device, and how fast, beside what else trains a model that does
-not fit."""
+"""Checks of `benchmarks/gpu.py` for streamed layers: exact on the device, and how fast, beside what else trains a model that
+does not fit."""
 
 from __future__ import annotations
 
@@ -176,11 +176,8 @@ def share_hidden(machine: Machine) -> Iterator[Row]:
         del model, step
     alone = copied / bandwidth(machine)
     shown = max(0.0, found[0] - min(found.values()))
-    yield Row("streamed copies, hidden", f"{1 - min(1.0, shown / alone):.0%} of {alone:.3f} s", "80%", _holds(machine, shown, alone))
-
-
-def _holds(machine: Machine, shown: float, alone: float) -> bool | None:
-    return shown <= 0.2 * alone if machine.is_gpu else None
+    holds = shown <= 0.2 * alone if machine.is_gpu else None
+    yield Row("streamed copies, hidden", f"{1 - min(1.0, shown / alone):.0%} of {alone:.3f} s", "80%", holds)
 
 
 def bandwidth(machine: Machine) -> float:

@@ -74,7 +74,8 @@ def tokens(rows: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def _images() -> dict[str, torch.Tensor]:
-    return {"pixel_values": torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), "labels": torch.tensor([1, 3])}
+    pixels = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return {"pixel_values": pixels, "labels": torch.tensor([1, 3])}
 
 
 @dataclass
@@ -133,11 +134,11 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 def assert_same(first: dict[str, torch.Tensor | None], second: dict[str, torch.Tensor | None]) -> None:
     """Bit by bit."""
     assert first.keys() == second.keys()
-    other = [
-        name for name in first
-        if (first[name] is None) != (second[name] is None) or first[name] is not None and not torch.equal(first[name], second[name])
+    pairs = {name: (first[name], second[name]) for name in first}
+    assert not [
+        name for name, (one, two) in pairs.items()
+        if (one is None) != (two is None) or (one is not None and not torch.equal(one, two))
     ]  # fmt: skip
-    assert not other
 
 
 def text(rows: int = 40) -> Dataset:

@@ -336,7 +336,8 @@ def test_a_streamed_model_is_not_streamed_twice(model):
 def test_float16_autocast_is_refused(model):
     db.stream_layers(model, device="cpu")
     forward = model.forward
-    model.forward = MethodType(lambda self, **given: torch.autocast("cpu", torch.float16)(forward)(**given), model)  # as Accelerate
+    in_float16 = torch.autocast("cpu", torch.float16)(forward)
+    model.forward = MethodType(lambda self, **given: in_float16(**given), model)  # as Accelerate
     with pytest.raises(ValueError, match="fp16=True cannot be streamed"):
         model(**tokens())
 

@@ -38,8 +38,11 @@ def trained(folder, streamed: bool, model=None, trainer_class=Trainer, callbacks
 
 
 def assert_same_training(folder, **how) -> None:
-    first, second = (trained(folder, streamed, **{k: v() if k == "model" else v for k, v in how.items()}) for streamed in (False, True))
-    assert_same(weights(first.model), weights(second.model))
+    outcomes = []
+    for streamed in (False, True):
+        given = {name: value() if name == "model" else value for name, value in how.items()}
+        outcomes.append(weights(trained(folder, streamed, **given).model))
+    assert_same(*outcomes)
 
 
 def adapted(when: str = "before"):
@@ -52,7 +55,8 @@ class OwnLoss(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         logits = model(input_ids=inputs["input_ids"]).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten(), label_smoothing=0.1)
+        logits, labels = logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
+        loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
         return loss + 1e-3 * sum(p.square().sum() for p in self.model.parameters())
 
 
@@ -81,7 +85,9 @@ class MasksGradients(TrainerCallback):
         {"optim": "adafactor"},
         {"label_smoothing_factor": 0.1},
     ],
-    ids=["plain", "bf16", "tied, bf16", "lora", "lora, bf16", "reentrant", "own loss", "masked", "adafactor", "label smoothing"],
+    ids=[
+        "plain", "bf16", "tied, bf16", "lora", "lora, bf16", "reentrant", "own loss", "masked", "adafactor", "label smoothing",
+    ],
 )
 def test_the_stock_trainer_trains_the_same(how, tmp_path):
     assert_same_training(tmp_path, **how)

@@ -75,6 +75,6 @@ def check_processes(device: torch.device) -> None:
     """
     if device.type != "cpu" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError(
-            f"{dist.get_world_size()} processes on {device.type} cannot train a streamed model: parameters in host memory are not "
-            "averaged there; use one process, or FSDP2 with CPUOffloadPolicy"
+            f"{dist.get_world_size()} processes on {device.type} cannot train a streamed model: parameters in host memory are "
+            "not averaged there; use one process, or FSDP2 with CPUOffloadPolicy"
         )

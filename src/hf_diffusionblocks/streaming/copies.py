@@ -32,7 +32,7 @@ class Copies:
         self._last_homeward: torch.Event | None = None
 
     def fetch(self, hosts: Sequence[tuple[torch.Tensor, torch.dtype]]) -> tuple[list[torch.Tensor], torch.Event | None]:
-        """Copies of host tensors on the device, each in a dtype that it is cast to before it crosses; and when they are there."""
+        """Copies of host tensors on the device, each in the dtype in which it crosses; and when they are there."""
         if self._inward is None:
             copies = [host.detach().to(dtype, copy=True) for host, dtype in hosts]
             self._count(hosts, copies)
@@ -73,8 +73,8 @@ class Copies:
         return host, self._last_homeward
 
     def next_unit(self) -> None:
-        """Another unit begins. The host waits if the gradients of more than two before are still on their way: it would ask the
-        device for ever more memory otherwise. (The device has work for two units then.)"""
+        """Another unit begins. The host waits if the gradients of more than two before are still on their way: it would ask
+        the device for ever more memory otherwise. (The device has work for two units then.)"""
         if self._last_homeward is not None:
             self._homeward.append(self._last_homeward)
             self._last_homeward = None

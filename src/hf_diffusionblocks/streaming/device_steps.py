@@ -44,7 +44,8 @@ class StepsOnDevice:
         if not isinstance(optimizer, BY_ELEMENT):
             allowed = ", ".join(each.__name__ for each in BY_ELEMENT)
             raise ValueError(
-                f'optimizer_device="device" with {type(optimizer).__name__} must be one of {allowed}, which step a layer at a time'
+                f"optimizer_device='device' with {type(optimizer).__name__} must be one of {allowed}, which step "
+                "a layer at a time"
             )
         if any(each is not None for each in (*args[1:], *kwargs.values())):
             raise ValueError('optimizer_device="device" takes no closure: call step() without one')

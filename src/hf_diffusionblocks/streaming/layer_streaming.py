@@ -33,7 +33,7 @@ def stream_layers(
 
     The model stays what it is: the same class, parameters, names and outputs, and exact gradients, under any trainer. Its
     layers come to the device for the length of their forward, and again in the backward pass; gradients are sent to host
-    memory as they are made, where the caller's optimizer steps. Activation checkpointing is switched on, where the model has it.
+    memory as they are made, where the caller's optimizer steps. Activation checkpointing is switched on, where a model has it.
 
     Args:
         model: a PreTrainedModel, a diffusers transformer, either with PEFT adapters, or a DiffusionBlocks model.

@@ -12,7 +12,7 @@ LEAST_SHARE = 0.95
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> layer: what the model checkpoints itself, and else the elements of its lists of modules; outermost ones alone."""
+    """Path -> layer: what the model checkpoints itself, and else the elements of its lists of modules; outermost ones."""
     found = dict(_outermost(model, ""))
     return {name: layer for name, layer in found.items() if _num_bytes(layer)}
 

@@ -105,8 +105,8 @@ def is_large(num_rows: int, num_logits: int) -> bool:
 class CrossEntropyInParts(torch.autograd.Function):
     """Summed cross-entropy of `hidden @ weight.T + bias`: `[T, D]`, `[V, D]`, `[V]` or None, targets `[T]`.
 
-    Logits are computed twice, for the loss and for gradients, in parts of the vocabulary, each for all rows: so the gradient of
-    a row of the weight is one product over all of them, as without parts.
+    Logits are computed twice, for the loss and for gradients, in parts of the vocabulary, each for all rows: so the gradient
+    of a row of the weight is one product over all of them, as without parts.
     """
 
     @staticmethod

@@ -72,8 +72,8 @@ class _View:
         copy, version = self.origin.fetch()
         if version != self.origin.version:  # as PyTorch does of what it saves itself
             raise RuntimeError(
-                f"a weight of {self.origin.name!r} that the backward pass needs was modified by an inplace operation after the "
-                f"forward pass: it is at version {version}, and was at {self.origin.version}"
+                f"a weight of {self.origin.name!r} that the backward pass needs was modified by an inplace operation after "
+                f"the forward pass: it is at version {version}, and was at {self.origin.version}"
             )
         return copy.as_strided(self.size, self.stride, self.offset)
 

@@ -109,8 +109,8 @@ class Stream:
 
     @contextmanager
     def lent(self, unit: Unit, module: nn.Module) -> Iterator[None]:
-        """While this runs, the parameters of a module and of those inside are copies on the device. What autograd wants to keep
-        of them is fetched again in the backward pass."""
+        """While this runs, the parameters of a module and of those inside are copies on the device. What autograd wants to
+        keep of them is fetched again in the backward pass."""
         autocast = autocast_dtype(self.device)
         keys = keys_of(module, autocast)
         if not keys:  # all has been lent already, with what is around it
@@ -121,7 +121,7 @@ class Stream:
         checkpointing = [child for child in module.modules() if child is not module and _checkpoints(child)]
         unit.depth += 1
         try:
-            for child in checkpointing:  # it would run again in the backward pass when nothing is lent; the unit does as a whole
+            for child in checkpointing:  # it would run again when nothing is lent; the unit does, as a whole
                 child.gradient_checkpointing = False
             for (child, name), each in keys.items():
                 child._parameters[name] = lent[each.id]
