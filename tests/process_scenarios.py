@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -197,8 +198,11 @@ def run_sharded(family: str, output: Path) -> None:
 
 def write_threads(path: Path) -> None:
     """Names of the threads that this process has, Python's or not."""
-    tasks = Path("/proc/self/task")  # only Linux has it
-    path.write_text("".join(task.joinpath("comm").read_text() for task in tasks.iterdir()) if tasks.is_dir() else "")
+    names, tasks = [], Path("/proc/self/task")  # only Linux has it
+    for task in tasks.iterdir() if tasks.is_dir() else ():
+        with suppress(OSError):  # it has ended meanwhile
+            names.append(task.joinpath("comm").read_text())
+    path.write_text("".join(names))
 
 
 @record  # the launcher then prints the traceback of a process that failed
