@@ -119,7 +119,6 @@ def _sample(parameter: nn.Parameter) -> torch.Tensor | None:
     return flat[:: max(1, flat.numel() // NUM_SAMPLES)].clone()
 
 
-
 def storage_ref(tensor: torch.Tensor) -> StorageWeakRef:
     """Tells whether memory is still held by anyone, and does not hold it."""
     return StorageWeakRef(tensor.untyped_storage())
