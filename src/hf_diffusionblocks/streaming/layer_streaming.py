@@ -81,6 +81,8 @@ class LayerStream(Stream):
             register_optimizer_step_pre_hook(_while_alive(self._before_step)),
             register_optimizer_step_post_hook(_while_alive(self._after_step)),
         ]
+        for hook in self._hooks:  # all optimizers call them: not longer than there is a stream
+            weakref.finalize(self, hook.remove)
 
     @property
     def units(self) -> list[str]:
