@@ -79,7 +79,7 @@ def read(model, rows: PointerChasing) -> dict:
         labels = batch.pop("labels")
         readings = {"logits": model(**batch).logits}
         if isinstance(model, db.DiffusionBlocksForCausalLM):
-            priors = model.prior_logits(**batch).log_softmax(-1)
+            priors = model.block_logits(**batch).log_softmax(-1)
             readings |= {"mean": priors.mean(1)} | {f"block {k}": prior for k, prior in enumerate(priors.unbind(1))}
         found = {name: by_hops(logits, labels) for name, logits in readings.items()}
         found["loss"] = F.cross_entropy(readings["logits"][:, PAIRS:-1].flatten(0, 1), labels[:, PAIRS + 1 :].flatten())

@@ -48,7 +48,7 @@ METHODS: dict[str, tuple[str, tuple[float, ...], dict]] = {
     "last block only": ("last", RATES, {}),
     "blocks, local loss": ("blocks", RATES, {}),
     "blocks, local loss, near the pretrained output": ("near", RATES[1:2], {"remove_unused_columns": False}),
-    "blocks, local heads of the last layers": ("blocks", RATES[1:], {"readout_layers": 1}),
+    "blocks, local heads of the last layers": ("blocks", RATES[1:], {"local_head_layers": 1}),
     "blocks together, local loss": ("together", RATES, TOGETHER),
 }  # fmt: skip
 
@@ -104,8 +104,8 @@ def make(kind: str, task: Task, rate: float, options: dict, seed: int = 0, turns
     plain = task.checkpoint()
     if kind in ("plain", "lora", "badam", "last"):
         return _plain_trainer(kind, task, plain, arguments, rate, switch_every=min(50, turns or 50))
-    heads = options.pop("readout_layers", 0)
-    model = db.convert(plain, task.num_blocks, readout_layers=heads, preset="paper", **FORMULATION)
+    heads = options.pop("local_head_layers", 0)
+    model = db.convert(plain, task.num_blocks, local_head_layers=heads, preset="paper", **FORMULATION)
     if kind == "near":
         near = type("NearPretrained", (Near, type(model)), {})(model.config)
         near.load_state_dict(model.state_dict())

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 import hf_diffusionblocks as db
 
 LAYERS = 8
-NO_HEAD, HEAD = ({"readout_layers": layers} for layers in (0, 1))
+NO_HEAD, HEAD = ({"local_head_layers": layers} for layers in (0, 1))
 TOGETHER, IN_TURN = {"block_schedule": "together"}, {"block_schedule": "random"}
 PAPER = {"denoiser": "joint", "context": "independent"}
 INDEPENDENT = {**PAPER, "denoiser": "factorized", "readout": "posterior", "prior_fraction": 1.0}
@@ -47,7 +47,7 @@ ROWS: dict[str, Row] = {
     "end to end, 4 layers": Row(None, layers=4),
     "B=4, own loss, no local head": Row(NO_HEAD, arguments=TOGETHER),
     "B=4, own loss, local head of one layer": Row(HEAD, arguments=TOGETHER),
-    "B=4, own loss, local head of two layers": Row({**HEAD, "readout_layers": 2}, arguments=TOGETHER),
+    "B=4, own loss, local head of two layers": Row({**HEAD, "local_head_layers": 2}, arguments=TOGETHER),
     "B=4, own loss, local head of one layer, own ends": Row({**HEAD, "shared": "per_block"}, arguments=TOGETHER),
     "B=4, own loss, local head of one layer, in turn": Row(HEAD, arguments=IN_TURN),
     "B=2, own loss, local head of one layer": Row({**HEAD, "num_blocks": 2}, arguments=TOGETHER),

@@ -45,7 +45,7 @@ ROWS: dict[str, dict | int] = {
     "+ factorized": FACTORIZED,
     "+ all draws at sigma_max": LOCAL,
     "+ all draws at sigma_max, together": {**LOCAL, "together": True},
-    "+ local head of one layer": {**LOCAL, "readout_layers": 1},
+    "+ local head of one layer": {**LOCAL, "local_head_layers": 1},
     "paper settings + EDM loss weight": {"loss_weighting": "edm"},
     "factorized, independent": {**FACTORIZED, "context": "independent"},
     "factorized, independent, all draws at sigma_max": {**LOCAL, "context": "independent"},
@@ -111,7 +111,7 @@ def read(model, test_set) -> dict[str, float]:
     for images, labels in torch.utils.data.DataLoader(test_set, batch_size=500):
         predictions = {"logits": model(pixel_values=images).logits}
         if isinstance(model, db.DiffusionBlocksPreTrainedModel):
-            priors = model.prior_logits(images).log_softmax(-1)
+            priors = model.block_logits(images).log_softmax(-1)
             predictions["last prior"], predictions["mean prior"] = priors[:, -1], priors.mean(1)
             for steps in (3, 6):
                 predictions[f"walk T={steps}"] = model.predict(images, steps, generator=generator).logits

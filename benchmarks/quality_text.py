@@ -87,7 +87,7 @@ def bits(model: PreTrainedModel, rows: Sequences) -> dict[str, float]:
         tokens = batch["input_ids"]
         readings = {"logits": model(tokens, use_cache=False).logits}
         if isinstance(model, db.DiffusionBlocksForCausalLM):
-            priors = model.prior_logits(tokens).log_softmax(-1)
+            priors = model.block_logits(tokens).log_softmax(-1)
             readings |= {"mean": priors.mean(1)} | {f"block {k}": prior for k, prior in enumerate(priors.unbind(1))}
         for reading, logits in readings.items():
             nats = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum").item()

@@ -26,7 +26,7 @@ FORMULATIONS = {
     "factorized, independent": {"denoiser": "factorized"},
     "factorized, carried": {"denoiser": "factorized", "context": "carried"},
     "factorized, carried, together": {"denoiser": "factorized", "context": "carried", "together": True},
-    "factorized, carried, local head": {"denoiser": "factorized", "context": "carried", "readout_layers": 1},
+    "factorized, carried, local head": {"denoiser": "factorized", "context": "carried", "local_head_layers": 1},
 }  # fmt: skip
 
 

@@ -18,7 +18,6 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments, default_data_collator, set_seed,
 )  # fmt: skip
@@ -27,10 +26,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.base import backbone_for
-from hf_diffusionblocks.cli.arguments import BlocksArguments, parse, preset_option
+from hf_diffusionblocks.cli.arguments import BlocksArguments, parse
 from hf_diffusionblocks.conversion import plain_part, read_config
 from hf_diffusionblocks.extras import MissingExtraError
 from hf_diffusionblocks.saving.resident import checked_blocks
+from hf_diffusionblocks.tasks import TASKS
 from hf_diffusionblocks.training.checks import check_one_job
 from hf_diffusionblocks.training.process_group import leave_at_exit
 
@@ -58,7 +58,6 @@ class ModelArguments:
     config_overrides: str | None = option(
         None, "Changes to the config of config_name, such as hidden_size=64,num_hidden_layers=6."
     )
-    preset: str = preset_option()
     end_to_end: bool = option(
         False, "Train the plain model with the stock Trainer instead; updates_per_block is then its max_steps."
     )
@@ -180,7 +179,7 @@ def check_model(
         source = f"config_overrides={_without_spaces(args.config_overrides)!r}"
     try:
         with torch.device("meta"), torch.no_grad():
-            model = db.convert(config, task=task, preset="paper", **(fields or {"num_blocks": 1})).eval()
+            model = db.convert(config, task=task, **(fields or {"num_blocks": 1})).eval()
             model.backbone(**shapes)
     except BAD_INPUT:
         raise  # these say what is wrong
@@ -278,7 +277,7 @@ def load_model(
     if fields is not None and training_args.train_blocks is not None:
         blocks = db.DiffusionBlocksConfig(source_config=config, task=task, **fields)
         resident = training_args.train_blocks
-        if blocks.context == "carried":  # the earlier ones run forward
+        if TASKS[task].model_class.FORMULATIONS[blocks.preset].passes_on:  # the earlier ones run forward
             resident = list(range(max(resident) + 1))
         plain_class = plain_part(blocks, resident)
     if args.model_name_or_path:
@@ -290,7 +289,7 @@ def load_model(
         source = plain_class._from_config(config) if fields is None else config
     if fields is None:
         return source
-    return db.convert(source, task=task, resident_blocks=resident, preset="paper", **fields)  # all fields are given
+    return db.convert(source, task=task, resident_blocks=resident, **fields)
 
 
 class PlainTrainer(Trainer):
@@ -314,19 +313,10 @@ def make_trainer(
     data_collator: Callable = default_data_collator,
     **kwargs,
 ) -> Trainer:
-    """The Trainer, once all that it needs to know of data and noise is set."""
+    """The Trainer, once it is known what the card says of the data."""
     if isinstance(model, db.DiffusionBlocksPreTrainedModel):
         # For the model card, which takes hub ids only.
         model.config.training_report = {"dataset": data_args.dataset_name} if data_args.dataset_name else None
-        if model.config.noise_distribution == "information":
-            # Not the Trainer's loader: it would give every process a part of its own, and every process would fit
-            # another schedule. A resumed run fits the same one again.
-            order = torch.Generator().manual_seed(training_args.seed)
-            loader = DataLoader(
-                data["train"], training_args.per_device_train_batch_size, shuffle=True, generator=order,
-                collate_fn=data_collator,
-            )  # fmt: skip
-            db.fit_noise_schedule(model.to(training_args.device), loader, seed=training_args.seed)
     elif training_args.updates_per_block is not None:
         training_args.max_steps = training_args.updates_per_block
     return trainer_class(

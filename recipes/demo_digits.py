@@ -2,7 +2,7 @@
 
     python recipes/demo_digits.py --output_dir outputs/demo
 
-The three trainings are the recipe `train_image_classification.py`, started by `accelerate launch`; what they print goes
+The trainings are the recipe `train_image_classification.py`, started by `accelerate launch`; what they print goes
 to log files in the output folder. The models are then loaded in a new process, as anyone would load them.
 """
 
@@ -20,7 +20,8 @@ RECIPES = Path(__file__).resolve().parent
 CONFIG = RECIPES / "configs" / "digits.yaml"
 TRAIN_IMAGES = 1437  # of 1797
 
-BLOCKS, END_TO_END, ONE_BLOCK = "diffusionblocks", "end_to_end", "end_to_end_one_block"  # folders of the models
+#: Folders of the models.
+BLOCKS, PAPER, END_TO_END, ONE_BLOCK = "diffusionblocks", "diffusionblocks_paper", "end_to_end", "end_to_end_one_block"
 
 
 def write_data(folder: Path) -> None:
@@ -53,6 +54,7 @@ def run_options() -> dict[str, list[str]]:
     overrides = options["config_overrides"].replace(f"num_hidden_layers={layers}", shallow)
     return {
         BLOCKS: [],
+        PAPER: ["--preset", "paper"],
         END_TO_END: ["--end_to_end"],
         ONE_BLOCK: ["--end_to_end", "--config_overrides", overrides],
     }
@@ -104,18 +106,15 @@ def report(folder: Path) -> None:
     pixel_values = processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
     models = {name: AutoModelForImageClassification.from_pretrained(folder / name) for name in run_options()}
 
-    blocks = models[BLOCKS]
+    blocks, paper = models[BLOCKS], models[PAPER]
     with torch.no_grad():
         logits = {name: model(pixel_values).logits for name, model in models.items()}
     generator = torch.Generator().manual_seed(0)
-    walked = blocks.predict(pixel_values, num_inference_steps=blocks.config.num_blocks, generator=generator)
-    accuracy = {name: percent(values, labels) for name, values in (logits | {"walk": walked.logits}).items()}
+    walked = paper.predict(pixel_values, num_inference_steps=paper.config.num_blocks, generator=generator)
+    accuracy = {name: percent(values, labels) for name, values in (logits | {PAPER: walked.logits}).items()}
 
-    training = blocks.config.training_report
-    memory = {BLOCKS: (
-        training["memory"]["activations saved for backward"],
-        training["memory"]["gradients"],
-    )}  # fmt: skip
+    training, parts = blocks.config.training_report, ("activations saved for backward", "gradients")
+    memory = {name: [models[name].config.training_report["memory"][part] for part in parts] for name in (BLOCKS, PAPER)}
     for name in (END_TO_END, ONE_BLOCK):
         batch = slice(training["batch_size"])
         memory[name] = step_memory(models[name], pixel_values[batch], labels[batch])
@@ -126,12 +125,12 @@ def report(folder: Path) -> None:
     same = sum(blocks.config.label2id[a["label"]] == int(k) for a, k in zip(answers, logits[BLOCKS].argmax(-1)))
     print(f"\nReloaded, pipeline('image-classification') agrees with model(x).logits on {same}/{len(images)} images.")
 
-    plot_noise_partition(blocks.noise_schedule, folder / "noise_partition.png")
+    plot_noise_partition(paper.noise_schedule, folder / "noise_partition.png")
     # From the image that leaves the first block most in doubt to one of little doubt: there a walk has work to do.
     order = walked.trajectory[:, 0].amax(-1).argsort()
     chosen = [int(order[int(share * len(order))]) for share in (0, 0.02, 0.05, 0.1, 0.2)]
-    walk = blocks.predict(pixel_values[chosen], num_inference_steps=2 * blocks.config.num_blocks)
-    plot_walk([images[i] for i in chosen], labels[chosen], walk, blocks.config.id2label, folder / "walk.png")
+    walk = paper.predict(pixel_values[chosen], num_inference_steps=2 * paper.config.num_blocks)
+    plot_walk([images[i] for i in chosen], labels[chosen], walk, paper.config.id2label, folder / "walk.png")
 
 
 def percent(logits, labels) -> float:
@@ -155,7 +154,7 @@ def print_table(models: dict, accuracy: dict, memory: dict, training: dict, num_
         END_TO_END: f"end to end, {layers} layers",
         ONE_BLOCK: f"end to end, {layers // num_blocks} layers (the depth of one block)",
         BLOCKS: f"DiffusionBlocks, {num_blocks} blocks of {layers // num_blocks} layers",
-        "walk": f"  the same, by a walk of {num_blocks} steps from noise",
+        PAPER: f"  the paper's, by a walk of {num_blocks} steps from noise",
     }
     print(f"\n{'':46}{'test':>9}  {'memory of a training step':>34}")
     print(f"{'':46}{'accuracy':>9}  {'activations':>17}{'gradients':>17}")
@@ -201,7 +200,7 @@ def main() -> None:
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     write_data(folder)
-    print(f"Digits written to {folder} ({time.perf_counter() - start:.0f} s). Training three models, two at a time:")
+    print(f"Digits written to {folder} ({time.perf_counter() - start:.0f} s). Training four models, two at a time:")
     with ThreadPoolExecutor(max_workers=2) as pool:
         runs = {pool.submit(train, folder, name, extra): name for name, extra in run_options().items()}
         for done in as_completed(runs):

@@ -9,7 +9,6 @@ from transformers import PreTrainedConfig
 
 from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.cli.arguments import BlocksArguments, config_fields
-from hf_diffusionblocks.configuration import USER_FIELDS
 from hf_diffusionblocks.presets import with_preset
 from hf_diffusionblocks.recipes.common import ModelArguments
 
@@ -17,12 +16,11 @@ from hf_diffusionblocks.recipes.common import ModelArguments
 def blocks_fields(
     args: ModelArguments, blocks_args: BlocksArguments, task: str, config: PreTrainedConfig
 ) -> dict[str, Any] | None:
-    """Every field of the DiffusionBlocks model: those that are given, the preset's, the paper's; None with end_to_end."""
+    """The fields of the DiffusionBlocks model that are given, and the preset's; None with end_to_end."""
     if args.end_to_end:
         return None
-    paper = {name: field.default for name, field in USER_FIELDS.items()}
     start, given = "pretrained" if args.model_name_or_path else "fresh", config_fields(blocks_args)
-    return paper | with_preset(args.preset, task, start, given, backbone_for(config))
+    return with_preset(given.pop("preset", "recommended"), task, start, given, backbone_for(config))
 
 
 def denoiser_fields(

@@ -7,11 +7,11 @@
 #
 # TASK and OPTION are those of `diffusionblocks train`, which has to be in PATH:
 #
-#   recipes/jobs.sh all 4 outputs/jobs causal-lm --config recipes/configs/gutenberg.yaml \
-#       --denoiser factorized --prior_fraction 1 --train_file train.parquet --validation_file validation.parquet
+#   recipes/jobs.sh all 3 outputs/jobs masked-lm --config recipes/configs/gutenberg_masked.yaml \
+#       --train_file train.parquet --validation_file validation.parquet
 #
-# Added to them are `--train_blocks K --context independent --shared per_block`: no job needs another's
-# weights. That leaves the recommended preset: what OPTION does not say of the formulation is the paper's.
+# Added to them are `--train_blocks K --shared per_block`: no job needs another's weights. So it is for blocks that start from
+# their own input: of masked text, of images by diffusion, and of the paper (`--preset paper`) in other tasks.
 #
 # `all` runs as many jobs at a time as there are GPUs, each on its own (JOBS=2 says otherwise; without a GPU it is one), and
 # they write OUT_DIR/block-K/log.txt. If one fails, the others go on, nothing is merged, and it says which and ends with
@@ -42,7 +42,7 @@ train_block() {
     if compgen -G "$job/checkpoint-*" >/dev/null; then
         resume=(--resume_from_checkpoint last)
     fi
-    diffusionblocks train --num_processes 1 "$@" --num_blocks "$blocks" --train_blocks "$k" --context independent \
+    diffusionblocks train --num_processes 1 "$@" --num_blocks "$blocks" --train_blocks "$k" \
         --shared per_block --output_dir "$job" "${resume[@]}" || exit # it has said why
     touch "$job/done"
 }

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A Slurm array of one-block jobs (recipes/jobs.sh): task K of the array trains block K of B.
 #
-#   array=$(sbatch --parsable --array=0-3 recipes/jobs_slurm.sh 4 outputs/jobs causal-lm \
-#       --config recipes/configs/gutenberg.yaml --denoiser factorized --prior_fraction 1 \
+#   array=$(sbatch --parsable --array=0-2 recipes/jobs_slurm.sh 3 outputs/jobs masked-lm \
+#       --config recipes/configs/gutenberg_masked.yaml \
 #       --train_file train.parquet --validation_file validation.parquet)
 #   sbatch --dependency=afterany:$array --wrap "recipes/jobs.sh merge 4 outputs/jobs"
 #

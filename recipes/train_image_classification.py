@@ -156,7 +156,7 @@ def prepare(
     labels = find_labels(data, data_args.label_column)
     own_labels = list(config.id2label.values()) if model_args.model_name_or_path else []
     is_new = set(labels.values()) != set(own_labels)
-    if is_new and own_labels and fields is not None and not training_args.train_shared and fields["shared"] == "common":
+    if is_new and own_labels and fields is not None and not training_args.train_shared and fields.get("shared", "common") == "common":
         raise ValueError("train_shared=False must be True: the labels are new, so the classifier is to be trained")
     if not is_new:  # in the order of the model's classifier
         labels = dict(sorted(labels.items(), key=lambda label: own_labels.index(label[1])))

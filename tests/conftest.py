@@ -19,22 +19,14 @@ import hf_diffusionblocks as db
 torch.set_num_threads(1)
 
 NUM_LABELS = 5
-#: Every formulation that is allowed, and what `convert` is given for it.
+#: Every formulation, and what `convert` is given for it.
 FORMULATIONS = {
-    "joint-edm-independent": {"denoiser": "joint", "readout": "edm", "context": "independent"},
-    "joint-posterior-independent": {"denoiser": "joint", "readout": "posterior", "context": "independent"},
-    "joint-edm-carried": {"denoiser": "joint", "readout": "edm", "context": "carried"},
-    "joint-posterior-carried-head": {
-        "denoiser": "joint", "readout": "posterior", "context": "carried", "readout_layers": 1
-    },
-    "factorized-independent": {"denoiser": "factorized", "context": "independent"},
-    "factorized-carried": {"denoiser": "factorized", "context": "carried"},
-    "factorized-carried-head": {"denoiser": "factorized", "context": "carried", "readout_layers": 1},
-    "joint-edm-independent-own": {
-        "denoiser": "joint", "readout": "edm", "context": "independent", "shared": "per_block"
-    },
-    "factorized-carried-own": {"denoiser": "factorized", "context": "carried", "shared": "per_block"},
-}  # fmt: skip
+    "recommended": {"local_head_layers": 0},
+    "recommended-head": {"local_head_layers": 1},
+    "recommended-own": {"local_head_layers": 0, "shared": "per_block"},
+    "paper": {"preset": "paper"},
+    "paper-own": {"preset": "paper", "shared": "per_block"},
+}
 
 
 def pytest_collection_finish():
@@ -102,7 +94,7 @@ def batch() -> dict[str, torch.Tensor]:
 @pytest.fixture
 def model(plain_model, formulation) -> db.DiffusionBlocksForImageClassification:
     """A converted model of each formulation, every parameter away from its start (AdaLN included)."""
-    return randomized(db.convert(plain_model, num_blocks=2, preset="paper", **formulation))
+    return randomized(db.convert(plain_model, num_blocks=2, **formulation))
 
 
 def randomized(model):

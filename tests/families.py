@@ -49,20 +49,9 @@ MODERNBERT = ModernBertConfig(
     local_attention=4, max_position_embeddings=32, pad_token_id=0, cls_token_id=1, sep_token_id=1, bos_token_id=1,
     eos_token_id=1,
 )  # fmt: skip
-JOINT_TEXT = {
-    "joint-edm-independent": {},
-    "joint-posterior-carried": {"readout": "posterior", "context": "carried"},
-    "joint-edm-carried-own": {"context": "carried", "shared": "per_block"},
-    "joint-posterior-independent-own": {"readout": "posterior", "shared": "per_block"},
-}
-FACTORIZED_TEXT = {
-    "factorized-independent": {"denoiser": "factorized"},
-    "factorized-independent-own": {"denoiser": "factorized", "shared": "per_block"},
-    "factorized-carried": {"denoiser": "factorized", "context": "carried"},
-    "factorized-carried-own": {"denoiser": "factorized", "context": "carried", "shared": "per_block"},
-    "factorized-carried-head": {"denoiser": "factorized", "context": "carried", "readout_layers": 1},
-}
-TEXT_FORMULATIONS = {**JOINT_TEXT, **FACTORIZED_TEXT}
+PAPER_TEXT = {name: fields for name, fields in FORMULATIONS.items() if fields.get("preset") == "paper"}
+LOCAL_TEXT = {name: fields for name, fields in FORMULATIONS.items() if name not in PAPER_TEXT}
+TEXT_FORMULATIONS = FORMULATIONS
 
 
 @dataclass
@@ -91,16 +80,14 @@ class Case:
         return 12 if self.task.takes_sequence_length else None
 
     @property
-    def is_carried(self) -> bool:
-        return self.fields.get("context") == "carried"
+    def is_local(self) -> bool:
+        """Whether blocks start from what the blocks before them made of x: recommended, of next tokens and classes."""
+        preset = backbone_for(self.config).fixed_fields.get("preset", self.fields.get("preset", "recommended"))
+        return self.task.model_class.FORMULATIONS[preset].passes_on
 
     @property
     def is_own(self) -> bool:
         return self.fields.get("shared") == "per_block"
-
-    @property
-    def is_factorized(self) -> bool:
-        return self.fields.get("denoiser") == "factorized"
 
     @property
     def gives_logits(self) -> bool:
@@ -130,7 +117,7 @@ class Case:
     def model(self, **fields):
         """Cut into its blocks, every parameter away from its start."""
         torch.manual_seed(0)
-        fields = {"num_blocks": len(self.blocks), "preset": "paper", **self.fields, **fields}
+        fields = {"num_blocks": len(self.blocks), **self.fields, **fields}
         return randomized(db.convert(self.config, **fields))
 
     def with_dropout(self, rate: float) -> Case:
@@ -142,7 +129,7 @@ class Case:
 
 
 #: A formulation of text is trained in one architecture.
-TRAINED = dict(zip(TEXT_FORMULATIONS, [*TEXT_CONFIGS] * 3))
+TRAINED = dict(zip(TEXT_FORMULATIONS, [*TEXT_CONFIGS] * 2))
 CASES = {
     **{f"vit, {name}": Case(VIT, fields) for name, fields in FORMULATIONS.items()},
     **{
@@ -150,9 +137,9 @@ CASES = {
         for family, config in TEXT_CONFIGS.items()
         for name, fields in TEXT_FORMULATIONS.items()
     },
-    "recurrent, joint-edm": Case(RECURRENT),
-    "recurrent, joint-posterior-own": Case(RECURRENT, {"readout": "posterior", "shared": "per_block"}, trained=False),
-    "dit": Case(DIT),
+    "recurrent": Case(RECURRENT),
+    "recurrent, own": Case(RECURRENT, {"shared": "per_block"}, trained=False),
+    "dit": Case(DIT, {"shared": "common"}),
     "dit, own": Case(DIT, {"shared": "per_block"}),
     "bert": Case(BERT),
     "bert, own": Case(BERT, {"shared": "per_block"}, trained=False),
@@ -160,7 +147,7 @@ CASES = {
     "llama, masked": Case(TEXT_CONFIGS["llama"], {"task": "fill-mask"}),
     "gpt2, masked": Case(TEXT_CONFIGS["gpt2"], {"task": "fill-mask"}, trained=False),
     "point": Case(point_family.TinyConfig()),
-    "point, carried, own": Case(point_family.TinyConfig(), {"context": "carried", "shared": "per_block"}, trained=False),
+    "point, own": Case(point_family.TinyConfig(), {"shared": "per_block"}, trained=False),
 }
 
 

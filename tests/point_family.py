@@ -14,7 +14,9 @@ from hf_diffusionblocks.configuration import DiffusionBlocksConfig
 from hf_diffusionblocks.diffusion.gaussian import corrupt, edm_loss_weight, precondition
 from hf_diffusionblocks.diffusion.randomness import keyed_generators
 from hf_diffusionblocks.models.base import Clean, DiffusionBlocksPreTrainedModel
-from hf_diffusionblocks.tasks import Task, register_task
+from hf_diffusionblocks.models.formulation import Formulation
+from hf_diffusionblocks.presets import PRESETS
+from hf_diffusionblocks.tasks import Task, gaussian_noise, register_task
 
 
 class TinyConfig(PreTrainedConfig):
@@ -93,17 +95,12 @@ class TinyBackbone(Backbone):
         return plain.proj_out(hidden)
 
 
-class WholeInput:
+class WholeInput(Formulation):
     """z is what the network reads."""
-
-    modulated = embeds_noisy = False
-
-    def __init__(self, model: DiffusionBlocksPreTrainedModel):
-        self.model = model
 
     def estimate(self, block, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """EDM's `D = c_skip z + c_out F(c_in z)`, `[N, H, W]`."""
-        c = precondition(sigma[:, None, None], self.model.sigma_data)
+        c = precondition(sigma[:, None, None], self.model.config.sigma_data)
         hidden = self.model.training_output(block, Clean({"pixel_values": c.input * z}, {"c_noise": c.noise[:, 0, 0]})).read
         return c.skip * z + c.out * block.read_out(hidden)
 
@@ -111,8 +108,7 @@ class WholeInput:
 class ImageDenoiser(DiffusionBlocksPreTrainedModel):
     main_input_name = "pixel_values"
     task = "image-denoising"
-    DENOISERS = {"joint": WholeInput}
-    default_overlap = 0.05
+    FORMULATIONS = dict.fromkeys(PRESETS, WholeInput)
 
     def __init__(self, config: DiffusionBlocksConfig):
         super().__init__(config)
@@ -126,10 +122,10 @@ class ImageDenoiser(DiffusionBlocksPreTrainedModel):
             rows = [keyed_generators([self.config.inference_seed], range(len(pixel_values))) for _ in self.blocks]
             return ModelOutput(loss=torch.stack([self(pixel_values, k, generator=g).loss for k, g in enumerate(rows)]).mean())
         block = self.blocks[block_index]
-        sigma = block.draw_levels((len(pixel_values),), generator) if sigma is None else sigma
+        sigma = self.draw_levels(block_index, (len(pixel_values),), sigma, generator)
         z = corrupt(pixel_values.flatten(1), sigma, noise, generator).unflatten(1, pixel_values.shape[1:])
-        estimate = self.denoiser.estimate(block, z, sigma)
-        loss = edm_loss_weight(sigma, self.sigma_data) * (estimate - pixel_values).square().mean((1, 2))
+        estimate = self.formulation.estimate(block, z, sigma)
+        loss = edm_loss_weight(sigma, self.config.sigma_data) * (estimate - pixel_values).square().mean((1, 2))
         return ModelOutput(loss=loss.mean(), estimate=estimate)
 
 
@@ -143,6 +139,7 @@ def register() -> None:
             num_positions=lambda config, length: config.size, takes_sequence_length=False,
             plain_loss=lambda model, pixel_values: model(pixel_values, torch.zeros(len(pixel_values))).square().mean(),
             processor="image processor", load_processor=str, usage="model(pixel_values).loss",
+            formulations=dict.fromkeys(PRESETS, gaussian_noise(0.05)), evaluation=dict.fromkeys(PRESETS, "A loss."),
         ),
         DiffusionBlocksConfig,
     )  # fmt: skip

@@ -29,7 +29,7 @@ from hf_diffusionblocks.models.causal_lm.text import Rows, Text
 def test_a_joint_block_at_sigma_max_starts_as_the_plain_model_of_its_layers(plain, ids, readout):
     """AdaLN at its start: what a plain model of these layers says after the tokens so far and then a noisy one."""
     model = db.convert(plain, num_blocks=2, readout=readout).eval()
-    prior = model.prior_logits(ids)
+    prior = model.block_logits(ids)
     c, positions = precondition(torch.tensor(80.0), model.sigma_data), torch.arange(1, LENGTH + 1)
     z = 80.0 * PositionNoise(positions, model.config.inference_seed).normal(WIDTH)
     embeds = plain.get_input_embeddings()(ids)
@@ -44,7 +44,7 @@ def test_a_joint_block_at_sigma_max_starts_as_the_plain_model_of_its_layers(plai
             if readout == "edm":  # EDM's estimate of the target, in units of sigma_data
                 hidden = (c.skip * z[p] + c.out * hidden) / model.sigma_data
             torch.testing.assert_close(prior[:, k, p], short.lm_head(hidden), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(randomized(model).prior_logits(ids), prior, atol=0.1)  # AdaLN away from its start
+    assert not torch.allclose(randomized(model).block_logits(ids), prior, atol=0.1)  # AdaLN away from its start
 
 
 # ---- leakage
@@ -99,7 +99,7 @@ def test_sigma_is_drawn_for_every_token_or_for_every_sequence_of_a_joint_model(p
 
 def test_posterior_readout_adds_the_likelihood_of_z_below_sigma_max(plain, ids):
     model = make(plain, denoiser="factorized")
-    prior = model.prior_logits(ids)[:, 1, :-1].log_softmax(-1)
+    prior = model.block_logits(ids)[:, 1, :-1].log_softmax(-1)
     z = model.target_vectors()[ids[:, 1:]] + 0.3 * draw()["noise"]
     distance = (z[:, :, None] - model.target_vectors()).square().sum(-1)
     expected = (prior - distance / (2 * 0.3**2)).log_softmax(-1)
@@ -203,7 +203,7 @@ def test_the_evaluation_loss_has_gradients(plain, text_formulation, ids):
 def test_independent_factorized_logits_are_the_mean_of_the_blocks_log_priors(plain, ids):
     model = make(plain, denoiser="factorized")
     with torch.no_grad():
-        assert torch.allclose(model(ids).logits, model.prior_logits(ids).log_softmax(-1).mean(1), atol=1e-5)
+        assert torch.allclose(model(ids).logits, model.block_logits(ids).log_softmax(-1).mean(1), atol=1e-5)
 
 
 def chunks_of(rows_at_a_time, monkeypatch):
@@ -274,7 +274,7 @@ def test_an_explicit_mask_may_say_who_sees_whom(plain, text_formulation, ids):
     for outcome in (
         lambda **given: block_logits(model, ids, 1, labels=ids, **given),
         lambda **given: model(ids, use_cache=False, **given).logits,
-        lambda **given: model.prior_logits(ids, **given),
+        lambda **given: model.block_logits(ids, **given),
     ):
         torch.testing.assert_close(outcome(**marked, **masked), outcome(**marked), rtol=1e-4, atol=1e-5)
 
@@ -291,5 +291,5 @@ def test_unsupported_configs_are_named(tmp_path):
     windows = Qwen3Config(head_dim=8, use_sliding_window=True, max_window_layers=2, **LLAMA)
     with pytest.raises(ValueError, match="use_sliding_window=True with max_window_layers=2"):
         db.convert(windows, num_blocks=2, preset="paper")
-    with pytest.raises(ValueError, match="readout_layers=1 must be 0 with denoiser='joint' for text"):
-        db.convert(TEXT_CONFIGS["llama"], num_blocks=2, context="carried", readout_layers=1)
+    with pytest.raises(ValueError, match="local_head_layers=1 must be 0 with denoiser='joint' for text"):
+        db.convert(TEXT_CONFIGS["llama"], num_blocks=2, context="carried", local_head_layers=1)

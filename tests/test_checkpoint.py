@@ -46,7 +46,7 @@ for folder in Path(sys.argv[1]).glob("model-*"):
 @pytest.fixture
 def saved(plain_model, tmp_path):
     """A saved model of two blocks, and its folder."""
-    model = randomized(db.convert(plain_model, num_blocks=2, context="carried", readout_layers=1)).eval()
+    model = randomized(db.convert(plain_model, num_blocks=2, context="carried", local_head_layers=1)).eval()
     model.save_pretrained(tmp_path / "model")
     return model, tmp_path / "model"
 

@@ -40,7 +40,7 @@ def test_inspect_json_is_the_models_own(saved, capsys):
     assert (found["num_blocks"], found["num_hidden_layers"], found["source_model_type"]) == (2, 4, "vit")
     assert found["task"] == "image-classification"
     formulation = found["formulation"]
-    for name in ("denoiser", "context", "readout", "readout_layers", "sigma_min", "sampler"):
+    for name in ("denoiser", "context", "readout", "local_head_layers", "sigma_min", "sampler"):
         assert formulation[name] == getattr(model.config, name)
     assert formulation["overlap"] == model.noise_schedule.overlap
     assert formulation["sigma_data"] == model.sigma_data

@@ -33,7 +33,7 @@ BAD_FIELDS = [
     ({"bridge": "warm"}, r"bridge='warm' must be one of None, 'soft', 'hard'"),
     ({"sampler": "heun"}, r"sampler='heun' must be one of 'euler', 'ancestral'"),
     ({"denoiser": "factorized", "readout": "edm"}, r"readout='edm' must be 'posterior' with denoiser='factorized'"),
-    ({"readout_layers": 1}, r"readout_layers=1 must be 0 with context='independent'"),
+    ({"local_head_layers": 1}, r"local_head_layers=1 must be 0 with context='independent'"),
     ({"prior_fraction": 1.5}, r"prior_fraction=1.5 must be a finite number from 0 to 1"),
     ({"num_inference_steps": 0}, r"num_inference_steps=0 must be a whole number from 1"),
     ({"loss_weighting": "min-snr"}, r"loss_weighting='min-snr' must be one of None, 'edm'"),

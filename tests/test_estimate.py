@@ -34,7 +34,7 @@ CONFIGS = {
 FORMULATIONS = formulations_for(TASKS["text-generation"], BACKBONES["gpt2"])
 WAYS = {way.name: way for way in ways_of_stock_models() + ways_of_blocks(FORMULATIONS)}
 OTHERS = {
-    "local head": {"denoiser": "factorized", "context": "carried", "readout_layers": 1},
+    "local head": {"denoiser": "factorized", "context": "carried", "local_head_layers": 1},
     "z is seen": {"denoiser": "factorized", "context": "independent", "prior_fraction": 0.5},
     "joint, posterior, carried": {"denoiser": "joint", "context": "carried", "readout": "posterior"},
 }

@@ -19,12 +19,15 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.base import backbone_for
-from hf_diffusionblocks.diffusion.gaussian import edm_loss_weight
 from hf_diffusionblocks.tasks import TASKS
 
 everywhere = pytest.mark.parametrize(**grid())
 with_known_targets = pytest.mark.parametrize(**grid(lambda case: case.has_known_targets))
+with_noisy_targets = pytest.mark.parametrize(**grid(lambda case: case.has_known_targets and not case.is_local))
 of_each_block = pytest.mark.parametrize(**grid_of_blocks())
+of_each_block_with_noisy_targets = pytest.mark.parametrize(
+    **grid_of_blocks(lambda case: case.has_known_targets and not case.is_local)
+)
 of_each_block_with_known_targets = pytest.mark.parametrize(**grid_of_blocks(lambda case: case.has_known_targets))
 
 
@@ -67,12 +70,12 @@ def test_a_block_starts_from_its_own_embeddings_and_ends_in_its_own_head(case):
     assert torch.equal(model(**batch, block_index=0, generator=seeded()).loss, before)
 
 
-@pytest.mark.parametrize(**grid(lambda case: case.is_factorized))
+@pytest.mark.parametrize(**grid(lambda case: case.is_local))
 @torch.no_grad()
 def test_own_parts_of_a_converted_model_start_as_the_model_s(case):
     plain, inputs = case.plain(), case.inputs()
     own, common = (db.convert(plain, 2, **{**case.fields, "shared": shared}) for shared in ("per_block", "common"))
-    assert torch.equal(own.prior_logits(**inputs), common.prior_logits(**inputs))
+    assert torch.equal(own.block_logits(**inputs), common.block_logits(**inputs))
 
 
 # ---- refused
@@ -121,7 +124,7 @@ def inputs_of_layer(model, index: int, run) -> list[torch.Tensor]:
 WITH_DROPOUT = ("vit", "gpt2", "bert")
 
 
-@pytest.mark.parametrize(**grid_of_blocks(lambda case: case.is_carried and case.config.model_type in WITH_DROPOUT))
+@pytest.mark.parametrize(**grid_of_blocks(lambda case: case.is_local and case.config.model_type in WITH_DROPOUT))
 def test_carried_context_is_that_of_the_earlier_blocks_without_dropout(case, block_index):
     """And every part gets its own mode back."""
     model, batch = case.with_dropout(0.5).model().train(), case.rows()
@@ -140,28 +143,23 @@ def test_carried_context_is_that_of_the_earlier_blocks_without_dropout(case, blo
     assert torch.equal(found, entering()) is (block_index == 1)
 
 
-@pytest.mark.parametrize(**grid(lambda case: "readout_layers" in case.fields))
+@pytest.mark.parametrize(**grid(lambda case: case.fields.get("local_head_layers")))
 def test_the_next_block_does_not_see_a_local_head(case):
-    """In training and in inference: it reads what it does in a model of the same weights without heads."""
-    model, without, batch, inputs = case.model(), case.model(readout_layers=0), case.rows(), case.inputs()
+    """It reads what it does in a model of the same weights without heads."""
+    model, without, batch, inputs = case.model(), case.model(local_head_layers=0), case.rows(), case.inputs()
     without.load_state_dict(model.state_dict(), strict=False)
 
     def entering_second_block(each) -> list[torch.Tensor]:
-        trained = inputs_of_layer(each.train(), 2, lambda: each(**batch, block_index=1, generator=seeded()))
-        return trained + inputs_of_layer(each.eval(), 2, lambda: each(**inputs))
+        return inputs_of_layer(each, 2, lambda: each(**batch, block_index=1))
 
-    found, expected = entering_second_block(model), entering_second_block(without)
-    # (A noisy label stands after these: it has come by way of the head's logits.)
-    clean = TASKS[model.task].num_positions(case.config, case.length)
-    assert len(found) == len(expected) >= 2
-    assert all(torch.equal(one[:, :clean], other[:, :clean]) for one, other in zip(found, expected))
-    if case.is_factorized:
-        assert torch.equal(model(**inputs).logits, without(**inputs).logits)
-    own, other = (each(**batch, block_index=0, generator=seeded()).loss for each in (model, without))
+    (found,), (expected,) = entering_second_block(model), entering_second_block(without)
+    assert torch.equal(found, expected)
+    assert torch.equal(model.eval()(**inputs).logits, without.eval()(**inputs).logits)
+    own, other = (each(**batch, block_index=0).loss for each in (model, without))
     assert not torch.allclose(own, other)  # positive control: its own block's readout does
 
 
-@everywhere
+@pytest.mark.parametrize(**grid(lambda case: not case.is_local))
 def test_draws_come_from_the_generator_alone(case):
     model, batch, state = case.model().eval(), case.rows(), torch.get_rng_state()
     losses = [model(**batch, block_index=case.last_block, generator=seeded(seed)).loss for seed in (3, 3, 4)]
@@ -169,7 +167,18 @@ def test_draws_come_from_the_generator_alone(case):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(**grid(lambda case: case.task.name != "fill-mask"))
+@pytest.mark.parametrize(**grid(lambda case: case.is_local))
+def test_blocks_of_the_recommended_formulation_have_no_noise(case):
+    model, batch, state = case.model().eval(), case.rows(), torch.get_rng_state()
+    assert model.noise_schedule is None
+    losses = [model(**batch, block_index=case.last_block, generator=seeded(seed)).loss for seed in (3, 4)]
+    assert losses[0] == losses[1] and torch.equal(torch.get_rng_state(), state)
+    for name in ("sigma", "noise"):
+        with pytest.raises(ValueError, match=f"{name} must be None with preset='recommended'"):
+            model(**batch, block_index=0, **{name: torch.ones(4)})
+
+
+@pytest.mark.parametrize(**grid(lambda case: case.task.name != "fill-mask" and not case.is_local))
 @pytest.mark.parametrize("generator", [seeded, lambda: None], ids=["a generator", "the global one"])
 def test_every_row_has_noise_of_its_own(case, generator):
     """Of equal rows at one level, no two have the same estimate."""
@@ -180,7 +189,7 @@ def test_every_row_has_noise_of_its_own(case, generator):
     assert all(not torch.allclose(rows[i], rows[j], atol=1e-3) for i in range(4) for j in range(i))
 
 
-@with_known_targets
+@with_noisy_targets
 def test_targets_have_norm_one(case):
     model = case.model()
     vectors = model.label_embeddings.vectors() if hasattr(model, "label_embeddings") else model.target_vectors()
@@ -196,24 +205,6 @@ def test_the_loss_is_the_mean_cross_entropy_of_labelled_logits(case, block_index
     out = case.model().train()(**batch, block_index=block_index, return_logits=True, generator=seeded())
     expected = F.cross_entropy(out.logits.flatten(0, -2), labelled(batch["labels"]).flatten())
     assert torch.allclose(out.loss, expected, atol=1e-5)
-
-
-@with_known_targets
-def test_edm_weight_is_that_of_each_row_s_own_level(case):
-    """An outer product would weigh all alike."""
-    batch, sigma = case.rows(), torch.logspace(-1, 1, 4)
-    if batch["labels"].dim() == 2:
-        batch["labels"] = batch["labels"].clone()
-        batch["labels"][0, 2:6] = -100  # so that a chunk of the readout has tokens of several rows
-    targets = labelled(batch["labels"])
-    call = {"block_index": 0, "sigma": sigma, "return_logits": True}
-    unweighted, weighted = (case.model(loss_weighting=weighting).eval() for weighting in (None, "edm"))
-    logits = unweighted(**batch, **call, generator=seeded()).logits
-    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(4, -1)
-    weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
-    assert torch.allclose(edm_loss_weight(sigma, 0.5), weight)
-    expected = (weight[:, None] * losses).sum() / (targets != -100).sum()
-    assert torch.allclose(weighted(**batch, **call, generator=seeded()).loss, expected)
 
 
 @everywhere
@@ -251,7 +242,7 @@ def test_bfloat16_is_as_close_to_float32_as_it_rounds(case):
         with torch.no_grad():
             prior = None
             if case.has_known_targets:
-                prior = model.eval().prior_logits(**case.inputs()).float().log_softmax(-1)
+                prior = model.eval().block_logits(**case.inputs()).float().log_softmax(-1)
                 assert model(**batch).loss.isfinite()  # of a walk, decided by single tokens
         found.append((loss.item(), torch.cat([gradient.float().flatten() for gradient in gradients]), prior))
     (loss, gradient, prior), (exact_loss, exact_gradient, exact_prior) = found
@@ -264,7 +255,7 @@ def test_bfloat16_is_as_close_to_float32_as_it_rounds(case):
 # ---- what logits know
 
 
-@of_each_block_with_known_targets
+@of_each_block_with_noisy_targets
 def test_training_logits_see_the_target_through_z(case, block_index):
     """Positive control: the label's only way in is z, and it is open; to the logits of that label alone."""
     model, batch = case.model().eval(), case.rows()
@@ -316,13 +307,13 @@ def test_evaluation_repeats_and_no_row_depends_on_others(case):
 # ---- the plain model
 
 
-@pytest.mark.parametrize(**grid(lambda case: case.has_known_targets and case.is_factorized and case.is_carried))
-def test_one_factorized_block_that_sees_no_target_trains_as_the_plain_model(case):
+@pytest.mark.parametrize(**grid(lambda case: case.is_local))
+def test_one_recommended_block_trains_as_the_plain_model(case):
     """B=1 is end-to-end training: the same loss and gradients."""
     plain, batch = case.plain(), case.rows()
-    fields = {**case.fields, "shared": "common", "readout_layers": 0}
+    fields = {**case.fields, "shared": "common", "local_head_layers": 0}
     model = db.convert(plain, num_blocks=1, **fields).train()
-    loss = model(**batch, block_index=0, sigma=torch.full((4,), 1e9)).loss
+    loss = model(**batch, block_index=0).loss
     plain_loss = plain.train()(**batch).loss
     assert loss.item() == pytest.approx(plain_loss.item(), abs=1e-5)
     loss.backward()
@@ -331,10 +322,10 @@ def test_one_factorized_block_that_sees_no_target_trains_as_the_plain_model(case
         assert torch.allclose(own.grad, other.grad, atol=1e-5)
 
 
-@pytest.mark.parametrize(**grid(lambda case: case.has_known_targets and case.is_factorized and case.is_carried))
+@pytest.mark.parametrize(**grid(lambda case: case.is_local))
 @pytest.mark.parametrize("layers_per_block", [None, [1, 3], [3, 1]], ids=str)
 @torch.no_grad()
-def test_factorized_and_carried_is_lossless(case, layers_per_block):
+def test_the_recommended_formulation_is_lossless(case, layers_per_block):
     """There and, moved, back again."""
     plain, inputs = case.plain(), case.inputs()
     model = db.convert(plain, 2, layers_per_block=layers_per_block, **case.fields)
@@ -345,9 +336,9 @@ def test_factorized_and_carried_is_lossless(case, layers_per_block):
     assert not torch.equal(back(**inputs).logits, plain(**inputs).logits)
 
 
-@pytest.mark.parametrize(**grid(lambda case: case.has_known_targets and not (case.is_factorized and case.is_carried)))
+@pytest.mark.parametrize(**grid(lambda case: case.has_known_targets and not case.is_local))
 def test_what_no_plain_model_computes_has_none(case):
-    with pytest.raises(ValueError, match=r"to_plain\(\) needs denoiser='factorized' and context='carried'"):
+    with pytest.raises(ValueError, match=r"to_plain\(\) needs preset='recommended'"):
         case.model().to_plain()
 
 
@@ -384,5 +375,5 @@ def test_an_auto_class_of_another_task_names_the_saved_one(case, auto_class, tmp
 
 def test_the_grid_has_every_family_and_formulation():
     assert {task.name for task in TASKS.values()} == {case.task.name for case in CASES.values()}
-    for field in ("context", "shared", "denoiser", "readout"):
+    for field in ("preset", "shared"):
         assert len({getattr(case.model().config, field) for case in CASES.values() if case.trained}) == 2

@@ -102,7 +102,7 @@ def test_jobs_are_merged_into_one_model(case, tmp_path):
 @few
 def test_a_job_that_lacks_blocks_is_evaluated_on_its_own(case, tmp_path):
     case.model().save_pretrained(tmp_path / "whole")
-    blocks = [0] if case.is_carried else [1]
+    blocks = [0] if case.is_local else [1]
     part = case.task.model_class.from_pretrained(tmp_path / "whole", resident_blocks=blocks)
     trainer = trainer_of(part, case, tmp_path / "job", train_shared=False)
     trainer.train()

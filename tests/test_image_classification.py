@@ -113,12 +113,12 @@ def test_targets_are_saved_but_not_trained(plain_config, shared):
 
 
 def test_the_last_block_has_no_local_head(plain_model, batch):
-    model = db.convert(plain_model, num_blocks=2, context="carried", readout_layers=1)
+    model = db.convert(plain_model, num_blocks=2, context="carried", local_head_layers=1)
     runs = Counter()
-    model.readout_heads[0][0].attention.register_forward_hook(lambda *_: runs.update(["head"]))
+    model.local_heads[0][0].attention.register_forward_hook(lambda *_: runs.update(["head"]))
     for block_index, expected in ((0, 1), (1, 1)):
         model(**batch, block_index=block_index)
-        assert len(model.readout_heads) == 1 and runs["head"] == expected
+        assert len(model.local_heads) == 1 and runs["head"] == expected
 
 
 def test_sigma_is_drawn_in_the_block_and_at_sigma_max_for_the_prior_fraction(plain_config):
@@ -145,7 +145,7 @@ def test_what_evaluation_logits_are(model, batch):
     model.eval()
     with torch.no_grad():
         logits = model(pixel_values=batch["pixel_values"]).logits
-        priors = model.prior_logits(batch["pixel_values"])
+        priors = model.block_logits(batch["pixel_values"])
         if model.config.denoiser == "joint":
             expected = model.predict(batch["pixel_values"]).logits
         elif model.config.context == "carried":
@@ -252,7 +252,7 @@ def test_unusual_image_size(plain_config, batch):
 def test_at_sigma_max_z_is_left_out_of_the_readout(plain_model, batch):
     """As for text: it says 1/80 of a label there, and its noise would be all that differs."""
     model = randomized(db.convert(plain_model, num_blocks=2, preset="paper", denoiser="factorized")).eval()
-    prior = model.prior_logits(batch["pixel_values"])[:, 1]
+    prior = model.block_logits(batch["pixel_values"])[:, 1]
     for sigma, equal in ((80.0, True), (79.0, False)):
         logits = model(**batch, block_index=1, sigma=torch.full((6,), sigma), noise=torch.randn(6, 32)).logits
         assert torch.equal(logits, prior) is equal

@@ -39,10 +39,10 @@ def test_a_part_is_that_part_of_the_whole_model(config, fields, origin, tmp_path
 def test_local_heads_start_as_the_last_layers(config, origin, resident, tmp_path):
     plain = backbone_for(config).plain_class(config)
     plain.save_pretrained(tmp_path)
-    fields = {"denoiser": "factorized", "context": "carried", "readout_layers": 2}
+    fields = {"denoiser": "factorized", "context": "carried", "local_head_layers": 2}
     model = made(tmp_path if origin == "folder" else plain, fields, resident)
     layers = plain.get_submodule(backbone_for(config).layers_path)[-2:]
-    assert same_weights(layers.state_dict(), model.readout_heads[0].state_dict())
+    assert same_weights(layers.state_dict(), model.local_heads[0].state_dict())
 
 
 @pytest.mark.parametrize("origin", ["pretrained", "folder"])
@@ -53,7 +53,7 @@ def test_a_part_has_the_local_heads_of_its_own_blocks(config, num_blocks, reside
     if origin == "folder":
         source.save_pretrained(tmp_path)
         source = tmp_path
-    fields = {"denoiser": "factorized", "context": "carried", "readout_layers": 1, "num_blocks": num_blocks}
+    fields = {"denoiser": "factorized", "context": "carried", "local_head_layers": 1, "num_blocks": num_blocks}
     whole, part = made(source, fields), made(source, fields, resident)
     expected = {name for name in whole.state_dict() if whole.block_of_parameter(name) in (None, *resident)}
     assert part.state_dict().keys() == expected

@@ -23,7 +23,7 @@ FIELDS = {
     "two blocks": {**RECOMMENDED, "num_blocks": 2},
     "four blocks": {**RECOMMENDED, "num_blocks": 4},
     "uneven": {**RECOMMENDED, "num_blocks": 2, "layers_per_block": [3, 1]},
-    "local heads": {**RECOMMENDED, "num_blocks": 4, "readout_layers": 1},
+    "local heads": {**RECOMMENDED, "num_blocks": 4, "local_head_layers": 1},
     "parts of its own": {**RECOMMENDED, "num_blocks": 2, "shared": "per_block"},
 }
 ATTENTION = ["sdpa", "eager"]

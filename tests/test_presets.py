@@ -60,10 +60,10 @@ def inputs_of(config) -> torch.Tensor:
 
 
 def formulation(config: db.DiffusionBlocksConfig) -> dict:
-    return {name: getattr(config, name) for name in (*TRIPLE, "readout", "readout_layers")}
+    return {name: getattr(config, name) for name in (*TRIPLE, "readout", "local_head_layers")}
 
 
-PAPER = {"denoiser": "joint", "context": "independent", "prior_fraction": 0.0, "readout": "edm", "readout_layers": 0}
+PAPER = {"denoiser": "joint", "context": "independent", "prior_fraction": 0.0, "readout": "edm", "local_head_layers": 0}
 
 
 # ---- the table
@@ -78,7 +78,7 @@ def test_the_recommended_model(task, start, origin, tmp_path):
         if origin == "folder":
             source.save_pretrained(tmp_path)
             source = tmp_path
-    expected = {**TRIPLE, "readout": "posterior", "readout_layers": TABLE[task, start]}
+    expected = {**TRIPLE, "readout": "posterior", "local_head_layers": TABLE[task, start]}
     assert formulation(db.convert(source, 2).config) == expected
     assert TABLE.keys() | {("image-generation", "fresh")} == RECOMMENDED.keys()
 
@@ -126,9 +126,9 @@ def test_one_block_and_one_layer(config, layers, tmp_path):
 
 
 def test_fields_override_the_preset_s():
-    config = db.convert(GPT2, 2, prior_fraction=0.5, readout_layers=2, overlap=0.2).config
+    config = db.convert(GPT2, 2, prior_fraction=0.5, local_head_layers=2, overlap=0.2).config
     assert formulation(config) == {
-        **TRIPLE, "prior_fraction": 0.5, "readout": "posterior", "readout_layers": 2
+        **TRIPLE, "prior_fraction": 0.5, "readout": "posterior", "local_head_layers": 2
     }  # fmt: skip
     assert config.overlap == 0.2
 
@@ -213,7 +213,7 @@ def test_the_command_s_options_override_the_preset(gpt2, tmp_path, capsys):
     main(["convert", str(gpt2), str(tmp_path / "a"), *options])
     config = AutoConfig.from_pretrained(tmp_path / "a")
     assert formulation(config) == {
-        **TRIPLE, "prior_fraction": 0.5, "readout": "posterior", "readout_layers": 0
+        **TRIPLE, "prior_fraction": 0.5, "readout": "posterior", "local_head_layers": 0
     }  # fmt: skip
     (tmp_path / "options.yaml").write_text("denoiser: joint\nnum_blocks: 2\n")
     main(["convert", str(gpt2), str(tmp_path / "b"), "--config", str(tmp_path / "options.yaml")])

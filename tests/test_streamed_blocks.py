@@ -70,8 +70,8 @@ def test_nothing_computes_with_weights_that_are_in_host_memory(case):
             model.eval()(**rows)
             if hasattr(model, "predict"):
                 model.predict(**case.inputs()) if case.task.name == "image-classification" else model.predict(num_images=2, num_inference_steps=3)
-            if hasattr(model, "prior_logits"):
-                model.prior_logits(**case.inputs())
+            if hasattr(model, "block_logits"):
+                model.block_logits(**case.inputs())
             if hasattr(model, "likelihood_terms") and labels:
                 model.likelihood_terms(rows, 2, seeded())
             if hasattr(model, "infill"):

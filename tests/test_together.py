@@ -61,7 +61,7 @@ def test_embedded_tokens_train_as_tokens_do(tmp_path):
 # ---- a slow reference
 
 
-@pytest.mark.parametrize("fields", [{}, {"shared": "per_block"}, {"readout_layers": 1}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"shared": "per_block"}, {"local_head_layers": 1}], ids=str)
 def test_it_is_a_loop_over_blocks_by_hand(source, fields, tmp_path):
     """Each block is moved by its own loss on what the earlier ones put out before they moved; what is shared, by the sum."""
     model = made(source, {**CARRIED, **fields}).double()

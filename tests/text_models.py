@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import randomized
-from families import JOINT_TEXT, TEXT_CONFIGS, TEXT_FORMULATIONS, VOCAB, WIDTH
+from families import PAPER_TEXT, TEXT_CONFIGS, TEXT_FORMULATIONS, VOCAB, WIDTH
 from transformers import AutoModelForCausalLM
 
 import hf_diffusionblocks as db
@@ -28,7 +28,7 @@ def text_formulation(request) -> dict:
     return request.param
 
 
-@pytest.fixture(params=JOINT_TEXT.values(), ids=JOINT_TEXT.keys())
+@pytest.fixture(params=PAPER_TEXT.values(), ids=PAPER_TEXT.keys())
 def joint(request) -> dict:
     return request.param
 

@@ -14,7 +14,6 @@ from .conversion import convert
 from .diffusion.schedule import NoiseSchedule
 from .evaluation.generated_text import generation_measures
 from .evaluation.likelihood import LikelihoodBound, bits_per_byte, nll_bound
-from .evaluation.noise_fit import fit_noise_schedule
 from .memory.estimate import MemoryEstimate, estimate_memory
 from .memory.ledger import Ledger, StepMemory, measure_memory
 from .models.base import DiffusionBlocksPreTrainedModel
@@ -59,7 +58,6 @@ __all__ = [
     "cache_block_inputs",
     "convert",
     "estimate_memory",
-    "fit_noise_schedule",
     "generation_measures",
     "load_block_state_dict",
     "measure_memory",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import field, fields
 from typing import Any, ClassVar
 
@@ -13,23 +13,19 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .backbones.base import backbone_for
 from .diffusion.schedule import NoiseSchedule
-from .tasks import task_of
+from .presets import PRESETS
+from .tasks import Task, task_of
 from .whole_numbers import check_whole, is_whole
 
 #: Of saved models; to be raised when their config, names or files change their meaning.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 #: Field -> the values it may take.
-CHOICES: dict[str, tuple] = {
-    "denoiser": ("joint", "factorized"),
-    "context": ("independent", "carried"),
-    "readout": (None, "edm", "posterior"),
-    "bridge": (None, "soft", "hard"),
-    "noise_distribution": ("lognormal", "information"),
-    "shared": ("common", "per_block"),
-    "sampler": ("euler", "ancestral"),
-    "loss_weighting": (None, "edm"),
-}
+CHOICES: dict[str, tuple] = {"preset": PRESETS, "shared": ("common", "per_block")}
+
+
+#: What a plain model's config says of its own files and layers.
+NOT_OF_SOURCE = ("quantization_config", "auto_map", "rope_parameters", "rope_theta", "rope_scaling")
 
 
 def _field(default: Any, help: str) -> Any:
@@ -37,9 +33,10 @@ def _field(default: Any, help: str) -> Any:
 
 
 class DiffusionBlocksConfig(PreTrainedConfig):
-    """Configuration of a DiffusionBlocks model. Defaults are the paper's (arXiv 2506.14202).
+    """Configuration of a DiffusionBlocks model: which formulation, how the layers are cut, and the formulation's own numbers.
 
-    What each field means is said beside it, and by `--help` of every command that takes it.
+    What each field means is said beside it, and by `--help` of every command that takes it. A number that the formulation of
+    the task has not is None, and is refused where it is given; the others' defaults are the task's (`tasks.py`).
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -55,9 +52,6 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     training_report: dict[str, Any] | None = _field(
         None, "What the Trainer measured (data, steps, results, memory), for the model card."
     )
-    noise_table: list[list[float]] | None = _field(
-        None, "What fit_noise_schedule found: [sigma, share of the draws below it], from sigma_min to sigma_max."
-    )
     format_version: int = _field(FORMAT_VERSION, "Of the files of a saved model.")
     tie_word_embeddings: bool | None = _field(
         None, "shared='per_block': whether a block's own head is its own token embedding, as in the plain model."
@@ -65,90 +59,67 @@ class DiffusionBlocksConfig(PreTrainedConfig):
 
     task: str | None = _field(None, "What the model is for, as in pipeline(task); None is the architecture's usual task.")
 
+    # The formulation
+    preset: str | None = _field(
+        None,
+        "Which formulation: 'recommended' (what measured best for the task; next tokens and classes: blocks on losses of their "
+        "own, no noise), or 'paper' (arXiv 2506.14202). None is what is recommended.",
+    )
+
     # The cut
     num_blocks: int = _field(4, "B, how many blocks the layers are cut into.")
     layers_per_block: list[int] | None = _field(
         None, "Layers of each block, first block first; None cuts as evenly as possible."
     )
-
-    # The noise
-    sigma_min: float = _field(0.002, "Lowest noise level.")
-    sigma_max: float = _field(80.0, "Highest noise level.")
-    p_mean: float = _field(-1.2, "Mean of ln sigma, before truncation to the range.")
-    p_std: float = _field(1.2, "Standard deviation of ln sigma, before truncation to the range.")
-    sigma_data: float | str = _field(0.5, "EDM's scale of the target; 'auto' is the target's norm over sqrt(width).")
-    overlap: float | None = _field(
-        None,
-        "gamma: a block's training interval is widened by this share of its log-width (masked text: its width) on both "
-        "sides; None is the task's default (images 0.05, text 0.1).",
-    )
-    noise_distribution: str = _field(
-        "lognormal",
-        "'lognormal' (p_mean, p_std), or 'information': equal mass where the cross-entropy falls equally, as "
-        "fit_noise_schedule finds it; log-normal until then.",
-    )
-    prior_fraction: float = _field(
-        0.0, "Share of training draws made at sigma_max whatever the block: there the target is invisible."
-    )
-
-    # The formulation
-    denoiser: str = _field(
-        "joint",
-        "'joint': layers see the noisy target. 'factorized': layers see the context only, and the posterior readout "
-        "accounts for the noise.",
-    )
-    context: str = _field(
-        "independent",
-        "'independent': a block starts from the embedded input. 'carried': from the clean hidden states of the "
-        "earlier blocks, which run without gradient.",
-    )
-    readout: str | None = _field(
-        None,
-        "'edm' (the paper's) or 'posterior' (Bayes' rule on the network's prior); None is 'edm' for joint and "
-        "'posterior' for factorized.",
-    )
-    readout_layers: int = _field(
-        0,
-        "Layers of each block's local head, which later blocks do not see (carried context only). The last block "
-        "has none: it reads out as the plain model does.",
-    )
     shared: str = _field(
         "common",
         "'common': all blocks read and train the same embeddings, final norm and head. 'per_block': each has its own, "
-        "around one fixed table of targets, so that blocks can be trained apart.",
-    )
-    loss_weighting: str | None = _field(
-        None, "None (right for cross-entropy), or 'edm': the paper's w(sigma), meant for L2 targets."
+        "so that blocks can be trained apart.",
     )
 
-    label_dropout: float = _field(
-        0.1, "Image generation: share of training images whose class is hidden, for classifier-free guidance."
+    # Next tokens and classes, recommended
+    local_head_layers: int | None = _field(
+        None,
+        "Next tokens and classes, recommended: layers of each block's local head, which later blocks do not see. The last "
+        "block has none: it is read out as the plain model is.",
     )
 
+    # Gaussian noise: images by diffusion, and the paper's next tokens and classes
+    sigma_min: float | None = _field(None, "Gaussian noise: the lowest level.")
+    sigma_max: float | None = _field(None, "Gaussian noise: the highest level.")
+    p_mean: float | None = _field(None, "Gaussian noise: mean of ln sigma, before truncation to the range.")
+    p_std: float | None = _field(None, "Gaussian noise: standard deviation of ln sigma, before truncation to the range.")
+    sigma_data: float | None = _field(None, "Gaussian noise: EDM's scale of the target, its standard deviation.")
+
+    # Any noise
+    overlap: float | None = _field(
+        None,
+        "gamma: a block's training interval is widened by this share of its width (of its log-width, of Gaussian noise) on "
+        "both sides.",
+    )
+    num_inference_steps: int | None = _field(
+        None, "Denoiser evaluations to an answer. None: images 50, masked text one a token, next tokens and classes num_blocks."
+    )
+    inference_seed: int | None = _field(None, "Key of the noise, or masks, that evaluation and prediction use.")
+
+    # Of one task
+    label_dropout: float | None = _field(
+        None, "Image generation: share of training images whose class is hidden, for classifier-free guidance."
+    )
     mask_token_id: int | None = _field(
         None,
         "Masked text: the token that stands for a masked one. None is that of the tokenizer saved with the plain model, or "
         "of its config; where neither has one, a new token after the last.",
     )
 
-    # The walk
-    sampler: str = _field("euler", "'euler' (the paper's) or 'ancestral'.")
-    bridge: str | None = _field(
-        None,
-        "How logits become a point of the target space in the Euler walk: 'soft' mean or 'hard' argmax; None is the "
-        "task's default (images soft, text hard).",
-    )
-    num_inference_steps: int | None = _field(
-        None,
-        "Denoiser evaluations of a walk; None is the task's default (image generation 50, masked text one a token, labels "
-        "and next tokens num_blocks). Factorized next tokens have no walk.",
-    )
-    inference_seed: int = _field(0, "Key of the noise that evaluation and prediction use.")
-
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As in Transformers: of what a saved `config.json` holds, which has to say its version."""
         return super().from_dict({"format_version": None, **config_dict}, **kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As in Transformers, without the fields that the formulation has not."""
+        return {name: value for name, value in super().to_diff_dict().items() if value is not None or name not in OF_FORMULATIONS}
 
     def __post_init__(self, **kwargs):
         self._check_before_reading()
@@ -161,20 +132,39 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         task = task_of(self.source_config, self.task)
         self.task = task.name
         architecture = backbone_for(self.source_config)
-        self.check_fixed_fields(
-            architecture.fixed_fields, f"model_type={architecture.model_type!r}: {architecture.fixed_because}"
-        )
+        if self.preset is None:
+            self.preset = architecture.fixed_fields.get("preset", "recommended")
+        self._check_choices()
+        for name, allowed in architecture.fixed_fields.items():
+            if (value := getattr(self, name)) != allowed:
+                raise ValueError(
+                    f"{name}={value!r} must be {allowed!r} for model_type={architecture.model_type!r}: "
+                    f"{architecture.fixed_because}"
+                )
+        self._fill_in(task)
         task.settle(self)
         self.problem_type = self.problem_type or self.source_config.problem_type
-        if self.readout is None:
-            self.readout = "edm" if self.denoiser == "joint" else "posterior"
         if self.shared == "per_block":
             # The backbone's embedding is the first block's and its head the last's: each is tied within its own block.
             if self.tie_word_embeddings is None:
                 self.tie_word_embeddings = getattr(self.source_config, "tie_word_embeddings", False)
             self.source_config.tie_word_embeddings = False
         self._check_fields()
-        self._check_combinations()
+        self._check_cut()
+        if self.sigma_max is not None:
+            self.noise_schedule()  # complains of blocks without probability
+
+    def _fill_in(self, task: Task) -> None:
+        """The formulation's numbers where they are not given; those that it has not are refused."""
+        numbers = task.formulations[self.preset]
+        for name in OF_FORMULATIONS:
+            if name in numbers:
+                setattr(self, name, numbers[name] if getattr(self, name) is None else getattr(self, name))
+            elif (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"{name}={value!r} must be None with preset={self.preset!r} for task {self.task!r}, whose formulation "
+                    f"has {', '.join(numbers)} alone{_where_it_is(name, task)}"
+                )
 
     def _check_before_reading(self) -> None:
         if self.format_version != FORMAT_VERSION:
@@ -191,40 +181,34 @@ class DiffusionBlocksConfig(PreTrainedConfig):
             if value is not None and not isinstance(value, kinds):
                 raise ValueError(f"{name}={value!r} must be {allowed}")
 
-    def check_fixed_fields(self, fixed: Mapping[str, Any], whom: str) -> None:
-        """Raise ValueError if a field without a choice is not what it has to be; `whom` says for whom, and why."""
-        for name, allowed in fixed.items():
-            if (value := getattr(self, name)) != allowed:
-                raise ValueError(f"{name}={value!r} must be {allowed!r} for {whom}")
-
-    def _check_fields(self) -> None:
+    def _check_choices(self) -> None:
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+
+    def _check_fields(self) -> None:
         check_whole("num_blocks", self.num_blocks, 1)
         self._check_number("sigma_min", " above 0", lambda v: v > 0)
         self._check_number("sigma_max", f" above sigma_min={self.sigma_min}", lambda v: v > self.sigma_min)
         self._check_number("p_mean", "", lambda v: True)
         self._check_number("p_std", " above 0", lambda v: v > 0)
-        if self.sigma_data != "auto":
-            self._check_number("sigma_data", " above 0, or 'auto'", lambda v: v > 0)
-        if self.overlap is not None:
-            self._check_number("overlap", " from 0, or None", lambda v: v >= 0)
-        check_whole("readout_layers", self.readout_layers, 0)
-        self._check_number("prior_fraction", " from 0 to 1", lambda v: 0 <= v <= 1)
+        self._check_number("sigma_data", " above 0", lambda v: v > 0)
+        self._check_number("overlap", " from 0", lambda v: v >= 0)
         self._check_number("label_dropout", " from 0 to 1", lambda v: 0 <= v <= 1)
-        if self.num_inference_steps is not None:
-            check_whole("num_inference_steps", self.num_inference_steps, 1, ", or None")
-        check_whole("inference_seed", self.inference_seed, 0)
+        for name, least in (("local_head_layers", 0), ("num_inference_steps", 1), ("inference_seed", 0)):
+            if (value := getattr(self, name)) is not None:
+                check_whole(name, value, least)
 
     def _check_number(self, name: str, allowed: str, in_range: Callable[[float], bool]) -> None:
         value = getattr(self, name)
+        if value is None:  # not of this formulation
+            return
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not is_number or not in_range(value):
             raise ValueError(f"{name}={value!r} must be a finite number{allowed}")
 
-    def _check_combinations(self) -> None:
+    def _check_cut(self) -> None:
         layers = self.num_hidden_layers
         if self.layers_per_block is None:
             if self.num_blocks > layers:
@@ -237,34 +221,6 @@ class DiffusionBlocksConfig(PreTrainedConfig):
                     f"layers_per_block={counts!r} must be a list of {self.num_blocks} (num_blocks) whole numbers from 1 that "
                     f"sum to the model's {layers} layers"
                 )
-        if self.denoiser == "factorized" and self.readout != "posterior":
-            raise ValueError(
-                f"readout={self.readout!r} must be 'posterior' with denoiser='factorized': its layers never see the "
-                "noisy target, so the readout has to"
-            )
-        if self.readout_layers and self.context != "carried":
-            raise ValueError(
-                f"readout_layers={self.readout_layers} must be 0 with context='independent': nothing is passed on "
-                "past a local head there, so its layers would only be more layers of the block"
-            )
-        self._check_noise_table()
-        self.noise_schedule(overlap=0.0)
-
-    def _check_noise_table(self) -> None:
-        table = self.noise_table
-        if table is None:
-            return
-        if self.noise_distribution != "information":
-            raise ValueError(
-                f"noise_distribution={self.noise_distribution!r} must be 'information' with a noise_table"
-            )
-        ends = table[0] == [self.sigma_min, 0.0] and table[-1] == [self.sigma_max, 1.0]
-        rising = all(low[0] < high[0] and low[1] < high[1] for low, high in zip(table, table[1:]))
-        if not ends or not rising:
-            raise ValueError(
-                f"noise_table={table} must rise in both columns from [sigma_min={self.sigma_min}, 0.0] to "
-                f"[sigma_max={self.sigma_max}, 1.0]"
-            )
 
     @property
     def num_hidden_layers(self) -> int:
@@ -274,22 +230,12 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     def hidden_size(self) -> int:
         return backbone_for(self.source_config).width(self.source_config)
 
-    @property
-    def formulation(self) -> str:
-        """What decides what a block sees, in words."""
-        return f"{self.denoiser}, {self.context}"
-
-    @property
-    def initializer_range(self) -> float:
-        return self.source_config.initializer_range
-
-    @property
-    def image_size(self):
-        return self.source_config.image_size
-
-    @property
-    def vocab_size(self) -> int:
-        return self.source_config.vocab_size
+    def __getattr__(self, name: str) -> Any:
+        # What a caller may ask of a stock config (positions, token ids, ...), ours answers by the plain model's.
+        source = self.__dict__.get("source_config")
+        if name.startswith("_") or name in NOT_OF_SOURCE or not isinstance(source, PreTrainedConfig):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(source, name)
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         """The plain model's config: what HF's cache and generation code should read."""
@@ -306,32 +252,30 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         start = sum(counts[:block_index])
         return range(start, start + counts[block_index])
 
-    def noise_schedule(self, overlap: float) -> NoiseSchedule:
-        """The schedule these fields describe; `overlap` is the task's default where the field is None."""
-        return NoiseSchedule(
-            num_blocks=self.num_blocks,
-            sigma_min=self.sigma_min,
-            sigma_max=self.sigma_max,
-            p_mean=self.p_mean,
-            p_std=self.p_std,
-            overlap=overlap if self.overlap is None else self.overlap,
-            prior_fraction=self.prior_fraction,
-            table=self.noise_table,
-        )
-
-    def target_scale(self, width: int) -> float:
-        """sigma_data: the field, or for "auto" the per-coordinate scale of a unit-norm target of this width."""
-        return width**-0.5 if self.sigma_data == "auto" else self.sigma_data
+    def noise_schedule(self) -> NoiseSchedule:
+        """The schedule that the fields of Gaussian noise describe."""
+        names = ("num_blocks", "sigma_min", "sigma_max", "p_mean", "p_std", "overlap")
+        return NoiseSchedule(**{name: getattr(self, name) for name in names})
 
 
+#: The fields that some formulations have, and others have not.
+OF_FORMULATIONS = (
+    "local_head_layers", "sigma_min", "sigma_max", "p_mean", "p_std", "sigma_data", "overlap", "num_inference_steps",
+    "inference_seed", "label_dropout", "mask_token_id",
+)  # fmt: skip
 #: The fields a user sets: every field of its own that `convert` and the Trainer do not fill in.
 USER_FIELDS = {
     f.name: f
     for f in fields(DiffusionBlocksConfig)
     if f.name in DiffusionBlocksConfig.__annotations__
-    and f.name
-    not in ("source_config", "base_model", "training_report", "noise_table", "tie_word_embeddings", "task", "format_version")
+    and f.name not in ("source_config", "base_model", "training_report", "tie_word_embeddings", "task", "format_version")
 }
+
+
+def _where_it_is(name: str, task: Task) -> str:
+    """Which other formulation of the task has a field, as the end of a message."""
+    others = [preset for preset, numbers in task.formulations.items() if name in numbers]
+    return f"; preset={others[0]!r} has it" if others else ""
 
 
 def check_known(names: Iterable[str]) -> None:

@@ -38,7 +38,7 @@ def convert(
         resident_blocks: the blocks to load, for a job that trains these; the others never take memory. None: all.
             Fresh weights of a block depend on PyTorch's seed and the block, not on what else is loaded.
         preset: the formulation: "recommended" (what measured best for the task and for pretrained or fresh weights), or
-            "paper". Fields override it; `denoiser`, `context` or `readout` leave it (see [`with_preset`]).
+            "paper".
         fields: any other field of [`DiffusionBlocksConfig`], and of `from_pretrained`: `dtype`, `attn_implementation` and,
             for a hub id or folder, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`, `subfolder`.
 
@@ -148,7 +148,7 @@ def plain_part(config: DiffusionBlocksConfig, resident_blocks: Sequence[int] | N
         return plain_class
     resident = checked_blocks(resident_blocks, config.num_blocks, "resident_blocks")
     absent = (config.block_layers(block) for block in range(config.num_blocks) if block not in resident)
-    head = range(config.num_hidden_layers - config.readout_layers, config.num_hidden_layers)
+    head = range(config.num_hidden_layers - (config.local_head_layers or 0), config.num_hidden_layers)
     layers = [layer for block in absent for layer in block if layer not in head]
     path = backbone_for(config.source_config).layers_path
 

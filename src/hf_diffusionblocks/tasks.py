@@ -7,7 +7,7 @@ knows a family. Rows are registered by [`families`](families.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +16,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .backbones.base import Backbone, backbone_for
 
 
-def without_masks(config: PreTrainedConfig) -> None:
-    """Raise ValueError if a config names a MASK, where nothing is masked."""
-    if config.mask_token_id is not None:
-        raise ValueError(f"mask_token_id={config.mask_token_id!r} must be None for task {config.task!r}: it masks nothing")
+def gaussian_noise(overlap: float, **others: Any) -> dict[str, Any]:
+    """Fields of a formulation with Gaussian noise, and their defaults: EDM's and the paper's, and `others`."""
+    return {
+        "sigma_min": 0.002, "sigma_max": 80.0, "p_mean": -1.2, "p_std": 1.2, "sigma_data": 0.5, "overlap": overlap,
+        "num_inference_steps": None, "inference_seed": 0, **others,
+    }  # fmt: skip
+
+
+def a_step_a_block(config: PreTrainedConfig) -> None:
+    """The paper's number of steps to an answer, where it is not given."""
+    if config.preset == "paper" and config.num_inference_steps is None:
+        config.num_inference_steps = config.num_blocks
 
 
 @dataclass(frozen=True)
@@ -53,10 +61,11 @@ class Task:
         processor: what prepares its inputs, as users call it; it is saved beside the model.
         load_processor: `folder or hub id -> processor`; None where there is none.
         usage: lines of a model card's example, with `{name}` for the model's.
+        formulations: preset -> the fields of [`DiffusionBlocksConfig`] that its formulation has, and their defaults.
+        evaluation: preset -> what the model gives where no block is named, for the card.
         settle: `(config) -> None` fills in what a [`DiffusionBlocksConfig`] leaves to the family, or refuses what it says.
         fields_of_source: `folder or hub id, where on the Hub` -> fields that what is saved beside a plain model says.
         generation: what `diffusionblocks generate` does; None where the task generates nothing.
-        evaluation: (denoiser, context) -> what the model gives where no block is named, for the card.
         pipeline_tag: what the Hub calls the task; None is `name`.
     """
 
@@ -71,10 +80,11 @@ class Task:
     processor: str
     load_processor: Callable[[str], Any] | None
     usage: str
-    settle: Callable[[PreTrainedConfig], None] = without_masks
+    formulations: Mapping[str, Mapping[str, Any]]
+    evaluation: Mapping[str, str]
+    settle: Callable[[PreTrainedConfig], None] = lambda config: None
     fields_of_source: Callable[..., dict[str, Any]] = lambda source, **hub: {}
     generation: Generation | None = None
-    evaluation: Mapping[tuple[str, str], str] = field(default_factory=dict)
     pipeline_tag: str | None = None
 
     def serves(self, backbone: Backbone) -> bool:
@@ -82,14 +92,11 @@ class Task:
         return isinstance(backbone, self.backbones) and (backbone.tasks is None or self.name in backbone.tasks)
 
 
-#: `Task.evaluation` where the target is one of many known vectors, a label's or a token's.
+#: `Task.evaluation` of next tokens and classes
 LABEL_FREE_LOGITS = {
-    ("factorized", "carried"): "`model(...).logits` are the last block's, with all layers as context: no diffusion "
-    "runs at inference.",
-    ("factorized", "independent"): "`model(...).logits` are the mean of the blocks' log-probabilities, each with the "
-    "input as its only context.",
-    ("joint", "independent"): "`model(...).logits` are the end of a walk from noise that is the same for every input.",
-    ("joint", "carried"): "`model(...).logits` are the end of a walk from noise that is the same for every input.",
+    "recommended": "`model(...).logits` are the last block's, after all layers, as in the plain model: no diffusion runs at "
+    "inference. This is block-local training.",
+    "paper": "`model(...).logits` are the end of a walk from noise that is the same for every input.",
 }
 TASKS: dict[str, Task] = {}
 

@@ -27,7 +27,6 @@ class Backbone(ABC):
     plain_class: ClassVar[type[nn.Module]]  #: the stock model that is converted
     layers_path: ClassVar[str]  #: path of its list of layers, for example "vit.layers"
     embedding_paths: ClassVar[Sequence[str]]  #: paths of what the input runs through before the first layer
-    noisy_embedding_paths: ClassVar[Sequence[str]] = ()  #: paths of those of them that noisy tokens need, too
     readout_paths: ClassVar[Sequence[str]]  #: paths of what `read_out` uses
     tasks: ClassVar[Sequence[str] | None] = None  #: what it serves, as in pipeline(task); None: all that its kind does
     #: Fields of DiffusionBlocksConfig without a choice for it, and what they are; why is said in `fixed_because`

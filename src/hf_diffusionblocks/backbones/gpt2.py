@@ -17,7 +17,6 @@ class GPT2Backbone(Decoder):
     plain_class = GPT2LMHeadModel
     layers_path = "transformer.h"
     embedding_paths = ("transformer.wte", "transformer.wpe", "transformer.drop")
-    noisy_embedding_paths = ("transformer.wpe", "transformer.drop")
     attention_norm_name, attention_name, mlp_norm_name = "ln_1", "attn", "ln_2"
     final_norm_path = "transformer.ln_f"
     attention_dropout_name = "attn_pdrop"

@@ -22,7 +22,7 @@ class RecurrentDepthLlamaBackbone(LlamaBackbone):
     plain_class = RecurrentDepthLlamaForCausalLM
     embedding_paths = ("model.embed_tokens", "model.prelude", "model.adapter")
     tasks = ("text-generation",)
-    fixed_fields = {"num_blocks": 1, "denoiser": "joint", "context": "independent"}
+    fixed_fields = {"num_blocks": 1, "preset": "paper"}
     fixed_because = "one core, whose state is z, is the denoiser of all noise levels"
 
     def largest_step(self, config: RecurrentDepthLlamaConfig) -> dict[str, int]:

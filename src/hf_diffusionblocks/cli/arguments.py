@@ -12,18 +12,16 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..configuration import CHOICES, USER_FIELDS
-from ..presets import PRESETS
 
 
 def _option(field: dataclasses.Field) -> tuple[str, Any, dataclasses.Field]:
     metadata = {"help": field.metadata["help"]}
     if field.name in CHOICES:
-        metadata["choices"] = [choice for choice in CHOICES[field.name] if choice is not None]
-    # argparse has no "number or word": sigma_data is read as a word and made a number in `config_fields`.
-    kind = "str" if field.name == "sigma_data" else field.type
-    # None: not given, and left to the preset.
-    metadata["help"] += f" Not given: what the preset says, else {field.default!r}."
-    return field.name, f"{kind} | None", dataclasses.field(default=None, metadata=metadata)
+        metadata["choices"] = list(CHOICES[field.name])
+    # None: not given, and left to the formulation.
+    kind = field.type if field.type.endswith("| None") else f"{field.type} | None"
+    metadata["help"] += "" if field.default is None else f" Not given: {field.default!r}."
+    return field.name, kind, dataclasses.field(default=None, metadata=metadata)
 
 
 #: The fields of DiffusionBlocksConfig as command-line options, with their help.
@@ -34,32 +32,9 @@ BlocksArguments = dataclasses.make_dataclass(
 )
 
 
-def preset_option() -> str:
-    """The field `preset` of a dataclass of options."""
-    return dataclasses.field(
-        default="recommended",
-        metadata={
-            "help": "Which formulation: 'recommended', what measured best for the task and for pretrained or fresh "
-            "weights, or 'paper'. Other options override it; denoiser, context or readout leave it: what is not given is "
-            "then the paper's.",
-            "choices": list(PRESETS),
-        },
-    )
-
-
 def config_fields(arguments: BlocksArguments) -> dict[str, Any]:
-    """Those that are given, for `convert`.
-
-    Raises:
-        ValueError: sigma_data is neither a number nor 'auto'.
-    """
-    values = {name: value for name, value in dataclasses.asdict(arguments).items() if value is not None}
-    if values.get("sigma_data", "auto") != "auto":
-        try:
-            values["sigma_data"] = float(values["sigma_data"])
-        except ValueError:
-            raise ValueError(f"sigma_data={values['sigma_data']!r} must be a number, or 'auto'") from None
-    return values
+    """Those that are given, for `convert`."""
+    return {name: value for name, value in dataclasses.asdict(arguments).items() if value is not None}
 
 
 class Parser(HfArgumentParser):

@@ -15,7 +15,7 @@ from ..conversion import convert, read_config
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..saving import shards
 from ..tasks import TASKS, task_of
-from .arguments import BlocksArguments, config_fields, parse_verb, preset_option
+from .arguments import BlocksArguments, config_fields, parse_verb
 from .inspect import block_table, describe
 
 
@@ -25,7 +25,6 @@ class ConvertArguments:
         default=None,
         metadata={"help": "What the model is for, as in pipeline(task). Not given: the architecture's usual task."},
     )
-    preset: str = preset_option()
     fresh: bool = field(default=False, metadata={"help": "Take SOURCE's config alone: all weights are fresh."})
     seed: int = field(
         default=0, metadata={"help": "Of fresh weights: all with --fresh, else those that the plain model lacks."}
@@ -70,7 +69,7 @@ def _check_weights(source: Path) -> None:
 
 
 def _convert(source: str, options: ConvertArguments, fields: dict) -> DiffusionBlocksPreTrainedModel:
-    fields = {"task": options.task, "preset": options.preset, **fields}
+    fields = {"task": options.task, **fields}
     try:
         if not options.fresh:
             return convert(source, **fields)

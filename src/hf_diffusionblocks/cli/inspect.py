@@ -83,26 +83,19 @@ def describe(source: str) -> dict:
     contents = {block: _contents(source, file) for block, file in files.items()}
     model_class = TASKS[config.task].model_class
     schedule = model_class.schedule_for(config)
-    in_force = {  # where the config leaves it to the task, or names another field
-        "overlap": schedule.overlap,
-        "sigma_data": config.target_scale(config.hidden_size),
-        "num_inference_steps": model_class.steps_for(config),
-        "bridge": config.bridge or model_class.default_bridge,
-    }
     return {
         "model": source,
         "source_model_type": config.source_config.model_type,
         "base_model": config.base_model,
         "task": config.task,
-        "level": schedule.level_name,
+        "level": schedule.level_name if schedule else None,
         "num_hidden_layers": config.num_hidden_layers,
         "num_blocks": config.num_blocks,
         "blocks": [
             {
                 "block": k,
                 "layers": list(config.block_layers(k)),
-                schedule.level_name: list(schedule.interval(k)),
-                f"training_{schedule.level_name}": list(schedule.interval(k, schedule.overlap)),
+                **_levels(schedule, k),
                 **contents[str(k)],
             }
             for k in range(config.num_blocks)
@@ -110,12 +103,21 @@ def describe(source: str) -> dict:
         ],
         "shared": contents.get("shared"),  # None where each block has its own
         "formulation": {
-            name: in_force.get(name, getattr(config, name))
+            name: value
             for name in USER_FIELDS
-            if name not in ("num_blocks", "layers_per_block")
+            if name not in ("num_blocks", "layers_per_block") and (value := getattr(config, name)) is not None
         },
         "training_report": config.training_report,
     }
+
+
+def _levels(schedule, block_index: int) -> dict[str, list[float]]:
+    """A block's own range of noise levels, and the one that it trains at, where there is noise."""
+    if schedule is None:
+        return {}
+    name = schedule.level_name
+    own, widened = schedule.interval(block_index), schedule.interval(block_index, schedule.overlap)
+    return {name: list(own), f"training_{name}": list(widened)}
 
 
 def _files_by_block(source: str, config: DiffusionBlocksConfig) -> dict[str, str]:
@@ -153,7 +155,8 @@ def _remote_header(repo_id: str, file: str) -> tuple[SafetensorsFileMetadata, in
 def block_table(description: dict) -> str:
     """A model's blocks as a table, from [`describe`]."""
     level = description["level"]
-    header = ("block", "layers", level, f"trains at {level}", "parameters", "file", "bytes")
+    levels = (level, f"trains at {level}") if level else ()
+    header = ("block", "layers", *levels, "parameters", "file", "bytes")
     parts = list(description["blocks"])
     if description["shared"]:
         parts.append({"block": "shared", **description["shared"]})
@@ -169,9 +172,9 @@ def block_table(description: dict) -> str:
     return "\n".join([title, "", *lines])
 
 
-def _block_row(part: dict, level: str) -> tuple[str, ...]:
+def _block_row(part: dict, level: str | None) -> tuple[str, ...]:
     layers = f"{part['layers'][0]}-{part['layers'][-1]}" if "layers" in part else ""
-    intervals = ["({:.4g}, {:.4g}]".format(*part[key]) if key in part else "" for key in (level, f"training_{level}")]
+    intervals = ["({:.4g}, {:.4g}]".format(*part[key]) if key in part else "" for key in ((level, f"training_{level}") if level else ())]
     return (str(part["block"]), layers, *intervals, f"{part['parameters']:,}", part["file"], f"{part['bytes']:,}")
 
 

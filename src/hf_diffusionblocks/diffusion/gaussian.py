@@ -53,15 +53,3 @@ def euler_step(z: torch.Tensor, denoised: torch.Tensor, sigma: float, sigma_next
     """
     ratio = sigma_next / sigma
     return ratio * z + (1 - ratio) * denoised
-
-
-def ancestral_step(
-    z: torch.Tensor, target: torch.Tensor, sigma: float, sigma_next: float, noise: torch.Tensor
-) -> torch.Tensor:
-    """Draw from `q(z_next | z, target)`, the exact reverse of the noising process for a known target `[N, D]`.
-
-    `N(r z + (1 - r) target, sigma_next^2 (1 - r) I)` with `r = sigma_next^2 / sigma^2`. With the target drawn
-    from an exact posterior, the walk samples exactly, at any number of steps.
-    """
-    ratio = (sigma_next / sigma) ** 2
-    return ratio * z + (1 - ratio) * target + sigma_next * (1 - ratio) ** 0.5 * noise

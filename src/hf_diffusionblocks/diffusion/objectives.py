@@ -11,8 +11,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .gaussian import edm_loss_weight
-
 IGNORED = -100  #: target of a row that has no loss, everywhere in Transformers
 
 #: A chunk has at most this many bytes of float32 logits, and never more than a quarter of the rows. A CPU's stay in its
@@ -27,11 +25,6 @@ LossOfRows = Callable[..., torch.Tensor]
 #: In gradients, no probability is below e^-60: what exp makes of less are denormal numbers, which CPUs multiply a hundred
 #: times slower than others, and all the more slowly the better z is seen.
 LEAST_LOG_PROBABILITY = -60.0
-
-
-def weighted(loss: torch.Tensor, weighting: str | None, sigma: torch.Tensor, sigma_data: float) -> torch.Tensor:
-    """A loss `[N]` as `config.loss_weighting` has it at levels `[N]`: as it is, or with EDM's weight, per sample."""
-    return loss if weighting is None else loss * edm_loss_weight(sigma, sigma_data)
 
 
 def mean_of_step(losses: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:

@@ -7,9 +7,7 @@ section 3 (equi-probability partition, overlap); the log-normal is that of EDM (
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from .randomness import Generators, draw
@@ -30,9 +28,6 @@ class NoiseSchedule:
         sigma_min, sigma_max: the range of noise levels.
         p_mean, p_std: mean and standard deviation of ln sigma, of a log-normal truncated to the range.
         overlap: a block trains on its own interval widened by this share of its log-width on both sides.
-        prior_fraction: share of the training draws made at sigma_max whatever the block: there the target is invisible.
-        table: `(sigma, probability of a level below it)`, both ascending, from sigma_min at 0 to sigma_max at 1: the
-            distribution in place of the log-normal, linear in ln sigma between these points.
 
     Raises:
         ValueError: the distribution has (to float64) no mass in some block's interval.
@@ -48,17 +43,11 @@ class NoiseSchedule:
         p_mean: float = -1.2,
         p_std: float = 1.2,
         overlap: float = 0.0,
-        prior_fraction: float = 0.0,
-        table: Sequence[tuple[float, float]] | None = None,
     ):
         self.num_blocks = num_blocks
         self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
         self.p_mean, self.p_std = float(p_mean), float(p_std)
-        self.overlap, self.prior_fraction = float(overlap), float(prior_fraction)
-        self._tables: dict[torch.device, torch.Tensor] = {}  # (ln sigma, probability), `[2, n]`, on devices that draw
-        if table is not None:
-            levels, probabilities = np.asarray(table, dtype=np.float64).T
-            self._tables[torch.device("cpu")] = torch.from_numpy(np.stack([np.log(levels), probabilities]))
+        self.overlap = float(overlap)
         with torch.device("cpu"):  # from_pretrained builds models, and their schedules, under the meta device
             ends = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64)
             self._mass_below_min, self._mass_below_max = self._normal_cdf(ends).tolist()
@@ -75,18 +64,9 @@ class NoiseSchedule:
     def _normal_cdf(self, sigma: torch.Tensor) -> torch.Tensor:
         return torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std)
 
-    def _table_on(self, device: torch.device) -> torch.Tensor:
-        """Copied there once: a training step would wait for the copy."""
-        if device not in self._tables:
-            self._tables[device] = self._tables[torch.device("cpu")].to(device)
-        return self._tables[device]
-
     def cdf(self, sigma: torch.Tensor) -> torch.Tensor:
         """Probability of a level below `sigma`; float64, same shape."""
         sigma = torch.as_tensor(sigma, dtype=torch.float64)
-        if self._tables:
-            levels, probabilities = self._table_on(sigma.device)
-            return _interpolate(sigma.log(), levels, probabilities)
         mass = self._normal_cdf(sigma)
         return ((mass - self._mass_below_min) / (self._mass_below_max - self._mass_below_min)).clamp(0, 1)
 
@@ -96,12 +76,8 @@ class NoiseSchedule:
         The ends are exact: 0 gives sigma_min and 1 gives sigma_max.
         """
         fraction = torch.as_tensor(fraction, dtype=torch.float64)
-        if self._tables:
-            levels, probabilities = self._table_on(fraction.device)
-            sigma = _interpolate(fraction, probabilities, levels).exp()
-        else:
-            mass = self._mass_below_min + fraction * (self._mass_below_max - self._mass_below_min)
-            sigma = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(mass))
+        mass = self._mass_below_min + fraction * (self._mass_below_max - self._mass_below_min)
+        sigma = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(mass))
         sigma = sigma.clamp(self.sigma_min, self.sigma_max)
         sigma = torch.where(fraction <= 0, self.sigma_min, sigma)
         return torch.where(fraction >= 1, self.sigma_max, sigma)
@@ -143,20 +119,6 @@ class NoiseSchedule:
         sigma = self.quantile(cdf_low + uniform * (cdf_high - cdf_low))
         return sigma.clamp(math.nextafter(low, math.inf), high)
 
-    def training_levels(
-        self,
-        block_index: int,
-        shape: tuple[int, ...],
-        generator: Generators = None,
-        device: torch.device | str = "cpu",
-    ) -> torch.Tensor:
-        """What a block trains at: draws of [`sample`], of which a share of `prior_fraction` is moved to sigma_max."""
-        sigma = self.sample(block_index, shape, generator, device)
-        if self.prior_fraction:
-            chosen = draw(torch.rand, shape, generator, device) < self.prior_fraction
-            sigma = torch.where(chosen, self.sigma_max, sigma)
-        return sigma
-
     def stratified(self, block_index: int, num_levels: int, generator: Generators = None) -> torch.Tensor:
         """One level in each of `num_levels` parts of equal probability of a block's own interval, ascending; float64."""
         low, high = self.cdf(torch.tensor(self.interval(block_index), dtype=torch.float64)).tolist()
@@ -190,11 +152,3 @@ class NoiseSchedule:
         sigmas = (low + fraction * (high - low)) ** KARRAS_RHO
         sigmas[0], sigmas[-1] = self.sigma_max, self.sigma_min  # exactly
         return sigmas
-
-
-def _interpolate(x: torch.Tensor, xs: torch.Tensor, ys: torch.Tensor) -> torch.Tensor:
-    """The line through the points (xs `[n]`, ascending; ys), at x; beyond its ends, what they are. As `numpy.interp`."""
-    left = torch.bucketize(x, xs, right=True).clamp(1, len(xs) - 1) - 1
-    slope = (ys[left + 1] - ys[left]) / (xs[left + 1] - xs[left])
-    y = torch.where(x < xs[0], ys[0], slope * (x - xs[left]) + ys[left])
-    return torch.where(x >= xs[-1], ys[-1], y)

@@ -151,7 +151,7 @@ def estimate_memory(
     if isinstance(config, DiffusionBlocksConfig):
         task = config.task if task is None else task
         num_blocks = num_blocks or config.num_blocks
-        of_model = {name: getattr(config, name) for name in USER_FIELDS if name not in ("num_blocks", "sigma_data")}
+        of_model = {name: getattr(config, name) for name in USER_FIELDS if name != "num_blocks"}
         config_fields, config = of_model | config_fields, config.source_config
     workload = Workload(
         config, num_blocks, batch_size, sequence_length, _dtype(dtype, bf16), task, ema, _kind_of_device(device), bf16, keep
@@ -161,7 +161,7 @@ def estimate_memory(
         raise ValueError(f"tflops={tflops!r} must be a number above 0")
     rate = parse_bytes(bandwidth.removesuffix("/s") if isinstance(bandwidth, str) else bandwidth, "bandwidth")
     limit = None if budget is None else parse_bytes(budget)
-    ways = ways_of_blocks(formulations)
+    ways = ways_of_blocks(workload.task, formulations) if formulations else []
     ledgers, costs = _of_stock_model(workload)
     ledgers |= {way.name: _followed(way, workload) for way in ways}
     fitting = None
@@ -213,7 +213,9 @@ def _checked(workload: Workload, config_fields: Mapping) -> tuple[Workload, dict
     if config_fields:
         check_known(config_fields)
     checked = DiffusionBlocksConfig(source_config=config, task=stock.task_name, num_blocks=num_blocks, **config_fields)
-    formulations = {checked.formulation: dict(config_fields)} if config_fields else formulations_for(stock.task, architecture)
+    formulations = formulations_for(stock.task, architecture)
+    if config_fields:
+        formulations = {checked.preset: {**config_fields, "preset": checked.preset}}
     return replace(workload, num_blocks=num_blocks), formulations
 
 

@@ -260,7 +260,7 @@ def part_of_parameter(name: str, layers: Collection[str]) -> str:
     """
     if name.startswith(("modulations.", "sigma_embeddings.")):
         return "adaln"
-    return "blocks" if any(path in name for path in layers) or name.startswith("readout_heads.") else "shared"
+    return "blocks" if any(path in name for path in layers) or name.startswith("local_heads.") else "shared"
 
 
 def measure_memory(

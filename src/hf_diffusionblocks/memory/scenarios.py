@@ -150,7 +150,7 @@ def _blocks_that_differ(config: DiffusionBlocksConfig) -> list[int]:
     last = config.num_blocks - 1
     sizes = [len(config.block_layers(block)) for block in range(config.num_blocks)]
     largest = max(range(config.num_blocks), key=lambda block: (sizes[block], block))
-    return sorted({0, last, largest} | ({last - 1} if config.readout_layers and last else set()))
+    return sorted({0, last, largest} | ({last - 1} if config.local_head_layers and last else set()))
 
 
 def _steps_of_all(way: Way, workload: Workload, blocks: list[int], fake_mode) -> Iterator[Step]:
@@ -198,10 +198,8 @@ def _training(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[
 def _converted(
     way: Way, workload: Workload, resident_blocks: Iterable[int] | None = None
 ) -> Callable[[], DiffusionBlocksPreTrainedModel]:
-    """What makes the model of a way; what its fields do not say is the paper's."""
-    return lambda: convert(
-        workload.config, workload.num_blocks, workload.task.name, resident_blocks, preset="paper", **way.fields
-    )
+    """What makes the model of a way."""
+    return lambda: convert(workload.config, workload.num_blocks, workload.task.name, resident_blocks, **way.fields)
 
 
 def _entering(workload: Workload, fake_mode: FakeTensorMode | None) -> dict[str, torch.Tensor]:

@@ -11,12 +11,9 @@ from transformers import PreTrainedConfig
 from transformers.utils import is_peft_available
 
 from ..backbones.base import Backbone
-from ..presets import recommended
 from ..tasks import Task
 from .stock import Stock, stock_of
 
-#: What `convert` is given for the paper's formulation.
-PAPER = {"denoiser": "joint", "context": "independent"}
 LORA_RANK = 16
 LORA = f"LoRA (r={LORA_RANK}, attention)"
 END_TO_END = "end to end"
@@ -84,7 +81,8 @@ class Way:
         together: all blocks in one step (`block_schedule="together"`).
         job: one block; with neither, all blocks in turn.
         train_shared: False leaves what blocks share as it is.
-        cached: carried context comes from a cache, and no earlier block is loaded.
+        carried: a block starts from what the blocks before it made of the input.
+        cached: and that comes from a cache, and no earlier block is loaded.
     """
 
     name: str
@@ -96,18 +94,15 @@ class Way:
     together: bool = False
     job: bool = False
     train_shared: bool = True
+    carried: bool = False
     cached: bool = False
-
-    @property
-    def carried(self) -> bool:
-        return self.fields is not None and self.fields.get("context") == "carried"
 
 
 def formulations_for(task: Task, architecture: Backbone) -> dict[str, dict]:
     """Formulation -> what `convert` is given for it: what is recommended for a pretrained model, and the paper's."""
-    found = recommended(task.name, "pretrained", architecture)
-    fields = {name: found[name] for name in found if name != "num_blocks"}  # the workload's
-    return ({"recommended": fields} if fields and fields != PAPER else {}) | {"joint (paper)": PAPER}
+    differ = task.formulations["recommended"] is not task.formulations["paper"]
+    presets = ("recommended", "paper") if differ and "preset" not in architecture.fixed_fields else ("paper",)
+    return {preset: {"preset": preset} for preset in presets}
 
 
 def ways_of_stock_models() -> list[Way]:
@@ -128,21 +123,22 @@ def ways_of_streams() -> list[Way]:
     return ways + ([Way(f"streamed, {LORA}", streamed=True, lora=True)] if is_peft_available() else [])
 
 
-def ways_of_blocks(formulations: Mapping[str, Mapping]) -> list[Way]:
+def ways_of_blocks(task: Task, formulations: Mapping[str, Mapping]) -> list[Way]:
     """Each formulation in each mode, on losses of the blocks' own."""
     ways = []
     for name, fields in formulations.items():
-        carried = fields.get("context") == "carried"
+        carried = task.model_class.FORMULATIONS[fields["preset"]].passes_on
         cached = ", cached inputs" if carried else ""
         common, own = {**fields, "shared": "common"}, {**fields, "shared": "per_block"}
-        if carried and fields.get("denoiser") == "factorized":  # (others hold together what they hold in turn)
-            ways.append(Way(f"{name}: all blocks together", common, together=True))
+        job = {"job": True, "carried": carried, "cached": carried}
+        if carried:  # (others hold together what they hold in turn)
+            ways.append(Way(f"{name}: all blocks together", common, together=True, carried=True))
         ways += [
-            Way(f"{name}: all blocks in turn", common),
-            Way(f"{name}: job, own embeddings and head{cached}", own, job=True, cached=carried),
-            Way(f"{name}: job, shared part frozen{cached}", common, job=True, train_shared=False, cached=carried),
+            Way(f"{name}: all blocks in turn", common, carried=carried),
+            Way(f"{name}: job, own embeddings and head{cached}", own, **job),
+            Way(f"{name}: job, shared part frozen{cached}", common, train_shared=False, **job),
         ]
         if carried:
             around = f"{name}: job, shared part frozen, around the earlier blocks"
-            ways.append(Way(around, common, job=True, train_shared=False))
+            ways.append(Way(around, common, job=True, train_shared=False, carried=True))
     return ways

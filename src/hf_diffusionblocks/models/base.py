@@ -18,7 +18,7 @@ from ..saving.pretrained import SavedByBlock
 from ..streaming import weights_on_device
 from .active import without_dropout
 from .block import Block
-from .context import CONTEXTS
+from .formulation import Formulation
 from .sharing import SHARINGS
 from .targets import FixedTargets
 
@@ -44,8 +44,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     final norm, head, sigma embedding, target embeddings). With `shared="per_block"` every block has its own of the
     latter, too.
 
-    A task model says how z meets x: `DENOISERS` has a class for each `config.denoiser`, with `modulated` (whether sigma
-    modulates the layers) and `embeds_noisy` (whether noisy tokens run beside the clean ones).
+    A task model says what a block is shown: `FORMULATIONS` has a [`Formulation`] for each `config.preset`.
     """
 
     config_class = DiffusionBlocksConfig
@@ -59,11 +58,8 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     _supports_attention_backend = True
 
     task: ClassVar[str]  #: as in `pipeline(task)`
-    DENOISERS: ClassVar[Mapping[str, type]]  #: `config.denoiser` -> how z meets x
-    default_overlap: ClassVar[float]  #: gamma where the config leaves it open
-    default_bridge: ClassVar[str] = "soft"  #: bridge where the config leaves it open
+    FORMULATIONS: ClassVar[Mapping[str, type[Formulation]]]  #: by `config.preset`
     clean_columns: ClassVar[tuple[str, ...]]  #: of a batch, what `clean_input` makes x of
-    fixed_fields: ClassVar[Mapping[str, Any]] = {}  #: fields of the config without a choice here, and what they are
     copied_modules: ClassVar[tuple[str, ...]] = ()  #: lists of modules with a copy a block if it has its own
 
     gradient_checkpointing = False  #: Transformers' switch, of all layers
@@ -78,29 +74,21 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         self.backbone = self.architecture.make_plain(config.source_config)
         self._no_split_modules = getattr(self.backbone, "_no_split_modules", None)
 
-        denoiser = self.DENOISERS[config.denoiser]
+        formulation = self.FORMULATIONS[config.preset]
         self.num_blocks = config.num_blocks
-        self.context = CONTEXTS[config.context]()
-        later_embeddings = self.architecture.embedding_paths
-        if self.context.passes_on:
-            later_embeddings = self.architecture.noisy_embedding_paths if denoiser.embeds_noisy else ()
+        later_embeddings = () if formulation.passes_on else self.architecture.embedding_paths
         self.sharing = SHARINGS[config.shared](self.architecture, self.num_blocks, later_embeddings)
         self.resident_blocks = list(range(self.num_blocks))  #: blocks that are loaded: all, unless asked for some
-        self._make_parts(config, denoiser.modulated)
+        self._make_parts(config, formulation.modulated)
         self.tie_within_blocks()
-        self.blocks = [self._make_block(k, denoiser.modulated) for k in range(self.num_blocks)]
+        self.blocks = [self._make_block(k, formulation) for k in range(self.num_blocks)]
+        #: levels of noise -> blocks; None where a formulation has no noise
         self.noise_schedule = self.schedule_for(config)
-        self.sigma_data = config.target_scale(config.hidden_size)
-        self.bridge = config.bridge or self.default_bridge
-        self.denoiser = denoiser(self)
+        self.formulation = formulation(self)
 
     def _check_task(self, config: DiffusionBlocksConfig) -> None:
         if config.task != self.task:
             raise ValueError(f"this model is for task {config.task!r}, and {type(self).__name__} is for {self.task!r}")
-        if config.denoiser not in self.DENOISERS:
-            allowed = ", ".join(map(repr, self.DENOISERS))
-            raise ValueError(f"denoiser={config.denoiser!r} must be {allowed} for task {self.task!r}")
-        config.check_fixed_fields(self.fixed_fields, f"task {self.task!r}: z is what a block reads")
 
     def _make_parts(self, config: DiffusionBlocksConfig, modulated: bool) -> None:
         """The modules that the stock model has not."""
@@ -110,41 +98,35 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         if modulated:
             self.sigma_embeddings = nn.ModuleList(SigmaEmbedding(width) for _ in range(self.sharing.num_copies))
             self.modulations = nn.ModuleList(AdaLNModulation(width) for _ in range(layers))
-        if config.readout_layers:
+        if config.local_head_layers:
             # The last block has none: it reads out as the stock model does.
-            self.readout_heads = nn.ModuleList(
-                nn.ModuleList(self.architecture.make_layer(config.source_config) for _ in range(config.readout_layers))
+            self.local_heads = nn.ModuleList(
+                nn.ModuleList(self.architecture.make_layer(config.source_config) for _ in range(config.local_head_layers))
                 for _ in range(self.num_blocks - 1)
             )
 
-    def _make_block(self, k: int, modulated: bool) -> Block:
+    def _make_block(self, k: int, formulation: type[Formulation]) -> Block:
         layers = self.config.block_layers(k)
-        has_head = self.config.readout_layers and k < self.num_blocks - 1
+        has_head = self.config.local_head_layers and k < self.num_blocks - 1
         prefixes = [f"backbone.{self.architecture.layers_path}.{layer}." for layer in layers]
-        prefixes += [f"modulations.{layer}." for layer in layers] + [f"readout_heads.{k}."]
+        prefixes += [f"modulations.{layer}." for layer in layers] + [f"local_heads.{k}."]
         prefixes += self.sharing.prefixes(k, ("sigma_embeddings", *self.copied_modules))
         return Block(
             self,
             index=k,
             layers=layers,
-            predecessors=self.context.predecessors(k),
+            predecessors=range(k if formulation.passes_on else 0),
             embeddings=self.sharing.embeddings(k),
             readout=self.sharing.readout(k),
-            sigma_embedding=f"sigma_embeddings.{self.sharing.copy(k)}" if modulated else None,
-            local_head=f"readout_heads.{k}" if has_head else None,
+            sigma_embedding=f"sigma_embeddings.{self.sharing.copy(k)}" if formulation.modulated else None,
+            local_head=f"local_heads.{k}" if has_head else None,
             prefixes=prefixes,
         )
 
     @classmethod
-    def schedule_for(cls, config: DiffusionBlocksConfig) -> NoiseSchedule:
-        """Which noise levels there are, and which block owns which of them."""
-        return config.noise_schedule(cls.default_overlap)
-
-    @classmethod
-    def steps_for(cls, config: DiffusionBlocksConfig) -> int | str | None:
-        """Denoiser evaluations of a walk, where the call leaves them open; in words where they depend on what is given, None
-        where nothing walks."""
-        return config.num_inference_steps or config.num_blocks
+    def schedule_for(cls, config: DiffusionBlocksConfig) -> NoiseSchedule | None:
+        """Which noise levels there are, and which block owns which of them; None without noise."""
+        return None if config.sigma_max is None else config.noise_schedule()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -166,11 +148,11 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             for parts in getattr(self, name):
                 for path, parameter in parts.named_parameters():
                     parameter.copy_(weights[path])
-        if self.config.readout_layers:
-            last_layers = plain.get_submodule(self.architecture.layers_path)[-self.config.readout_layers :]
+        if self.config.local_head_layers:
+            last_layers = plain.get_submodule(self.architecture.layers_path)[-self.config.local_head_layers :]
             for block in self.blocks[:-1]:
                 if block.is_loaded:
-                    self.readout_heads[block.index].load_state_dict(last_layers.state_dict())
+                    self.local_heads[block.index].load_state_dict(last_layers.state_dict())
 
     def weights_of(self, plain: nn.Module) -> Mapping[str, torch.Tensor]:
         """The weights of a stock model, by name, as the backbone takes them."""
@@ -195,8 +177,8 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
 
     @property
     def computes_plain_model(self) -> bool:
-        """Whether the blocks compute together what the stock model does: each passes x on, and none sees z."""
-        return self.context.passes_on and not self.denoiser.modulated
+        """Whether the blocks compute together what the stock model does: each passes x on."""
+        return self.formulation.passes_on
 
     def block_parameters(self, block_index: int) -> list[nn.Parameter]:
         """All parameters of one block, and of no other."""
@@ -256,24 +238,17 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         if block_index is not None:
             self.block_layers(block_index)  # raises on a block that does not exist
 
-    def sees_z(self, sigma: torch.Tensor | None) -> bool:
-        """Whether z is looked at where the noise levels are these, or (None) drawn: at sigma_max it says nothing of the
-        target, and layers that are not modulated never see it. Levels on an accelerator are not looked at themselves, which
-        would wait for it."""
-        if self.denoiser.modulated:
-            return True
-        if sigma is None:
-            return self.config.prior_fraction < 1
-        return sigma.device.type != "cpu" or bool((sigma < self.config.sigma_max).any())
-
-    def draw_levels(self, block_index: int, shape: tuple[int, ...], generator: Generators) -> torch.Tensor:
-        """Noise levels to train a block at: nothing is drawn where no z is looked at."""
-        if not self.sees_z(None):
-            return torch.full(shape, self.config.sigma_max, device=self.device)
-        return self.blocks[block_index].draw_levels(shape, generator)
+    def draw_levels(
+        self, block_index: int, shape: tuple[int, ...], sigma: torch.Tensor | None, generator: Generators
+    ) -> torch.Tensor:
+        """Noise levels to train a block at, float32 on the model's device: those given, or drawn for it."""
+        sigma = self.blocks[block_index].draw_levels(shape, generator) if sigma is None else sigma
+        return sigma.to(self.device, torch.float32)
 
     def evaluation_levels(self, block_index: int, num_rows: int) -> dict[str, torch.Tensor]:
         """What to give `forward` to evaluate one block while others are missing: levels where z says nothing of the target."""
+        if self.noise_schedule is None:
+            return {}
         return {"sigma": torch.full((num_rows,), self.config.sigma_max)}
 
     def clean_input(self, batch: Mapping[str, torch.Tensor]) -> Clean:

@@ -65,7 +65,7 @@ class Block:
     def draw_levels(self, shape: tuple[int, ...], generator: Generators) -> torch.Tensor:
         """Noise levels to train at, on the model's device."""
         device = self.model.device
-        return self.model.noise_schedule.training_levels(self.index, shape, generator, device).to(device, torch.float32)
+        return self.model.noise_schedule.sample(self.index, shape, generator, device).to(device, torch.float32)
 
     # ---- its ways in and out
 
@@ -113,7 +113,7 @@ class Block:
         """What sigma `[N]` (or `[1]`, for the whole batch) does to each layer; None where nothing modulates them."""
         if self._sigma_embedding is None:
             return [None] * len(self.layer_indices)
-        embedded = self._part(self._sigma_embedding)(precondition(sigma, self.model.sigma_data).noise)
+        embedded = self._part(self._sigma_embedding)(precondition(sigma, self.model.config.sigma_data).noise)
         return [self.model.modulations[index](embedded) for index in self.layer_indices]
 
     def clean_modulations(self) -> list[Modulation | None]:

@@ -9,6 +9,7 @@ from string import Template
 
 from transformers import PreTrainedModel
 
+from ..configuration import USER_FIELDS
 from ..tasks import TASKS
 
 CARD = "README.md"
@@ -23,12 +24,8 @@ from transformers import {auto_class}, pipeline
 
 model = {auto_class}.from_pretrained("{name}")
 {lines}"""
-#: `config.denoiser` -> how its blocks train
-TRAINED_AS = {"joint": "each as a denoiser of its own range of noise", "factorized": "each on a loss of its own"}
-FORMULATION_FIELDS = (
-    "denoiser", "context", "readout", "readout_layers", "sampler", "bridge", "prior_fraction", "overlap",
-    "noise_distribution", "p_mean", "p_std", "sigma_data", "shared",
-)  # fmt: skip
+#: What the table of blocks says.
+THE_CUT = ("num_blocks", "layers_per_block")
 
 
 def write(model: PreTrainedModel, folder: Path, keep_from: Path) -> bool:
@@ -57,10 +54,8 @@ def replace(model: PreTrainedModel, folder: Path, home: Path) -> None:
 def render(model: PreTrainedModel, home: Path) -> str:
     """The card's text; the name of the saved model's folder is the title, and the name it is loaded by."""
     config, name = model.config, home.resolve().name
+    fields = [field for field in USER_FIELDS if field not in THE_CUT and getattr(config, field) is not None]
     report = config.training_report or {}
-    evaluation_sentence = TASKS[config.task].evaluation.get((config.denoiser, config.context), "")
-    if (config.denoiser, config.context) == ("factorized", "carried"):
-        evaluation_sentence += " This is block-local training with a noise-tempered loss."
     template = Template(files("hf_diffusionblocks.model_cards").joinpath("template.md").read_text())
     plain = f"{type(model.backbone).__name__}, {config.num_hidden_layers} layers"
     source = f"a {plain}"
@@ -74,12 +69,12 @@ def render(model: PreTrainedModel, home: Path) -> str:
         datasets_yaml=f"datasets:\n- {report['dataset']}\n" if report.get("dataset") else "",
         source=source,
         num_blocks=config.num_blocks,
-        trained_as=TRAINED_AS[config.denoiser],
-        level=model.noise_schedule.level_name,
+        trained_as="each as a denoiser of its own range of noise" if model.noise_schedule else "each on a loss of its own",
+        level=model.noise_schedule.level_name if model.noise_schedule else "noise",
         block_rows="\n".join(_block_row(model, k) for k in range(config.num_blocks)),
         shared_parameters=f"{sum(p.numel() for p in model.shared_parameters()):,}",
-        formulation_rows="\n".join(f"| {field} | {_formulation_value(model, field)} |" for field in FORMULATION_FIELDS),
-        evaluation_sentence=evaluation_sentence,
+        formulation_rows="\n".join(f"| {field} | {getattr(config, field)} |" for field in fields),
+        evaluation_sentence=TASKS[config.task].evaluation[config.preset],
         training_section=_training_section(report) + (f"\n\n![Samples]({SAMPLES})" if (home / SAMPLES).is_file() else ""),
     )
 
@@ -91,19 +86,13 @@ def _use_code(model: PreTrainedModel, name: str) -> str:
 
 def _block_row(model: PreTrainedModel, block_index: int) -> str:
     layers = model.block_layers(block_index)
-    low, high = model.noise_schedule.interval(block_index)
+    interval = "none"
+    if model.noise_schedule:
+        interval = "({:.4g}, {:.4g}]".format(*model.noise_schedule.interval(block_index))
     count = "not loaded"
     if block_index in model.resident_blocks:
         count = f"{sum(p.numel() for p in model.block_parameters(block_index)):,}"
-    return f"| {block_index} | {layers[0]}-{layers[-1]} | ({low:.4g}, {high:.4g}] | {count} |"
-
-
-def _formulation_value(model: PreTrainedModel, field: str):
-    # What is in force, where the config leaves it to the task.
-    in_force = {
-        "overlap": model.noise_schedule.overlap, "sigma_data": f"{model.sigma_data:.4g}", "bridge": model.bridge
-    }  # fmt: skip
-    return in_force.get(field, getattr(model.config, field))
+    return f"| {block_index} | {layers[0]}-{layers[-1]} | {interval} | {count} |"
 
 
 def _training_section(report: dict) -> str:

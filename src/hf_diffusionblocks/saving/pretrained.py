@@ -24,13 +24,12 @@ class SavedByBlock(PreTrainedModel):
         """A copy of the stock HF model inside, with the trained weights: it gives the same logits.
 
         Raises:
-            ValueError: the formulation is not the stock model's function (anything but factorized and carried), or blocks
-                are missing.
+            ValueError: the formulation is not the stock model's function, or blocks are missing.
         """
         if not self.computes_plain_model:
             raise ValueError(
-                "to_plain() needs denoiser='factorized' and context='carried', this model is "
-                f"{self.config.formulation}: no stock model computes its logits"
+                f"to_plain() needs preset='recommended', this model has preset={self.config.preset!r}: no stock model computes "
+                "its logits"
             )
         if len(self.resident_blocks) < self.num_blocks:
             raise ValueError(f"to_plain() needs all {self.num_blocks} blocks: resident_blocks={self.resident_blocks}")

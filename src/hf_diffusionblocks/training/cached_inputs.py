@@ -48,7 +48,7 @@ def cache_block_inputs(
     training; where they were not, [`merge_blocks`] refuses the job's block.
 
     Args:
-        model: with carried context, and the earlier blocks loaded: all of them, or, if `dataset` is itself such a
+        model: whose blocks pass on what they make of x (recommended, of next tokens or classes), and the earlier blocks loaded: all of them, or, if `dataset` is itself such a
             result for an earlier block, that one and those after it.
         dataset: rows of one shape: `input_ids` of one length (with `attention_mask`, `position_ids`), or
             `pixel_values`, and `labels`. What is random about them (augmentation) would be frozen.
@@ -62,7 +62,7 @@ def cache_block_inputs(
         memory-mapped. Read it again by `Dataset.from_file(output_dir / "data.arrow")`.
 
     Raises:
-        ValueError: the context is independent, the block has no predecessor, one that is needed is not loaded, rows
+        ValueError: blocks pass nothing on, the block has no predecessor, one that is needed is not loaded, rows
             differ in shape, or the folder holds such a file.
         OSError: the disk has too little room.
         ImportError: `datasets` is not installed.
@@ -132,8 +132,8 @@ def _check_room(folder: Path, block_index: int, size: int) -> None:
 
 def _start(model: DiffusionBlocksPreTrainedModel, dataset: Dataset, block_index: int) -> int:
     """The block whose input the data set holds already; 0 where it is to be embedded."""
-    if not model.context.passes_on:
-        raise ValueError(f"context must be 'carried', and this model is {model.config.formulation}: blocks pass nothing on")
+    if not model.formulation.passes_on:
+        raise ValueError(f"a model with preset={model.config.preset!r} for {model.task} has nothing to cache: its blocks pass nothing on")
     if not 1 <= block_index < model.num_blocks:
         raise ValueError(f"block_index={block_index} must lie in 1..{model.num_blocks - 1}")
     held = [k for k in range(1, block_index) if column_of(k) in dataset.column_names]

@@ -61,7 +61,7 @@ def blocks_to_train(
     earlier = sorted(set(model.blocks[max(blocks)].predecessors) - set(resident))
     if earlier and cached_column(blocks, columns) is None:
         raise ValueError(
-            f"train_blocks={blocks} with context='carried' needs the earlier blocks {earlier}, which run forward: "
+            f"train_blocks={blocks} of a model whose blocks build on one another needs the earlier blocks {earlier}, which run forward: "
             f"load them too, as they are at the end of their training (resident_blocks={resident}), or train one block "
             "on what cache_block_inputs made"
         )
@@ -112,11 +112,6 @@ def check_schedule(
         )
     if cached is not None:
         raise ValueError(f"{schedule} with the column {cached!r}: a job on cached inputs trains one block, and runs no other")
-    if model.context.passes_on and model.config.denoiser != "factorized":
-        raise ValueError(
-            f"{schedule} with context='carried' needs denoiser='factorized': what a block of this model "
-            f"({model.config.formulation}, {model.task}) trains on is not what it passes on"
-        )
 
 
 def check_one_job(blocks: Sequence[int], num_blocks: int) -> None:
@@ -192,9 +187,9 @@ def _check_sharding(trainer: Trainer) -> None:
     names = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is embedding]
     if len(names) > 1:
         raise ValueError(f"FSDP with embeddings tied to the head ({', '.join(names)}): Accelerate shards them apart")
-    if model.denoiser.embeds_noisy:
+    if model.formulation.modulated:
         raise ValueError(
-            "FSDP with denoiser='joint': its streams call parts of the attention module, which FSDP gathers as a whole"
+            "FSDP with preset='paper': its streams call parts of the attention module, which FSDP gathers as a whole"
         )
     if stream_of(model) is not None:
         raise ValueError("FSDP with a streamed model: sharded parameters stay where they are. Call stop() of its stream before")

@@ -27,7 +27,7 @@ class TogetherSteps:
     def __init__(self, trainer: DiffusionBlocksTrainer):
         self._trainer, self._model = trainer, trainer.model
         #: whether a block starts from what the one before it put out, which is then handed to it here
-        self._passes_on = self._model.context.passes_on
+        self._passes_on = self._model.formulation.passes_on
         self._gathered: list[tuple[dict, Any]] = []  # micro-batches of the step, and their items, until all are there
         self._entering: list[torch.Tensor | None] = []  # what enters the active block; None: it embeds
         self._leaving: list[torch.Tensor | None] = []  # what leaves it (each list has a place a micro-batch)

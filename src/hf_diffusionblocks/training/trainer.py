@@ -50,7 +50,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     Raises:
         TypeError: model or args are of another class.
-        ValueError: one process sees several devices, the noise is not fitted yet, `lr_scheduler_type` is not a
+        ValueError: one process sees several devices, `lr_scheduler_type` is not a
             function of the step, the loss is asked to be another, `train_blocks` asks for what one job cannot do alone,
             or processes and formulation do not go together.
     """
@@ -68,10 +68,6 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
                 "launch`, or choose one with CUDA_VISIBLE_DEVICES"
             )
         check_given_to_trainer(args, kwargs)
-        if model.config.noise_distribution == "information" and model.config.noise_table is None:
-            raise ValueError(
-                "noise_distribution='information' has no noise_table yet: call fit_noise_schedule(model, dataloader)"
-            )
         args = copy.copy(args)  # the caller's stay as they are, for another model
         columns = getattr(kwargs.get("train_dataset"), "column_names", None) or ()
         settle_schedule(model, args)
@@ -123,7 +119,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     def _begin_turn(self, step: int) -> None:
         """Have an optimizer step train the block whose turn it is."""
-        if self.model.context.passes_on:
+        if self.model.formulation.passes_on:
             self.exchange_blocks()
         if self.layout.num_lanes > 1:
             self._stale |= {schedule.block_at(step) for schedule in self._schedules}
@@ -287,11 +283,13 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     def train(self, *args, **kwargs):
         for k in self.train_blocks:
-            block, schedule = self.model.blocks[k], self.model.noise_schedule
-            low, high = block.interval(schedule.overlap)
+            block, schedule, levels = self.model.blocks[k], self.model.noise_schedule, ""
+            if schedule is not None:
+                low, high = block.interval(schedule.overlap)
+                levels = f" trains at {schedule.level_name} ({low:.4g}, {high:.4g}],"
             logger.info(
-                f"block {k}: layers {block.layer_indices[0]}-{block.layer_indices[-1]}, trains at {schedule.level_name} "
-                f"({low:.4g}, {high:.4g}], {sum(p.numel() for p in block.parameters()):,} parameters"
+                f"block {k}: layers {block.layer_indices[0]}-{block.layer_indices[-1]},{levels} "
+                f"{sum(p.numel() for p in block.parameters()):,} parameters"
             )
         if self._together is not None:
             self._together.forget()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ...diffusion.likelihood import LikelihoodTerms
 from ...diffusion.objectives import IGNORED, rows_per_chunk
 from ..base import DiffusionBlocksPreTrainedModel
-from .text import Rows, Text
+from .text import Text
 
 
 def likelihood_terms(
@@ -58,15 +58,13 @@ def _sum_of_rows(
     """A measure of one block's denoising at `sigma [N]`, summed over the labelled tokens of each sequence; `[N]`."""
     batch = {name: value.to(model.device) for name, value in batch.items()}
     targets, block = batch["labels"][:, 1:], model.blocks[block_index]
-    text = Text(batch["input_ids"], None, batch.get("attention_mask"), batch.get("position_ids"))
-    sigma = model.levels(block_index, targets, sigma, generator)
-    z = model.corrupt(targets, sigma, None, generator)
-    rows, targets = Rows(model.denoiser.run(block, text, z, sigma).read, z, sigma).flat(), targets.flatten()
+    noise = {"sigma": sigma, "noise": None, "generator": generator}
+    rows, targets = model.formulation.train(block, Text.of(batch), targets, noise)[1].flat(), targets.flatten()
     vectors, size = model.target_vectors(), rows_per_chunk(len(targets), model.config.vocab_size, targets.device)
     values = torch.zeros(len(targets), dtype=torch.float64, device=model.device)
     for start in range(0, len(targets), size):
         part = slice(start, start + size)
-        logits = model.readout.logits(block, rows.where(part), vectors)
+        logits = model.formulation.logits(block, rows.where(part))
         values[part] = measure(logits, targets[part].clamp(min=0), vectors).double()
     values[targets == IGNORED] = 0
     return values.unflatten(0, (len(batch["labels"]), -1)).sum(1)

@@ -1,81 +1,129 @@
-"""Text whose layers see z: a stream of noisy tokens, modulated by sigma, that reads the clean one (the paper's)."""
+"""The paper's text: a stream of noisy tokens, modulated by sigma, that reads the clean one; a block starts from embeddings."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch.nn import functional as F
+from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ...diffusion.gaussian import precondition
+from ...diffusion.gaussian import Preconditioning, corrupt, precondition
+from ...diffusion.likelihood import LikelihoodTerms
 from ...diffusion.objectives import IGNORED
-from ..base import BlockOutput, DiffusionBlocksPreTrainedModel
+from ...diffusion.randomness import Generators
 from ..block import Block
+from ..formulation import Formulation
+from . import bound
 from .streams import CleanKeys, Streams
-from .text import Text
+from .text import Rows, Text
 from .walk import TextWalk
 
 
-class JointText:
+class JointText(Formulation):
     """A noisy token per clean one: at the next one's position, it sees the clean tokens up to its own, and itself."""
 
     modulated = True
-    embeds_noisy = True
     walks = True  #: whether a token's logits are the end of a walk
-
-    def __init__(self, model: DiffusionBlocksPreTrainedModel):
-        self.model = model
-        if model.config.readout_layers:
-            raise ValueError(
-                f"readout_layers={model.config.readout_layers} must be 0 with denoiser='joint' for text: a noisy token's "
-                "local head would need clean keys, and a cache, of its own"
-            )
 
     @staticmethod
     def check_attention(requested: str | None) -> None:
         if requested not in (None, "sdpa", "eager"):
             raise ValueError(
-                f"attn_implementation={requested!r} must be 'sdpa' or 'eager' with denoiser='joint': a noisy token sees "
-                "the clean ones before it and itself, a mask that the others ignore or cannot express"
+                f"attn_implementation={requested!r} must be 'sdpa' or 'eager' with preset='paper': a noisy token sees the "
+                "clean ones before it and itself, a mask that the others ignore or cannot express"
             )
 
-    def shape_of_levels(self, targets: torch.Tensor) -> tuple[int, ...]:
-        """A noise level for each sequence: it modulates the layers."""
-        return targets.shape[:1]
+    # ---- training
 
-    def run(self, block: Block, text: Text, z: torch.Tensor, sigma: torch.Tensor) -> BlockOutput:
-        """What tokens 1 to S-1 are read out from, `[N, S-1, D]`; what has left the block is of noisy tokens, and of no use to
-        the next."""
+    def train(self, block: Block, text: Text, targets: torch.Tensor, noise: Mapping) -> tuple[torch.Tensor, Rows]:
+        """What has left the block, and what tokens 1 to S-1 are read out from, `[N, S-1, D]` both."""
+        sigma = self.levels(block.index, targets, noise["sigma"], noise["generator"])
+        z = self.corrupt(targets, sigma, noise["noise"], noise["generator"])
+        hidden = self.run(block, text, z, sigma)
+        return hidden, Rows(hidden, z, sigma)
+
+    def levels(self, block_index: int, targets: torch.Tensor, sigma: torch.Tensor | None, generator) -> torch.Tensor:
+        """Noise levels `[N, S-1]` float32 for the targets `[N, S-1]`: those given, or one drawn for each sequence, whose
+        layers it modulates."""
+        return self.model.draw_levels(block_index, targets.shape[:1], sigma, generator)[:, None].expand(targets.shape)
+
+    def corrupt(self, targets: torch.Tensor, sigma: torch.Tensor, noise, generator: Generators) -> torch.Tensor:
+        """`z = y + sigma eps`, `[N, S-1, D]`."""
+        # A token without loss has no target: any will do.
+        return corrupt(F.embedding(targets.clamp(min=0), self.model.target_vectors()), sigma, noise, generator)
+
+    def run(self, block: Block, text: Text, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Noisy tokens through a block, `[N, S-1, D]`."""
         model, text = self.model, text.without_last()
-        x = model.clean(text)
-        clean = model.entering(block, x, text.block_input)
+        clean = block.embed(model.clean(text).inputs)
         kept = torch.arange(clean.shape[1], device=clean.device)
         streams = Streams(model, clean, text, kept, CleanKeys())
-        clean = streams.enter(block, clean)
-        streams.run_clean(block, clean, block.clean_modulations(), output=False)
-        c_in = precondition(sigma, model.sigma_data).input[..., None]
+        streams.run_clean(block, streams.enter(block, clean), block.clean_modulations())
+        c_in = precondition(sigma, model.config.sigma_data).input[..., None]
         noisy = streams.embed_noisy(block, (c_in * z).to(clean.dtype))
         # With dropout, PyTorch's attention on the CPU keeps all scores: those that say nothing are worth leaving out.
         keeps_scores = noisy.device.type == "cpu" and model.training and model.architecture.attention_dropout(model.backbone)
         run = streams.run_noisy_in_groups if keeps_scores else streams.run_noisy
-        hidden = run(block, noisy, block.modulations(sigma[:, 0]))
-        return BlockOutput(hidden, hidden)
+        return run(block, noisy, block.modulations(sigma[:, 0]))
+
+    def logits(self, block: Block, rows: Rows) -> torch.Tensor:
+        """`[R, V]` of p(token | before, z), float32."""
+        c = precondition(rows.sigma[:, None], self.model.config.sigma_data)
+        return self.read_out(block, rows.hidden, rows.z, c)
+
+    def read_out(self, block: Block, hidden: torch.Tensor, z: torch.Tensor, c: Preconditioning) -> torch.Tensor:
+        """The head on `(c_skip z + c_out F) / sigma_data`; at sigma_max, where c_out is sigma_data and c_skip nothing, it
+        reads F as the plain model does."""
+        architecture, parts, sigma_data = self.model.architecture, block.readout_parts, self.model.config.sigma_data
+        normed = architecture.final_norm(parts, hidden)
+        estimate = c.skip / sigma_data * z + c.out / sigma_data * normed
+        return architecture.head(parts, estimate.to(normed.dtype)).float()
+
+    # ---- prediction
 
     def new_walk(self, num_steps: int | None) -> TextWalk:
         """What goes to the next tokens, in so many evaluations; None is the config's number."""
         return TextWalk(self.model, num_steps=num_steps)
 
-    def predict(self, text: Text, kept: torch.Tensor, text_walk: TextWalk) -> torch.Tensor:
-        """Label-free logits `[N, Q, V]` of the tokens after the clean tokens `kept`: the end of a walk."""
-        return text_walk.logits(text, kept)
+    def predict(
+        self, text: Text, labels, num_items, return_logits: bool | None, text_walk: TextWalk | None, num_steps: int | None,
+        use_cache: bool | None = None, logits_to_keep: int | torch.Tensor = 0, **stock,
+    ) -> CausalLMOutputWithPast:  # fmt: skip
+        """Label-free logits `[N, Q, V]` of the tokens after the clean tokens that are kept: the end of a walk."""
+        if asked := [name for name, value in stock.items() if value]:
+            raise ValueError(f"{asked[0]}={stock[asked[0]]!r} must be None or False with preset='paper': a walk gives logits alone")
+        model, config = self.model, self.model.config
+        if use_cache is None:  # nobody goes on from a text that is scored
+            use_cache = config.source_config.use_cache and labels is None and not model.training
+        if use_cache and text.past_key_values is None:
+            text = text._replace(past_key_values=DynamicCache(config=config.source_config))
+        text_walk = text_walk or self.new_walk(num_steps)
+        if labels is not None and return_logits is False:
+            loss = self._loss(text, labels, num_items, text_walk)
+            return CausalLMOutputWithPast(loss=loss, past_key_values=text.past_key_values)
+        kept = logits_to_keep
+        if isinstance(kept, int):
+            kept = torch.arange(text.num_tokens, device=model.device)[-kept:]  # 0 keeps all
+        logits, loss = text_walk.logits(text, kept), None
+        if labels is not None:
+            loss = model.loss_function(logits, labels, config.vocab_size, num_items_in_batch=num_items)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=text.past_key_values)
 
-    def loss(self, text: Text, labels: torch.Tensor, num_items, text_walk: TextWalk) -> torch.Tensor:
-        """Their mean cross-entropy, without ever holding all of them."""
+    def _loss(self, text: Text, labels: torch.Tensor, num_items, text_walk: TextWalk) -> torch.Tensor:
+        """The mean cross-entropy, without ever holding all logits."""
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
         nats = text_walk.losses(text, following)
         # Added up as a cross-entropy is, whose last bit it then has: each token's nats are those of its one class.
         total = F.nll_loss(-nats[:, None], following.clamp(max=0), reduction="mean" if num_items is None else "sum")
         return total if num_items is None else total / num_items
 
-    def prior_logits(self, text: Text) -> torch.Tensor:
+    def block_logits(self, text: Text) -> torch.Tensor:
         """Every block's at sigma_max, from keyed noise: `[N, B, S, V]`."""
-        return TextWalk(self.model).prior_logits(text)
+        return TextWalk(self.model).block_logits(text)
 
+    def likelihood_terms(
+        self, batch: Mapping[str, torch.Tensor], num_samples: int, generator: torch.Generator
+    ) -> LikelihoodTerms:
+        return bound.likelihood_terms(self.model, batch, num_samples, generator)

@@ -182,17 +182,14 @@ class Streams:
             block.embedding_parts, embeds, self.noisy_position_ids, self._prelude_output, self.kept
         )
 
-    def run_clean(self, block: Block, hidden: torch.Tensor, modulations, output: bool) -> torch.Tensor | None:
-        """Clean tokens `[N, S, D]` through a block. Without `output`, the last layer computes keys and values only."""
-        if output:
-            return block.run(hidden, modulations, **self._clean_attention)
+    def run_clean(self, block: Block, hidden: torch.Tensor, modulations) -> None:
+        """Clean tokens `[N, S, D]` through a block, for their keys and values: the last layer computes nothing else."""
         *first, last = block.layers
         for layer, modulation in zip(first, modulations):
             hidden = self.model.run_layer(layer, hidden, modulation, **self._clean_attention)
         with weights_on_device(last):
             keys, values = self.architecture.keys_and_values(last, hidden, modulations[-1], **self._clean_positions)
         self.cache.update(keys, values, self.architecture.cache_slot(last))
-        return None
 
     def run_noisy(self, block: Block, hidden: torch.Tensor, modulations) -> torch.Tensor:
         """Noisy tokens `[N, Q, D]` through a block that the clean ones have run through."""
@@ -225,9 +222,7 @@ class Streams:
         hidden = block.run(grouped(hidden, 1), modulations, **attention)
         return hidden.view(rows, groups * size, -1)[:, :length]
 
-    def run_together(
-        self, block: Block, clean: torch.Tensor, noisy: torch.Tensor, modulations
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both, `[N, S, D]` and `[N, Q, D]`, through a block in one pass; modulations from [`join`]."""
+    def run_together(self, block: Block, clean: torch.Tensor, noisy: torch.Tensor, modulations) -> torch.Tensor:
+        """Both, `[N, S, D]` and `[N, Q, D]`, through a block in one pass; modulations from [`join`]. What noisy ones become."""
         hidden = block.run(torch.cat([clean, noisy], 1), modulations, **self._joint_attention)
-        return hidden.split((clean.shape[1], noisy.shape[1]), 1)
+        return hidden[:, clean.shape[1] :]

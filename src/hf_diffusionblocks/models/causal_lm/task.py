@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ...backbones.base import backbone_for
 from ...backbones.decoder import Decoder
 from ...diffusion.objectives import chunked_sum, cross_entropy
-from ...tasks import LABEL_FREE_LOGITS, Generation, Task
+from ...tasks import LABEL_FREE_LOGITS, Generation, Task, a_step_a_block, gaussian_noise
 from ...processors import load_tokenizer
 from .command import TextOptions, generate
 from .model import DiffusionBlocksForCausalLM
@@ -45,6 +45,8 @@ TEXT_GENERATION = Task(
     load_processor=load_tokenizer,
     usage='write = pipeline("text-generation", model="{name}")\n'
     'write("Once upon a time", max_new_tokens=50, do_sample=True, top_p=0.9)',
-    generation=Generation(TextOptions, generate),
+    formulations={"recommended": {"local_head_layers": 0}, "paper": gaussian_noise(overlap=0.1)},
     evaluation=LABEL_FREE_LOGITS,
+    settle=a_step_a_block,
+    generation=Generation(TextOptions, generate),
 )

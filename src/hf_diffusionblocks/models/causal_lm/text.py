@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,11 @@ class Text(NamedTuple):
     past_key_values: Any = None  #: of the P tokens before
     block_input: torch.Tensor | None = None  #: `[N, S, D]`, what enters the block that trains, from a cache
 
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> Text:
+        """Of a batch as `forward` takes it."""
+        return cls(*(batch.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids")))
+
     @property
     def tokens(self) -> torch.Tensor:
         return self.input_ids if self.inputs_embeds is None else self.inputs_embeds
@@ -29,6 +35,10 @@ class Text(NamedTuple):
     def shape_in(self, dtype: torch.dtype) -> torch.Tensor:
         """Hidden states of no width, for their shape, dtype and device."""
         return torch.empty((*self.tokens.shape[:2], 0), dtype=dtype, device=self.tokens.device)
+
+    def of_stock_model(self) -> dict[str, Any]:
+        """What the stock model takes."""
+        return {name: getattr(self, name) for name in self._fields if name != "block_input"}
 
     def positioned(self) -> dict[str, torch.Tensor | None]:
         """What embeds these tokens: with their positions."""
@@ -50,12 +60,12 @@ class Rows(NamedTuple):
     """What tokens' logits are read from: of any sequences and positions, or `[N, S-1, ...]`."""
 
     hidden: torch.Tensor  #: `[..., D]`, what left the block
-    z: torch.Tensor | None  #: `[..., D]`, the noisy targets; None where the target is out of sight
-    sigma: torch.Tensor | None  #: `[...]`
+    z: torch.Tensor | None = None  #: the paper's: `[..., D]`, the noisy targets
+    sigma: torch.Tensor | None = None  #: the paper's: `[...]`
 
     def flat(self) -> Rows:
         """`[R, ...]`."""
-        return Rows(self.hidden.flatten(0, 1), None if self.z is None else self.z.flatten(0, 1), self.sigma.flatten())
+        return Rows(*(tensor if tensor is None else tensor.flatten(0, 1) for tensor in self))
 
     def where(self, chosen: torch.Tensor | slice) -> Rows:
         """Some of the rows, by number."""

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch.nn import functional as F
 from transformers import LogitsProcessorList
 
-from ...diffusion.categorical import BRIDGES
-from ...diffusion.gaussian import precondition
+from ...diffusion.categorical import hard_bridge
+from ...diffusion.gaussian import Preconditioning, euler_step, precondition
 from ...diffusion.objectives import rows_per_chunk
 from ...diffusion.randomness import NoiseSource, PositionNoise
-from ...diffusion.samplers import walk, walk_on
+from ...diffusion.samplers import walk
 from ...whole_numbers import check_whole
 from ..base import DiffusionBlocksPreTrainedModel
 from ..block import Block
-from .readouts import WalkLevel
 from .streams import CleanKeys, Streams, join
 from .text import Text
+
+
+class WalkLevel(NamedTuple):
+    """A level of a walk, and what depends on it alone."""
+
+    sigma: torch.Tensor  #: `[1]` float32
+    c: Preconditioning
 
 
 class TextWalk:
     """What walks share from token to token: levels, targets, and all that depends on sigma alone, computed once.
 
     Args:
-        model: a joint model.
+        model: of the paper's formulation.
         logits_processor: controls of generation. At the end of a walk z has made its logits next to a point mass: they
-            act at every evaluation, on the network's prior, before the likelihood of z is added (posterior readout),
-            or on the whole (EDM readout).
+            act at every evaluation.
         sample: whether noise and each evaluation's token are drawn for every row, from the global generator as
-            everywhere in generation, rather than noise keyed and tokens bridged as the config says. (Keyed noise, the
-            same for all samples at a position, would favour the same tokens in all of them.)
-        num_steps: evaluations of a walk; None is the config's `num_inference_steps`, and then `num_blocks`.
+            everywhere in generation, rather than noise keyed and the likeliest token taken. (Keyed noise, the same for all
+            samples at a position, would favour the same tokens in all of them.)
+        num_steps: evaluations of a walk; None is the config's `num_inference_steps`.
 
     Raises:
         ValueError: `num_steps` is no whole number from 1.
@@ -47,14 +54,12 @@ class TextWalk:
             check_whole("num_steps", num_steps, 1, ", or None")
         self.model, self.config, self.logits_processor, self.sample = model, model.config, logits_processor, sample
         self.generated: torch.Tensor | None = None  # all tokens so far, for the controls
-        self.bridge = _drawn_bridge if sample else BRIDGES[model.bridge]
+        self.bridge = _drawn_bridge if sample else hard_bridge
         self.targets = model.target_vectors()
-        self.sigmas = model.noise_schedule.inference_sigmas(num_steps or model.steps_for(model.config))
+        self.sigmas = model.noise_schedule.inference_sigmas(num_steps or model.config.num_inference_steps)
         self.blocks = [model.blocks[k] for k in model.noise_schedule.block_of(self.sigmas[:-1]).tolist()]
         levels = self.sigmas.to(model.device, torch.float32).split(1)
-        self.levels = [
-            WalkLevel(level, precondition(level, model.sigma_data), is_first=step == 0) for step, level in enumerate(levels)
-        ]
+        self.levels = [WalkLevel(level, precondition(level, model.config.sigma_data)) for level in levels]
         self.clean_modulations = [block.clean_modulations() for block in model.blocks]
         self.noisy_modulations = [block.modulations(level.sigma) for block, level in zip(self.blocks, self.levels)]
         self._joint_modulations = {}
@@ -74,7 +79,7 @@ class TextWalk:
             Logits of the last evaluation, `[N, Q, V]`.
         """
         run = _Run(self, text, kept)
-        logits, _ = walk(run.denoise, self.targets, self.sigmas, run.noise, self.config.sampler, self.bridge)
+        logits, _ = walk(run.denoise, self.targets, self.sigmas, run.noise, self.bridge)
         if text.past_key_values is not None:  # blocks that the walk did not visit have clean tokens to remember, too
             run.advance_to(self.config.num_blocks)
         return logits.unflatten(0, (run.num_rows, len(kept)))
@@ -86,18 +91,18 @@ class TextWalk:
         """
         run = _Run(self, text, torch.arange(text.num_tokens, device=self.model.device))
         size, levels = rows_per_chunk(len(labels), len(self.targets), labels.device), self.sigmas.tolist()
-        noises = [PositionNoise(positions, self.config.inference_seed) for positions in run.positions.split(size)]
-        rows = [levels[0] * noise.normal(self.targets.shape[-1]) for noise in noises]
+        rows = [
+            levels[0] * PositionNoise(positions, self.config.inference_seed).normal(self.targets.shape[-1])
+            for positions in run.positions.split(size)
+        ]
         nats = []
         for step, (block, level) in enumerate(zip(self.blocks, self.levels)):
             hidden = run.hidden(torch.cat(rows), step).flatten(0, 1)
             for part, (chunk, label) in enumerate(zip(hidden.split(size), labels.split(size))):
                 logits = run.read(block, chunk, rows[part], level)
                 if step < len(self.blocks) - 1:
-                    rows[part] = walk_on(
-                        rows[part], logits, self.targets, levels[step], levels[step + 1], noises[part],
-                        self.config.sampler, self.bridge,
-                    )  # fmt: skip
+                    estimate = self.bridge(logits, self.targets)
+                    rows[part] = euler_step(rows[part], estimate, levels[step], levels[step + 1])
                 else:
                     nats.append(F.cross_entropy(logits, label, reduction="none"))
                 del logits
@@ -114,10 +119,10 @@ class TextWalk:
             seen.append(logits.softmax(-1))
             return logits
 
-        walk(denoise, self.targets, self.sigmas, run.noise, self.config.sampler, self.bridge)
+        walk(denoise, self.targets, self.sigmas, run.noise, self.bridge)
         return torch.stack(seen, 1).unflatten(0, (run.num_rows, len(kept)))
 
-    def prior_logits(self, text: Text) -> torch.Tensor:
+    def block_logits(self, text: Text) -> torch.Tensor:
         """Every block's logits at sigma_max, from keyed noise: `[N, B, S, V]`."""
         run, first = _Run(self, text, torch.arange(text.num_tokens, device=self.model.device)), self.levels[0]
         z = first.sigma * run.noise.normal(self.targets.shape[-1])
@@ -152,11 +157,8 @@ class _Run:
             self.noise = PositionNoise(self.positions, plan.config.inference_seed)
         self._done = 0  # blocks that the clean tokens have run through
         self._embedded: torch.Tensor | None = None
-        self._clean: torch.Tensor | None = None  # what left the last of these, if it is passed on
 
     def _entering(self, block: Block) -> torch.Tensor:
-        if block.predecessors:
-            return self._clean
         if self._embedded is None or block.embeds_apart:
             self._embedded = self.streams.enter(block, block.embed(self.inputs))
         return self._embedded
@@ -165,11 +167,7 @@ class _Run:
         """Run the clean tokens through all blocks before this one."""
         while self._done < block_index:
             block = self.model.blocks[self._done]
-            last = self._done == self.model.num_blocks - 1
-            self._clean = self.streams.run_clean(
-                block, self._entering(block), self.plan.clean_modulations[block.index],
-                output=self.model.context.passes_on and not last,
-            )  # fmt: skip
+            self.streams.run_clean(block, self._entering(block), self.plan.clean_modulations[block.index])
             self._done += 1
 
     def denoise(self, z: torch.Tensor, step: int) -> torch.Tensor:
@@ -184,7 +182,7 @@ class _Run:
             self.advance_to(block.index)
             clean = self._entering(block)
             noisy = self._embed_noisy(block, z, level)
-            self._clean, hidden = self.streams.run_together(block, clean, noisy, plan.joint_modulations(step))
+            hidden = self.streams.run_together(block, clean, noisy, plan.joint_modulations(step))
             self._done += 1
             return hidden
         self.advance_to(block.index + 1)
@@ -200,7 +198,7 @@ class _Run:
 
     def read(self, block: Block, hidden: torch.Tensor, z: torch.Tensor, level: WalkLevel) -> torch.Tensor:
         """Logits `[R, V]` from what left a block, `[R, D]`, controls applied."""
-        return self.model.readout.in_walk(block, hidden, z, level, self.plan.targets, self.plan.controlled)
+        return self.plan.controlled(self.model.formulation.read_out(block, hidden, z, level.c))
 
 
 def _drawn_bridge(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

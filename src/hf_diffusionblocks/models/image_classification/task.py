@@ -6,7 +6,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 from ...backbones.vit import ViTBackbone
-from ...tasks import LABEL_FREE_LOGITS, Task
+from ...tasks import LABEL_FREE_LOGITS, Task, a_step_a_block, gaussian_noise
 from .model import DiffusionBlocksForImageClassification
 
 
@@ -43,6 +43,8 @@ IMAGE_CLASSIFICATION = Task(
     processor="image processor",
     load_processor=lambda source: AutoImageProcessor.from_pretrained(source),  # (without pillow it has no such method)
     usage='classify = pipeline("image-classification", model="{name}")  # label-free logits, like any classifier\n'
-    "model.predict(pixel_values).trajectory  # the walk from noise to a label, block by block",
+    "model.predict(pixel_values).trajectory  # what each block says in turn",
+    formulations={"recommended": {"local_head_layers": 0}, "paper": gaussian_noise(overlap=0.05)},
     evaluation=LABEL_FREE_LOGITS,
+    settle=a_step_a_block,
 )

@@ -13,15 +13,15 @@ from ...configuration import DiffusionBlocksConfig
 from ...diffusion.gaussian import corrupt, edm_loss_weight, precondition
 from ...diffusion.randomness import Generators, draw, keyed_generators
 from ...diffusion.samplers import flow_on
+from ...presets import PRESETS
 from ...streaming import weights_on_device
 from ..active import without_dropout
 from ..base import Clean, DiffusionBlocksPreTrainedModel
 from ..block import Block
+from ..formulation import Formulation
 
 #: Sampler -> order of its method.
 SAMPLERS = {"euler": 1, "heun": 2}
-#: Denoiser evaluations if not told: the paper's.
-DEFAULT_STEPS = 50
 
 
 @dataclass
@@ -52,19 +52,13 @@ class GeneratedImages(ModelOutput):
     sigmas: torch.DoubleTensor | None = None
 
 
-class NoisyImage:
+class NoisyImage(Formulation):
     """z is what the layers read: nothing meets it, and they know its noise level by themselves."""
-
-    modulated = False
-    embeds_noisy = False
-
-    def __init__(self, model: DiffusionBlocksPreTrainedModel):
-        self.model = model
 
     def estimate(self, block: Block, z: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
         """EDM's `D = c_skip z + c_out F(c_in z, c_noise)`, `[N, C, H, W]` float32, of z and levels `[N]`."""
         model = self.model
-        c = precondition(sigma[:, None, None, None], model.sigma_data)
+        c = precondition(sigma[:, None, None, None], model.config.sigma_data)
         # (Sinusoids of diffusers are made for 0 to 1000; c_noise spans [-1.6, 1.1].)
         conditions = {"timestep": 1000 * c.noise.flatten(), "class_labels": class_labels}
         hidden = model.training_output(block, Clean({"pixel_values": c.input * z}, conditions)).read
@@ -80,30 +74,16 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
 
     A block gets the noisy image itself, and gives an image: nothing is handed from block to block but the image that a
     sampler improves, and a step of sampling runs one block.
-
-    Raises:
-        ValueError: context, readout, sigma_data or noise_distribution ask for what has no meaning here.
     """
 
     main_input_name = "pixel_values"
     task = "image-generation"
-    DENOISERS = {"joint": NoisyImage}
+    FORMULATIONS = dict.fromkeys(PRESETS, NoisyImage)
     clean_columns = ("pixel_values", "class_labels")
-    default_overlap = 0.05
-    fixed_fields = {
-        "context": "independent", "readout": "edm", "loss_weighting": None, "prior_fraction": 0.0,
-        "noise_distribution": "lognormal",  # (the other is fitted to a cross-entropy)
-    }  # fmt: skip
 
     def __init__(self, config: DiffusionBlocksConfig):
         super().__init__(config)
-        if config.sigma_data == "auto":
-            raise ValueError(f"sigma_data='auto' must be a number for task {self.task!r}: the images' standard deviation")
         self.post_init()
-
-    @classmethod
-    def steps_for(cls, config: DiffusionBlocksConfig) -> int:
-        return config.num_inference_steps or DEFAULT_STEPS
 
     @property
     def num_classes(self) -> int:
@@ -147,8 +127,7 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
         if block_index is None:
             return self._held_out(pixel_values, class_labels)
         block = self.blocks[block_index]
-        if sigma is None:
-            sigma = block.draw_levels((len(pixel_values),), generator)
+        sigma = self.draw_levels(block_index, (len(pixel_values),), sigma, generator)
         if self.training and self.config.label_dropout:
             hidden = draw(torch.rand, (len(pixel_values),), generator, self.device) < self.config.label_dropout
             class_labels = torch.where(hidden.to(self.device), self.num_classes, class_labels)
@@ -161,8 +140,8 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
         images = images.to(self.device, torch.float32)
         flat_noise = None if noise is None else noise.flatten(1)
         z = corrupt(images.flatten(1), sigma, flat_noise, generator).unflatten(1, images.shape[1:])
-        estimate = self.denoiser.estimate(block, z, sigma, class_labels)
-        loss = edm_loss_weight(sigma, self.sigma_data) * (estimate - images).square().mean((1, 2, 3))
+        estimate = self.formulation.estimate(block, z, sigma, class_labels)
+        loss = edm_loss_weight(sigma, self.config.sigma_data) * (estimate - images).square().mean((1, 2, 3))
         return loss.mean(), estimate
 
     def _held_out(self, images: torch.Tensor, class_labels: torch.Tensor) -> ImageDenoiserOutput:
@@ -233,14 +212,14 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
     def _guided(self, k: int, z, sigma, class_labels, guidance_scale: float) -> torch.Tensor:
         block = self.blocks[k]
         if guidance_scale == 1.0:
-            return self.denoiser.estimate(block, z, sigma, class_labels)
+            return self.formulation.estimate(block, z, sigma, class_labels)
         twice = torch.cat([class_labels, torch.full_like(class_labels, self.num_classes)])
-        of_class, of_none = self.denoiser.estimate(block, torch.cat([z, z]), sigma.repeat(2), twice).chunk(2)
+        of_class, of_none = self.formulation.estimate(block, torch.cat([z, z]), sigma.repeat(2), twice).chunk(2)
         return of_none + guidance_scale * (of_class - of_none)
 
     def inference_sigmas(self, num_inference_steps: int | None = None, grid: str = "equal") -> torch.Tensor:
         """`[T+1]` float64, the levels that [`predict`] walks; arguments as there."""
-        steps = self.steps_for(self.config) if num_inference_steps is None else num_inference_steps
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         return self.noise_schedule.inference_sigmas(steps, grid)
 
     @torch.no_grad()

@@ -7,7 +7,8 @@ from torch import nn
 from transformers import AutoModel
 
 from ...backbones.dit import DiTBackbone, DiTConfig
-from ...tasks import Generation, Task
+from ...presets import PRESETS
+from ...tasks import Generation, Task, gaussian_noise
 from .command import ImageOptions, generate
 from .model import DiffusionBlocksForImageGeneration
 
@@ -42,10 +43,12 @@ IMAGE_GENERATION = Task(
     processor="none: a recipe prepares images, and the pipeline puts them out",
     load_processor=None,
     usage="images = model.predict(class_labels=[0, 1], num_inference_steps=50).images  # [N, C, H, W]",
+    formulations=dict.fromkeys(PRESETS, gaussian_noise(overlap=0.05, num_inference_steps=50, label_dropout=0.1)),
+    evaluation=dict.fromkeys(
+        PRESETS,
+        "A step of sampling runs the block that owns its noise level, and no other. In evaluation, "
+        "`model(pixel_values, class_labels).loss` is the denoising loss over all noise levels.",
+    ),
     generation=Generation(ImageOptions, generate),
-    evaluation={
-        ("joint", "independent"): "A step of sampling runs the block that owns its noise level, and no other. In evaluation, "
-        "`model(pixel_values, class_labels).loss` is the denoising loss over all noise levels."
-    },
     pipeline_tag="unconditional-image-generation",  # the Hub has no tag for images of a class
 )

@@ -16,23 +16,15 @@ from ...configuration import DiffusionBlocksConfig
 from ...diffusion.masking import MaskingSchedule, draw_counts, draw_masked
 from ...diffusion.objectives import IGNORED, chunked_sum, cross_entropy, rows_per_chunk, rows_with_loss
 from ...diffusion.randomness import Generators, keyed_generators
+from ...presets import PRESETS
 from ..base import Clean, DiffusionBlocksPreTrainedModel
 from ..block import Block
+from ..formulation import Formulation
 from .bound import likelihood_terms
 from .generation import UnmaskingGeneration
 from .text import MaskedText
 
 logger = logging.get_logger(__name__)
-
-
-class WholeInput:
-    """z is what the layers read: nothing meets it. How much of it is masked they see by themselves (arXiv 2409.02908)."""
-
-    modulated = False
-    embeds_noisy = False
-
-    def __init__(self, model: DiffusionBlocksPreTrainedModel):
-        self.model = model
 
 
 class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGeneration):
@@ -48,13 +40,9 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
 
     main_input_name = "input_ids"
     task = "fill-mask"
-    DENOISERS = {"joint": WholeInput}
+    #: z is what the layers read: nothing meets it. How much of it is masked they see by themselves (arXiv 2409.02908).
+    FORMULATIONS = dict.fromkeys(PRESETS, Formulation)
     clean_columns = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
-    default_overlap = 0.1
-    fixed_fields = {
-        "context": "independent",  # (carried won 0.1 % of the bits, and cost 27 % of the time)
-        "readout": "edm", "loss_weighting": None, "prior_fraction": 0.0, "noise_distribution": "lognormal",
-    }  # fmt: skip
     accepts_loss_kwargs = True  # the Trainer gives num_items_in_batch: every token of a step counts alike
 
     def __init__(self, config: DiffusionBlocksConfig):
@@ -64,11 +52,7 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
 
     @classmethod
     def schedule_for(cls, config: DiffusionBlocksConfig) -> MaskingSchedule:
-        return MaskingSchedule(config.num_blocks, cls.default_overlap if config.overlap is None else config.overlap)
-
-    @classmethod
-    def steps_for(cls, config: DiffusionBlocksConfig) -> int | str:
-        return config.num_inference_steps or "one a token"
+        return MaskingSchedule(config.num_blocks, config.overlap)
 
     # ---- weights
 

@@ -9,6 +9,7 @@ from ...backbones.base import backbone_for
 from ...backbones.decoder import Decoder
 from ...backbones.encoder import Encoder
 from ...diffusion.objectives import chunked_sum, cross_entropy
+from ...presets import PRESETS
 from ...processors import load_tokenizer
 from ...tasks import Generation, Task
 from ...whole_numbers import is_whole
@@ -64,6 +65,8 @@ def plain_loss(model: PreTrainedModel, labels: torch.Tensor, **inputs: torch.Ten
     return chunked_sum(loss_of_rows, rows, list(dict.fromkeys(head)), model.config.vocab_size) / len(rows[0])
 
 
+#: Fields of the formulation, and their defaults.
+MASKS = {"mask_token_id": None, "overlap": 0.1, "num_inference_steps": None, "inference_seed": 0}
 FILL_MASK = Task(
     name=DiffusionBlocksForMaskedLM.task,
     model_class=DiffusionBlocksForMaskedLM,
@@ -76,11 +79,12 @@ FILL_MASK = Task(
     processor="tokenizer",
     load_processor=load_tokenizer,
     usage='fill = pipeline("fill-mask", model="{name}")\nfill(f"Once upon a {{fill.tokenizer.mask_token}}.")',
+    formulations=dict.fromkeys(PRESETS, MASKS),
+    evaluation=dict.fromkeys(
+        PRESETS,
+        "`model(...).logits` are those of the block that owns the text's share of masked tokens; MASK is never an answer.",
+    ),
     generation=Generation(MaskedTextOptions, generate),
-    evaluation={
-        ("joint", "independent"): "`model(...).logits` are those of the block that owns the text's share of masked tokens; "
-        "MASK is never an answer."
-    },
     settle=settle,
     fields_of_source=fields_of_source,
 )

@@ -1,0 +1,100 @@
+"""Recommended for text: blocks of the plain model, each trained on the cross-entropy of the next token, read out by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch.nn import functional as F
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ...diffusion.likelihood import LikelihoodTerms
+from ...diffusion.objectives import IGNORED, cross_entropy, rows_with_loss
+from ..block import Block
+from ..formulation import Formulation
+from .text import Rows, Text
+
+
+class LocalText(Formulation):
+    """An ordinary causal pass; a block starts from what the blocks before it made of the text. There is no noise: at the
+    paper's highest level, where the target is out of sight, this is what its denoiser learns. In use it is the plain model.
+    """
+
+    passes_on = True
+    walks = False  #: whether a token's logits are the end of a walk
+
+    @staticmethod
+    def check_attention(requested: str | None) -> None:
+        """Every implementation of attention goes with it."""
+
+    def train(self, block: Block, text: Text, targets: torch.Tensor, noise: Mapping) -> tuple[torch.Tensor, Rows]:
+        """What has left a block, `[N, S, D]`, and what tokens 1 to S-1 are read out from, `[N, S-1, D]`.
+
+        Raises:
+            ValueError: `noise` says a level or a draw.
+        """
+        if given := [name for name in ("sigma", "noise") if noise.get(name) is not None]:
+            raise ValueError(f"{given[0]} must be None with preset='recommended': blocks of next tokens have no noise there")
+        leaving, read = self.model.training_output(block, self.model.clean(text), text.block_input)
+        return leaving, Rows(read[:, :-1])
+
+    def logits(self, block: Block, rows: Rows) -> torch.Tensor:
+        """`[R, V]` of p(token | before), float32."""
+        return block.read_out(rows.hidden).float()
+
+    def predict(
+        self, text: Text, labels, num_items, return_logits: bool | None, text_walk: None, num_steps: int | None, **stock
+    ) -> CausalLMOutputWithPast:
+        """What the plain model gives; `stock` as it takes it.
+
+        Raises:
+            ValueError: several steps are asked for.
+        """
+        if num_steps not in (None, 1):
+            raise ValueError(
+                f"num_steps={num_steps!r} must be 1 or None with preset='recommended': one evaluation says all, and no other "
+                "follows"
+            )
+        if labels is not None and return_logits is False:
+            return CausalLMOutputWithPast(loss=self._loss(text, labels, num_items))
+        if labels is not None and stock.get("use_cache") is None:
+            stock["use_cache"] = False  # nobody goes on from a text that is scored
+        if num_items is not None:
+            stock["num_items_in_batch"] = num_items
+        return self.model.backbone(**text.of_stock_model(), labels=labels, **stock)
+
+    def _loss(self, text: Text, labels: torch.Tensor, num_items) -> torch.Tensor:
+        """The mean cross-entropy, without ever holding all logits."""
+        block, rows, targets = self.model.blocks[-1], self._last_hidden(text)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        labelled = rows_with_loss(targets, at_most=len(targets))
+        return self.model.mean_of_rows(
+            lambda rows, targets: cross_entropy(self._head(rows), targets).sum(),
+            [rows[labelled], targets[labelled]],
+            block,
+            num_items,
+        )
+
+    def _last_hidden(self, text: Text) -> torch.Tensor:
+        """What the head reads, `[N, S, D]`."""
+        return self.model.backbone.base_model(**text.of_stock_model(), use_cache=False).last_hidden_state
+
+    def _head(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.model.architecture.head(self.model.blocks[-1].readout_parts, rows).float()
+
+    def block_logits(self, text: Text) -> torch.Tensor:
+        """Every block's, `[N, B, S, V]`."""
+        x = self.model.clean(text)
+        pairs = zip(self.model.blocks, self.model.clean_outputs(x))
+        return torch.stack([block.read_out(block.run_local_head(out, **x.attention)) for block, out in pairs], 1)
+
+    def likelihood_terms(self, batch: Mapping[str, torch.Tensor], num_samples: int, generator) -> LikelihoodTerms:
+        """The cross-entropy: there is no diffusion to bound."""
+        batch = {name: value.to(self.model.device) for name, value in batch.items()}
+        targets = batch["labels"][:, 1:]
+        hidden = self._last_hidden(Text.of(batch))[:, :-1]
+        nats = [  # a sequence at a time, whose logits are there alone
+            F.cross_entropy(self._head(row), target, ignore_index=IGNORED, reduction="sum").double()
+            for row, target in zip(hidden, targets)
+        ]
+        nats, tokens = torch.stack(nats).cpu(), (targets != IGNORED).sum(1).double().cpu()
+        return LikelihoodTerms(tokens, 0.0, nats, torch.zeros_like(nats))

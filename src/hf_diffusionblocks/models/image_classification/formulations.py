@@ -1,0 +1,141 @@
+"""What a block is shown of an image, and how its class is read out: recommended, and the paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from ...diffusion.categorical import soft_bridge
+from ...diffusion.gaussian import corrupt, precondition
+from ...diffusion.objectives import IGNORED
+from ...diffusion.randomness import NoiseSource
+from ...diffusion.samplers import walk
+from ..base import Clean
+from ..block import Block
+from ..formulation import Formulation
+
+
+class LocalImage(Formulation):
+    """Blocks of the plain model, each trained on the cross-entropy of the class: a block starts from what the blocks before
+    it made of the image. There is no noise: at the paper's highest level, where the label is out of sight, this is what its
+    denoiser learns. In use it is the plain model.
+    """
+
+    passes_on = True
+
+    def train(self, block: Block, x: Clean, labels: torch.Tensor, cached: torch.Tensor | None, noise: Mapping):
+        """What has left a block, `[N, S, D]`, and its logits `[N, V]`.
+
+        Raises:
+            ValueError: `noise` says a level or a draw.
+        """
+        if given := [name for name in ("sigma", "noise") if noise.get(name) is not None]:
+            raise ValueError(f"{given[0]} must be None with preset='recommended': blocks of classes have no noise there")
+        leaving, read = self.model.training_output(block, x, cached)
+        return leaving, block.read_out(read)
+
+    def predict(self, x: Clean, **stock) -> ImageClassifierOutput:
+        """What the plain model gives."""
+        return self.model.backbone(**x.inputs, **stock)
+
+    def block_logits(self, x: Clean) -> torch.Tensor:
+        """Every block's, `[N, B, V]`."""
+        pairs = zip(self.model.blocks, self.model.clean_outputs(x))
+        return torch.stack([block.read_out(block.run_local_head(out)) for block, out in pairs], dim=1)
+
+    def trajectory(self, x: Clean, num_steps: int | None, generator) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """The last block's logits `[N, V]`, what the blocks say in turn, `[N, B, V]` probabilities, and no levels.
+
+        Raises:
+            ValueError: steps, or noise, are asked for.
+        """
+        for name, value in (("num_inference_steps", num_steps), ("generator", generator)):
+            if value is not None:
+                raise ValueError(f"{name} must be None with preset='recommended': nothing walks to a class")
+        logits = self.block_logits(x)
+        return logits[:, -1], logits.float().softmax(-1), None
+
+
+class NoisyLabelToken(nn.Module):
+    """The noisy label as one more token of the sequence: `c_in z` plus a learned position."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(1, 1, width))
+
+    def forward(self, z: torch.Tensor, c_in: torch.Tensor) -> torch.Tensor:
+        """`z [N, D]`, `c_in [N]` -> `[N, 1, D]`."""
+        return (c_in[:, None] * z)[:, None, :].to(self.position.dtype) + self.position
+
+
+class JointImage(Formulation):
+    """The paper's: the sequence is [CLS, patches, noisy label], sigma modulates the layers, and a block starts from
+    embeddings."""
+
+    modulated = True
+
+    def train(self, block: Block, x: Clean, labels: torch.Tensor, cached: None, noise: Mapping):
+        """What has left a block, `[N, S+1, D]`, and its logits `[N, V]` of p(label | x, z)."""
+        sigma = self.model.draw_levels(block.index, (len(labels),), noise["sigma"], noise["generator"])
+        z = corrupt(self._targets(labels), sigma, noise["noise"], noise["generator"])
+        leaving = self._run(block, block.embed(x.inputs), z, sigma)
+        return leaving, block.read_out(leaving)
+
+    def _targets(self, labels: torch.Tensor) -> torch.Tensor:
+        """`[N, D]`, of class numbers `[N]` or of shares of the classes `[N, V]`."""
+        vectors = self.model.label_embeddings.vectors()
+        if labels.is_floating_point():
+            return labels.to(vectors) @ vectors
+        return F.embedding(labels.masked_fill(labels == IGNORED, 0), vectors)  # (what has no loss has no target: any will do)
+
+    def _run(self, block: Block, hidden: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """What a block makes of embedded patches `[N, S, D]`, z `[N, D]` and sigma `[N]`: `[N, S+1, D]`."""
+        noisy_label = self.model.noisy_labels[self.model.sharing.copy(block.index)]
+        c_in = precondition(sigma, self.model.config.sigma_data).input
+        return block.run(torch.cat([hidden, noisy_label(z, c_in)], dim=1), block.modulations(sigma))
+
+    def predict(self, x: Clean, labels: torch.Tensor | None = None, **stock) -> ImageClassifierOutput:
+        """Label-free logits: the end of a walk from keyed noise."""
+        if asked := [name for name, value in stock.items() if value and name != "num_items_in_batch"]:
+            raise ValueError(f"{asked[0]}={stock[asked[0]]!r} must be None or False with preset='paper': a walk gives logits alone")
+        logits, loss = self.trajectory(x, None, None)[0], None
+        if labels is not None:
+            loss = self.model.mean_loss(logits, labels, stock.get("num_items_in_batch"))
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+    def block_logits(self, x: Clean) -> torch.Tensor:
+        """Every block's at sigma_max, `[N, B, V]`, from keyed noise."""
+        start = self._noise(len(x.inputs["pixel_values"]), None).normal(self.model.config.hidden_size)
+        sigma = torch.full((len(start),), self.model.config.sigma_max, device=self.model.device)
+        z, blocks = sigma[:, None] * start, self.model.blocks
+        return torch.stack([b.read_out(self._run(b, b.embed(x.inputs), z, sigma)) for b in blocks], dim=1)
+
+    def _noise(self, num_rows: int, generator: torch.Generator | None) -> NoiseSource:
+        """Where the noise of a walk comes from: keyed, or of a generator."""
+        return NoiseSource(num_rows, self.model.config.inference_seed, generator, self.model.device)
+
+    def trajectory(
+        self, x: Clean, num_steps: int | None, generator: torch.Generator | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of a walk: its last logits `[N, V]`, the probabilities after each of T evaluations `[N, T, V]`, and its levels."""
+        model, num_rows, probabilities = self.model, len(x.inputs["pixel_values"]), []
+        sigmas = model.noise_schedule.inference_sigmas(model.config.num_inference_steps if num_steps is None else num_steps)
+        owners = model.noise_schedule.block_of(sigmas[:-1]).tolist()
+        embedded: dict[int, torch.Tensor] = {}
+
+        def denoise(z: torch.Tensor, step: int) -> torch.Tensor:
+            block = model.blocks[owners[step]]
+            if block.index not in embedded:
+                embedded[block.index] = block.embed(x.inputs)
+            sigma = torch.full((num_rows,), sigmas[step].item(), device=z.device)
+            logits = block.read_out(self._run(block, embedded[block.index], z, sigma))
+            probabilities.append(logits.float().softmax(-1))
+            return logits
+
+        noise, targets = self._noise(num_rows, generator), model.label_embeddings.vectors()
+        logits, _ = walk(denoise, targets, sigmas, noise, soft_bridge)
+        return logits, torch.stack(probabilities, dim=1), sigmas
