@@ -23,13 +23,13 @@ CONFIGS = {
     ),
 }  # fmt: skip
 FORMULATIONS = {
-    "joint": {},
-    "joint-own": {"shared": "per_block"},
-    "carried": {"denoiser": "factorized", "context": "carried"},
-    "carried-own": {"denoiser": "factorized", "context": "carried", "shared": "per_block"},
+    "paper": {},
+    "paper-own": {"shared": "per_block"},
+    "carried": {"preset": "recommended", "local_head_layers": 0},
+    "carried-own": {"preset": "recommended", "local_head_layers": 0, "shared": "per_block"},
 }
-INDEPENDENT = {"denoiser": "factorized", "shared": "per_block"}
-CARRIED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0, "shared": "per_block"}
+INDEPENDENT = {"preset": "paper", "shared": "per_block"}
+CARRIED = {"preset": "recommended", "local_head_layers": 0, "shared": "per_block"}
 
 
 @pytest.fixture(params=CONFIGS)
@@ -58,7 +58,7 @@ def images() -> Dataset:
 
 def made(source, fields: dict, resident_blocks=None):
     torch.manual_seed(0)
-    return db.convert(source, resident_blocks=resident_blocks, preset="paper", **{"num_blocks": 2, **fields})
+    return db.convert(source, resident_blocks=resident_blocks, **{"num_blocks": 2, "preset": "paper", **fields})
 
 
 def trained(model, folder, texts, **arguments):

@@ -43,8 +43,8 @@ LLAMA = LlamaConfig(
     num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=64,
     max_position_embeddings=16,
 )  # fmt: skip
-INDEPENDENT = {"denoiser": "factorized", "shared": "per_block"}
-CARRIED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 0.5}
+INDEPENDENT = {"preset": "paper", "shared": "per_block"}
+CARRIED = {"preset": "recommended", "local_head_layers": 0}
 PLAIN_SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.5}  # AdamW makes signs of what is nearly nothing
 
 #: Name -> number of processes, source, fields of `convert`, training arguments
@@ -58,12 +58,12 @@ SCENARIOS: dict[str, tuple[int, object, dict, dict]] = {
     "data parallel of four": (4, GPT2, CARRIED, PLAIN_SGD),
     "blocks, own shared": (2, GPT2, INDEPENDENT, {"block_parallel": True}),
     "blocks, own shared, images": (2, VIT, {"shared": "per_block"}, {"block_parallel": True}),
-    "blocks, frozen shared": (2, GPT2, {"denoiser": "factorized"}, {"block_parallel": True, "train_shared": False}),
+    "blocks, frozen shared": (2, GPT2, {"preset": "recommended", "local_head_layers": 0}, {"block_parallel": True, "train_shared": False}),
     "blocks, own shared, bf16 and checkpoints": (
         2, GPT2, INDEPENDENT, {"block_parallel": True, "bf16": True, "activation_checkpointing": True}
     ),
     "blocks of four": (4, GPT2, INDEPENDENT, {**PLAIN_SGD, "block_parallel": True}),
-    "blocks, trained shared": (2, GPT2, {"denoiser": "factorized"}, {**PLAIN_SGD, "block_parallel": True}),
+    "blocks, trained shared": (2, GPT2, {"preset": "recommended", "local_head_layers": 0}, {**PLAIN_SGD, "block_parallel": True}),
     "blocks, carried": (2, GPT2, CARRIED, {**PLAIN_SGD, "block_parallel": True}),
     "two blocks a process": (2, GPT2, {**INDEPENDENT, "num_blocks": 4}, {"block_parallel": True, "max_steps": 8}),
 }  # fmt: skip
@@ -88,7 +88,7 @@ def rows(source) -> Dataset:
 
 def made(source, fields: dict, resident_blocks=None):
     torch.manual_seed(0)
-    return db.convert(source, resident_blocks=resident_blocks, preset="paper", **{"num_blocks": 2, **fields})
+    return db.convert(source, resident_blocks=resident_blocks, **{"num_blocks": 2, "preset": "paper", **fields})
 
 
 def arguments_of(folder: Path, arguments: dict, batch: int = BATCH) -> db.DiffusionBlocksTrainingArguments:
@@ -169,7 +169,7 @@ def run_saving(name: str, output: Path) -> None:
 #: Family -> source, fields of `convert`, the block
 SHARDED = {
     "gpt2": (GPT2, INDEPENDENT, 1),
-    "llama": (LLAMA, {"denoiser": "factorized"}, 1),
+    "llama": (LLAMA, {"preset": "recommended", "local_head_layers": 0}, 1),
     "llama-own": (LLAMA, INDEPENDENT, 0),
 }
 SHARDED_JOB = {"train_shared": False, "optim": "adamw_torch", "adam_epsilon": 1e-3, "save_strategy": "steps", "save_steps": 2}

@@ -20,11 +20,11 @@ from transformers.trainer_utils import get_last_checkpoint
 import hf_diffusionblocks as db
 
 STEPS, KILLS = 12, 4
-RECOMMENDED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 0.5}
+RECOMMENDED = {"preset": "recommended", "local_head_layers": 0}
 #: Name -> fields of `convert`, resident blocks, training arguments
 MODES = {
     "all blocks": (RECOMMENDED, None, {}),
-    "one block": ({"denoiser": "factorized", "shared": "per_block"}, [1], {}),
+    "one block": ({"preset": "paper", "shared": "per_block"}, [1], {}),
     "in turns": (RECOMMENDED, None, {"block_schedule": "random"}),
 }
 FILES = {"config.json", "model.safetensors.index.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}

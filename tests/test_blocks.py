@@ -12,7 +12,7 @@ from hf_diffusionblocks.saving.shards import Provenance
 
 
 def model_of(**fields) -> db.DiffusionBlocksForCausalLM:
-    return db.convert(type(GPT2)(**{**GPT2.to_dict(), "n_layer": 12}), 3, preset="paper", **fields)
+    return db.convert(type(GPT2)(**{**GPT2.to_dict(), "n_layer": 12}), 3, **{"preset": "paper", **fields})
 
 
 def test_a_block_owns_its_layers_and_no_others():
@@ -25,14 +25,14 @@ def test_a_block_owns_its_layers_and_no_others():
 
 
 @pytest.mark.parametrize(
-    "context, predecessors", [("carried", [[], [0], [0, 1]]), ("independent", [[], [], []])]
+    "preset, predecessors", [("recommended", [[], [0], [0, 1]]), ("paper", [[], [], []])]
 )
-def test_which_blocks_run_before_it(context, predecessors):
-    assert [list(block.predecessors) for block in model_of(denoiser="factorized", context=context).blocks] == predecessors
+def test_which_blocks_run_before_it(preset, predecessors):
+    assert [list(block.predecessors) for block in model_of(preset=preset).blocks] == predecessors
 
 
 def test_the_active_block_alone_asks_for_gradients_and_all_do_again_at_the_end():
-    model = model_of(denoiser="factorized", context="carried")
+    model = model_of(preset="recommended", local_head_layers=0)
     with TrainedParameters(model, [0, 1], train_shared=False) as trained:
         for active in (0, 1):
             trained.activate(active)
@@ -57,9 +57,9 @@ def test_a_loaded_model_knows_who_trained_it(tmp_path, resident):
 
 
 def test_noise_levels_are_those_of_the_block_that_trains():
-    model = model_of(denoiser="factorized", context="carried").eval()
+    model = model_of().eval()
     ids, generator = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(3)
-    sigma = model.blocks[0].draw_levels((2, 7), generator)
+    sigma = model.blocks[0].draw_levels((2,), generator)
     noise = torch.randn(2, 7, model.config.hidden_size, generator=generator)
     arguments = {"input_ids": ids, "labels": ids, "block_index": 0}
     by_hand = model(**arguments, sigma=sigma, noise=noise).loss

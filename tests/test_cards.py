@@ -18,10 +18,11 @@ def test_card_states_blocks_and_formulation(model, tmp_path):
     model.save_pretrained(tmp_path)
     card = read(tmp_path)
     for k in range(2):
-        layers, (low, high) = model.block_layers(k), model.noise_schedule.interval(k)
+        layers = model.block_layers(k)
         count = sum(p.numel() for p in model.block_parameters(k))
-        assert f"| {k} | {layers[0]}-{layers[-1]} | ({low:.4g}, {high:.4g}] | {count:,} |" in card
-    for field in ("denoiser", "context", "readout"):
+        level = " | ({:.4g}, {:.4g}]".format(*model.noise_schedule.interval(k)) if model.noise_schedule else ""
+        assert f"| {k} | {layers[0]}-{layers[-1]}{level} | {count:,} |" in card
+    for field in ("preset", "shared"):
         assert f"| {field} | {getattr(model.config, field)} |" in card
     assert "Not trained since its conversion" in card
     assert "$" not in card.replace("$ pip", "")

@@ -39,14 +39,14 @@ images = torch.load(sys.argv[1] + "/images.pt")
 for folder in Path(sys.argv[1]).glob("model-*"):
     model = AutoModelForImageClassification.from_pretrained(folder)
     with torch.no_grad():
-        torch.save((model(pixel_values=images).logits, model.predict(images, 5).trajectory), folder / "outputs.pt")
+        torch.save((model(pixel_values=images).logits, model.predict(images).trajectory), folder / "outputs.pt")
 """
 
 
 @pytest.fixture
 def saved(plain_model, tmp_path):
     """A saved model of two blocks, and its folder."""
-    model = randomized(db.convert(plain_model, num_blocks=2, context="carried", local_head_layers=1)).eval()
+    model = randomized(db.convert(plain_model, num_blocks=2, local_head_layers=1)).eval()
     model.save_pretrained(tmp_path / "model")
     return model, tmp_path / "model"
 
@@ -234,11 +234,11 @@ def kill_while_moving(model, folder: Path, files_moved: int) -> None:
 @pytest.mark.parametrize("files_moved", range(6))
 def test_a_save_killed_while_moving_its_files_is_finished_by_the_next_reader(saved, files_moved):
     model, folder = saved
-    randomized(model).config.inference_seed = 7
+    randomized(model).config.training_report = {"steps": 7}
     kill_while_moving(model, folder, files_moved)
     loaded = AutoModelForImageClassification.from_pretrained(folder)
     assert states_equal(loaded.state_dict(), model.state_dict())
-    assert loaded.config.inference_seed == 7
+    assert loaded.config.training_report == {"steps": 7}
     assert not (folder / shards.COMPLETE).exists()
 
 

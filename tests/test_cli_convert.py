@@ -41,7 +41,7 @@ def test_converted_model_is_one_for_pipelines(plain_config, tmp_path, capsys):
     plain_config.num_channels = 3
     randomized(ViTForImageClassification(plain_config)).save_pretrained(source)
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(source)
-    main(["convert", source, out, "--denoiser", "factorized", "--context", "carried"])
+    main(["convert", source, out])
     assert "note" not in capsys.readouterr().err
     image = Image.new("RGB", (20, 20), "teal")
     found, expected = (pipeline("image-classification", model=folder)(image) for folder in (out, source))
@@ -67,7 +67,7 @@ def test_converted_text_model_has_its_tokenizer(family, tmp_path, capsys):
         setattr(config, field, size)
     config.bos_token_id = config.eos_token_id = 0
     randomized(AutoModelForCausalLM.from_config(config)).save_pretrained(source)
-    options = ["--num_blocks", "2", "--denoiser", "factorized", "--context", "carried"]
+    options = ["--num_blocks", "2"]
     main(["convert", source, out, *options])
     (note,) = [line for line in capsys.readouterr().err.splitlines() if "note" in line]
     assert note.startswith(f"diffusionblocks convert: note: no tokenizer was copied: {source} has no tokenizer")
@@ -107,17 +107,17 @@ def test_fresh_takes_the_config_alone(plain_model, plain_folder, tmp_path):
 def test_seed_of_what_a_plain_model_lacks(plain_folder, tmp_path):
     outs = [tmp_path / name for name in ("a", "b")]
     for out in outs:
-        main(["convert", str(plain_folder), str(out), "--seed", "7"])
+        main(["convert", str(plain_folder), str(out), "--preset", "paper", "--seed", "7"])
     first, second = (AutoModelForImageClassification.from_pretrained(out) for out in outs)
     assert torch.equal(first.label_embeddings.table, second.label_embeddings.table)
 
 
 def test_yaml_and_the_command_line_over_it(plain_folder, tmp_path):
     file = tmp_path / "options.yaml"
-    file.write_text("num_blocks: 2\nlayers_per_block: [1, 3]\nsigma_max: 40.0\ndenoiser: factorized\n")
+    file.write_text("num_blocks: 2\nlayers_per_block: [1, 3]\nsigma_max: 40.0\npreset: paper\n")
     main(["convert", str(plain_folder), str(tmp_path / "out"), "--config", str(file), "--sigma_max", "20"])
     config = db.DiffusionBlocksConfig.from_pretrained(tmp_path / "out")
-    assert (config.num_blocks, config.layers_per_block, config.denoiser) == (2, [1, 3], "factorized")
+    assert (config.num_blocks, config.layers_per_block, config.preset) == (2, [1, 3], "paper")
     assert config.sigma_max == 20
 
 
@@ -125,10 +125,10 @@ def test_yaml_and_the_command_line_over_it(plain_folder, tmp_path):
     ("options", "status", "named"),
     [
         (["--num_blocks", "9"], 1, "num_blocks=9 must be at most the model's 4 layers"),
-        (["--sigma_min", "-1"], 1, "sigma_min=-1.0 must be a finite number above 0"),
-        (["--sigma_data", "large"], 1, "sigma_data='large' must be a number, or 'auto'"),
-        (["--denoiser", "factorized", "--readout", "edm"], 1, "readout='edm' must be 'posterior'"),
-        (["--denoiser", "both"], 2, "argument --denoiser: invalid choice: 'both'"),
+        (["--preset", "paper", "--sigma_min", "-1"], 1, "sigma_min=-1.0 must be a finite number above 0"),
+        (["--sigma_data", "large"], 2, "--sigma-data: invalid float value: 'large'"),
+        (["--sigma_max", "9"], 1, "sigma_max=9.0 must be None with preset='recommended'"),
+        (["--preset", "both"], 2, "argument --preset: invalid choice: 'both'"),
         (["--num_blocks", "two"], 2, "invalid int value: 'two'"),
         (["--num_blcks", "2"], 2, "--num_blcks"),
         (["--overwrite=perhaps"], 2, "argument --overwrite"),
@@ -147,7 +147,7 @@ def test_convert_names_the_bad_option(options, status, named, plain_folder, tmp_
     [
         ("num_blcks: 2", 2, "'num_blcks' is not an option"),
         ("num_blocks: [", 2, "options.yaml"),
-        ("denoiser: both", 2, "denoiser='both' must be one of ['joint', 'factorized']"),
+        ("preset: both", 2, "preset='both' must be one of ['recommended', 'paper']"),
         ("num_blocks: 2.5", 1, "num_blocks=2.5 must be a whole number from 1"),
     ],
 )

@@ -136,7 +136,7 @@ def test_task_of_a_config_and_the_mask_of_its_tokenizer(folders, tmp_path, capsy
     sizes = ["--num_blocks", "2", "--sequence_length", "8"]
     main(["estimate", "--model", str(folders / "config"), "--task", "fill-mask", *sizes])
     told = capsys.readouterr().out
-    assert "joint (paper)" in told and "recommended" not in told  # GPT-2's usual task has two formulations
+    assert "paper" in told and "recommended" not in told  # GPT-2's usual task has two formulations
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from cli_runs import INDEX, blocks_folder, contents, edit_json, fail, plain_fold
 from families import CASES
 
 import hf_diffusionblocks as db
+from hf_diffusionblocks.configuration import USER_FIELDS
 from hf_diffusionblocks.cli import inspect, main
 from hf_diffusionblocks.saving import cards
 
@@ -23,12 +24,13 @@ def check_description(found: dict, model, folder: Path) -> None:
     for k, block in enumerate(found["blocks"]):
         assert block["block"] == k
         assert block["layers"] == list(model.block_layers(k))
-        assert block["sigma"] == list(schedule.interval(k))
-        assert block["training_sigma"] == list(schedule.interval(k, schedule.overlap))
+        assert block.get("sigma") == (schedule and list(schedule.interval(k)))
+        assert block.get("training_sigma") == (schedule and list(schedule.interval(k, schedule.overlap)))
         assert block["parameters"] == sum(p.numel() for p in model.block_parameters(k))
         assert block["bytes"] == (folder / block["file"]).stat().st_size
-    assert found["shared"]["parameters"] == sum(p.numel() for p in model.shared_parameters())
-    files = {part["file"] for part in (found["shared"], *found["blocks"])}
+    shared = [found["shared"]] if found["shared"] else []
+    assert sum(part["parameters"] for part in shared) == sum(p.numel() for p in model.shared_parameters())
+    files = {part["file"] for part in (*shared, *found["blocks"])}
     assert files == {path.name for path in folder.glob("*.safetensors")}
 
 
@@ -40,37 +42,26 @@ def test_inspect_json_is_the_models_own(saved, capsys):
     assert (found["num_blocks"], found["num_hidden_layers"], found["source_model_type"]) == (2, 4, "vit")
     assert found["task"] == "image-classification"
     formulation = found["formulation"]
-    for name in ("denoiser", "context", "readout", "local_head_layers", "sigma_min", "sampler"):
-        assert formulation[name] == getattr(model.config, name)
-    assert formulation["overlap"] == model.noise_schedule.overlap
-    assert formulation["sigma_data"] == model.sigma_data
-    assert formulation["num_inference_steps"] == 2
+    numbers = {name: value for name in USER_FIELDS if (value := getattr(model.config, name)) is not None}
+    assert formulation == {name: value for name, value in numbers.items() if name != "num_blocks"}
     assert found["training_report"] is None
 
 
-def test_inspect_says_what_auto_stands_for(plain_model, tmp_path, capsys):
-    model = db.convert(plain_model, num_blocks=4, sigma_data="auto", overlap=0.2, num_inference_steps=7, preset="paper")
+def test_inspect_takes_a_file_of_options(plain_model, tmp_path, capsys):
+    model = db.convert(plain_model, num_blocks=4, preset="paper", overlap=0.2, num_inference_steps=7)
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "options.yaml").write_text("json: true")
     main(["inspect", str(tmp_path / "model"), "--config", str(tmp_path / "options.yaml")])
     found = json.loads(capsys.readouterr().out)
     check_description(found, model, tmp_path / "model")
-    formulation = found["formulation"]
-    assert formulation["sigma_data"] == pytest.approx(32**-0.5)
-    assert (formulation["overlap"], formulation["num_inference_steps"]) == (0.2, 7)
+    assert (found["formulation"]["overlap"], found["formulation"]["num_inference_steps"]) == (0.2, 7)
 
 
-@pytest.mark.parametrize(
-    "name, steps",
-    [
-        ("llama, joint-edm-independent", 2), ("llama, factorized-independent", None), ("bert", "one a token"), ("dit", 50),
-        ("point", 2),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_inspect_says_how_many_steps_a_walk_has(name, steps, tmp_path):
-    CASES[name].model().save_pretrained(tmp_path)
-    assert inspect.describe(str(tmp_path))["formulation"]["num_inference_steps"] == steps
+def test_inspect_of_blocks_without_noise_has_no_levels(plain_model, tmp_path, capsys):
+    db.convert(plain_model, num_blocks=2).save_pretrained(tmp_path)
+    main(["inspect", str(tmp_path)])
+    header = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("block"))
+    assert header.split() == ["block", "layers", "parameters", "file", "bytes"]
 
 
 def test_inspect_prints_table_formulation_and_report(plain_model, tmp_path, capsys):
@@ -86,7 +77,7 @@ def test_inspect_prints_table_formulation_and_report(plain_model, tmp_path, caps
         f"{sum(p.numel() for p in model.shared_parameters()):,}", "model-00001-of-00003.safetensors", f"{size:,}"
     ]  # fmt: skip
     assert "(0.3012, 80]" in printed and "(0.2278, 80]" in printed
-    assert "  denoiser: joint\n" in printed
+    assert "  preset: paper\n" in printed
     assert "training report:\n  results:\n    eval_accuracy: 0.5\n  steps: 12\n" in printed
 
 
@@ -150,9 +141,9 @@ def test_inspect_names_what_is_wrong_with_config_or_index(blocks_folder, fail):
     index, config = blocks_folder / INDEX, blocks_folder / "config.json"
     edit_json(config, num_blocks=1)
     assert f"{index} maps 0, 1, shared, but the config says num_blocks=1" in fail("inspect", blocks_folder)[1]
-    edit_json(config, num_blocks=2, denoiser="both")
-    assert "denoiser='both' must be one of" in fail("inspect", blocks_folder)[1]
-    edit_json(config, denoiser="joint")
+    edit_json(config, num_blocks=2, preset="both")
+    assert "preset='both' must be one of" in fail("inspect", blocks_folder)[1]
+    edit_json(config, preset="paper")
     index.write_text('{"weight_map": {}, "metadata": {}}')
     assert f"{index} does not map blocks to files" in fail("inspect", blocks_folder)[1]
     index.write_text("{")

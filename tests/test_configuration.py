@@ -6,11 +6,13 @@ import json
 import math
 
 import pytest
-from transformers import AutoConfig, AutoModelForImageClassification
+from process_scenarios import DIT, GPT2, VIT
+from transformers import AutoConfig, AutoModelForImageClassification, LlamaConfig
 
-from hf_diffusionblocks import DiffusionBlocksConfig, DiffusionBlocksForImageClassification, NoiseSchedule
+from hf_diffusionblocks import DiffusionBlocksConfig, DiffusionBlocksForImageClassification
+from hf_diffusionblocks.configuration import OF_FORMULATIONS
+from hf_diffusionblocks.presets import PRESETS
 
-TABLE = [[0.002, 0.0], [0.3, 0.2], [2.0, 0.7], [80.0, 1.0]]
 BAD_FIELDS = [
     ({"num_blocks": 0}, r"num_blocks=0 must be a whole number from 1"),
     ({"num_blocks": 5}, r"num_blocks=5 must be at most the model's 4 layers"),
@@ -26,47 +28,64 @@ BAD_FIELDS = [
     ({"p_std": -1.0}, r"p_std=-1.0 must be a finite number above 0"),
     ({"p_mean": 40.0}, r"p_mean=40.0"),
     ({"p_mean": "high"}, r"p_mean='high' must be a finite number"),
-    ({"sigma_data": "large"}, r"sigma_data='large' must be a finite number above 0, or 'auto'"),
-    ({"overlap": -0.1}, r"overlap=-0.1 must be a finite number from 0, or None"),
-    ({"denoiser": "both"}, r"denoiser='both' must be one of 'joint', 'factorized'"),
-    ({"context": None}, r"context=None must be one of"),
-    ({"bridge": "warm"}, r"bridge='warm' must be one of None, 'soft', 'hard'"),
-    ({"sampler": "heun"}, r"sampler='heun' must be one of 'euler', 'ancestral'"),
-    ({"denoiser": "factorized", "readout": "edm"}, r"readout='edm' must be 'posterior' with denoiser='factorized'"),
-    ({"local_head_layers": 1}, r"local_head_layers=1 must be 0 with context='independent'"),
-    ({"prior_fraction": 1.5}, r"prior_fraction=1.5 must be a finite number from 0 to 1"),
+    ({"sigma_data": "large"}, r"sigma_data='large' must be a finite number above 0"),
+    ({"overlap": -0.1}, r"overlap=-0.1 must be a finite number from 0"),
+    ({"preset": "best"}, r"preset='best' must be one of 'recommended', 'paper'"),
+    ({"local_head_layers": -1, "preset": "recommended"}, r"local_head_layers=-1 must be a whole number from 0"),
     ({"num_inference_steps": 0}, r"num_inference_steps=0 must be a whole number from 1"),
-    ({"loss_weighting": "min-snr"}, r"loss_weighting='min-snr' must be one of None, 'edm'"),
     ({"shared": "none"}, r"shared='none' must be one of 'common', 'per_block'"),
     ({"id2label": ["cat"]}, r"id2label=\['cat'\] must be a dictionary of class numbers and their names, or None"),
     ({"training_report": "done"}, r"training_report='done' must be a dictionary, or None"),
-    ({"format_version": 1}, r"format_version=1 must be 2: the model was saved by .*: convert again"),
-    ({"noise_distribution": "uniform"}, r"noise_distribution='uniform' must be one of 'lognormal', 'information'"),
-    ({"noise_table": TABLE}, r"noise_distribution='lognormal' must be 'information' with a noise_table"),
-    *(
-        ({"noise_distribution": "information", "noise_table": table},
-         r"noise_table=.* must rise in both columns from \[sigma_min=0.002, 0.0\] to \[sigma_max=80.0, 1.0\]")
-        for table in ([[0.01, 0.0], *TABLE[1:]], [*TABLE[:-1], [70.0, 1.0]], [*TABLE[:-1], [80.0, 0.9]],
-                      [[0.002, 0.1], *TABLE[1:]], [TABLE[0], TABLE[2], TABLE[1], TABLE[3]],
-                      [TABLE[0], [0.3, 0.4], [2.0, 0.4], TABLE[3]])
-    ),
+    ({"format_version": 2}, r"format_version=2 must be 3: the model was saved by .*: convert again"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("fields, message", BAD_FIELDS, ids=[str(fields) for fields, _ in BAD_FIELDS])
 def test_bad_field_is_named(plain_config, fields, message):
     with pytest.raises(ValueError, match=message):
-        DiffusionBlocksConfig(source_config=plain_config, **fields)
+        DiffusionBlocksConfig(source_config=plain_config, **{"preset": "paper", **fields})
 
 
-def test_defaults_are_the_paper_s(plain_config):
-    config = DiffusionBlocksConfig(source_config=plain_config)
-    assert (config.sigma_min, config.sigma_max, config.p_mean, config.p_std, config.sigma_data) == (
-        0.002, 80.0, -1.2, 1.2, 0.5,
+#: Task -> source, and the fields of either preset's formulation.
+NOISE = {"sigma_min", "sigma_max", "p_mean", "p_std", "sigma_data", "overlap", "num_inference_steps", "inference_seed"}
+NUMBERS = {
+    "text-generation": (GPT2, {"local_head_layers"}, NOISE),
+    "image-classification": (VIT, {"local_head_layers"}, NOISE),
+    "fill-mask": (GPT2, *[{"overlap", "inference_seed", "mask_token_id"}] * 2),
+    "image-generation": (DIT, *[NOISE | {"label_dropout"}] * 2),
+}
+
+
+@pytest.mark.parametrize("task", NUMBERS)
+def test_a_saved_config_has_the_numbers_of_its_formulation_and_no_others(task, tmp_path):
+    source, *expected = NUMBERS[task]
+    for preset, numbers in zip(PRESETS, expected):
+        DiffusionBlocksConfig(source_config=source, task=task, preset=preset).save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text()).keys() & {*OF_FORMULATIONS} == numbers
+
+
+@pytest.mark.parametrize(
+    "task, fields, message",
+    [
+        ("text-generation", {"sigma_max": 40.0}, r"sigma_max=40.0 must be None with preset='recommended' .* has local_head_layers "
+         "alone; preset='paper' has it"),
+        ("image-classification", {"preset": "paper", "local_head_layers": 1}, "local_head_layers=1 must be None with "
+         "preset='paper' .* preset='recommended' has it"),
+        ("fill-mask", {"sigma_min": 0.1}, "sigma_min=0.1 must be None with preset='recommended' for task 'fill-mask', .* alone$"),
+        ("image-generation", {"mask_token_id": 3}, "mask_token_id=3 must be None"),
+    ],
+)  # fmt: skip
+def test_a_number_of_another_formulation_is_refused(task, fields, message):
+    with pytest.raises(ValueError, match=message):
+        DiffusionBlocksConfig(source_config=NUMBERS[task][0], task=task, **fields)
+
+
+def test_numbers_are_the_paper_s(plain_config):
+    config = DiffusionBlocksConfig(source_config=plain_config, preset="paper")
+    assert (config.sigma_min, config.sigma_max, config.p_mean, config.p_std, config.sigma_data, config.overlap) == (
+        0.002, 80.0, -1.2, 1.2, 0.5, 0.05,
     )  # fmt: skip
-    assert (config.denoiser, config.context, config.readout, config.sampler) == (
-        "joint", "independent", "edm", "euler",
-    )  # fmt: skip
+    assert config.num_inference_steps == config.num_blocks
 
 
 @pytest.mark.parametrize(
@@ -84,7 +103,7 @@ def test_layers_of_blocks(plain_config, fields, expected):
 
 
 def test_round_trip_through_auto_config(plain_config, tmp_path):
-    config = DiffusionBlocksConfig(source_config=plain_config, num_blocks=2, overlap=0.1, sigma_data="auto")
+    config = DiffusionBlocksConfig(source_config=plain_config, num_blocks=2, preset="paper", overlap=0.1)
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, DiffusionBlocksConfig)
@@ -98,31 +117,17 @@ def test_a_source_config_of_another_type_is_named(source_config):
         DiffusionBlocksConfig(source_config=source_config)
 
 
-@pytest.mark.parametrize("version", [None, 0, 1, "2"])
+@pytest.mark.parametrize("version", [None, 0, 2, "3"])
 @pytest.mark.parametrize("load", [AutoConfig, DiffusionBlocksConfig, AutoModelForImageClassification])
 def test_a_model_saved_in_another_format_is_refused(plain_config, load, version, tmp_path):
     model = DiffusionBlocksForImageClassification(DiffusionBlocksConfig(source_config=plain_config, num_blocks=2))
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    assert config.pop("format_version") == 2
+    assert config.pop("format_version") == 3
     path.write_text(json.dumps(config if version is None else {**config, "format_version": version}))
-    with pytest.raises(ValueError, match=f"format_version={version!r} must be 2: .*earlier version .*: convert again"):
+    with pytest.raises(ValueError, match=f"format_version={version!r} must be 3: .*earlier version .*: convert again"):
         load.from_pretrained(tmp_path)
-
-
-def test_a_noise_table_makes_the_schedule_and_survives_a_reload(plain_config, tmp_path):
-    config = DiffusionBlocksConfig(
-        source_config=plain_config, num_blocks=2, noise_distribution="information", noise_table=TABLE
-    )
-    config.save_pretrained(tmp_path)
-    boundaries = AutoConfig.from_pretrained(tmp_path).noise_schedule(0.0).boundaries
-    assert boundaries.tolist() == NoiseSchedule(2, table=TABLE).boundaries.tolist()
-
-
-def test_bridge_defaults_to_the_task_s(plain_config):
-    config = DiffusionBlocksConfig(source_config=plain_config)
-    assert (config.bridge, DiffusionBlocksForImageClassification(config).bridge) == (None, "soft")
 
 
 def test_it_shows_what_users_of_a_plain_config_read(plain_config):
@@ -132,6 +137,12 @@ def test_it_shows_what_users_of_a_plain_config_read(plain_config):
     assert config.get_text_config() is config.source_config
 
 
-def test_auto_sigma_data_is_the_target_s_scale(plain_config):
-    config = DiffusionBlocksConfig(source_config=plain_config, sigma_data="auto")
-    assert config.target_scale(32) == 32**-0.5
+def test_it_answers_what_is_asked_of_the_plain_config():
+    """Evaluation harnesses read positions and token ids."""
+    source = LlamaConfig(max_position_embeddings=64, bos_token_id=3, eos_token_id=4, pad_token_id=5)
+    config = DiffusionBlocksConfig(source_config=source)
+    names = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "num_attention_heads", "vocab_size")
+    assert [getattr(config, name) for name in names] == [getattr(source, name) for name in names]
+    assert DiffusionBlocksConfig(source_config=GPT2).n_positions == GPT2.n_positions
+    with pytest.raises(AttributeError):
+        config.n_experts

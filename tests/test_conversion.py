@@ -24,7 +24,7 @@ def plain_logits(model: db.DiffusionBlocksForImageClassification, batch) -> torc
 def test_weights_are_kept_and_the_source_is_untouched(plain_model, formulation):
     before = copy.deepcopy(plain_model.state_dict())
     config_before = copy.deepcopy(vars(plain_model.config))
-    model = randomized(db.convert(plain_model, num_blocks=2, preset="paper", **formulation))
+    model = randomized(db.convert(plain_model, num_blocks=2, **formulation))
     assert vars(plain_model.config) == config_before
     for name, tensor in plain_model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -35,7 +35,7 @@ def test_weights_are_kept_and_the_source_is_untouched(plain_model, formulation):
 def test_a_modulated_layer_starts_as_the_plain_layer(start, plain_model, plain_config, batch, formulation, tmp_path):
     """Bit for bit, at any sigma, and again after a save and a load."""
     source = plain_model if start == "pretrained" else plain_config
-    model = db.convert(source, num_blocks=2, preset="paper", **formulation).eval()
+    model = db.convert(source, num_blocks=2, **formulation).eval()
     with torch.no_grad():
         expected = model.backbone(batch["pixel_values"]).logits
         assert torch.equal(plain_logits(model, batch), expected)
@@ -54,7 +54,7 @@ def test_modulation_acts_once_it_has_moved(plain_model, batch):
 def test_missing_modulations_start_at_zero(plain_model, plain_config, batch, tmp_path):
     """Plain weights loaded straight into the class: what the checkpoint lacks is initialised, not left to chance."""
     plain_model.save_pretrained(tmp_path)
-    config = db.DiffusionBlocksConfig(source_config=plain_config, num_blocks=2)
+    config = db.DiffusionBlocksConfig(source_config=plain_config, num_blocks=2, preset="paper")
     model = db.DiffusionBlocksForImageClassification.from_pretrained(tmp_path, config=config)
     with torch.no_grad():
         assert torch.equal(plain_logits(model, batch), plain_model(batch["pixel_values"]).logits)
@@ -63,7 +63,7 @@ def test_missing_modulations_start_at_zero(plain_model, plain_config, batch, tmp
 
 def test_from_a_folder(plain_model, batch, tmp_path):
     plain_model.save_pretrained(tmp_path)
-    model = db.convert(tmp_path, num_blocks=2, denoiser="factorized", context="carried")
+    model = db.convert(tmp_path, num_blocks=2, preset="recommended", local_head_layers=0)
     assert model.config.base_model is None  # a hub id would be kept; a local path means nothing to others
     with torch.no_grad():
         assert torch.equal(

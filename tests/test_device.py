@@ -16,19 +16,17 @@ from transformers import default_data_collator
 
 from hf_diffusionblocks.training.checks import WithoutFullMask
 
-RECOMMENDED = {"prior_fraction": 1.0}
 #: Name -> case, fields of `convert`, columns of ones in the batch, training arguments.
 STEPS = {
     **{name: (name, {}, (), {}) for name, case in CASES.items() if case.trained and not case.is_own},
-    **{f"{name}, recommended": (name, RECOMMENDED, (), {}) for name in ("vit, factorized-carried", "gpt2, factorized-carried")},
     **{
-        f"{name}, together": (name, RECOMMENDED, (), {"block_schedule": "together"})
-        for name in ("vit, factorized-carried", "gpt2, factorized-carried")
+        f"{name}, together": (name, {}, (), {"block_schedule": "together"})
+        for name in ("vit, recommended", "gpt2, recommended")
     },
-    "text, shared part frozen": ("gpt2, factorized-carried", RECOMMENDED, (), {"train_shared": False}),
+    "text, shared part frozen": ("gpt2, recommended", {}, (), {"train_shared": False}),
     **{
         f"{name}, padded": (name, {}, ("attention_mask",), {})
-        for name in ("gpt2, factorized-carried", "gpt2, joint-edm-independent", "llama, masked", "bert")
+        for name in ("gpt2, recommended", "gpt2, paper", "llama, masked", "bert")
     },
 }  # fmt: skip
 CONTROLS = (

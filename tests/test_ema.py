@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import randomized
 from families import CASES, TEXT_CONFIGS, Case, same, trainer_of
 from process_scenarios import GPT2, INDEPENDENT, made
 from process_scenarios import trainer_of as trainer_of_scenario
@@ -23,9 +24,9 @@ from hf_diffusionblocks.training.checks import check_processes
 from hf_diffusionblocks.training.parallel import Layout
 
 DECAY = 0.3  # the warm-up's decay, (1 + n) / (10 + n), reaches it at the third update
-CARRIED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 0.5}
+CARRIED = {"preset": "recommended", "local_head_layers": 0}
 TEXT = Case(TEXT_CONFIGS["llama"], CARRIED)  # head and embeddings are not tied: block 0's steps alone reach these
-FAMILIES = {"text": TEXT, **{name: CASES[name] for name in ("vit, joint-edm-carried", "bert", "point")}}
+FAMILIES = {"text": TEXT, **{name: CASES[name] for name in ("vit, paper", "bert", "point")}}
 
 
 def trained(case, folder, model=None, **arguments) -> db.DiffusionBlocksTrainer:
@@ -135,7 +136,7 @@ def test_a_run_that_dies_in_a_save_and_is_resumed_has_those_of_the_uninterrupted
     with pytest.raises(KeyboardInterrupt):
         trained(TEXT, tmp_path, **arguments)
     monkeypatch.undo()
-    resumed = trainer_of(TEXT.model(inference_seed=1), TEXT, tmp_path, ema_decay=DECAY, max_steps=9, **arguments)
+    resumed = trainer_of(randomized(TEXT.model()), TEXT, tmp_path, ema_decay=DECAY, max_steps=9, **arguments)
     assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     resumed.train(resume_from_checkpoint=True)
     assert same(whole.model.state_dict(), resumed.model.state_dict())
@@ -186,9 +187,9 @@ def test_an_estimate_counts_them():
     """Of all that is trained, in 4 bytes each."""
     model = TEXT.model()
     all_trained = sum(parameter.numel() for parameter in model.parameters())
-    job = Way("job", CARRIED, job=True, train_shared=False)
+    job = Way("job", CARRIED, job=True, train_shared=False, carried=True)
     of_a_block = sum(parameter.numel() for parameter in model.block_parameters(1))
-    ways = [(Way("in turn", CARRIED), all_trained), (job, of_a_block)]
+    ways = [(Way("in turn", CARRIED, carried=True), all_trained), (job, of_a_block)]
     plain = Workload(TEXT.config, 2, batch_size=2, sequence_length=12, dtype=torch.bfloat16)
     for way, in_averages in ways:
         without, ledger = (ledger_of(way, each) for each in (plain, replace(plain, ema=True)))

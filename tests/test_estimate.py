@@ -32,13 +32,10 @@ CONFIGS = {
     "vit": (ViTConfig(**SIZES, image_size=16, patch_size=4, num_channels=1, num_labels=5), None),
 }
 FORMULATIONS = formulations_for(TASKS["text-generation"], BACKBONES["gpt2"])
-WAYS = {way.name: way for way in ways_of_stock_models() + ways_of_blocks(FORMULATIONS)}
-OTHERS = {
-    "local head": {"denoiser": "factorized", "context": "carried", "local_head_layers": 1},
-    "z is seen": {"denoiser": "factorized", "context": "independent", "prior_fraction": 0.5},
-    "joint, posterior, carried": {"denoiser": "joint", "context": "carried", "readout": "posterior"},
-}
-OTHER_WAYS = {way.name: way for way in ways_of_blocks(OTHERS) if way.job}
+TEXT = TASKS["text-generation"]
+WAYS = {way.name: way for way in ways_of_stock_models() + ways_of_blocks(TEXT, FORMULATIONS)}
+OTHERS = {"local head": {"preset": "recommended", "local_head_layers": 1}}
+OTHER_WAYS = {way.name: way for way in ways_of_blocks(TEXT, OTHERS) if way.job}
 
 
 def estimated(way: Way, workload: Workload) -> db.Ledger:
@@ -87,11 +84,11 @@ def test_logits_are_as_many_as_the_device_reads_out_at_a_time(monkeypatch):
 def test_the_largest_block_is_among_those_that_are_followed():
     """Cut unevenly, and with local heads: no block's job holds more."""
     fields = {**OTHERS["local head"], "shared": "per_block", "layers_per_block": [1, 2, 1]}
-    way = Way("job", fields, job=True, cached=True)
+    way = Way("job", fields, job=True, carried=True, cached=True)
     workload = Workload(GPT2, 3, 3, 24)
     totals = []
     for block in range(3):
-        model = db.convert(GPT2, 3, resident_blocks=[block], preset="paper", **fields).train()
+        model = db.convert(GPT2, 3, resident_blocks=[block], **fields).train()
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         batch = workload.batch() | ({"block_input": workload.hidden()} if block else {})
         totals.append(db.measure_memory(model, optimizer, lambda: model(**batch, block_index=block).loss).total)
@@ -103,33 +100,31 @@ def test_what_is_too_large_to_allocate_is_estimated():
     config = LlamaConfig(
         num_hidden_layers=8, hidden_size=8192, intermediate_size=24576, num_attention_heads=64, vocab_size=320
     )
-    estimate = db.estimate_memory(config, num_blocks=8, batch_size=2, sequence_length=512, denoiser="factorized")
+    estimate = db.estimate_memory(config, num_blocks=8, batch_size=2, sequence_length=512, preset="recommended", local_head_layers=0)
     plain = estimate.ledgers["end to end"]
     layer = 4 * (4 * 8192**2 + 3 * 8192 * 24576 + 2 * 8192)
     assert plain.parts.blocks == 8 * layer
     assert plain.parts.optimizer == pytest.approx(2 * plain.parts.gradients, rel=1e-6)
-    assert estimate.ledgers["factorized, independent: job, shared part frozen"].parts.blocks == layer
+    assert estimate.ledgers["recommended: job, shared part frozen, cached inputs"].parts.blocks == layer
 
 
 def test_the_budget_is_met_by_the_smallest_number_of_blocks():
-    name, plain = "factorized, carried: job, own embeddings and head, cached inputs", "end to end"
-    fields = {"denoiser": "factorized", "context": "carried"}
-    way = next(way for way in ways_of_blocks({"factorized, carried": fields}) if way.name == name)
+    way = WAYS["recommended: job, own embeddings and head, cached inputs"]
     totals = {blocks: estimated(way, Workload(GPT2, blocks, 3, 24)).total for blocks in (1, 2, 4)}
     assert totals[1] > totals[2] > totals[4]
     for budget, expected in ((totals[2], 2), (totals[2] - 1, 4), (totals[4] - 1, None)):
         assert smallest_number_of_blocks(way, Workload(GPT2, 3, 3, 24), budget) == expected
-    estimate = db.estimate_memory(TINY, 2, 3, 24, budget="1 TiB", denoiser="factorized")
+    estimate = db.estimate_memory(TINY, 2, 3, 24, budget="1 TiB", preset="recommended", local_head_layers=0)
     assert set(estimate.fitting.values()) == {1}
     assert "fits 1 TiB" in str(estimate) and str(estimate).count("yes") == len(estimate.ledgers)
 
 
 def test_a_diffusionblocks_model_is_estimated_as_it_is():
-    model = db.convert(TINY, 2, denoiser="factorized").to(torch.bfloat16)
+    model = db.convert(TINY, 2, preset="recommended", local_head_layers=0).to(torch.bfloat16)
     estimate = db.estimate_memory(model, batch_size=3, sequence_length=24)
-    expected = db.estimate_memory(TINY, 2, 3, 24, dtype="bf16", denoiser="factorized")
+    expected = db.estimate_memory(TINY, 2, 3, 24, dtype="bf16", preset="recommended", local_head_layers=0)
     assert estimate.ledgers == expected.ledgers
-    assert [name for name in estimate.ledgers if name.startswith("factorized, independent: ")]
+    assert [name for name in estimate.ledgers if name.startswith("recommended: ")]
 
 
 @pytest.mark.parametrize(
@@ -146,8 +141,8 @@ def test_a_diffusionblocks_model_is_estimated_as_it_is():
         ({"tflops": 0}, "tflops=0 must be a number above 0"),
         ({"bf16": True, "dtype": "bf16"}, "bf16=True is autocast, over parameters in float32: dtype='bfloat16' is not"),
         ({"keep": 9}, "keep=9 must be a number of layers from 0 to 4"),
-        ({"denoiser": "both"}, "denoiser='both' must be one of 'joint', 'factorized'"),
-        ({"denoisr": "joint"}, "denoisr: not a field of DiffusionBlocksConfig"),
+        ({"preset": "both"}, "preset='both' must be one of 'recommended', 'paper'"),
+        ({"presett": "paper"}, "presett: not a field of DiffusionBlocksConfig"),
     ],
     ids=str,
 )
@@ -177,9 +172,9 @@ def test_sizes_that_are_none_are_refused(text):
 def test_the_command_prints_the_estimate(tmp_path, capsys):
     """With underscores or hyphens."""
     TINY.save_pretrained(tmp_path)
-    options = "--dtype bf16 --denoiser factorized --num_blocks 2 --batch-size 3 --sequence-length 24"
+    options = "--dtype bf16 --preset recommended --local_head_layers 0 --num_blocks 2 --batch-size 3 --sequence-length 24"
     main(["estimate", "--model", str(tmp_path), *options.split()])
-    expected = db.estimate_memory(TINY, 2, 3, 24, dtype="bf16", denoiser="factorized")
+    expected = db.estimate_memory(TINY, 2, 3, 24, dtype="bf16", preset="recommended", local_head_layers=0)
     assert capsys.readouterr().out.strip() == str(expected)
 
 
@@ -191,7 +186,7 @@ def test_the_command_reads_a_model_of_diffusers(tmp_path, capsys):
 
 def test_a_tiny_model_s_table_says_something():
     """In KiB, where MiB would be 0 everywhere."""
-    estimate = db.estimate_memory(TINY, 2, 3, 24, ema=True, denoiser="factorized")
+    estimate = db.estimate_memory(TINY, 2, 3, 24, ema=True, preset="recommended", local_head_layers=0)
     header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in str(estimate).splitlines() if "|" in line)
     assert header[0] == "KiB"
     for row in rows:

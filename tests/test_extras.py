@@ -39,7 +39,7 @@ TRAINING = """
 from transformers import AutoModelForCausalLM, GPT2Config
 
 config = GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=32, n_positions=16, bos_token_id=0, eos_token_id=0)
-model = db.convert(config, 2, denoiser="factorized", context="carried", prior_fraction=1.0)
+model = db.convert(config, 2, preset="recommended", local_head_layers=0)
 rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
 args = db.DiffusionBlocksTrainingArguments(
     sys.argv[2], max_steps=2, per_device_train_batch_size=2, use_cpu=True, report_to=[], save_strategy="steps", save_steps=1
@@ -51,7 +51,7 @@ trainer.save_model()
 again = AutoModelForCausalLM.from_pretrained(sys.argv[2])
 assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
 again.to_plain().save_pretrained(sys.argv[2] + "/plain")
-print(db.estimate_memory(config, 2, 1, 8, denoiser="factorized"))
+print(db.estimate_memory(config, 2, 1, 8, preset="recommended", local_head_layers=0))
 """
 VERBS = """
 from hf_diffusionblocks.cli import main

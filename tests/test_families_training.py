@@ -38,8 +38,7 @@ class Moves(TrainerCallback):
 @everywhere
 def test_a_step_moves_its_block_and_shared_parameters_only(case, tmp_path):
     """Of two batches. Every parameter, weight decay on: a gradient of zero, rather than none, would let decay move the others."""
-    # (Of z that gives its target away, too little is to be learnt.)
-    model, moves = case.model(**({"prior_fraction": 0.5} if case.has_known_targets else {})), Moves()
+    model, moves = case.model(), Moves()
     arguments = {"max_steps": 4, "gradient_accumulation_steps": 2, "block_schedule": "random"}
     moves.trainer = trainer_of(model, case, tmp_path, callbacks=[moves], **arguments)
     moves.trainer.train()
@@ -54,7 +53,7 @@ def test_training_resumes_bit_equal(case, tmp_path):
     """Stopped within an epoch and a round of blocks; dropout on, so the global generator matters, too."""
     case = case.with_dropout(0.1)
     arguments = {"max_steps": 7, "lr_scheduler_type": "cosine", "save_strategy": "steps", "save_steps": 3}
-    whole, resumed = case.model(), case.model(inference_seed=1)
+    whole, resumed = case.model(), case.model()
     with torch.no_grad():
         for parameter in resumed.parameters():
             parameter += 1  # all comes from the checkpoint
@@ -114,7 +113,7 @@ def test_the_estimate_is_what_a_step_holds(case):
     """Of all blocks in turn: what is followed without memory, and what is taken. (test_estimate.py has the library's.)"""
     fields = {name: value for name, value in case.fields.items() if name != "task"}
     workload = Workload(case.config, 2, batch_size=3, sequence_length=case.length, task_name=case.task.name)
-    way = Way("in turn", {"shared": "common", **fields})
+    way = Way("in turn", {"shared": "common", "preset": "paper", **fields})
     estimate = db.estimate_memory(case.model(), batch_size=3, sequence_length=case.length)
     followed = next(ledger for name, ledger in estimate.ledgers.items() if name.endswith("all blocks in turn"))
     torch.manual_seed(0)
@@ -128,11 +127,12 @@ def test_card_and_inspect_say_what_it_is(case, tmp_path, capsys):
     model = case.model()
     model.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
-    level = model.noise_schedule.level_name
-    assert f"pipeline_tag: {case.task.pipeline_tag or model.task}" in card and f"| block | layers | {level} |" in card
+    level = f" | {model.noise_schedule.level_name}" if model.noise_schedule else ""
+    assert f"pipeline_tag: {case.task.pipeline_tag or model.task}" in card and f"| block | layers{level} | parameters |" in card
     main(["inspect", str(tmp_path), "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["task"] == model.task and len(found["blocks"]) == 2
-    assert found["blocks"][0][level] == list(model.noise_schedule.interval(0))
+    if level:
+        assert found["blocks"][0][model.noise_schedule.level_name] == list(model.noise_schedule.interval(0))
     main(["card", str(tmp_path), "--stdout"])
     assert capsys.readouterr().out.strip() == card.strip()

@@ -118,7 +118,7 @@ def test_the_loss_weights_every_image_by_its_own_level():
     expected = torch.stack([edm_loss_weight(s, 0.5) * error for s, error in zip(sigma, errors)]).mean()
     assert torch.allclose(found.loss, expected)
     z, block = images() + at(sigma) * noise, model.blocks[1]
-    assert torch.allclose(found.estimate, model.denoiser.estimate(block, z, sigma, LABELS), atol=1e-6)
+    assert torch.allclose(found.estimate, model.formulation.estimate(block, z, sigma, LABELS), atol=1e-6)
 
 
 def test_labels_are_dropped_once_for_all_layers_and_only_in_training():
@@ -175,7 +175,7 @@ def test_predict_is_the_flow_by_the_block_that_owns_each_level():
     none = torch.full((4,), DIT.num_embeds_ada_norm)
     for k, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):  # T = B: a step a block, first block first
         block, level = model.blocks[k], torch.full((4,), sigma)
-        of_class, of_none = (model.denoiser.estimate(block, z.float(), level, labels) for labels in (LABELS, none))
+        of_class, of_none = (model.formulation.estimate(block, z.float(), level, labels) for labels in (LABELS, none))
         estimate = of_none + scale * (of_class - of_none)
         z = z + (sigma_next - sigma) * (z - estimate.double()) / sigma
     assert torch.allclose(found.images, z.float(), atol=1e-4) and found.sigmas.tolist() == sigmas
@@ -220,10 +220,8 @@ def test_weights_come_from_models_folders_and_pipelines_folders(stock, tmp_path)
 @pytest.mark.parametrize(
     "fields, named",
     [
-        ({"context": "carried"}, "context='carried' must be 'independent'"),
-        ({"denoiser": "factorized"}, "denoiser='factorized' must be 'joint'"),
-        ({"sigma_data": "auto"}, "sigma_data='auto' must be a number"),
-        ({"prior_fraction": 0.5}, "prior_fraction=0.5 must be 0.0"),
+        ({"local_head_layers": 0}, "local_head_layers=0 must be None with preset='recommended' for task 'image-generation'"),
+        ({"sigma_data": "auto"}, "sigma_data='auto' must be a finite number above 0"),
         ({"label_dropout": 2}, "label_dropout=2 must be a finite number from 0 to 1"),
     ],
 )

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, ViTConfig, ViTForIm
 
 import hf_diffusionblocks as db
 
-RECOMMENDED = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
+RECOMMENDED = {"preset": "recommended", "local_head_layers": 0}
 FIELDS = {
     "two blocks": {**RECOMMENDED, "num_blocks": 2},
     "four blocks": {**RECOMMENDED, "num_blocks": 4},
@@ -74,14 +74,14 @@ def positions(padding: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def test_a_batch_and_a_row(plain, fields, ids):
-    model = db.convert(plain, preset="paper", **fields)
+    model = db.convert(plain, **fields)
     assert torch.equal(model(ids).logits, plain(ids).logits)
     assert torch.equal(model(ids[:1]).logits, plain(ids[:1]).logits)
 
 
 @torch.no_grad()
 def test_a_padded_batch(plain, fields, ids, padding):
-    model = db.convert(plain, preset="paper", **fields)
+    model = db.convert(plain, **fields)
     masks = {"attention_mask": padding, "position_ids": positions(padding)}
     expected = plain(ids, **masks).logits
     assert torch.equal(model(ids, **masks).logits, expected)
@@ -90,20 +90,20 @@ def test_a_padded_batch(plain, fields, ids, padding):
 
 @torch.no_grad()
 def test_token_by_token_with_a_cache(plain, fields, ids):
-    model = db.convert(plain, preset="paper", **fields)
+    model = db.convert(plain, **fields)
     assert torch.equal(step_by_step(model, ids, prompt=4), step_by_step(plain, ids, prompt=4))
 
 
 @torch.no_grad()
 def test_a_padded_batch_token_by_token(plain, fields, ids, padding):
-    model = db.convert(plain, preset="paper", **fields)
+    model = db.convert(plain, **fields)
     masks = {"attention_mask": padding, "position_ids": positions(padding)}
     assert torch.equal(step_by_step(model, ids, 5, **masks), step_by_step(plain, ids, 5, **masks))
 
 
 @torch.no_grad()
 def test_loss_and_perplexity(plain, fields, ids):
-    model = db.convert(plain, preset="paper", **fields)
+    model = db.convert(plain, **fields)
     assert torch.equal(model(ids, labels=ids).loss, plain(ids, labels=ids).loss)
 
 
@@ -128,7 +128,7 @@ assert not any(name.split(".")[0] == "hf_diffusionblocks" for name in sys.module
 def test_the_plain_model_generates_as_the_source_was_told_to():
     source = AutoModelForCausalLM.from_config(TEXT_CONFIGS["gpt2"])
     source.generation_config.update(eos_token_id=[5, 6, 7], do_sample=True, top_k=3)
-    model = db.convert(source, preset="paper", **next(iter(FIELDS.values())))
+    model = db.convert(source, **next(iter(FIELDS.values())))
     plain = model.to_plain()
     assert plain.generation_config.to_dict() == source.generation_config.to_dict()
     assert plain.config is not model.config.source_config
@@ -147,7 +147,7 @@ def test_stock_transformers_reads_the_trained_model_in_a_process_without_this_pa
     jobs, expected = [], []
     for name, (plain, batch) in sources.items():
         for number, fields in enumerate(FIELDS.values()):
-            model = randomized(db.convert(plain, preset="paper", **fields)).eval()
+            model = randomized(db.convert(plain, **fields)).eval()
             folder = tmp_path / f"{name}-{number}"
             model.to_plain().save_pretrained(folder)
             torch.save(batch, folder / "input.pt")

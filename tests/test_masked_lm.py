@@ -89,20 +89,16 @@ def test_the_same_architecture_stays_causal_for_text_generation(config, ids):
     assert torch.equal(model(ids).logits[:, :6], model(changed).logits[:, :6])
     both_ways = masked_model(config, num_blocks=1).to_plain()
     with pytest.raises(ValueError, match="is_causal=False"):
-        db.convert(both_ways, 2)(ids)
+        db.convert(both_ways, 2)
 
 
 def test_what_has_no_meaning_for_masks_is_refused():
-    asked = {
-        "context": "carried", "readout": "posterior", "loss_weighting": "edm", "prior_fraction": 0.5,
-        "noise_distribution": "information",
-    }  # fmt: skip
-    for field, value in asked.items():
-        with pytest.raises(ValueError, match=f"{field}={value!r} must be"):
-            masked_model(**{field: value})
+    for field in ("sigma_max", "local_head_layers"):
+        with pytest.raises(ValueError, match=f"{field}=2 must be None"):
+            masked_model(**{field: 2})
     with pytest.raises(ValueError, match=r"mask_token_id=50 must lie in 0\.\.47, or be 48"):
         masked_model(mask_token_id=50)
-    with pytest.raises(ValueError, match="mask_token_id=3 must be None for task 'text-generation'"):
+    with pytest.raises(ValueError, match="mask_token_id=3 must be None with preset='recommended' for task 'text-generation'"):
         db.convert(TEXT_CONFIGS["llama"], 2, mask_token_id=3)
     with pytest.raises(ValueError, match=r"to_plain\(\) needs num_blocks=1, this model has 2"):
         masked_model().to_plain()

@@ -37,7 +37,7 @@ CONFIGS = {
     ),
 }  # fmt: skip
 FORMULATIONS = formulations_for(TASKS["text-generation"], BACKBONES["gpt2"])
-WAYS = {way.name: way for way in ways_of_stock_models() + ways_of_blocks(FORMULATIONS)}
+WAYS = {way.name: way for way in ways_of_stock_models() + ways_of_blocks(TASKS["text-generation"], FORMULATIONS)}
 
 
 def workload(family: str) -> Workload:
@@ -109,8 +109,8 @@ def test_logits_are_those_of_a_chunk(family):
 
 
 def test_shared_part_blocks_and_adaln_are_listed_apart():
-    model = db.convert(GPT2, 2, denoiser="joint")
-    ledger = ledger_of(Way("joint", {"denoiser": "joint"}), Workload(GPT2, 2, 3, 24))
+    model = db.convert(GPT2, 2, preset="paper")
+    ledger = ledger_of(Way("paper", {"preset": "paper"}), Workload(GPT2, 2, 3, 24))
     sizes = {"shared": 0, "blocks": 0, "adaln": 0}
     for name, parameter in model.named_parameters():
         part = "adaln" if "modulations" in name or "sigma_emb" in name else "blocks" if ".h." in name else "shared"

@@ -143,7 +143,7 @@ def test_jobs_that_do_not_fit_are_refused(jobs, tmp_path):
 
 def test_jobs_with_other_targets_are_refused(jobs, texts, tmp_path):
     torch.manual_seed(1)  # other fresh weights
-    other = db.convert(CONFIGS["gpt2"], 2, resident_blocks=[1], preset="paper", **INDEPENDENT)
+    other = db.convert(CONFIGS["gpt2"], 2, resident_blocks=[1], **INDEPENDENT)
     trained(other, tmp_path / "other", texts)
     with pytest.raises(ValueError, match=r"what all blocks share .* differs .*target_embeddings.table"):
         db.merge_blocks([jobs[0], tmp_path / "other"], tmp_path / "merged")

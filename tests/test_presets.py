@@ -1,4 +1,4 @@
-"""What `convert` gives by default, and what leaves it; which schedule a run has by default."""
+"""What `convert` gives by default; which schedule a run has by default."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.cli.arguments import BlocksArguments
-from hf_diffusionblocks.configuration import USER_FIELDS
-from hf_diffusionblocks.presets import LEAVING, PRESETS, RECOMMENDED, with_preset
+from hf_diffusionblocks.configuration import OF_FORMULATIONS, USER_FIELDS
+from hf_diffusionblocks.presets import PRESETS, with_preset
 from hf_diffusionblocks.recipes import common
 from hf_diffusionblocks.recipes.formulation import blocks_fields
 from hf_diffusionblocks.memory.ways import formulations_for
 from hf_diffusionblocks.tasks import TASKS
 
-TRIPLE = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
 SOURCES = {"text-generation": GPT2, "image-classification": VIT}
 #: (task, start) -> layers of the local heads that it has by default
 TABLE = {
@@ -59,11 +58,8 @@ def inputs_of(config) -> torch.Tensor:
     return torch.randn(3, 1, 8, 8, generator=generator)
 
 
-def formulation(config: db.DiffusionBlocksConfig) -> dict:
-    return {name: getattr(config, name) for name in (*TRIPLE, "readout", "local_head_layers")}
-
-
-PAPER = {"denoiser": "joint", "context": "independent", "prior_fraction": 0.0, "readout": "edm", "local_head_layers": 0}
+def fields_of(config: db.DiffusionBlocksConfig) -> dict:
+    return {name: getattr(config, name) for name in USER_FIELDS}
 
 
 # ---- the table
@@ -78,9 +74,8 @@ def test_the_recommended_model(task, start, origin, tmp_path):
         if origin == "folder":
             source.save_pretrained(tmp_path)
             source = tmp_path
-    expected = {**TRIPLE, "readout": "posterior", "local_head_layers": TABLE[task, start]}
-    assert formulation(db.convert(source, 2).config) == expected
-    assert TABLE.keys() | {("image-generation", "fresh")} == RECOMMENDED.keys()
+    config = db.convert(source, 2).config
+    assert (config.preset, config.local_head_layers) == ("recommended", TABLE[task, start])
 
 
 def test_fresh_blocks_that_denoise_images_have_ends_of_their_own():
@@ -89,19 +84,18 @@ def test_fresh_blocks_that_denoise_images_have_ends_of_their_own():
 
 
 def test_the_paper_s_model_has_the_class_s_defaults(config, plain):
+    expected = fields_of(db.DiffusionBlocksConfig(source_config=config, preset="paper"))
     for source in (config, plain):
-        model = db.convert(source, preset="paper")
-        assert formulation(model.config) == PAPER
-        expected = db.DiffusionBlocksConfig(source_config=config)
-        assert all(getattr(model.config, name) == getattr(expected, name) for name in USER_FIELDS)
+        assert fields_of(db.convert(source, preset="paper").config) == expected
 
 
-def test_the_memory_of_the_recommended_model_is_that_of_a_pretrained_one_of_either_task():
-    for task in SOURCES:
-        assert formulations_for(TASKS[task], backbone_for(SOURCES[task]))["recommended"] == RECOMMENDED[task, "pretrained"] == TRIPLE
+def test_the_memory_of_both_formulations_is_estimated_where_there_are_two():
+    found = {task: formulations_for(TASKS[task], backbone_for(config)).keys() for task, config in SOURCES.items()}
+    assert found == {task: {"recommended", "paper"} for task in SOURCES}
+    assert formulations_for(TASKS["image-generation"], backbone_for(DIT)).keys() == {"paper"}
 
 
-@pytest.mark.parametrize("fields", [{}, {"shared": "per_block"}, {"prior_fraction": 0.5}, {"sampler": "ancestral"}])
+@pytest.mark.parametrize("fields", [{}, {"shared": "per_block"}, {"local_head_layers": 1}])
 def test_a_pretrained_model_is_unchanged_bit_for_bit(config, plain, fields):
     model, inputs = db.convert(plain, 2, **fields).eval(), inputs_of(config)
     with torch.no_grad():
@@ -122,46 +116,25 @@ def test_one_block_and_one_layer(config, layers, tmp_path):
             assert torch.equal(reloaded(inputs).logits, model(inputs).logits)
 
 
-# ---- what overrides it, and what leaves it
+# ---- what overrides it
 
 
 def test_fields_override_the_preset_s():
-    config = db.convert(GPT2, 2, prior_fraction=0.5, local_head_layers=2, overlap=0.2).config
-    assert formulation(config) == {
-        **TRIPLE, "prior_fraction": 0.5, "readout": "posterior", "local_head_layers": 2
-    }  # fmt: skip
-    assert config.overlap == 0.2
+    assert db.convert(GPT2, 2, local_head_layers=2).config.local_head_layers == 2
+    assert db.convert(DIT, 2, shared="common").config.shared == "common"
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"denoiser": "joint"}, {"denoiser": "factorized"}, {"context": "carried"}, {"context": "independent"},
-        {"readout": "edm"}, {"readout": None}, {"denoiser": "factorized", "context": "carried"},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_naming_the_formulation_leaves_the_preset(config, plain, fields):
-    for source in (config, plain):
-        expected = db.DiffusionBlocksConfig(source_config=config, num_blocks=2, **fields)
-        assert formulation(db.convert(source, 2, **fields).config) == formulation(expected)
-        assert expected.prior_fraction == 0
-
-
-@pytest.mark.parametrize("fields", [{}, {"denoiser": "joint"}])
-def test_an_unknown_preset_is_refused(config, plain, fields):
+def test_an_unknown_preset_is_refused(config, plain):
     for source in (config, plain):
         with pytest.raises(ValueError, match="preset='best' must be one of 'recommended', 'paper'"):
-            db.convert(source, 2, preset="best", **fields)
+            db.convert(source, 2, preset="best")
 
 
 def test_the_saved_config_holds_what_came_of_it(config, plain, tmp_path):
     for source in (config, plain):
         model = db.convert(source, 2)
         model.save_pretrained(tmp_path)
-        reloaded = AutoConfig.from_pretrained(tmp_path)
-        assert all(getattr(reloaded, name) == getattr(model.config, name) for name in USER_FIELDS)
-        assert not hasattr(reloaded, "preset")
+        assert fields_of(AutoConfig.from_pretrained(tmp_path)) == fields_of(model.config)
 
 
 # ---- the schedule
@@ -173,16 +146,14 @@ def test_the_saved_config_holds_what_came_of_it(config, plain, tmp_path):
         ({}, {}, "together"),  # a turn of the last block would run all others again
         ({}, {"train_blocks": [1, 2], "train_shared": False}, "together"),
         ({}, {"train_blocks": [2], "train_shared": False}, "random"),
-        ({"context": "independent"}, {}, "random"),
-        ({"denoiser": "joint", "prior_fraction": 0.5}, {}, "random"),  # (it cannot)
-        ({}, {"block_parallel": True}, "random"),
+        ({"preset": "paper"}, {}, "random"),
         ({}, {"block_schedule": "random"}, "random"),
-        ({"context": "independent"}, {"block_schedule": "together"}, "together"),
+        ({"preset": "paper"}, {"block_schedule": "together"}, "together"),
     ],
     ids=str,
 )
 def test_blocks_train_together_where_turns_would_run_others_again(fields, arguments, schedule, tmp_path):
-    model = db.convert(GPT2, 4, preset="paper", **{**TRIPLE, **fields})
+    model = db.convert(GPT2, 4, **fields)
     trainer = trainer_of(model, GPT2, tmp_path, {"max_steps": 1, **arguments})
     assert trainer.args.block_schedule == schedule
 
@@ -205,44 +176,31 @@ def test_the_command_takes_a_preset(preset, fresh, gpt2, tmp_path, capsys):
     main(["convert", str(gpt2), str(tmp_path / "out"), "--num_blocks", "2", *options])
     config = AutoConfig.from_pretrained(tmp_path / "out")
     source = GPT2 if fresh else GPT2LMHeadModel(GPT2)
-    assert formulation(config) == formulation(db.convert(source, 2, preset=preset or "recommended").config)
+    assert fields_of(config) == fields_of(db.convert(source, 2, preset=preset or "recommended").config)
 
 
 def test_the_command_s_options_override_the_preset(gpt2, tmp_path, capsys):
-    options = ["--num_blocks", "2", "--prior_fraction", "0.5"]
-    main(["convert", str(gpt2), str(tmp_path / "a"), *options])
-    config = AutoConfig.from_pretrained(tmp_path / "a")
-    assert formulation(config) == {
-        **TRIPLE, "prior_fraction": 0.5, "readout": "posterior", "local_head_layers": 0
-    }  # fmt: skip
-    (tmp_path / "options.yaml").write_text("denoiser: joint\nnum_blocks: 2\n")
+    main(["convert", str(gpt2), str(tmp_path / "a"), "--num_blocks", "2", "--local_head_layers", "3"])
+    assert AutoConfig.from_pretrained(tmp_path / "a").local_head_layers == 3
+    (tmp_path / "options.yaml").write_text("preset: paper\nnum_blocks: 2\n")
     main(["convert", str(gpt2), str(tmp_path / "b"), "--config", str(tmp_path / "options.yaml")])
-    assert formulation(AutoConfig.from_pretrained(tmp_path / "b")) == PAPER
+    assert AutoConfig.from_pretrained(tmp_path / "b").preset == "paper"
     with pytest.raises(SystemExit):
         main(["convert", str(gpt2), str(tmp_path / "c"), "--preset", "best"])
     assert "--preset: invalid choice: 'best'" in capsys.readouterr().err
 
 
-def fields_of_recipe(preset: str, given: dict, task: str, start: str) -> dict:
-    name = {"model_name_or_path" if start == "pretrained" else "config_name": "some"}
-    arguments = common.ModelArguments(preset=preset, **name)
-    return blocks_fields(arguments, BlocksArguments(num_blocks=2, **given), task, SOURCES[task])
-
-
 @pytest.mark.parametrize(("task", "start"), TABLE)
-@pytest.mark.parametrize("given", [{}, {"prior_fraction": 0.5}, {"context": "carried"}], ids=str)
-@pytest.mark.parametrize("preset", PRESETS)
-def test_the_recipes_take_a_preset(preset, given, task, start):
-    fields = fields_of_recipe(preset, given, task, start)
-    assert fields.keys() == USER_FIELDS.keys()
-    made = db.DiffusionBlocksConfig(source_config=SOURCES[task], **fields)
-    wanted = with_preset(preset, task, start, given, backbone_for(SOURCES[task]))
-    assert formulation(made) == formulation(db.DiffusionBlocksConfig(source_config=SOURCES[task], num_blocks=2, **wanted))
+@pytest.mark.parametrize("preset", [None, *PRESETS])
+def test_the_recipes_take_a_preset(preset, task, start):
+    name = {"model_name_or_path" if start == "pretrained" else "config_name": "some"}
+    fields = blocks_fields(common.ModelArguments(**name), BlocksArguments(num_blocks=2, preset=preset), task, SOURCES[task])
+    assert fields == with_preset(preset or "recommended", task, start, {"num_blocks": 2}, backbone_for(SOURCES[task]))
 
 
 @pytest.mark.parametrize("file", sorted((Path(common.__file__).parent / "configs").glob("*.yaml")), ids=lambda file: file.stem)
 def test_the_configs_that_come_along_leave_the_formulation_to_the_preset(file):
-    assert not yaml.safe_load(file.read_text()).keys() & {*LEAVING}
+    assert yaml.safe_load(file.read_text()).keys() & {"preset", *OF_FORMULATIONS} <= {"sigma_data", "num_inference_steps"}
 
 
 def test_all_options_of_the_config_are_left_to_the_preset():

@@ -54,7 +54,7 @@ def logits_in_another_process(folder, ids: torch.Tensor, **arguments) -> torch.T
 
 def make(plain, **fields) -> db.DiffusionBlocksForCausalLM:
     """Converted to two blocks, every parameter (AdaLN included) away from its start."""
-    return randomized(db.convert(plain, num_blocks=2, preset="paper", **fields)).eval()
+    return randomized(db.convert(plain, **{"num_blocks": 2, "preset": "paper", **fields})).eval()
 
 
 @pytest.fixture

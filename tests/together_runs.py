@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import hf_diffusionblocks as db
 
 B, STEPS = 4, 5
-CARRIED = {"num_blocks": B, "denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
+CARRIED = {"num_blocks": B, "preset": "recommended", "local_head_layers": 0}
 SOURCES = {"gpt2": GPT2, "llama": LLAMA, "vit": VIT}
 TOGETHER = {"block_schedule": "together"}
 #: (Without its epsilon, AdamW makes signs of what is nearly nothing.)

@@ -91,12 +91,7 @@ class Decoder(Backbone):
 
         Args:
             position_ids: those that the caller gave, which may restart and so mark packed texts, or None.
-
-        Raises:
-            ValueError: the config says that the model attends both ways: it would see the tokens it has to predict.
         """
-        if getattr(plain.config, "is_causal", None) is False:
-            raise ValueError("is_causal=False in the plain model's config must be True, or absent, to predict next tokens")
         return create_causal_mask(
             config=plain.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=past_key_values,
             position_ids=position_ids, allow_is_causal_skip=not explicit and may_look(plain, attention_mask),

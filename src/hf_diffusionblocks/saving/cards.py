@@ -70,9 +70,7 @@ def render(model: PreTrainedModel, home: Path) -> str:
         source=source,
         num_blocks=config.num_blocks,
         trained_as="each as a denoiser of its own range of noise" if model.noise_schedule else "each on a loss of its own",
-        level=model.noise_schedule.level_name if model.noise_schedule else "noise",
-        block_rows="\n".join(_block_row(model, k) for k in range(config.num_blocks)),
-        shared_parameters=f"{sum(p.numel() for p in model.shared_parameters()):,}",
+        block_table=_block_table(model),
         formulation_rows="\n".join(f"| {field} | {getattr(config, field)} |" for field in fields),
         evaluation_sentence=TASKS[config.task].evaluation[config.preset],
         training_section=_training_section(report) + (f"\n\n![Samples]({SAMPLES})" if (home / SAMPLES).is_file() else ""),
@@ -84,15 +82,20 @@ def _use_code(model: PreTrainedModel, name: str) -> str:
     return USE.format(auto_class=task.auto_class.__name__, name=name, lines=task.usage.format(name=name))
 
 
-def _block_row(model: PreTrainedModel, block_index: int) -> str:
-    layers = model.block_layers(block_index)
-    interval = "none"
-    if model.noise_schedule:
-        interval = "({:.4g}, {:.4g}]".format(*model.noise_schedule.interval(block_index))
-    count = "not loaded"
-    if block_index in model.resident_blocks:
-        count = f"{sum(p.numel() for p in model.block_parameters(block_index)):,}"
-    return f"| {block_index} | {layers[0]}-{layers[-1]} | {interval} | {count} |"
+def _block_table(model: PreTrainedModel) -> str:
+    """What each block has, and what they share; a column of noise levels where there is noise."""
+    schedule, rows = model.noise_schedule, [["block", "layers", "parameters"], ["---"] * 3]
+    for k in range(model.num_blocks):
+        layers, count = model.block_layers(k), "not loaded"
+        if k in model.resident_blocks:
+            count = f"{sum(p.numel() for p in model.block_parameters(k)):,}"
+        rows.append([str(k), f"{layers[0]}-{layers[-1]}", count])
+    rows.append(["shared", "", f"{sum(p.numel() for p in model.shared_parameters()):,}"])
+    if schedule is not None:
+        levels = ["({:.4g}, {:.4g}]".format(*schedule.interval(k)) for k in range(model.num_blocks)]
+        for row, level in zip(rows, [schedule.level_name, "---", *levels, ""]):
+            row.insert(2, level)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _training_section(report: dict) -> str:

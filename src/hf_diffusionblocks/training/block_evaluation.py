@@ -49,7 +49,7 @@ class BlockEvaluation(Trainer):
         num_items = self._get_num_items_in_batch([inputs], self.args.device)
         num_rows, losses = find_batch_size(inputs), []
         for block in self.train_blocks:
-            generator = torch.Generator().manual_seed(self.model.config.inference_seed)
+            generator = torch.Generator().manual_seed(self.model.config.inference_seed or 0)
             inputs |= {"generator": generator, "block_index": block, **self.model.evaluation_levels(block, num_rows)}
             with self.compute_loss_context_manager():
                 losses.append(self.compute_loss(self.model, dict(inputs), num_items_in_batch=num_items))

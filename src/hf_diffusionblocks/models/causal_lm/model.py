@@ -40,6 +40,8 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
     accepts_loss_kwargs = True  # the Trainer gives num_items_in_batch: every token of a step counts alike
 
     def __init__(self, config: DiffusionBlocksConfig):
+        if getattr(config.source_config, "is_causal", None) is False:  # it would see the tokens that it has to predict
+            raise ValueError("is_causal=False in the plain model's config must be True, or absent, to predict next tokens")
         super().__init__(config)
         self.target_embeddings: nn.Module | None = None
         if self.formulation.modulated and self.sharing.own_modules:
