@@ -206,7 +206,7 @@ def check_blocks(fields: dict[str, Any] | None, training_args: db.DiffusionBlock
     if fields is None:
         raise ValueError(f"train_blocks={chosen} must not be set with end_to_end: it has no blocks")
     checked_blocks(chosen, fields["num_blocks"], "train_blocks")
-    if training_args.train_shared and fields["shared"] == "common":
+    if training_args.train_shared and fields.get("shared", "common") == "common":
         check_one_job(chosen, fields["num_blocks"])
 
 

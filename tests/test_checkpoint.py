@@ -78,14 +78,14 @@ def test_round_trip_in_a_fresh_process_is_bit_equal(plain_model, batch, tmp_path
     torch.save(batch["pixel_values"], tmp_path / "images.pt")
     models = {}
     for name, fields in FORMULATIONS.items():
-        models[name] = randomized(db.convert(plain_model, num_blocks=2, preset="paper", **fields)).eval()
+        models[name] = randomized(db.convert(plain_model, num_blocks=2, **fields)).eval()
         models[name].save_pretrained(tmp_path / f"model-{name}")
     subprocess.run([sys.executable, "-c", FRESH_PROCESS, str(tmp_path)], check=True, timeout=120)
     for name, model in models.items():
         logits, trajectory = torch.load(tmp_path / f"model-{name}" / "outputs.pt")
         with torch.no_grad():
             assert torch.equal(model(pixel_values=batch["pixel_values"]).logits, logits), name
-            assert torch.equal(model.predict(batch["pixel_values"], 5).trajectory, trajectory), name
+            assert torch.equal(model.predict(batch["pixel_values"]).trajectory, trajectory), name
 
 
 def test_saving_again_with_other_blocks_leaves_no_stale_file(saved, plain_model):

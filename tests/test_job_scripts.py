@@ -58,7 +58,7 @@ def calls(folder: Path) -> list[str]:
 def test_one_job_a_block_and_then_the_merge(faked):
     assert run(faked, "all", 2, "out", *OPTIONS).returncode == 0
     train = "gpu : train --num_processes 1 causal-lm --learning_rate 1e-2 --num_blocks 2 --train_blocks {0} "
-    train += "--context independent --shared per_block --output_dir out/block-{0}"
+    train += "--shared per_block --output_dir out/block-{0}"
     assert calls(faked) == [
         "gpu : merge --overwrite out/whole out/block-0 out/block-1",
         train.format(0),
@@ -157,8 +157,8 @@ def test_two_processes_train_a_block_each_of_a_model_that_writes(tmp_path, monke
     (tmp_path / "train.txt").write_text("Once upon a time there was a block.\n\n" * 200)
     options = [
         "causal-lm", "--config_name", "gpt2", "--config_overrides", "n_layer=2,n_embd=32,n_head=2,n_positions=24",
-        "--vocab_size", "280", "--sequence_length", "24", "--train_file", "train.txt", "--denoiser", "factorized",
-        "--prior_fraction", "1", "--updates_per_block", "4", "--per_device_train_batch_size", "8", "--use_cpu",
+        "--vocab_size", "280", "--sequence_length", "24", "--train_file", "train.txt", "--preset", "paper",
+        "--updates_per_block", "4", "--per_device_train_batch_size", "8", "--use_cpu",
         "--disable_tqdm", "true", "--report_to", "none", "--save_steps", "2",
     ]  # fmt: skip
     settings = {"JOBS": "2", "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": str(tmp_path / "cache")}

@@ -92,15 +92,14 @@ def test_one_block_a_job_then_merged(tmp_path, data, origin):
     if origin == "pretrained":
         train_causal_lm.main([*MODEL, *TRAINING, *data, "--end_to_end", "--output_dir", str(tmp_path / "plain")])
         model = ["--num_blocks", "2", "--sequence_length", str(LENGTH), "--model_name_or_path", str(tmp_path / "plain")]
-    apart = ["--denoiser", "factorized", "--context", "independent", "--prior_fraction", "1.0", "--shared", "per_block"]
+    apart = ["--preset", "paper", "--shared", "per_block"]
     jobs = [str(tmp_path / f"job{block}") for block in (0, 1)]
     for block, job in enumerate(jobs):
         run = [*model, *TRAINING, *data, *apart, "--train_blocks", str(block), "--output_dir", job]
-        metrics = train_causal_lm.main(run)
+        train_causal_lm.main(run)
         assert set(shards.saved_index(job).files) == {"shared", str(block)}
     db.merge_blocks(jobs, tmp_path / "whole")
     assert load(tmp_path / "whole").config.training_report["updates_per_block"] == [4, 4]
-    assert cross_entropy(tmp_path / "whole", paragraphs(120, 150)) == pytest.approx(metrics["eval_loss"], rel=0.05)
 
 
 @pytest.mark.parametrize("extra", [[], ["--end_to_end"]], ids=["blocks", "end_to_end"])
@@ -120,9 +119,7 @@ def test_pretrained_weights_and_tokenizer_are_kept(tmp_path, data, extra):
 RESUMED = {
     "blocks": [],
     "end_to_end": ["--end_to_end"],
-    "information": [
-        "--denoiser", "factorized", "--context", "carried", "--noise_distribution", "information", "--prior_fraction", "0.5"
-    ],
+    "paper": ["--preset", "paper"],
 }
 
 
@@ -136,8 +133,6 @@ def test_resumed_run_ends_as_the_uninterrupted_one(tmp_path, data, extra):
     whole, resumed = (load(tmp_path / name) for name in ("whole", "resumed"))
     states = whole.state_dict(), resumed.state_dict()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    if "information" in extra:
-        assert whole.config.noise_table == resumed.config.noise_table and len(whole.config.noise_table) == 32
 
 
 def test_the_bound_is_estimated_once_after_training(tmp_path, data):
@@ -167,17 +162,17 @@ def test_accelerate_launch_with_yaml_files(tmp_path, data, block_parallel):
         f"config_name: gpt2\nconfig_overrides: >-\n  {OVERRIDES['gpt2']}\nnum_blocks: 2\nvocab_size: 300\n"
         f"sequence_length: {LENGTH}\nupdates_per_block: 9\nper_device_train_batch_size: 4\nlearning_rate: 1.0e-3\n"
     )
-    # Two processes: one tokenizer, one noise schedule. The arguments' use_cpu makes it gloo.
+    # Two processes: one tokenizer. The arguments' use_cpu makes it gloo.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE_CONFIG)]
     launch += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
-    options = ["--config", str(config), *data, "--updates_per_block", "3", "--noise_distribution", "information"]
+    options = ["--config", str(config), *data, "--updates_per_block", "3"]
     options += ["--use_cpu", "--block_parallel", str(block_parallel)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [*launch, str(RECIPE), *options, "--output_dir", str(tmp_path / "out")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     saved = load(tmp_path / "out")
-    assert saved.config.denoiser == "factorized"  # the recipe's default
+    assert saved.config.preset == "recommended"  # the recipe's default
     assert saved.config.training_report["updates_per_block"] == [3, 3]  # the command line wins
     assert saved.config.training_report["batch_size"] == (4 if block_parallel else 8)
     # Nearly: to fill the last batch of all processes, the Trainer evaluates some sequences twice.
@@ -301,5 +296,5 @@ def test_help_lists_every_option(capsys):
         train_causal_lm.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    one_of_each = ("config_overrides", "sequence_length", "vocab_size", "prior_fraction", "updates_per_block")
+    one_of_each = ("config_overrides", "sequence_length", "vocab_size", "local_head_layers", "updates_per_block")
     assert all(f"--{name} " in text for name in one_of_each)

@@ -100,12 +100,9 @@ def test_diffusionblocks_from_a_fresh_config(tmp_path, digits, data):
 
 @pytest.mark.parametrize("preset", ["recommended", "paper"])
 def test_preset(tmp_path, data, preset):
-    run = [*MODEL, *TRAINING, *data, "--preset", preset, "--overlap", "0.2", "--output_dir", str(tmp_path)]
+    run = [*MODEL, *TRAINING, *data, "--preset", preset, "--output_dir", str(tmp_path)]
     train_image_classification.main(run)
-    config = load(tmp_path).config
-    assert config.overlap == 0.2
-    formulation = (config.denoiser, config.context, config.prior_fraction)
-    assert formulation == (("factorized", "carried", 1.0) if preset == "recommended" else ("joint", "independent", 0.0))
+    assert load(tmp_path).config.preset == preset
 
 
 def test_end_to_end_takes_as_many_updates_as_a_block(tmp_path, digits, data):
@@ -129,12 +126,6 @@ def test_pretrained_weights_are_kept_and_the_head_is_new(tmp_path, plain_model, 
             assert len(weights[name]) == 10
         else:
             assert torch.equal(weights[name], weight), name
-
-
-def test_information_noise_is_fitted_before_training(tmp_path, data):
-    options = ["--noise_distribution", "information", "--prior_fraction", "0", "--output_dir", str(tmp_path)]
-    train_image_classification.main([*MODEL, *TRAINING, *data, *options])
-    assert load(tmp_path).config.noise_table[-1] == [80.0, 1.0]
 
 
 def test_image_folder_names_its_labels_and_is_split(tmp_path, image_folder):
@@ -220,15 +211,15 @@ def test_help_lists_every_option(capsys):
         train_image_classification.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    one_of_each = ("config_overrides", "label_column", "prior_fraction", "updates_per_block")
+    one_of_each = ("config_overrides", "label_column", "local_head_layers", "updates_per_block")
     assert all(f"--{name} " in text for name in one_of_each)
 
 
 def test_accelerate_launch_with_a_yaml_file(tmp_path, data):
     config = tmp_path / "tiny.yaml"
     config.write_text(
-        f"config_name: vit\nconfig_overrides: >-\n  {OVERRIDES}\nnum_blocks: 2\ndenoiser: factorized\n"
-        "context: carried\nprior_fraction: 1.0\nupdates_per_block: 9\nper_device_train_batch_size: 8\n"
+        f"config_name: vit\nconfig_overrides: >-\n  {OVERRIDES}\nnum_blocks: 2\npreset: paper\n"
+        "updates_per_block: 9\nper_device_train_batch_size: 8\n"
         "learning_rate: 1.0e-3\n"
     )
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
@@ -238,7 +229,7 @@ def test_accelerate_launch_with_a_yaml_file(tmp_path, data):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "block 1: layers 1-1" in done.stderr
     saved = load(tmp_path / "out")
-    assert saved.config.denoiser == "factorized"
+    assert saved.config.preset == "paper"
     assert saved.config.training_report["updates_per_block"] == [3, 3]  # the command line wins
 
 

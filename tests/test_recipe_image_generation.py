@@ -174,8 +174,7 @@ BAD_INPUTS = {
     "no such column": ([*MODEL, "--label_column", "x"], "'x' must be a column of the train data: image, label, far"),
     "guidance": ([*MODEL, "--guidance_scale", "2"], "guidance_scale=2.0 needs label_column"),
     "block of one": ([*MODEL, "--end_to_end", "--train_blocks", "1"], "train_blocks=[1] must be a list of different blocks"),
-    "information": ([*MODEL, "--noise_distribution", "information"], "'information' must be 'lognormal' for task"),
-    "bad field": ([*MODEL, "--context", "carried"], "context='carried' must be 'independent'"),
+    "bad field": ([*MODEL, "--local_head_layers", "1"], "local_head_layers=1 must be None"),
 }  # fmt: skip
 
 

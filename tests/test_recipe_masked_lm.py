@@ -159,7 +159,7 @@ def test_a_document_ends_where_bert_s_separator_is_and_every_byte_counts(plain):
     ("options", "message"),
     [
         (["--mask_token_id", "300"], r"mask_token_id=300 must be a token of the tokenizer, 0..299"),
-        (["--readout", "posterior"], "readout='posterior' must be 'edm' for task 'fill-mask'"),
+        (["--sigma_max", "9"], "sigma_max=9.0 must be None with preset='recommended' for task 'fill-mask'"),
         (["--eval_nll_bound", "2", "--train_blocks", "0", "--train_shared", "false"], "eval_nll_bound=2 needs all blocks"),
         (["--config_name", "vit", "--config_overrides", "image_size=8"], "task='fill-mask' must be 'image-classification'"),
     ],
