@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from ..backbones.base import backbone_for
@@ -165,6 +166,12 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         if ties is not None:
             self._tied_weights_keys = ties
 
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.backbone.get_output_embeddings() if isinstance(self.backbone, PreTrainedModel) else None
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.backbone.set_output_embeddings(new_embeddings)
+
     # ---- which parameter belongs to which block
 
     def block_layers(self, block_index: int) -> range:
@@ -223,6 +230,17 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             kwargs: of [`torch.compile`].
         """
         self._run_layer = torch.compile(self.architecture.run_layer, **kwargs)
+
+    def asked_of_stock_model(self, stock: Mapping[str, Any]) -> dict[str, Any]:
+        """What evaluation asks of the stock model beside its inputs: what is given, or else the config's own settings."""
+        settings = {name: True for name in ("output_hidden_states", "output_attentions") if getattr(self.config, name, False)}
+        return settings | {name: value for name, value in stock.items() if value is not None}
+
+    def refuse(self, stock: Mapping[str, Any], where: str) -> None:
+        """Raise ValueError if something is asked of the stock model that only it can give."""
+        asked = [name for name, value in stock.items() if value is not None and value is not False]
+        if asked:
+            raise ValueError(f"{asked[0]} must not be given {where}")
 
     # ---- the clean input through blocks
 

@@ -92,8 +92,7 @@ class JointText(Formulation):
         use_cache: bool | None = None, logits_to_keep: int | torch.Tensor = 0, **stock,
     ) -> CausalLMOutputWithPast:  # fmt: skip
         """Label-free logits `[N, Q, V]` of the tokens after the clean tokens that are kept: the end of a walk."""
-        if asked := [name for name, value in stock.items() if value]:
-            raise ValueError(f"{asked[0]}={stock[asked[0]]!r} must be None or False with preset='paper': a walk gives logits alone")
+        self.model.refuse(self.model.asked_of_stock_model(stock), "with preset='paper': it is for the plain model")
         model, config = self.model, self.model.config
         if use_cache is None:  # nobody goes on from a text that is scored
             use_cache = config.source_config.use_cache and labels is None and not model.training

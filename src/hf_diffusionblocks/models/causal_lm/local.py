@@ -57,7 +57,8 @@ class LocalText(Formulation):
             )
         if labels is not None and return_logits is False:
             return CausalLMOutputWithPast(loss=self._loss(text, labels, num_items))
-        if labels is not None and stock.get("use_cache") is None:
+        stock = self.model.asked_of_stock_model(stock)
+        if labels is not None and "use_cache" not in stock:
             stock["use_cache"] = False  # nobody goes on from a text that is scored
         if num_items is not None:
             stock["num_items_in_batch"] = num_items

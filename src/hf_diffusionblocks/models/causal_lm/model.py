@@ -155,6 +155,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         if block_index is None:
             stock |= {"use_cache": use_cache, "logits_to_keep": logits_to_keep}
             return self.formulation.predict(text, labels, num_items_in_batch, return_logits, text_walk, num_steps, **stock)
+        self.refuse(stock, "with block_index: a block gives its own logits, of its own loss")
         block, targets = self.blocks[block_index], labels[:, 1:]
         draws = {"sigma": sigma, "noise": noise, "generator": generator}
         leaving, rows = self.formulation.train(block, text, targets, draws)

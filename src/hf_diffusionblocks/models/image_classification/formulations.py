@@ -40,7 +40,7 @@ class LocalImage(Formulation):
 
     def predict(self, x: Clean, **stock) -> ImageClassifierOutput:
         """What the plain model gives."""
-        return self.model.backbone(**x.inputs, **stock)
+        return self.model.backbone(**x.inputs, **self.model.asked_of_stock_model(stock))
 
     def block_logits(self, x: Clean) -> torch.Tensor:
         """Every block's, `[N, B, V]`."""
@@ -100,11 +100,11 @@ class JointImage(Formulation):
 
     def predict(self, x: Clean, labels: torch.Tensor | None = None, **stock) -> ImageClassifierOutput:
         """Label-free logits: the end of a walk from keyed noise."""
-        if asked := [name for name, value in stock.items() if value and name != "num_items_in_batch"]:
-            raise ValueError(f"{asked[0]}={stock[asked[0]]!r} must be None or False with preset='paper': a walk gives logits alone")
+        num_items = stock.pop("num_items_in_batch", None)
+        self.model.refuse(self.model.asked_of_stock_model(stock), "with preset='paper': it is for the plain model")
         logits, loss = self.trajectory(x, None, None)[0], None
         if labels is not None:
-            loss = self.model.mean_loss(logits, labels, stock.get("num_items_in_batch"))
+            loss = self.model.mean_loss(logits, labels, num_items)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     def block_logits(self, x: Clean) -> torch.Tensor:

@@ -121,6 +121,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
             if num_items_in_batch is not None:
                 stock["num_items_in_batch"] = num_items_in_batch
             return self.formulation.predict(x, labels=labels, **stock)
+        self.refuse(stock, "with block_index: a block gives its own logits, of its own loss")
         noise = {"sigma": sigma, "noise": noise, "generator": generator}
         leaving, logits = self.formulation.train(self.blocks[block_index], x, labels, block_input, noise)
         loss = self.mean_loss(logits, labels, num_items_in_batch)
