@@ -27,15 +27,15 @@ class KeepsInput(db.DiffusionBlocksTrainer):
 def remember_what_is_passed_on(model: db.DiffusionBlocksForCausalLM) -> None:
     """Have `model.left_last` be what has left the block that ran last, `[N, S, D]`; for [`KeepsInput`]."""
 
-    def remembering(run_clean):
+    def remembering(run):
         def run(hidden: torch.Tensor, **attention) -> torch.Tensor:
-            model.left_last = run_clean(hidden, **attention)
+            model.left_last = run(hidden, **attention)
             return model.left_last
 
         return run
 
     for block in model.blocks:
-        block.run_clean = remembering(block.run_clean)
+        block.run = remembering(block.run)
 
 
 def pass_input_beside(model: db.DiffusionBlocksForCausalLM) -> None:
@@ -47,9 +47,9 @@ def pass_input_beside(model: db.DiffusionBlocksForCausalLM) -> None:
         model.embedded = embedded.detach()
         return embedded
 
-    def adding(run_clean):
-        return lambda hidden, **attention: run_clean(hidden + model.embedded, **attention)
+    def adding(run):
+        return lambda hidden, **attention: run(hidden + model.embedded, **attention)
 
     model.blocks[0].embed = embedding
     for block in model.blocks[1:]:
-        block.run_clean = adding(block.run_clean)
+        block.run = adding(block.run)

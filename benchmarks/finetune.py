@@ -76,9 +76,9 @@ class Near:
 
     def training_output(self, block, x, cached=None):
         hidden = self.entering(block, x, cached)
-        left = block.run_clean(hidden, **x.attention)
+        left = block.run(hidden, **x.attention)
         with torch.no_grad():
-            goal = self.pretrained[0].blocks[block.index].run_clean(hidden, **x.attention)
+            goal = self.pretrained[0].blocks[block.index].run(hidden, **x.attention)
         self.distance = F.mse_loss(left, goal) / goal.square().mean()
         return BlockOutput(left, block.run_local_head(left, **x.attention))
 

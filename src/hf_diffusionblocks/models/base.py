@@ -288,18 +288,18 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         with without_dropout(self.backbone):
             hidden = self.blocks[0].embed(x.inputs) if hidden is None else hidden
             for earlier in range(start, block.index):
-                hidden = self.blocks[earlier].run_clean(hidden, **x.attention)
+                hidden = self.blocks[earlier].run(hidden, **x.attention)
         return hidden
 
     def training_output(self, block: Block, x: Clean, cached: torch.Tensor | None = None) -> BlockOutput:
         """Training, where layers see x alone: of `cached`, what enters the block, if it is there."""
-        leaving = block.run_clean(self.entering(block, x, cached), **x.attention)
+        leaving = block.run(self.entering(block, x, cached), **x.attention)
         return BlockOutput(leaving, block.run_local_head(leaving, **x.attention))
 
-    def clean_outputs(self, x: Clean, without_last: bool = False) -> list[torch.Tensor]:
-        """Inference: what leaves each block when x runs through all of them, or all but the last, first block first."""
-        outputs: list[torch.Tensor] = []
-        for block in self.blocks[:-1] if without_last else self.blocks:
-            hidden = outputs[-1] if block.predecessors else block.embed(x.inputs)
-            outputs.append(block.run_clean(hidden, **x.attention))
+    def clean_outputs(self, x: Clean) -> list[torch.Tensor]:
+        """Inference: what leaves each block when x runs through all of them, first block first."""
+        hidden, outputs = self.blocks[0].embed(x.inputs), []
+        for block in self.blocks:
+            hidden = block.run(hidden, **x.attention)
+            outputs.append(hidden)
         return outputs

@@ -109,34 +109,28 @@ class Block:
 
     # ---- its layers
 
-    def modulations(self, sigma: torch.Tensor | None) -> list[Modulation | None]:
-        """What sigma `[N]` (or `[1]`, for the whole batch) does to each layer; None where nothing modulates them."""
-        if self._sigma_embedding is None:
-            return [None] * len(self.layer_indices)
+    def modulations(self, sigma: torch.Tensor) -> list[Modulation]:
+        """What sigma `[N]` (or `[1]`, for the whole batch) does to each layer."""
         embedded = self._part(self._sigma_embedding)(precondition(sigma, self.model.config.sigma_data).noise)
         return [self.model.modulations[index](embedded) for index in self.layer_indices]
 
-    def clean_modulations(self) -> list[Modulation | None]:
+    def clean_modulations(self) -> list[Modulation]:
         """The clean input is conditioned on sigma_min, whatever the noise level of the target."""
-        if self._sigma_embedding is None:
-            return self.modulations(None)
         return self.modulations(torch.full((1,), self.model.config.sigma_min, device=self.model.device))
 
-    def run(self, hidden: torch.Tensor, modulations: Sequence[Modulation | None], **attention) -> torch.Tensor:
-        """`[N, S, D]` through its layers; `attention` as in [`Backbone.run_layer`].
+    def run(
+        self, hidden: torch.Tensor, modulations: Sequence[Modulation | None] | None = None, **attention
+    ) -> torch.Tensor:
+        """`[N, S, D]` through its layers, modulated or (None) as they are; `attention` as in [`Backbone.run_layer`].
 
         Raises:
             ValueError: the block is not loaded.
         """
         if not self.is_loaded:
             raise ValueError(f"block {self.index} is not loaded: resident_blocks={self.model.resident_blocks}")
-        for layer, modulation in zip(self.layers, modulations):
+        for layer, modulation in zip(self.layers, modulations or [None] * len(self.layer_indices)):
             hidden = self.model.run_layer(layer, hidden, modulation, **attention)
         return hidden
-
-    def run_clean(self, hidden: torch.Tensor, **attention) -> torch.Tensor:
-        """The clean input through its layers: for the next block, or to be read out."""
-        return self.run(hidden, self.clean_modulations(), **attention)
 
     def _part(self, path: str) -> nn.Module:
         return self.model.get_submodule(path)
