@@ -21,9 +21,9 @@ torch.set_num_threads(1)
 NUM_LABELS = 5
 #: Every formulation, and what `convert` is given for it.
 FORMULATIONS = {
-    "recommended": {"local_head_layers": 0},
-    "recommended-head": {"local_head_layers": 1},
-    "recommended-own": {"local_head_layers": 0, "shared": "per_block"},
+    "recommended": {"preset": "recommended", "local_head_layers": 0},
+    "recommended-head": {"preset": "recommended", "local_head_layers": 1},
+    "recommended-own": {"preset": "recommended", "local_head_layers": 0, "shared": "per_block"},
     "paper": {"preset": "paper"},
     "paper-own": {"preset": "paper", "shared": "per_block"},
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import randomized
 from families import ENDS, LLAMA, TEXT_CONFIGS, VOCAB, WIDTH
-from text_models import BLOCKS, LENGTH, block_logits, draw, layer_of, make
+from text_models import BLOCKS, LENGTH, block_logits, draw, draw_of, layer_of, make
 from text_models import ids, plain, text_config, text_formulation  # noqa: F401
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
@@ -25,12 +25,11 @@ from hf_diffusionblocks.models.causal_lm.text import Rows, Text
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("readout", ["posterior", "edm"])
-def test_a_joint_block_at_sigma_max_starts_as_the_plain_model_of_its_layers(plain, ids, readout):
+def test_a_joint_block_at_sigma_max_starts_as_the_plain_model_of_its_layers(plain, ids):
     """AdaLN at its start: what a plain model of these layers says after the tokens so far and then a noisy one."""
-    model = db.convert(plain, num_blocks=2, readout=readout).eval()
+    model = db.convert(plain, num_blocks=2, preset="paper").eval()
     prior = model.block_logits(ids)
-    c, positions = precondition(torch.tensor(80.0), model.sigma_data), torch.arange(1, LENGTH + 1)
+    c, positions = precondition(torch.tensor(80.0), model.config.sigma_data), torch.arange(1, LENGTH + 1)
     z = 80.0 * PositionNoise(positions, model.config.inference_seed).normal(WIDTH)
     embeds = plain.get_input_embeddings()(ids)
     layers_path = model.architecture.layers_path
@@ -41,8 +40,8 @@ def test_a_joint_block_at_sigma_max_starts_as_the_plain_model_of_its_layers(plai
         for p in range(LENGTH):
             tokens = torch.cat([embeds[:, : p + 1], (c.input * z[p]).expand(3, 1, -1)], 1)
             hidden = short.base_model(inputs_embeds=tokens, use_cache=False).last_hidden_state[:, -1]
-            if readout == "edm":  # EDM's estimate of the target, in units of sigma_data
-                hidden = (c.skip * z[p] + c.out * hidden) / model.sigma_data
+            # EDM's estimate of the target, in units of sigma_data
+            hidden = (c.skip * z[p] + c.out * hidden) / model.config.sigma_data
             torch.testing.assert_close(prior[:, k, p], short.lm_head(hidden), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(randomized(model).block_logits(ids), prior, atol=0.1)  # AdaLN away from its start
 
@@ -89,29 +88,19 @@ def test_noisy_tokens_are_scaled_by_c_in_and_stand_at_the_target_s_position(ids)
     assert torch.equal(entered[0], embeddings.wte(ids[:, :-1]) + embeddings.wpe.weight[: LENGTH - 1])
 
 
-def test_sigma_is_drawn_for_every_token_or_for_every_sequence_of_a_joint_model(plain, ids):
-    def spread(**fields):
-        return make(plain, p_mean=-0.5, **fields).levels(1, ids[:, 1:], None, torch.Generator().manual_seed(0))
-
-    assert spread(denoiser="factorized").unique().numel() == 3 * (LENGTH - 1)
-    assert [row.unique().numel() for row in spread()] == [1, 1, 1] and spread().unique().numel() == 3
-
-
-def test_posterior_readout_adds_the_likelihood_of_z_below_sigma_max(plain, ids):
-    model = make(plain, denoiser="factorized")
-    prior = model.block_logits(ids)[:, 1, :-1].log_softmax(-1)
-    z = model.target_vectors()[ids[:, 1:]] + 0.3 * draw()["noise"]
-    distance = (z[:, :, None] - model.target_vectors()).square().sum(-1)
-    expected = (prior - distance / (2 * 0.3**2)).log_softmax(-1)
-    assert torch.allclose(block_logits(model, ids, 1).log_softmax(-1), expected, atol=1e-3)
-    assert torch.allclose(block_logits(model, ids, 1, **draw(80.0)).log_softmax(-1), prior, atol=1e-5)
+def test_sigma_is_drawn_for_every_sequence(plain, ids):
+    model, rows = make(plain, p_mean=-0.5), []
+    levels = model.formulation.levels
+    model.formulation.levels = lambda *args: rows.append(levels(*args)) or rows[-1]
+    model(ids, labels=ids, block_index=1)
+    (sigma,) = rows
+    assert [row.unique().numel() for row in sigma] == [1, 1, 1] and sigma.unique().numel() == 3
 
 
 def test_edm_readout_at_sigma_max_is_the_network_s_own_head(plain, ids):
     model = make(plain)
-    sigma = model.levels(1, ids[:, 1:], torch.full((3,), 80.0), None)
-    z = model.corrupt(ids[:, 1:], sigma, draw()["noise"], None)
-    hidden = model.denoiser.run(model.blocks[1], Text(ids), z, sigma).read
+    given = {"sigma": torch.full((3,), 80.0), "noise": draw()["noise"], "generator": None}
+    hidden, (_, z, sigma) = model.formulation.train(model.blocks[1], Text(ids), ids[:, 1:], given)
     network = model.architecture.read_out(model.backbone, hidden)
     c_skip_part = 0.25 / (80.0**2 + 0.25) * model.architecture.head(model.backbone, z) / 0.5
     assert torch.allclose(model.logits(1, Rows(hidden, z, sigma)), network + c_skip_part, atol=1e-3)
@@ -143,7 +132,7 @@ def test_resized_embeddings_are_those_of_all_blocks_and_their_targets(plain, tex
     assert model.config.vocab_size == model.backbone.config.vocab_size == len(model.target_vectors()) == size
     if size > VOCAB:
         ids[:, 3] = VOCAB + torch.arange(3)
-        if model.sharing.fixed_targets:  # drawn apart, since they are never trained
+        if model.target_embeddings is not None:  # drawn apart, since they are never trained
             similar = model.target_vectors()[VOCAB:] @ model.target_vectors().T
             assert (similar > 0.9).sum() == 5 and after["target_embeddings.table"][VOCAB:].std() < 2 * WIDTH**-0.5
     assert model(ids).logits.shape == (3, LENGTH, size)
@@ -154,9 +143,8 @@ def test_resized_embeddings_are_those_of_all_blocks_and_their_targets(plain, tex
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("fields", [{"denoiser": "factorized"}, {}], ids=["factorized", "joint"])
-def test_heads_tied_within_blocks_are_tied_when_resized(fields):
-    model = db.convert(TEXT_CONFIGS["gpt2"], num_blocks=2, preset="paper", shared="per_block", **fields)
+def test_heads_tied_within_blocks_are_tied_when_resized():
+    model = db.convert(TEXT_CONFIGS["gpt2"], num_blocks=2, preset="paper", shared="per_block")
     assert model.config.tie_word_embeddings
     model.resize_token_embeddings(VOCAB + 5)
     first, second = model.backbone.transformer.wte, model.block_embeddings[0].transformer.wte
@@ -165,7 +153,7 @@ def test_heads_tied_within_blocks_are_tied_when_resized(fields):
 
 
 def test_embeddings_of_a_part_are_not_resized():
-    part = db.convert(TEXT_CONFIGS["gpt2"], num_blocks=2, resident_blocks=[1], shared="per_block", denoiser="factorized")
+    part = db.convert(TEXT_CONFIGS["gpt2"], num_blocks=2, resident_blocks=[1], shared="per_block")
     with pytest.raises(ValueError, match=r"resident_blocks=\[1\] must be all 2 to resize token embeddings"):
         part.resize_token_embeddings(VOCAB + 5)
 
@@ -175,14 +163,14 @@ def test_embeddings_of_a_part_are_not_resized():
 
 def test_a_loss_over_num_items_is_the_sum_divided_by_them(plain, text_formulation, ids):
     model = make(plain, **text_formulation)
-    mean = model(ids, labels=ids, block_index=0, **draw()).loss
-    part = model(ids, labels=ids, block_index=0, num_items_in_batch=100, **draw()).loss
+    mean = model(ids, labels=ids, block_index=0, **draw_of(model)).loss
+    part = model(ids, labels=ids, block_index=0, num_items_in_batch=100, **draw_of(model)).loss
     assert torch.allclose(part * 100, mean * 3 * (LENGTH - 1))
 
 
 def test_a_batch_without_labels_has_no_loss_and_no_gradient(plain, text_formulation, ids):
     model = make(plain, **text_formulation).train()
-    loss = model(ids, labels=torch.full_like(ids, -100), block_index=0, **draw()).loss
+    loss = model(ids, labels=torch.full_like(ids, -100), block_index=0, **draw_of(model)).loss
     loss.backward()
     assert loss == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
@@ -200,12 +188,6 @@ def test_the_evaluation_loss_has_gradients(plain, text_formulation, ids):
         assert torch.allclose(found[name], gradient, atol=1e-5 * gradient.abs().max() + 1e-6), name
 
 
-def test_independent_factorized_logits_are_the_mean_of_the_blocks_log_priors(plain, ids):
-    model = make(plain, denoiser="factorized")
-    with torch.no_grad():
-        assert torch.allclose(model(ids).logits, model.block_logits(ids).log_softmax(-1).mean(1), atol=1e-5)
-
-
 def chunks_of(rows_at_a_time, monkeypatch):
     monkeypatch.setattr(losses, "rows_per_chunk", lambda num_rows, num_logits, device: rows_at_a_time)
 
@@ -217,7 +199,7 @@ def test_chunks_change_neither_loss_nor_gradients(plain, text_formulation, ids, 
     for rows in (27, rows_at_a_time):
         chunks_of(rows, monkeypatch)
         model.zero_grad()
-        loss = model(ids, labels=ids, block_index=1, **draw()).loss
+        loss = model(ids, labels=ids, block_index=1, **draw_of(model)).loss
         (3 * loss).backward()
         results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
@@ -230,11 +212,11 @@ def test_no_more_than_a_chunk_of_logits_is_ever_held(monkeypatch):
     kept = []
     for vocab in (50, 5000):
         config = GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=vocab, n_positions=64, **ENDS)
-        model = db.convert(config, num_blocks=2, denoiser="factorized").train()
+        model = db.convert(config, num_blocks=2).train()
         ids = torch.randint(vocab, (4, 64))
         sizes = []
-        read = model.readout.logits
-        monkeypatch.setattr(model.readout, "logits", lambda *args: sizes.append(read(*args).nbytes) or read(*args))
+        read = model.formulation.logits
+        monkeypatch.setattr(model.formulation, "logits", lambda *args: sizes.append(read(*args).nbytes) or read(*args))
         with SavedActivations(model.parameters()) as saved:
             loss = model(ids, labels=ids, block_index=0).loss
         kept.append(saved.bytes)
@@ -291,5 +273,3 @@ def test_unsupported_configs_are_named(tmp_path):
     windows = Qwen3Config(head_dim=8, use_sliding_window=True, max_window_layers=2, **LLAMA)
     with pytest.raises(ValueError, match="use_sliding_window=True with max_window_layers=2"):
         db.convert(windows, num_blocks=2, preset="paper")
-    with pytest.raises(ValueError, match="local_head_layers=1 must be 0 with denoiser='joint' for text"):
-        db.convert(TEXT_CONFIGS["llama"], num_blocks=2, context="carried", local_head_layers=1)

@@ -1,4 +1,4 @@
-"""Preconditioning, readouts and the two samplers against closed forms."""
+"""Preconditioning and the walk against closed forms."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from scipy import stats
 from torch.nn import functional as F
 
 from hf_diffusionblocks import NoiseSchedule
-from hf_diffusionblocks.diffusion.categorical import hard_bridge, posterior_logits, soft_bridge
-from hf_diffusionblocks.diffusion.gaussian import ancestral_step, edm_loss_weight, euler_step, precondition
+from hf_diffusionblocks.diffusion.categorical import hard_bridge, soft_bridge
+from hf_diffusionblocks.diffusion.gaussian import edm_loss_weight, euler_step, precondition
 from hf_diffusionblocks.diffusion.randomness import NoiseSource, PositionNoise
 from hf_diffusionblocks.diffusion.samplers import walk
 
@@ -37,32 +37,6 @@ def test_edm_weight_makes_the_effective_weight_one():
     assert torch.allclose(weight * precondition(sigma, 0.5).out ** 2, torch.ones_like(sigma))
 
 
-@pytest.mark.parametrize("level", [0.002, 0.05, 0.7, 5.0, 80.0])
-@pytest.mark.parametrize("norms", [(1, 1, 1, 1), (0.2, 0.9, 1.5, 3)], ids=["of norm 1", "of other norms"])
-def test_posterior_readout_is_bayes_rule(level, norms):
-    """Against the densities themselves, in float64."""
-    targets, sigma = unit_targets() * torch.tensor(norms)[:, None], torch.full((64,), level)
-    z = targets[torch.arange(64) % 4] + level * torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
-    posterior = posterior_logits(PRIOR.log().expand(64, 4), z, sigma, targets).softmax(-1)
-    log_density = stats.norm.logpdf(z.double()[:, None], targets.double()[None], level).sum(-1)
-    expected = (torch.from_numpy(log_density) + PRIOR.double().log()).softmax(-1)
-    assert torch.allclose(posterior.double(), expected, atol=2e-5)
-
-
-def test_likelihood_is_float32_under_autocast():
-    targets, z, level = unit_targets(), unit_targets(), torch.full((4,), 0.002)
-    reference = posterior_logits(PRIOR.log().expand(4, 4), z, level, targets)
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = posterior_logits(PRIOR.log().expand(4, 4), z, level, targets)
-    assert cast.dtype == torch.float32
-    assert torch.equal(cast, reference)
-
-
-def test_posterior_at_infinite_noise_is_the_prior():
-    prior = PRIOR.log().expand(4, 4)
-    assert torch.equal(posterior_logits(prior, unit_targets(), torch.full((4,), torch.inf), unit_targets()), prior)
-
-
 def test_bridges():
     targets, logits = unit_targets(), torch.tensor([[2.0, 0.0, 1.0, -1.0]])
     assert torch.allclose(soft_bridge(logits, targets), logits.softmax(-1) @ targets)
@@ -80,41 +54,26 @@ def test_euler_walk_follows_the_exact_ode_of_one_target():
     target = unit_targets(1)
     noise = NoiseSource(16, 0, torch.Generator().manual_seed(0), torch.device("cpu"))
     sigmas = NoiseSchedule(3).inference_sigmas(7)
-    _, z = walk(lambda z, step: torch.zeros(len(z), 1), target, sigmas, noise, "euler", soft_bridge)
+    _, z = walk(lambda z, step: torch.zeros(len(z), 1), target, sigmas, noise, soft_bridge)
     start = 80 * NoiseSource(16, 0, torch.Generator().manual_seed(0), torch.device("cpu")).normal(8)
     assert torch.allclose(z, target + 0.002 / 80 * (start - target), atol=1e-5)
 
 
-def test_ancestral_step_keeps_the_marginal():
-    """If z ~ N(e, sigma^2) then the step's result ~ N(e, sigma_next^2): the noising process, reversed."""
-    generator = torch.Generator().manual_seed(0)
-    target = unit_targets(1).expand(200_000, 8)
-    z = target + 3.0 * torch.randn(target.shape, generator=generator)
-    stepped = ancestral_step(z, target, 3.0, 1.2, torch.randn(target.shape, generator=generator))
-    assert (stepped - target).std().item() == pytest.approx(1.2, rel=0.005)
-    assert (stepped - target).mean(0).abs().max() < 0.01
-
-
-def drawn_frequencies(num_steps: int, sampler: str, rows: int = 20_000) -> torch.Tensor:
+def drawn_frequencies(num_steps: int, rows: int = 20_000) -> torch.Tensor:
     """Class frequencies of a walk with the exact denoiser of PRIOR."""
     targets, sigmas = unit_targets(), NoiseSchedule(1).inference_sigmas(num_steps)
 
     def exact(z, step):
-        return posterior_logits(PRIOR.log().expand(len(z), 4), z, sigmas[step].float().expand(len(z)), targets)
+        """Bayes' rule: `p(v | z) ~ p(v) exp(<z, e_v> / sigma^2)` for targets of norm 1."""
+        return PRIOR.log() + z @ targets.T / sigmas[step].float() ** 2
 
     noise = NoiseSource(rows, 0, torch.Generator().manual_seed(num_steps), torch.device("cpu"))
-    _, z = walk(exact, targets, sigmas, noise, sampler, soft_bridge)
+    _, z = walk(exact, targets, sigmas, noise, soft_bridge)
     return torch.cdist(z, targets).argmin(-1).bincount(minlength=4)
 
 
-@pytest.mark.parametrize("num_steps", [2, 3, 8, 40])
-def test_ancestral_walk_draws_the_prior_at_any_number_of_steps(num_steps):
-    counts = drawn_frequencies(num_steps, "ancestral")
-    assert stats.chisquare(counts.numpy(), (PRIOR.double() / PRIOR.double().sum() * counts.sum()).numpy()).pvalue > 0.01
-
-
-def test_soft_euler_walk_approaches_the_prior_only_with_many_steps():
-    few, many = (drawn_frequencies(steps, "euler") / 20_000 for steps in (2, 400))
+def test_a_soft_walk_approaches_the_prior_only_with_many_steps():
+    few, many = (drawn_frequencies(steps) / 20_000 for steps in (2, 400))
     assert (many - PRIOR).abs().max() < 0.015
     assert (few - PRIOR).abs().max() > 0.1
 
@@ -123,16 +82,15 @@ def test_walk_evaluates_every_level_but_the_last():
     steps = []
     sigmas = NoiseSchedule(2).inference_sigmas(5)
     noise = NoiseSource(3, 0, None, torch.device("cpu"))
-    walk(lambda z, step: steps.append(step) or torch.zeros(3, 4), unit_targets(), sigmas, noise, "euler", soft_bridge)
+    walk(lambda z, step: steps.append(step) or torch.zeros(3, 4), unit_targets(), sigmas, noise, soft_bridge)
     assert steps == list(range(len(sigmas) - 1))
 
 
-@pytest.mark.parametrize("sampler", ["euler", "ancestral"])
-def test_walk_returns_the_logits_of_its_last_evaluation(sampler):
+def test_walk_returns_the_logits_of_its_last_evaluation():
     evaluations = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
     noise = NoiseSource(3, 0, None, torch.device("cpu"))
     sigmas = NoiseSchedule(2).inference_sigmas(5)
-    logits, _ = walk(lambda z, step: evaluations[step], unit_targets(), sigmas, noise, sampler, soft_bridge)
+    logits, _ = walk(lambda z, step: evaluations[step], unit_targets(), sigmas, noise, soft_bridge)
     assert torch.equal(logits, evaluations[-1])
 
 
@@ -144,7 +102,7 @@ def test_euler_walk_goes_where_the_bridge_points():
 
     targets, sigmas = unit_targets(), NoiseSchedule(2).inference_sigmas(5)
     noise = NoiseSource(3, 0, None, torch.device("cpu"))
-    _, z = walk(lambda z, step: torch.zeros(3, 4), targets, sigmas, noise, "euler", bridge)
+    _, z = walk(lambda z, step: torch.zeros(3, 4), targets, sigmas, noise, bridge)
     assert torch.cdist(z, targets).argmin(-1).tolist() == [2, 2, 2]
 
 

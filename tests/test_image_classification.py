@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import FORMULATIONS, randomized
+from conftest import randomized
 from transformers import AutoModelForImageClassification, ViTConfig, ViTImageProcessorPil, pipeline
 
 import hf_diffusionblocks as db
@@ -30,16 +30,16 @@ def count_layer_runs(model) -> Counter:
 def test_layers_of_inactive_blocks_are_not_run(model, batch, block_index):
     runs = count_layer_runs(model)
     model.train()(**batch, block_index=block_index)
-    first = 0 if model.config.context == "carried" else block_index
+    first = 0 if model.formulation.passes_on else block_index
     assert runs == {i: 1 for k in range(first, block_index + 1) for i in model.block_layers(k)}
 
 
 def stored_bytes(plain_config, layers_per_block, block_index, batch, formulation) -> int:
     """What a training step of one block keeps for its backward pass."""
     config = ViTConfig(**{**plain_config.to_dict(), "num_hidden_layers": sum(layers_per_block)})
-    model = db.convert(config, num_blocks=2, layers_per_block=layers_per_block, preset="paper", **formulation).train()
+    model = db.convert(config, num_blocks=2, layers_per_block=layers_per_block, **formulation).train()
     with SavedActivations(model.parameters()) as saved:
-        model(**batch, block_index=block_index, sigma=torch.ones(6), noise=torch.zeros(6, 32))
+        model(**batch, block_index=block_index)
     return saved.bytes
 
 
@@ -54,8 +54,9 @@ def test_activations_are_stored_for_the_active_block_only(plain_config, batch, f
 
 
 @pytest.mark.parametrize("block_index", BLOCKS)
-def test_a_step_draws_a_sigma_of_its_block_and_noise_for_every_row(model, batch, block_index):
+def test_a_step_draws_a_sigma_of_its_block_and_noise_for_every_row(plain_model, batch, block_index):
     """The same loss as from the draws made by hand, in this order, from the same generator."""
+    model = randomized(db.convert(plain_model, num_blocks=2, preset="paper"))
     generator = torch.Generator().manual_seed(3)
     sigma = model.blocks[block_index].draw_levels((6,), generator)
     noise = torch.randn(6, 32, generator=generator)
@@ -77,30 +78,6 @@ def test_the_noisy_label_is_scaled_by_c_in_and_the_clean_tokens_are_not(plain_mo
     assert torch.equal(entered[0][:, :-1], model.entering(model.blocks[1], model.clean_input(batch)))
 
 
-def test_posterior_readout_adds_the_likelihood_of_z(model, batch):
-    sigma, noise = torch.full((6,), 0.4), torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
-    model.eval()
-    logits = model(**batch, block_index=1, sigma=sigma, noise=noise).logits
-    targets = model.label_embeddings.vectors()
-    z = targets[batch["labels"]] + 0.4 * noise
-    block = model.blocks[1]
-    network = block.read_out(model.denoiser.run(block, model.clean_input(batch), z, sigma).read)
-    likelihood = -(z[:, None] - targets).square().sum(-1) / (2 * 0.4**2)
-    expected = network + likelihood if model.config.readout == "posterior" else network
-    # A likelihood is known up to a factor of the row.
-    assert torch.allclose(logits.log_softmax(-1), expected.log_softmax(-1), atol=1e-4)
-
-
-def test_clean_stream_is_conditioned_on_sigma_min(plain_model, batch):
-    model = randomized(db.convert(plain_model, num_blocks=2, context="carried")).eval()
-    hidden, block = model.architecture.embed(model.backbone, pixel_values=batch["pixel_values"]), model.blocks[0]
-    entering = {
-        sigma: block.run(hidden, block.modulations(torch.tensor([sigma]))) for sigma in (0.002, 80.0)
-    }
-    assert torch.equal(model.entering(model.blocks[1], model.clean_input(batch)), entering[0.002])
-    assert not torch.allclose(entering[0.002], entering[80.0])
-
-
 def test_overlap_defaults_to_the_task_s(plain_config):
     assert db.convert(plain_config, 2, preset="paper").noise_schedule.overlap == 0.05
     assert db.convert(plain_config, 2, overlap=0.0, preset="paper").noise_schedule.overlap == 0.0
@@ -113,7 +90,7 @@ def test_targets_are_saved_but_not_trained(plain_config, shared):
 
 
 def test_the_last_block_has_no_local_head(plain_model, batch):
-    model = db.convert(plain_model, num_blocks=2, context="carried", local_head_layers=1)
+    model = db.convert(plain_model, num_blocks=2, local_head_layers=1)
     runs = Counter()
     model.local_heads[0][0].attention.register_forward_hook(lambda *_: runs.update(["head"]))
     for block_index, expected in ((0, 1), (1, 1)):
@@ -121,23 +98,33 @@ def test_the_last_block_has_no_local_head(plain_model, batch):
         assert len(model.local_heads) == 1 and runs["head"] == expected
 
 
-def test_sigma_is_drawn_in_the_block_and_at_sigma_max_for_the_prior_fraction(plain_config):
-    model = db.convert(plain_config, num_blocks=2, prior_fraction=0.25, preset="paper")
-    sigma = model.blocks[1].draw_levels((4000,), torch.Generator().manual_seed(0))
-    at_top = sigma == 80.0
-    assert at_top.float().mean().item() == pytest.approx(0.25, abs=0.03)
-    low, high = model.noise_schedule.interval(1, 0.05)
-    assert low < sigma[~at_top].min() and sigma[~at_top].max() <= high
+# ---- labels, as the plain model takes them
+
+
+@pytest.mark.parametrize("labels", ["some without", "shares of classes"])
+def test_one_recommended_block_has_the_cross_entropy_of_any_labels(plain_model, batch, labels):
+    model = db.convert(plain_model, num_blocks=1)
+    given = {"some without": batch["labels"].clone(), "shares of classes": torch.rand(6, 5).softmax(-1)}[labels]
+    if labels == "some without":
+        given[:2] = -100
+    expected = torch.nn.functional.cross_entropy(plain_model(batch["pixel_values"]).logits, given)
+    assert torch.allclose(model(batch["pixel_values"], labels=given, block_index=0).loss, expected)
+    assert torch.allclose(model.eval()(batch["pixel_values"], labels=given).loss, expected)
+
+
+def test_the_paper_s_target_of_shares_is_their_mean(plain_model, batch):
+    model = randomized(db.convert(plain_model, num_blocks=2, preset="paper"))
+    noise = {"sigma": torch.full((6,), 0.3), "noise": torch.zeros(6, 32), "block_index": 1}
+    one_hot = torch.nn.functional.one_hot(batch["labels"], 5).float()
+    whole = model(batch["pixel_values"], labels=batch["labels"], **noise)
+    assert torch.allclose(model(batch["pixel_values"], labels=one_hot, **noise).logits, whole.logits, atol=1e-6)
+    some = batch["labels"].clone()
+    some[:2] = -100
+    expected = torch.nn.functional.cross_entropy(whole.logits[2:], some[2:])
+    assert torch.allclose(model(batch["pixel_values"], labels=some, **noise).loss, expected)
 
 
 # ---- what logits know
-
-
-def test_prior_of_a_factorized_block_cannot_see_the_label(plain_model, batch):
-    model = randomized(db.convert(plain_model, num_blocks=2, denoiser="factorized"))
-    block, x, sigma = model.blocks[0], model.clean_input(batch), torch.ones(6)
-    first, second = (model.denoiser.run(block, x, torch.randn(6, 32), sigma) for _ in range(2))
-    assert torch.equal(first.read, second.read)
 
 
 def test_what_evaluation_logits_are(model, batch):
@@ -145,32 +132,29 @@ def test_what_evaluation_logits_are(model, batch):
     model.eval()
     with torch.no_grad():
         logits = model(pixel_values=batch["pixel_values"]).logits
-        priors = model.block_logits(batch["pixel_values"])
-        if model.config.denoiser == "joint":
-            expected = model.predict(batch["pixel_values"]).logits
-        elif model.config.context == "carried":
-            expected = priors[:, -1]
-        else:
-            expected = priors.log_softmax(-1).mean(1)
+        expected = model.predict(batch["pixel_values"]).logits
+        if model.config.preset == "recommended":
+            assert torch.equal(expected, model.block_logits(batch["pixel_values"])[:, -1])
+            expected = model.backbone(batch["pixel_values"]).logits
     assert torch.equal(logits, expected)
 
 
 # ---- the walk
 
 
-@pytest.mark.parametrize(
-    "formulation, expected",
-    [
-        ("joint-edm-independent", [1, 1, 1, 1]),
-        ("factorized-carried", [1, 1, 1, 1]),
-        ("joint-edm-carried", [2, 2, 1, 1]),  # clean, to be passed on, and with the noisy label
-    ],
-)
-def test_walk_with_one_step_a_block_runs_no_layer_in_vain(plain_model, batch, formulation, expected):
-    model = db.convert(plain_model, num_blocks=2, preset="paper", **FORMULATIONS[formulation])
+def test_walk_with_one_step_a_block_runs_no_layer_in_vain(model, batch):
     runs = count_layer_runs(model)
     model.predict(batch["pixel_values"])
-    assert [runs[layer] for layer in range(4)] == expected
+    assert runs == {layer: 1 for layer in range(4)}
+
+
+def test_a_recommended_model_s_trajectory_is_its_blocks_in_turn(plain_model, batch):
+    model = db.convert(plain_model, num_blocks=2, local_head_layers=1)
+    out = model.predict(batch["pixel_values"])
+    assert torch.equal(out.trajectory, model.block_logits(batch["pixel_values"]).softmax(-1)) and out.sigmas is None
+    for name, value in (("num_inference_steps", 3), ("generator", torch.Generator())):
+        with pytest.raises(ValueError, match=f"{name} must be None with preset='recommended'"):
+            model.predict(batch["pixel_values"], **{name: value})
 
 
 def test_walk_runs_without_dropout_in_training_mode(plain_config, batch):
@@ -180,8 +164,8 @@ def test_walk_runs_without_dropout_in_training_mode(plain_config, batch):
     assert model.training and model.backbone.vit.layers[0].dropout.training
 
 
-def test_walk_returns_its_trajectory(model, batch):
-    out = model.eval().predict(batch["pixel_values"], num_inference_steps=5)
+def test_walk_returns_its_trajectory(plain_model, batch):
+    out = db.convert(plain_model, 2, preset="paper").eval().predict(batch["pixel_values"], num_inference_steps=5)
     assert out.trajectory.shape == (6, 5, 5) and out.sigmas.shape == (6,)
     assert torch.allclose(out.trajectory.sum(-1), torch.ones(6, 5))
     assert torch.equal(out.trajectory[:, -1], out.probabilities)
@@ -196,9 +180,8 @@ def test_walk_steps_default_to_the_config_and_then_to_the_blocks(plain_config, b
         model.predict(batch["pixel_values"], num_inference_steps=0)
 
 
-@pytest.mark.parametrize("sampler, bridge", [("euler", "soft"), ("euler", "hard"), ("ancestral", "soft")])
-def test_a_generator_gives_every_row_its_own_noise(plain_config, batch, sampler, bridge):
-    model = randomized(db.convert(plain_config, 2, sampler=sampler, bridge=bridge, p_mean=1.0, preset="paper")).eval()
+def test_a_generator_gives_every_row_its_own_noise(plain_config, batch):
+    model = randomized(db.convert(plain_config, 2, p_mean=1.0, preset="paper")).eval()
     same = batch["pixel_values"][:1].expand(6, -1, -1, -1)
     keyed = model.predict(same, 4).logits
     drawn, again = (model.predict(same, 4, generator=torch.Generator().manual_seed(0)).logits for _ in range(2))
@@ -247,12 +230,3 @@ def test_unusual_image_size(plain_config, batch):
     with pytest.raises(ValueError, match="image size"):
         model(pixel_values=batch["pixel_values"])
     assert model(pixel_values=batch["pixel_values"], interpolate_pos_encoding=True).logits.shape == (6, 5)
-
-
-def test_at_sigma_max_z_is_left_out_of_the_readout(plain_model, batch):
-    """As for text: it says 1/80 of a label there, and its noise would be all that differs."""
-    model = randomized(db.convert(plain_model, num_blocks=2, preset="paper", denoiser="factorized")).eval()
-    prior = model.block_logits(batch["pixel_values"])[:, 1]
-    for sigma, equal in ((80.0, True), (79.0, False)):
-        logits = model(**batch, block_index=1, sigma=torch.full((6,), sigma), noise=torch.randn(6, 32)).logits
-        assert torch.equal(logits, prior) is equal

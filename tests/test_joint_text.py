@@ -1,9 +1,8 @@
-"""The joint denoiser of text: three realisations of its noisy tokens, and the walk that asks them."""
+"""The joint denoiser of text: two realisations of its noisy tokens, and the walk that asks them."""
 
 from __future__ import annotations
 
 import weakref
-from functools import partial
 
 import pytest
 import torch
@@ -15,27 +14,24 @@ from hf_diffusionblocks.models.causal_lm.text import Text
 
 
 def noisy_through_all(model, block_index: int, ids, mask=None) -> list[torch.Tensor]:
-    """What leaves a block on the noisy stream: clean pass then noisy pass, that one in groups, and one pass over
-    [clean ; noisy]."""
+    """What leaves a block on the noisy stream: clean pass then noisy pass, and one pass over [clean ; noisy]."""
     positions = torch.arange(LENGTH)[None] if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
     kept = torch.arange(LENGTH)
     z = torch.randn(3, LENGTH, WIDTH, generator=torch.Generator().manual_seed(3))
     sigma = torch.tensor([0.1, 0.7, 4.0])
     block, outputs = model.blocks[block_index], []
     clean_modulations, noisy_modulations = block.clean_modulations(), block.modulations(sigma)
-    for realisation in ("apart", "in groups", "together"):
+    for realisation in ("apart", "together"):
         hidden = block.embed({"input_ids": ids, "position_ids": positions})
         streams = Streams(model, hidden, Text(ids, None, mask, positions), kept, CleanKeys())
         hidden = streams.enter(block, hidden)
         noisy = streams.embed_noisy(block, z)
         if realisation == "together":
             joined = [join(c, n, LENGTH, LENGTH) for c, n in zip(clean_modulations, noisy_modulations)]
-            outputs.append(streams.run_together(block, hidden, noisy, joined)[1])
+            outputs.append(streams.run_together(block, hidden, noisy, joined))
         else:
-            streams.run_clean(block, hidden, clean_modulations, output=False)
-            in_groups = partial(streams.run_noisy_in_groups, largest=4)
-            run = in_groups if realisation == "in groups" else streams.run_noisy
-            outputs.append(run(block, noisy, noisy_modulations))
+            streams.run_clean(block, hidden, clean_modulations)
+            outputs.append(streams.run_noisy(block, noisy, noisy_modulations))
     return outputs
 
 
@@ -61,19 +57,6 @@ def test_passes_apart_equal_one_masked_pass_in_outputs_and_gradients(plain, ids,
         assert gradients[0].keys() == other.keys()
         for name, gradient in gradients[0].items():
             assert torch.allclose(gradient, other[name], atol=1e-5 * gradient.abs().max() + 1e-6), name
-
-
-@pytest.mark.parametrize("dropout, expected", [(0.0, "run_noisy"), (0.1, "run_noisy_in_groups")])
-def test_noisy_tokens_train_in_groups_where_attention_keeps_scores(plain, ids, dropout, expected, monkeypatch):
-    model = make(plain).train()
-    setattr(model.backbone.config, model.architecture.attention_dropout_name, dropout)
-    called = []
-    for name in ("run_noisy", "run_noisy_in_groups"):
-        run = getattr(Streams, name)
-        monkeypatch.setattr(Streams, name, lambda *args, name=name, run=run: called.append(name) or run(*args))
-    for training in (True, False):
-        model.train(training)(ids, labels=ids, block_index=0)
-    assert called == [expected, "run_noisy"]
 
 
 def test_the_last_clean_layer_computes_keys_and_values_only(plain, ids):
@@ -110,25 +93,24 @@ def test_a_noisy_token_sees_no_other_noisy_token(plain, joint, ids, block_index)
 def test_a_walk_asks_the_network_that_was_trained(plain, joint, ids, monkeypatch):
     """At every level, of the z that the walk has come to: what it is told is what a training step would compute."""
     model, asked = make(plain, **joint), []
-    read = model.readout.in_walk
-    monkeypatch.setattr(model.readout, "in_walk", lambda *args: asked.append(args[:4]) or read(*args))
+    read = model.formulation.read_out
+    monkeypatch.setattr(model.formulation, "read_out", lambda *args: asked.append(args[:3]) or read(*args))
     model(ids)
     followed = Text(torch.cat([ids, ids[:, :1]], 1))  # one token more, so that the last one has a next
-    for block, hidden, z, level in asked:
-        sigma = level.sigma.expand(3, LENGTH)
-        trained = model.denoiser.run(block, followed, z.unflatten(0, (3, LENGTH)), sigma).read
+    for (block, hidden, z), level in zip(asked, model.noise_schedule.inference_sigmas(2)):
+        sigma = torch.full((3, LENGTH), level.item())
+        trained = model.formulation.run(block, followed, z.unflatten(0, (3, LENGTH)), sigma)
         torch.testing.assert_close(hidden, trained.flatten(0, 1), rtol=1e-4, atol=1e-5)
     assert [block.index for block, *_ in asked] == BLOCKS
 
 
-@pytest.mark.parametrize("fields", [{}, {"sampler": "ancestral"}, {"bridge": "soft"}], ids=str)
 @pytest.mark.parametrize("num_items", [None, 7])
-def test_a_walk_is_scored_in_chunks(plain, joint, ids, fields, num_items, monkeypatch):
+def test_a_walk_is_scored_in_chunks(plain, joint, ids, num_items, monkeypatch):
     """The same loss, of padded and partly labelled texts, a quarter of the logits at a time; each is gone by the next."""
-    model = make(plain, **joint, **fields)
+    model = make(plain, **joint)
     mask, labels = torch.ones_like(ids), ids.clone()
     mask[1, :4], labels[1, :4], labels[0, 6:] = 0, -100, -100
-    made, read = [], model.readout.in_walk
+    made, read = [], model.formulation.read_out
 
     def watched(*args):
         assert not [logits for logits, _ in made if logits() is not None]
@@ -141,6 +123,6 @@ def test_a_walk_is_scored_in_chunks(plain, joint, ids, fields, num_items, monkey
             return model(ids, attention_mask=mask, labels=labels, num_items_in_batch=num_items, **kwargs).loss.item()
 
     expected = loss()
-    monkeypatch.setattr(model.readout, "in_walk", watched)
+    monkeypatch.setattr(model.formulation, "read_out", watched)
     assert loss(return_logits=False) == pytest.approx(expected, rel=1e-6)
     assert [rows for _, rows in made] == [8, 8, 8, 6] * 2  # of 30, at both levels

@@ -143,7 +143,7 @@ def test_judge_reads_without_dropout_and_keeps_its_mode(tokenizer, judge):
 
 
 def test_a_diffusion_blocks_model_can_be_the_judge(tokenizer, judge):
-    own = db.convert(judge, num_blocks=2, denoiser="factorized", context="carried")
+    own = db.convert(judge, num_blocks=2)
     by_own, by_plain = (db.generation_measures(["a b c d", "e"], tokenizer, reader) for reader in (own, judge))
     assert by_own == pytest.approx(by_plain, rel=1e-6)
 

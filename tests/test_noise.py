@@ -7,12 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import interpolate, stats
+from scipy import stats
 
 from hf_diffusionblocks import NoiseSchedule
 
 BLOCKS = range(1, 13)
-TABLE = [(0.002, 0.0), (0.03, 0.05), (0.3, 0.5), (2.0, 0.9), (80.0, 1.0)]
 
 
 def truncated_cdf(sigma, schedule):
@@ -118,69 +117,3 @@ def test_cdf_inverts_quantile():
 def test_unknown_block_is_named(call):
     with pytest.raises(ValueError, match=r"block_index=(3|-1) must lie in 0\.\.2"):
         call(NoiseSchedule(3))
-
-
-# ---- a table in place of the log-normal
-
-
-def interpolated_cdf(sigma) -> np.ndarray:
-    """Independent reference: SciPy's linear interpolation, in ln sigma."""
-    levels, probabilities = np.array(TABLE).T
-    return interpolate.interp1d(np.log(levels), probabilities)(np.log(np.asarray(sigma)))
-
-
-def test_table_is_the_cdf_linear_in_log_sigma():
-    sigma = torch.logspace(math.log10(0.0021), math.log10(79.9), 200, dtype=torch.float64)
-    assert np.allclose(NoiseSchedule(3, table=TABLE).cdf(sigma), interpolated_cdf(sigma), rtol=0, atol=1e-12)
-
-
-def test_table_s_own_points_are_met():
-    schedule = NoiseSchedule(3, table=TABLE)
-    for sigma, probability in TABLE:
-        assert schedule.cdf(sigma).item() == pytest.approx(probability, abs=1e-12)
-        assert schedule.quantile(probability).item() == pytest.approx(sigma, rel=1e-12)
-
-
-def test_table_s_quantile_and_cdf_are_inverse():
-    schedule = NoiseSchedule(3, table=TABLE)
-    fractions = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    assert torch.allclose(schedule.cdf(schedule.quantile(fractions)), fractions, rtol=0, atol=1e-12)
-    sigma = torch.logspace(math.log10(0.002), math.log10(80.0), 1001, dtype=torch.float64)
-    assert torch.allclose(schedule.quantile(schedule.cdf(sigma)), sigma, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("num_blocks", BLOCKS)
-def test_blocks_of_a_table_have_equal_mass(num_blocks):
-    boundaries = NoiseSchedule(num_blocks, table=TABLE).boundaries
-    assert (boundaries[0].item(), boundaries[-1].item()) == (0.002, 80.0)
-    assert np.allclose(np.diff(interpolated_cdf(boundaries)), 1 / num_blocks, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("num_blocks", BLOCKS)
-def test_samples_of_a_table_are_of_their_block(num_blocks):
-    schedule = NoiseSchedule(num_blocks, table=TABLE)
-    for k in range(num_blocks):
-        assert (schedule.block_of(schedule.sample(k, (2000,), torch.Generator().manual_seed(k))) == k).all()
-
-
-@pytest.mark.parametrize("num_blocks", BLOCKS)
-def test_inference_levels_of_a_table_run_each_block_once(num_blocks):
-    schedule = NoiseSchedule(num_blocks, table=TABLE)
-    sigmas = schedule.inference_sigmas(num_blocks)
-    assert torch.equal(sigmas, schedule.boundaries.flip(0))
-    assert schedule.block_of(sigmas[:-1]).tolist() == list(range(num_blocks))
-
-
-@pytest.mark.parametrize("block_index", range(3))
-def test_samples_follow_the_table(block_index):
-    schedule = NoiseSchedule(3, overlap=0.1, table=TABLE)
-    sigma = schedule.sample(block_index, (20_000,), torch.Generator().manual_seed(0))
-    low, high = interpolated_cdf(schedule.interval(block_index, 0.1))
-    assert stats.kstest(sigma.numpy(), lambda s: (interpolated_cdf(s) - low) / (high - low)).pvalue > 0.01
-
-
-def test_a_table_is_used_whatever_the_default_device():
-    """from_pretrained builds schedules under the meta device."""
-    with torch.device("meta"):
-        boundaries = NoiseSchedule(3, table=TABLE).boundaries
-    assert torch.equal(boundaries, NoiseSchedule(3, table=TABLE).boundaries)

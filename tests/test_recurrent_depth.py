@@ -24,13 +24,12 @@ from hf_diffusionblocks.recurrent_depth_llama import RecurrentDepthLlamaForCausa
 LENGTH, NEW = 8, 5
 CONFIGS = Path(train_causal_lm.__file__).parent / "configs"
 STEPS = [None, 1, 2, 5]
-READOUTS = ["edm", "posterior"]
 
 
-@pytest.fixture(params=READOUTS)
-def model(request) -> db.DiffusionBlocksForCausalLM:
+@pytest.fixture
+def model() -> db.DiffusionBlocksForCausalLM:
     torch.manual_seed(0)
-    model = randomized(db.convert(RECURRENT, readout=request.param)).eval()
+    model = randomized(db.convert(RECURRENT)).eval()
     model.generation_config.eos_token_id = None  # every generation has the length it is asked for
     return model
 
@@ -57,7 +56,7 @@ def logits_of(model, ids, labels=None, **draw) -> torch.Tensor:
 def test_a_converted_model_keeps_its_weights_and_is_one_joint_block():
     plain = randomized(AutoModelForCausalLM.from_config(RECURRENT))
     model = db.convert(plain)
-    assert (model.num_blocks, model.config.denoiser, model.config.context) == (1, "joint", "independent")
+    assert (model.num_blocks, model.config.preset) == (1, "paper")  # though what is recommended is asked for
     assert same(model.backbone.state_dict(), plain.state_dict())
     names = {name for name, _ in model.named_parameters() if model.block_of_parameter(name) == 0}
     assert {name.split(".")[2] for name in names if name.startswith("backbone.model.")} == {"layers"}  # core and coda
@@ -68,8 +67,6 @@ def test_a_converted_model_keeps_its_weights_and_is_one_joint_block():
     ("fields", "message"),
     [
         ({"num_blocks": 2}, "num_blocks=2 must be 1 for model_type='recurrent_depth_llama'"),
-        ({"denoiser": "factorized"}, "denoiser='factorized' must be 'joint' for model_type"),
-        ({"context": "carried"}, "context='carried' must be 'independent' for model_type"),
         ({"task": "fill-mask"}, "task='fill-mask' must be 'text-generation' for model_type"),
     ],
 )
@@ -100,7 +97,7 @@ def test_a_training_step_runs_the_core_once(model, ids):
 def by_hand(model, ids, sigma: float, noise) -> torch.Tensor:
     """Logits of tokens 1 to S-1, each by a causal pass of its own over the clean tokens before it and its noisy self."""
     parts, found = model.backbone.model, []
-    c, block = precondition(torch.full((1,), sigma), model.sigma_data), model.blocks[0]
+    c, block = precondition(torch.full((1,), sigma), model.config.sigma_data), model.blocks[0]
     vectors = F.normalize(parts.embed_tokens.weight, dim=-1)
     pairs = [*zip(block.clean_modulations(), block.modulations(torch.full((1,), sigma)))]
     for p in range(ids.shape[1] - 1):
@@ -115,11 +112,7 @@ def by_hand(model, ids, sigma: float, noise) -> torch.Tensor:
             both = (torch.cat([one.expand(1, p + 1, -1), two], 1) for one, two in zip(of_clean, of_noisy))
             hidden = model.architecture.run_layer(layer, hidden, Modulation(*both), attention_mask=None, **positions)
         read = parts.norm(hidden[:, -1])
-        if model.config.readout == "edm":
-            logits = model.backbone.lm_head((c.skip * z + c.out * read) / model.sigma_data)
-        else:
-            logits = model.backbone.lm_head(read) - (z[:, None] - vectors).square().sum(-1) / (2 * sigma**2)
-        found.append(logits)
+        found.append(model.backbone.lm_head((c.skip * z + c.out * read) / model.config.sigma_data))
     return torch.stack(found, 1)
 
 
@@ -204,17 +197,16 @@ def test_the_way_of_a_token_can_be_looked_at(model, ids):
 def test_numbers_of_steps_that_mean_nothing_are_refused(model, ids):
     with pytest.raises(ValueError, match="num_steps=0 must be a whole number from 1"):
         model.generate(ids, num_steps=0)
-    factorized = db.convert(CASES["llama, factorized-carried"].config, 2)
-    with pytest.raises(ValueError, match="num_steps=2 must be 1 or None with denoiser='factorized'"):
-        factorized.generate(ids, num_steps=2)
-    with pytest.raises(ValueError, match="denoiser='factorized' must be 'joint'"):
-        factorized.trajectory(ids)
+    recommended = db.convert(CASES["llama, recommended"].config, 2)
+    with pytest.raises(ValueError, match="num_steps=2 must be 1 or None with preset='recommended'"):
+        recommended.generate(ids, num_steps=2)
+    with pytest.raises(ValueError, match="preset='recommended' must be 'paper'"):
+        recommended.trajectory(ids)
 
 
 # ---- the rest of the house
 
 
-@pytest.mark.parametrize("model", ["posterior"], indirect=True)
 def test_a_reloaded_model_is_the_same_in_another_process(model, ids, tmp_path):
     model.save_pretrained(tmp_path)
     assert torch.equal(logits_in_another_process(tmp_path, ids, num_steps=3), model(ids, num_steps=3).logits)
@@ -224,14 +216,14 @@ def test_the_estimate_is_what_a_step_holds():
     workload = Workload(RECURRENT, 1, batch_size=3, sequence_length=12)
     estimate = db.estimate_memory(RECURRENT, batch_size=3, sequence_length=12, budget="1GiB")
     assert "recurrent_depth_llama, 3 layers, B=1" in str(estimate) and set(estimate.fitting.values()) == {1}
-    for name, fields in (("end to end", None), ("joint (paper): all blocks in turn", {})):
+    for name, fields in (("end to end", None), ("paper: all blocks in turn", {"preset": "paper"})):
         torch.manual_seed(0)
         measured = ledger_of(Way(name, fields), workload)
         assert estimate.ledgers[name].parts.total == pytest.approx(measured.parts.total, rel=0.02)
 
 
 def test_the_trainer_lowers_the_bound(tmp_path):
-    case = CASES["recurrent, joint-edm"]
+    case = CASES["recurrent"]
     torch.manual_seed(0)
     model = db.convert(case.config)
     batches = [case.rows(16)]

@@ -68,6 +68,11 @@ def draw(sigma: float = 0.3) -> dict[str, torch.Tensor]:
     return {"sigma": torch.full((3,), sigma), "noise": noise}
 
 
+def draw_of(model) -> dict[str, torch.Tensor]:
+    """The same, where there is noise."""
+    return draw() if model.noise_schedule else {}
+
+
 def layer_of(model, index: int):
     return model.backbone.get_submodule(model.architecture.layers_path)[index]
 
@@ -75,4 +80,4 @@ def layer_of(model, index: int):
 def block_logits(model, ids, block_index, labels=None, **kwargs) -> torch.Tensor:
     labels = ids if labels is None else labels
     with torch.no_grad():
-        return model(ids, labels=labels, block_index=block_index, return_logits=True, **{**draw(), **kwargs}).logits
+        return model(ids, labels=labels, block_index=block_index, return_logits=True, **{**draw_of(model), **kwargs}).logits

@@ -13,7 +13,6 @@ class CommonParts:
     """All blocks read and train the same embeddings, final norm and head: the stock model's."""
 
     own_modules = ()  #: names of the modules that `modules` makes
-    fixed_targets = False  #: whether targets are a table that is never trained
     num_copies = 1  #: of what the stock model has not: sigma embeddings and the like
 
     def __init__(self, backbone: Backbone, num_blocks: int, later_embeddings: Sequence[str]):
@@ -45,7 +44,7 @@ class CommonParts:
 
 
 class OwnParts:
-    """Each block has its own, around one fixed table of targets, so that blocks can be trained apart.
+    """Each block has its own, so that blocks can be trained apart: denoisers around one fixed table of targets.
 
     The stock model's embeddings are then block 0's, and its final norm and head the last block's, so that these and the
     layers still make up the stock model. Where the plain model ties its head to its token embedding, so does each block
@@ -56,7 +55,6 @@ class OwnParts:
     """
 
     own_modules = ("block_embeddings", "block_readouts")
-    fixed_targets = True
 
     def __init__(self, backbone: Backbone, num_blocks: int, later_embeddings: Sequence[str]):
         self._backbone, self._later_embeddings = backbone, later_embeddings

@@ -169,6 +169,10 @@ class RecurrentDepthLlamaForCausalLM(RecurrentDepthLlamaPreTrainedModel, Generat
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def prepare_inputs_for_generation(self, *args, tokenizer=None, **kwargs):
+        # (`generate` hands the tokenizer of stopping criteria on to every model.)
+        return super().prepare_inputs_for_generation(*args, **kwargs)
+
     @can_return_tuple
     def forward(
         self,

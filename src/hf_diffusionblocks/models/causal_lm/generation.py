@@ -70,6 +70,7 @@ class WalkGeneration(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, *args, inputs_embeds: torch.Tensor | None = None, text_walk: TextWalk | None = None, **kwargs
     ):
+        kwargs.pop("tokenizer", None)  # (of stopping criteria: stock models take what they do not know, and ignore it)
         prepared = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         if isinstance(prepared.get("attention_mask"), dict):
             # A mask for each kind of layer, made for a static cache: these models have one kind.

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...diffusion.likelihood import LikelihoodTerms
-from ...diffusion.objectives import IGNORED, cross_entropy, rows_with_loss
+from ...diffusion.objectives import IGNORED, chunked_sum, cross_entropy, rows_with_loss
+from ...streaming import weights_on_device
 from ..block import Block
 from ..formulation import Formulation
 from .text import Rows, Text
@@ -66,14 +67,16 @@ class LocalText(Formulation):
 
     def _loss(self, text: Text, labels: torch.Tensor, num_items) -> torch.Tensor:
         """The mean cross-entropy, without ever holding all logits."""
-        block, rows, targets = self.model.blocks[-1], self._last_hidden(text)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        labelled = rows_with_loss(targets, at_most=len(targets))
-        return self.model.mean_of_rows(
-            lambda rows, targets: cross_entropy(self._head(rows), targets).sum(),
-            [rows[labelled], targets[labelled]],
-            block,
-            num_items,
-        )
+        rows, targets = self._last_hidden(text)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        labelled, head = rows_with_loss(targets, at_most=len(targets)), self.model.get_output_embeddings()
+        with weights_on_device(head):
+            total = chunked_sum(
+                lambda rows, targets: cross_entropy(self._head(rows), targets).sum(),
+                [rows[labelled], targets[labelled]],
+                list(head.parameters()),
+                self.model.config.vocab_size,
+            )
+        return self.model.per_item(total, targets, num_items)
 
     def _last_hidden(self, text: Text) -> torch.Tensor:
         """What the head reads, `[N, S, D]`."""

@@ -179,17 +179,13 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
             return cross_entropy(self.formulation.logits(block, Rows(hidden, *noise)), targets).sum()
 
         noise = [tensor for tensor in rows[1:] if tensor is not None]
-        return self.mean_of_rows(loss_of_rows, [rows.hidden, targets, *noise], block, num_items)
-
-    def mean_of_rows(self, loss_of_rows, tensors, block: Block, num_items) -> torch.Tensor:
-        """The sum of a loss over rows that a block reads out, in chunks, over the number of targets or `num_items`.
-
-        Args:
-            tensors: hidden states, targets, and what else `loss_of_rows` takes, by row.
-        """
         with block.readout_on_device() as parameters:
-            total = chunked_sum(loss_of_rows, tensors, parameters, self.config.vocab_size)
-        return total / ((tensors[1] != IGNORED).sum().clamp(min=1) if num_items is None else num_items)
+            total = chunked_sum(loss_of_rows, [rows.hidden, targets, *noise], parameters, self.config.vocab_size)
+        return self.per_item(total, targets, num_items)
+
+    def per_item(self, total: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
+        """A summed loss over the number of targets, or over `num_items`, of which this is a part."""
+        return total / ((targets != IGNORED).sum().clamp(min=1) if num_items is None else num_items)
 
     def clean_input(self, batch: Mapping[str, torch.Tensor]) -> Clean:
         return self.clean(Text.of(batch))

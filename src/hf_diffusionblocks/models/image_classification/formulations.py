@@ -38,9 +38,13 @@ class LocalImage(Formulation):
         leaving, read = self.model.training_output(block, x, cached)
         return leaving, block.read_out(read)
 
-    def predict(self, x: Clean, **stock) -> ImageClassifierOutput:
-        """What the plain model gives."""
-        return self.model.backbone(**x.inputs, **self.model.asked_of_stock_model(stock))
+    def predict(self, x: Clean, labels: torch.Tensor | None = None, **stock) -> ImageClassifierOutput:
+        """What the plain model gives. (Not its loss: shares of classes it would take for classes of their own.)"""
+        num_items = stock.pop("num_items_in_batch", None)
+        found = self.model.backbone(**x.inputs, **self.model.asked_of_stock_model(stock))
+        if labels is not None:
+            found["loss"] = self.model.mean_loss(found.logits, labels, num_items)
+        return found
 
     def block_logits(self, x: Clean) -> torch.Tensor:
         """Every block's, `[N, B, V]`."""
