@@ -19,6 +19,7 @@ from ...diffusion.gaussian import corrupt
 from ...diffusion.objectives import mean_of_step, weighted
 from ...diffusion.randomness import Generators, NoiseSource
 from ...diffusion.samplers import walk
+from ...whole_numbers import whole
 from ..active import without_dropout
 from ..base import Clean, DiffusionBlocksPreTrainedModel
 from ..targets import FixedTargets
@@ -206,7 +207,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         """Logits, trajectory and sigmas of [`WalkClassifierOutput`]."""
         config, num_rows, trajectory = self.config, len(x.inputs["pixel_values"]), []
         steps = self.steps_for(config) if num_inference_steps is None else num_inference_steps
-        sigmas = self.noise_schedule.inference_sigmas(steps)
+        sigmas = self.noise_schedule.inference_sigmas(whole("num_inference_steps", steps, 1, ", or None"))
         network = self.denoiser.walk_denoiser(x)
 
         def denoise(z: torch.Tensor, step: int) -> torch.Tensor:
