@@ -65,7 +65,7 @@ def settle(caller: str, given: Mapping[str, Any], config: GenerationConfig | Non
             raise ValueError(f"{name}={value!r} is not taken{instead}. {caller} takes {names}")
     if {"max_new_tokens", "max_length"} & {name for name, value in given.items() if value is not None}:
         fields = {name: value for name, value in fields.items() if name not in ("max_new_tokens", "max_length")}
-    settled = {name: value for name, value in fields.items() if name in taken} | dict(given)
+    settled = {name: value for name, value in fields.items() if name in (*taken, *OWN)} | dict(given)
     return {name: value for name, value in settled.items() if name in (*taken, *OWN) and value is not None}
 
 
