@@ -176,7 +176,7 @@ def test_walk_steps_default_to_the_config_and_then_to_the_blocks(plain_config, b
     for fields, steps in (({}, 2), ({"num_inference_steps": 3}, 3)):
         model = db.convert(plain_config, num_blocks=2, preset="paper", **fields).eval()
         assert model.predict(batch["pixel_values"]).trajectory.shape[1] == steps
-    with pytest.raises(ValueError, match="num_steps=0 must be at least 1"):
+    with pytest.raises(ValueError, match="num_inference_steps=0 must be a whole number from 1"):
         model.predict(batch["pixel_values"], num_inference_steps=0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
@@ -181,6 +182,23 @@ def test_predict_is_the_flow_by_the_block_that_owns_each_level():
     assert torch.allclose(found.images, z.float(), atol=1e-4) and found.sigmas.tolist() == sigmas
 
 
+def test_guidance_of_at_most_one_is_none_and_the_class_stays():
+    """As in diffusers; `D(none) + scale * (D(class) - D(none))` would forget the class at 0."""
+    model = COMMON.model().eval()
+    plain = model.denoise(images(), 1.0, LABELS)
+    for scale in (0, 0.5, 1):
+        assert torch.equal(model.denoise(images(), 1.0, LABELS, scale), plain)
+    assert not torch.allclose(model.denoise(images(), 1.0, LABELS, 1.5), plain)
+
+
+@pytest.mark.parametrize("labels", [np.array([1, 2]), [np.int64(1), np.int64(2)], torch.tensor([1, 2], dtype=torch.uint8)])
+def test_labels_are_whole_numbers_of_any_kind(labels):
+    model = COMMON.model().eval()
+    expected = model.predict([1, 2], num_inference_steps=1).images
+    assert torch.equal(model.predict(labels, num_inference_steps=np.int64(1)).images, expected)
+    assert torch.allclose(model.predict(np.int64(1), num_inference_steps=1).images, expected[:1], atol=1e-5)
+
+
 def test_noise_is_an_images_own_whatever_it_is_made_with():
     model = COMMON.model().eval()
     many, few = model.predict([1, 2, 3], num_inference_steps=3).images, model.predict([1, 2], num_inference_steps=3).images
@@ -247,12 +265,35 @@ def test_other_models_of_diffusers_are_refused(tmp_path):
         ({"class_labels": [7]}, r"class_labels=\[7\] must lie in 0..4, or be 5"),
         ({"sampler": "ddim"}, "sampler='ddim' must be one of 'euler', 'heun'"),
         ({"grid": "linear"}, "grid='linear' must be one of 'equal', 'karras'"),
-        ({"num_inference_steps": 0}, "num_steps=0 must be at least 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0 must be a whole number from 1"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps=2.5 must be a whole number from 1"),
+        ({"guidance_scale": -1.0}, "guidance_scale=-1.0 must be a finite number from 0"),
+        ({"guidance_scale": math.nan}, "guidance_scale=nan must be a finite number from 0"),
+        ({"guidance_scale": 2.0}, "guidance_scale=2.0 must be at most 1 for images of no class"),
+        ({"num_images": 0}, "num_images=0 must be a whole number from 1"),
+        ({"class_labels": [1, 2], "num_images": 3}, r"class_labels of \[2\] must be \[3\]"),
+        ({"class_labels": []}, r"class_labels=\[\] must be whole numbers"),
+        ({"class_labels": [1.5]}, r"class_labels=\[1.5\] must be whole numbers"),
+        ({"class_labels": ["owl"]}, r"class_labels=\['owl'\] must be whole numbers"),
+        ({"class_labels": [1, 2], "generator": [torch.Generator()]}, "1 generators must be 2, one a row"),
     ],
 )
 def test_bad_arguments_of_predict_are_refused(arguments, named):
     with pytest.raises(ValueError, match=named):
         COMMON.model().predict(**arguments)
+
+
+def test_guidance_needs_a_model_that_has_learned_images_of_no_class():
+    model = COMMON.model(label_dropout=0.0)
+    for guided in (lambda: model.predict([1], guidance_scale=2.0), lambda: model.denoise(images(), 1.0, LABELS, 2.0)):
+        with pytest.raises(ValueError, match="guidance_scale=2.0 must be at most 1: with label_dropout=0"):
+            guided()
+    model.predict([1], num_inference_steps=1, guidance_scale=1.0)
+
+
+def test_a_generator_is_one_of_torch():
+    with pytest.raises(TypeError, match="generator=0 must be a torch.Generator, or a list of them"):
+        COMMON.model().predict([1], generator=0)
 
 
 def test_images_of_another_size_are_refused():

@@ -128,13 +128,42 @@ def test_a_callback_sees_each_step_and_may_change_the_latents(gray):
     assert not images.any()
 
 
+def test_a_callback_may_return_nothing(gray):
+    watched = gray([0], 2, output_type="latent", callback_on_step_end=lambda *given: None).images
+    assert torch.equal(watched, gray([0], 2, output_type="latent").images)
+
+
+def test_an_interrupt_ends_sampling_after_its_step(gray):
+    """As in diffusers' pipelines; the next call starts anew."""
+    steps = []
+
+    def interrupt(pipeline, step, sigma, given):
+        steps.append(step)
+        pipeline._interrupt = step == 1
+        return {"latents": given["latents"] * 0 + step}
+
+    assert (gray([0], T, output_type="latent", callback_on_step_end=interrupt).images == 1).all()
+    assert steps == [0, 1] and gray.interrupt
+    assert not (gray([0], T, output_type="latent").images == 1).any()
+
+
+def test_classes_may_be_numpys(gray):
+    expected = gray([2, 0], 2, output_type="latent").images
+    for labels in (np.array([2, 0]), [np.int64(2), np.int32(0)], np.array(["owl", "cat"])):
+        assert torch.equal(gray(labels, 2, output_type="latent").images, expected)
+    assert torch.equal(gray(np.int64(2), 2, output_type="latent").images, gray([2], 2, output_type="latent").images)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         ({"class_labels": [3, 4]}, "class_labels=[3, 4] must lie in 0..2, or be 3"),
         ({"class_labels": ["cat", "cow"]}, "class label 'cow' must be one of 'cat', 'dog', 'hound', 'owl', 'dog, hound'"),
         ({"output_type": "png"}, "output_type='png' must be one of 'pil', 'np', 'pt', 'latent'"),
-        ({"num_images": 0}, "num_images=0 must be 1 or more"),
+        ({"num_images": 0}, "num_images=0 must be a whole number from 1"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps=2.5 must be a whole number from 1"),
+        ({"guidance_scale": -1}, "guidance_scale=-1 must be a finite number from 0"),
+        ({"class_labels": [True]}, "class_labels=[True] must be whole numbers"),
         ({"latents": torch.zeros(1, 2, 8, 8)}, "noise of [1, 2, 8, 8] must be [1, 1, 8, 8]"),
         ({"sampler": "ddim"}, "sampler='ddim' must be one of 'euler', 'heun'"),
         ({"callback_on_step_end_tensor_inputs": ["z"]}, "_tensor_inputs=['z'] must be ['latents'] or []"),
@@ -145,6 +174,20 @@ def test_what_is_wrong_is_named_before_any_layer_runs(gray, arguments, named):
     with pytest.raises(ValueError, match=re.escape(named)):
         gray(**{"class_labels": [0], **arguments})
     assert not seen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"num_images_per_prompt": 2}, "num_images_per_prompt=2 is no argument of this pipeline: give num_images"),
+        ({"eta": 0.0}, "eta=0.0 is no argument of this pipeline: give one of class_labels, num_inference_steps, "),
+        ({"callback_on_step_end": 3}, "callback_on_step_end=3 must be a function"),
+        ({"callback_on_step_end": lambda *given: 3}, "callback_on_step_end returned a int, and must return a dict or None"),
+    ],
+)
+def test_what_the_pipeline_does_not_take_is_named(gray, arguments, named):
+    with pytest.raises(TypeError, match=re.escape(named)):
+        gray([0], T, **arguments)
 
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])

@@ -73,6 +73,26 @@ def test_a_bound_without_samples_is_refused(num_samples):
         db.nll_bound(CASES["bert"].model(), [CASES["bert"].rows()], num_samples)
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2, recommended"])
+def test_batches_that_are_none_are_named(name):
+    model, rows = CASES[name].model(), CASES[name].rows()
+    lists = {column: values.tolist() for column, values in rows.items()}
+    for batches, error, message in (
+        ([{"input_ids": rows["input_ids"]}], ValueError, "dataloader gives batches of 'input_ids', and 'labels' must be among"),
+        ([lists], TypeError, "dataloader gives 'input_ids' as a list, and must give tensors"),
+        (rows, TypeError, "dataloader gives a str, and must give batches"),
+        ([rows | {"labels": rows["labels"][:, 1:]}], ValueError, r"input_ids of \[4, 12\] and labels of \[4, 11\]"),
+    ):
+        with pytest.raises(error, match=message):
+            db.nll_bound(model, batches)
+
+
+@pytest.mark.parametrize("sizes", [{"num_tokens": 8, "num_bytes": 0}, {"num_tokens": 0, "num_bytes": 8}])
+def test_no_bytes_have_no_bits(sizes):
+    with pytest.raises(ValueError, match="=0 must be a whole number from 1"):
+        db.bits_per_byte(1.0, **sizes)
+
+
 def test_bits_per_byte():
     """8 tokens of ln 2 nats that spell 16 bytes: half a bit a byte."""
     assert db.bits_per_byte(math.log(2), num_tokens=8, num_bytes=16) == pytest.approx(0.5)

@@ -8,7 +8,18 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertLMHeadModel,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5Model,
+)
 
 import hf_diffusionblocks as db
 
@@ -157,6 +168,30 @@ def test_bfloat16_judge_s_logits_are_summed_up_in_float32(tokenizer, judge):
     )
 
 
+@pytest.mark.parametrize("judge_class", [BertForMaskedLM, BertLMHeadModel, BertForSequenceClassification, BertModel, T5Model])
+def test_a_judge_that_sees_what_it_scores_is_refused(tokenizer, judge_class):
+    """By what it does: `BertLMHeadModel` is a causal model for the library, and looks both ways where its config says nothing."""
+    if judge_class is T5Model:
+        config = T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=len(WORDS))
+    else:
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = BertConfig(vocab_size=len(WORDS), **sizes)
+    with pytest.raises(TypeError, match=f"judge={judge_class.__name__} must be a causal language model"):
+        db.generation_measures(["a b c"], tokenizer, judge_class(config))
+
+
+def test_masked_models_of_ours_are_no_judges(tokenizer, judge):
+    masked = db.convert(judge, num_blocks=2, task="fill-mask", preset="paper")
+    with pytest.raises(TypeError, match="judge=DiffusionBlocksForMaskedLM must be a causal language model"):
+        db.generation_measures(["a b c"], tokenizer, masked)
+
+
+def test_tokens_beyond_the_judge_s_are_named(tokenizer):
+    small = GPT2LMHeadModel(GPT2Config(vocab_size=3, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0))
+    with pytest.raises(ValueError, match=r"texts\[0\] has token 4, and the judge knows 3 tokens"):
+        db.generation_measures(["a b c"], tokenizer, small)
+
+
 # ---- bad input
 
 
@@ -169,7 +204,9 @@ def test_bfloat16_judge_s_logits_are_summed_up_in_float32(tokenizer, judge):
         ({"prompts": "a"}, TypeError, r"prompts='a' must be a list of strings"),
         ({"prompts": ["a", "b"]}, ValueError, r"2 prompts must be as many as the 1 texts"),
         ({"tokenizer": None}, TypeError, r"tokenizer=NoneType must be a tokenizer"),
-        ({"batch_size": 0}, ValueError, r"batch_size=0 must be at least 1"),
+        ({"batch_size": 0}, ValueError, r"batch_size=0 must be a whole number from 1"),
+        ({"texts": [["a", "b"]], "prompts": None}, TypeError, r"texts\[0\] is a list, and must be a string"),
+        ({"judge": "gpt2"}, TypeError, r"judge=str must be a causal language model"),
         ({"texts": ["a " * 12]}, ValueError, r"texts\[0\] and its prompt have 14 tokens: the judge reads at most 12"),
         ({"texts": ["a"], "prompts": None, "tokenizer": make_tokenizer()}, ValueError, r"nothing to score"),
     ],

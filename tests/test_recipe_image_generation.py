@@ -270,7 +270,7 @@ def test_pictures_go_to_the_trackers_of_the_trainer(tmp_path, monkeypatch):
 def test_what_cannot_be_drawn(tmp_path):
     case = Case(GRAY, {"shared": "per_block"})
     trainer = trainer_of(case.model(resident_blocks=[1]), case, tmp_path, updates_per_block=2)
-    with pytest.raises(ValueError, match="every_n_steps=-1 must be at least 0"):
+    with pytest.raises(ValueError, match="every_n_steps=-1 must be a whole number from 0"):
         drawn(trainer, every_n_steps=-1)
     with pytest.raises(ValueError, match="must lie in 0..4"):
         drawn(trainer, class_labels=[6])

@@ -134,26 +134,42 @@ def test_streamers_get_finished_parts_and_drafts(prompts, capsys):
     "options, message",
     [
         ({"remasking": "best"}, "remasking='best' must be one of 'random', 'low_confidence'"),
-        ({"temperature": -1.0}, "temperature=-1.0 must be from 0"),
-        ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
-        ({"cfg_scale": -0.5}, "cfg_scale=-0.5 must be from 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"temperature": -1.0}, "temperature=-1.0 must be a finite number from 0"),
+        ({"top_p": 0.0}, "top_p=0.0 must be a number above 0 and at most 1"),
+        ({"cfg_scale": -0.5}, "cfg_scale=-0.5 must be a finite number from 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number from 1"),
         ({"max_new_tokens": 13}, "max_new_tokens=13 after 4 must make at most max_position_embeddings=16"),
         ({"block_length": 3}, "block_length=3 must divide max_new_tokens=8"),
         ({"block_length": 4, "num_inference_steps": 3}, "num_inference_steps=3 must be a multiple of the 2 parts"),
-        ({"num_inference_steps": 0}, "num_inference_steps=0 must be"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0 must be a whole number from 1"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps=2.5 must be a whole number from 1"),
+        ({"num_inference_steps": True}, "num_inference_steps=True must be a whole number from 1"),
+        ({"block_length": 2.0}, "block_length=2.0 must be a whole number from 1"),
+        ({"input_ids": [[5, 6]]}, "input_ids of list must be a tensor of whole numbers"),
+        ({"input_ids": torch.tensor([5, 6])}, r"input_ids of torch.int64 \[2\] must be a tensor of whole numbers \[N, S\]"),
+        ({"attention_mask": torch.ones(3, 3)}, r"attention_mask of \[3, 3\] must be \[3, 4\]"),
+        ({"generator": [seeded()]}, "1 generators must be 3, one a row"),
         ({"attention_mask": torch.tensor([[1, 1, 1, 0]] * 3)}, "attention_mask must be 0 on the left alone"),
         ({"input_ids": torch.full((1, 4), MASK)}, "input_ids must not hold mask_token_id=3"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_cannot_be_generated_is_refused(options, message, prompts):
     with pytest.raises(ValueError, match=message):
         masked_model().generate(**{"input_ids": prompts, "max_new_tokens": 8, **options})
 
 
+def test_a_text_to_fill_in_must_fit_as_a_prompt_must():
+    """Of every architecture: Llama would go on beyond the positions that it knows, and say nothing."""
+    for config in (BERT, TEXT_CONFIGS["llama"]):
+        model = masked_model(config)
+        longest = model.config.source_config.max_position_embeddings
+        with pytest.raises(ValueError, match=f"input_ids of {longest + 1} tokens .* max_position_embeddings={longest}"):
+            model.infill(torch.full((1, longest + 1), MASK))
+
+
 def test_there_must_be_something_to_fill_in(prompts):
     with pytest.raises(ValueError, match="input_ids must hold mask_token_id=3"):
         masked_model().infill(prompts)
-    with pytest.raises(ValueError, match="num_inference_steps=0 must be at least 1"):
+    with pytest.raises(ValueError, match="num_inference_steps=0 must be a whole number from 1"):
         masked_model().infill(torch.full((1, 4), MASK), num_inference_steps=0)

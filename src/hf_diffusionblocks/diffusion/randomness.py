@@ -30,15 +30,30 @@ def draw(
     """`kind` (`torch.rand` or `torch.randn`) of `[N, ...]`, where the generators are; without any, on `device`.
 
     Raises:
-        ValueError: there are several generators, and not N.
+        TypeError, ValueError: of [`check_generators`].
     """
     if generator is None:
         return kind(shape, device=drawing_device(device), **kwargs)
+    check_generators(generator, shape[0])
     if isinstance(generator, torch.Generator):
         return kind(shape, generator=generator, device=generator.device, **kwargs)
-    if len(generator) != shape[0]:
-        raise ValueError(f"{len(generator)} generators must be {shape[0]}, one a row, or one for all")
     return torch.stack([kind(tuple(shape[1:]), generator=own, device=own.device, **kwargs) for own in generator])
+
+
+def check_generators(generator: Generators, num_rows: int) -> None:
+    """Of N rows.
+
+    Raises:
+        TypeError: there is something else than generators.
+        ValueError: there are several generators, and not N.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        return
+    several = isinstance(generator, (list, tuple))
+    if not several or not all(isinstance(own, torch.Generator) for own in generator):
+        raise TypeError(f"generator={generator!r} must be a torch.Generator, or a list of them, one a row")
+    if len(generator) != num_rows:
+        raise ValueError(f"{len(generator)} generators must be {num_rows}, one a row, or one for all")
 
 
 def keyed_generators(

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.active import without_dropout
+from ..whole_numbers import whole
 
 REPEATED_LENGTH = 4  # tokens of the n-grams whose repetition is counted
 
@@ -44,11 +45,13 @@ def generation_measures(
         - `repetition_rate`: the share of 4-grams that occurred before in the same text, of those of all texts; 0 to 1.
 
     Raises:
-        TypeError: texts or prompts are one string, or the tokenizer is none.
+        TypeError: texts or prompts are no strings, or one; the tokenizer is none, or the judge no causal language model: one
+            that sees the token it scores has no perplexity.
         ValueError: there is nothing to measure or to score, texts and prompts differ in number, or a text is longer
-            than the judge can read.
+            than the judge can read, or has tokens that it does not know.
     """
-    _check(texts, tokenizer, prompts, batch_size)
+    _check(texts, tokenizer, judge, prompts)
+    batch_size = whole("batch_size", batch_size, 1)
     tokens = _tokens_of(texts, tokenizer)
     if not any(tokens):
         raise ValueError(f"texts: none of the {len(texts)} has a token, there is nothing to measure")
@@ -60,16 +63,26 @@ def generation_measures(
     return measures | _diversity(tokens)
 
 
-def _check(texts, tokenizer, prompts, batch_size) -> None:
+def _check(texts, tokenizer, judge, prompts) -> None:
     for name, strings in (("texts", texts), ("prompts", prompts)):
         if isinstance(strings, str):
             raise TypeError(f"{name}={strings[:20]!r} must be a list of strings, not one")
+        for index, string in enumerate(strings or ()):
+            if not isinstance(string, str):
+                raise TypeError(f"{name}[{index}] is a {type(string).__name__}, and must be a string")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"tokenizer={type(tokenizer).__name__} must be a tokenizer of transformers")
     if prompts is not None and len(prompts) != len(texts):
         raise ValueError(f"{len(prompts)} prompts must be as many as the {len(texts)} texts that continue them")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if judge is not None and getattr(getattr(judge, "config", None), "is_encoder_decoder", True):
+        raise _no_causal_model(judge)
+
+
+def _no_causal_model(judge) -> TypeError:
+    return TypeError(
+        f"judge={type(judge).__name__} must be a causal language model of transformers, which sees no token that comes after: "
+        "load one with AutoModelForCausalLM"
+    )
 
 
 def _tokens_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -80,22 +93,40 @@ def _tokens_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list
 def _perplexity(
     judge: PreTrainedModel, contexts: list[list[int]], tokens: list[list[int]], batch_size: int
 ) -> float:
-    longest = getattr(judge.config.get_text_config(), "max_position_embeddings", math.inf)
+    config = judge.config.get_text_config()
+    longest, known = (getattr(config, name, math.inf) for name in ("max_position_embeddings", "vocab_size"))
     for index, (context, text) in enumerate(zip(contexts, tokens)):
         if len(context) + len(text) > longest:
             raise ValueError(
                 f"texts[{index}] and its prompt have {len(context) + len(text)} tokens: the judge reads at most "
                 f"{longest}"
             )
+        if (most := max(context + text, default=0)) >= known:
+            raise ValueError(f"texts[{index}] has token {most}, and the judge knows {known} tokens: is the tokenizer its own?")
     nats, scored = 0.0, 0
     pairs = list(zip(contexts, tokens))
     with without_dropout(judge):
+        _check_causal(judge, max((context + text for context, text in pairs), key=len))
         for start in range(0, len(pairs), batch_size):
             losses = _nats(judge, pairs[start : start + batch_size])
             nats, scored = nats + losses.double().sum().item(), scored + len(losses)
     if not scored:
         raise ValueError("texts: no token has one before it, there is nothing to score")
     return math.exp(nats / scored)
+
+
+def _check_causal(judge: PreTrainedModel, row: list[int]) -> None:
+    """By what it does, on a text with two endings: classes do not tell (BERT's `BertLMHeadModel` looks both ways)."""
+    if len(row) < 2:
+        return
+    other_end = [*row[:-1], row[-1] - 1 if row[-1] else 1]
+    logits = judge(input_ids=torch.tensor([row, other_end], device=judge.device)).get("logits")
+    if logits is None or logits.shape[:2] != (2, len(row)):
+        raise _no_causal_model(judge)
+    one, other = logits[:, :-1].float()
+    differences = torch.where(one == other, 0, one - other).abs()  # (-inf is equal to itself)
+    if differences.max() > max(1e-5, 8 * torch.finfo(logits.dtype).eps) * one[one.isfinite()].abs().max():
+        raise _no_causal_model(judge)
 
 
 def _nats(judge: PreTrainedModel, pairs: list[tuple[list[int], list[int]]]) -> torch.Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ..models.active import without_dropout
 from ..models.base import DiffusionBlocksPreTrainedModel
-from ..whole_numbers import check_whole
+from ..whole_numbers import whole
 
 
 @dataclass
@@ -50,15 +50,15 @@ def nll_bound(
         seed: of levels and noise.
 
     Raises:
-        TypeError: the model is not one of text.
-        ValueError: nothing in the data has a label, or num_samples is no whole number from 1.
+        TypeError: the model is not one of text, or a batch no mapping to tensors.
+        ValueError: a batch has no labels, or all of them none that counts; or num_samples is no whole number from 1.
     """
     if not hasattr(model, "likelihood_terms"):
         raise TypeError(f"model={type(model).__name__} must be of text: there is no likelihood bound for other tasks")
-    check_whole("num_samples", num_samples, 1)
+    num_samples = whole("num_samples", num_samples, 1)
     generator = torch.Generator().manual_seed(seed)
     with without_dropout(model):
-        terms = [model.likelihood_terms(batch, num_samples, generator) for batch in dataloader]
+        terms = [model.likelihood_terms(_checked(batch), num_samples, generator) for batch in dataloader]
     if not any(of_batch.tokens.any() for of_batch in terms):
         raise ValueError("dataloader has no labelled token: there is nothing to score")
     tokens, reconstruction, diffusion = (
@@ -78,6 +78,29 @@ def nll_bound(
     )
 
 
+def _checked(batch: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"dataloader gives a {type(batch).__name__}, and must give batches: dicts of tensors [N, S]")
+    for name in ("input_ids", "labels"):
+        if name not in batch:
+            raise ValueError(f"dataloader gives batches of {', '.join(map(repr, batch))}, and {name!r} must be among them")
+    for name, value in batch.items():
+        if not torch.is_tensor(value):
+            raise TypeError(
+                f"dataloader gives {name!r} as a {type(value).__name__}, and must give tensors: transformers' "
+                "default_data_collator makes them of rows"
+            )
+    if batch["labels"].shape != batch["input_ids"].shape or batch["labels"].dim() != 2:
+        shapes = " and ".join(f"{name} of {list(batch[name].shape)}" for name in ("input_ids", "labels"))
+        raise ValueError(f"dataloader gives {shapes}, which must both be [N, S]")
+    return batch
+
+
 def bits_per_byte(nats_per_token: float, num_tokens: int, num_bytes: int) -> float:
-    """Nats a token to bits a byte of text; `num_bytes` is the UTF-8 length of what the scored tokens spell."""
+    """Nats a token to bits a byte of text; `num_bytes` is the UTF-8 length of what the scored tokens spell.
+
+    Raises:
+        ValueError: there are no tokens or bytes.
+    """
+    num_tokens, num_bytes = whole("num_tokens", num_tokens, 1), whole("num_bytes", num_bytes, 1)
     return nats_per_token * num_tokens / (math.log(2) * num_bytes)

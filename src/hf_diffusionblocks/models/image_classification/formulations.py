@@ -14,6 +14,7 @@ from ...diffusion.gaussian import corrupt, precondition
 from ...diffusion.objectives import IGNORED
 from ...diffusion.randomness import NoiseSource
 from ...diffusion.samplers import walk
+from ...whole_numbers import whole
 from ..base import Clean
 from ..block import Block
 from ..formulation import Formulation
@@ -127,7 +128,8 @@ class JointImage(Formulation):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of a walk: its last logits `[N, V]`, the probabilities after each of T evaluations `[N, T, V]`, and its levels."""
         model, num_rows, probabilities = self.model, len(x.inputs["pixel_values"]), []
-        sigmas = model.noise_schedule.inference_sigmas(model.config.num_inference_steps if num_steps is None else num_steps)
+        steps = model.config.num_inference_steps if num_steps is None else num_steps
+        sigmas = model.noise_schedule.inference_sigmas(whole("num_inference_steps", steps, 1, ", or None"))
         owners = model.noise_schedule.block_of(sigmas[:-1]).tolist()
         embedded: dict[int, torch.Tensor] = {}
 

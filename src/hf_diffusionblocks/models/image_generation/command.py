@@ -21,7 +21,7 @@ class ImageOptions:
         default=None, metadata={"help": "Images: steps of sampling. Not given: the model's own, else 50."}
     )
     guidance_scale: float | None = field(
-        default=None, metadata={"help": "Images: of classifier-free guidance. Not given: 1, which is none."}
+        default=None, metadata={"help": "Images: of classifier-free guidance; up to 1 is none. Not given: 1."}
     )
     sampler: str | None = field(default=None, metadata={"help": "Images: 'euler' or 'heun'. Not given: 'euler'."})
     grid: str | None = field(

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel  # noqa: F401  diffusers looks for this name here, to load a pipeline's component
 from transformers.utils import ModelOutput
 
 from ...configuration import DiffusionBlocksConfig
 from ...diffusion.gaussian import corrupt, edm_loss_weight, precondition
-from ...diffusion.randomness import Generators, draw, keyed_generators
+from ...diffusion.randomness import Generators, check_generators, draw, keyed_generators
 from ...diffusion.samplers import flow_on
 from ...presets import PRESETS
 from ...streaming import weights_on_device
+from ...whole_numbers import whole
 from ..active import without_dropout
 from ..base import Clean, DiffusionBlocksPreTrainedModel
 from ..block import Block
@@ -22,6 +26,8 @@ from ..formulation import Formulation
 
 #: Sampler -> order of its method.
 SAMPLERS = {"euler": 1, "heun": 2}
+#: Classes of images, by number: one of them, or one an image.
+ClassLabels = int | Sequence[int] | np.ndarray | torch.Tensor
 
 
 @dataclass
@@ -50,6 +56,14 @@ class GeneratedImages(ModelOutput):
 
     images: torch.FloatTensor | None = None
     sigmas: torch.DoubleTensor | None = None
+
+
+class EndOfSampling(Exception):
+    """Raised by `on_step`: no further step is made, and these are the images, `[N, C, H, W]`."""
+
+    def __init__(self, z: torch.Tensor):
+        super().__init__("sampling ends after this step")
+        self.z = z
 
 
 class NoisyImage(Formulation):
@@ -163,17 +177,24 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
         if tuple(pixel_values.shape[1:]) != (channels, size, size):
             raise ValueError(f"pixel_values of {list(pixel_values.shape)} must be [N, {channels}, {size}, {size}]")
 
-    def checked_labels(self, class_labels: torch.Tensor | Sequence[int] | None, num_rows: int) -> torch.Tensor:
+    def checked_labels(self, class_labels: ClassLabels | None, num_rows: int | None = None) -> torch.Tensor:
         """Labels `[N]` on the model's device; the number of classes stands for none.
 
         Raises:
-            ValueError: a label is beyond the table, or there are not N.
+            ValueError: a label is no whole number, or beyond the table, or there are not N.
         """
         if class_labels is None:
             return torch.full((num_rows,), self.num_classes, device=self.device)
-        labels = torch.as_tensor(class_labels, device="cpu" if not torch.is_tensor(class_labels) else None)
-        if labels.shape != (num_rows,):
-            raise ValueError(f"class_labels of {list(labels.shape)} must be [{num_rows}], one an image")
+        try:
+            labels = torch.as_tensor(class_labels, device="cpu" if not torch.is_tensor(class_labels) else None)
+        except (TypeError, ValueError, RuntimeError):
+            labels = None
+        if labels is None or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ValueError(f"class_labels={class_labels!r} must be whole numbers, one an image")
+        labels = labels.long().reshape(-1) if labels.dim() == 0 else labels.long()
+        num_rows = len(labels) if num_rows is None else num_rows
+        if labels.shape != (num_rows,) or not num_rows:
+            raise ValueError(f"class_labels of {list(labels.shape)} must be [{num_rows or 'N'}], one an image")
         if labels.device.type == "cpu" and bool(((labels < 0) | (labels > self.num_classes)).any()):  # (no wait for a device)
             raise ValueError(
                 f"class_labels={labels.tolist()} must lie in 0..{self.num_classes - 1}, or be {self.num_classes} for no class"
@@ -195,13 +216,18 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
             z: `[N, C, H, W]`.
             sigma: `[N]`, or a number; float64 for levels that are boundaries.
             class_labels: `[N]`, or None for no class.
-            guidance_scale: of classifier-free guidance, `D = D(none) + scale * (D(class) - D(none))`; 1 is none.
+            guidance_scale: of classifier-free guidance, `D = D(none) + scale * (D(class) - D(none))`, where it is above 1;
+                up to 1 there is none, as in diffusers: the class alone.
 
         Returns:
             `[N, C, H, W]` float32.
+
+        Raises:
+            ValueError: names the argument, its value and what is allowed.
         """
         sigma = torch.as_tensor(sigma, dtype=torch.float64, device="cpu").expand(len(z)).contiguous()
         class_labels, estimate = self.checked_labels(class_labels, len(z)), torch.empty_like(z, dtype=torch.float32)
+        self.check_guidance(guidance_scale, class_labels)
         owners = self.noise_schedule.block_of(sigma)
         for k in owners.unique().tolist():
             rows = (owners == k).nonzero().squeeze(1).to(z.device)
@@ -211,22 +237,43 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
 
     def _guided(self, k: int, z, sigma, class_labels, guidance_scale: float) -> torch.Tensor:
         block = self.blocks[k]
-        if guidance_scale == 1.0:
+        if guidance_scale <= 1:
             return self.formulation.estimate(block, z, sigma, class_labels)
         twice = torch.cat([class_labels, torch.full_like(class_labels, self.num_classes)])
         of_class, of_none = self.formulation.estimate(block, torch.cat([z, z]), sigma.repeat(2), twice).chunk(2)
         return of_none + guidance_scale * (of_class - of_none)
 
+    def check_guidance(self, guidance_scale: float, class_labels: torch.Tensor) -> None:
+        """Of labels from [`checked_labels`].
+
+        Raises:
+            ValueError: the scale is no finite number from 0; or it is above 1, and there is nothing to guide: no row of
+                training had no class, or no image here has one.
+        """
+        is_number = isinstance(guidance_scale, Real) and not isinstance(guidance_scale, bool)
+        if not (is_number and math.isfinite(guidance_scale) and guidance_scale >= 0):
+            raise ValueError(f"guidance_scale={guidance_scale!r} must be a finite number from 0; up to 1 it guides nothing")
+        if guidance_scale <= 1:
+            return
+        if not self.config.label_dropout:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} must be at most 1: with label_dropout=0 the model has not learned what an "
+                "image of no class is. If its training hid classes otherwise, set model.config.label_dropout to their share"
+            )
+        if class_labels.device.type == "cpu" and bool((class_labels == self.num_classes).all()):  # (no wait for a device)
+            raise ValueError(f"guidance_scale={guidance_scale} must be at most 1 for images of no class: it guides to a class")
+
     def inference_sigmas(self, num_inference_steps: int | None = None, grid: str = "equal") -> torch.Tensor:
         """`[T+1]` float64, the levels that [`predict`] walks; arguments as there."""
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        steps = whole("num_inference_steps", steps, 1, ", or None")
         return self.noise_schedule.inference_sigmas(steps, grid)
 
     @torch.no_grad()
     def predict(
         self,
-        class_labels: torch.Tensor | Sequence[int] | None = None,
-        num_images: int = 1,
+        class_labels: ClassLabels | None = None,
+        num_images: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
         sampler: str = "euler",
@@ -238,24 +285,29 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
         """Make images from noise. A step runs one block: 1/B of the layers.
 
         Args:
-            class_labels: `[N]`; None makes `num_images` of no class.
-            num_images: N where there are no labels.
+            class_labels: `[N]`, or one; None makes `num_images` of no class.
+            num_images: N where there are no labels; None is 1.
             num_inference_steps: T; None is the config's, and then 50.
-            guidance_scale: of classifier-free guidance; 1 is none. Above 1, a block denoises twice the rows.
+            guidance_scale: of classifier-free guidance. Above 1, a block denoises twice the rows; up to 1 there is none, as
+                in diffusers: the class alone.
             sampler: "euler", or "heun": of second order, two evaluations a step (the second by the next level's block).
             grid: "equal" (all blocks run equally often) or "karras" (more steps at low noise).
             generator: of the first noise; or one an image. None: noise that is a function of `config.inference_seed` and an
                 image's number.
             noise: the first noise itself, standard normal `[N, C, H, W]`; nothing is drawn.
-            on_step: called with the step's number from 0 and z `[N, C, H, W]` float64 after it; may return another z.
+            on_step: called with the step's number from 0 and z `[N, C, H, W]` float64 after it; may return another z, or
+                raise [`EndOfSampling`].
 
         Raises:
             ValueError: names the argument, its value and what is allowed.
         """
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler={sampler!r} must be one of {', '.join(map(repr, SAMPLERS))}")
-        num_images = num_images if class_labels is None else len(class_labels)
+        if class_labels is None or num_images is not None:
+            num_images = 1 if num_images is None else whole("num_images", num_images, 1)
         class_labels = self.checked_labels(class_labels, num_images)
+        self.check_guidance(guidance_scale, class_labels)
+        check_generators(generator, num_images := len(class_labels))
         sigmas = self.inference_sigmas(num_inference_steps, grid)
         levels, order = sigmas.tolist(), SAMPLERS[sampler]
 
@@ -267,7 +319,11 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
             for step, (sigma, sigma_next) in enumerate(zip(levels[:-1], levels[1:])):
                 is_last = step == len(levels) - 2  # (sigma_min is never evaluated)
                 z = flow_on(denoise, z, sigma, sigma_next, 1 if is_last else order)
-                changed = on_step(step, z) if on_step is not None else None
+                try:
+                    changed = on_step(step, z) if on_step is not None else None
+                except EndOfSampling as end:
+                    z = end.z
+                    break
                 z = z if changed is None else changed
         return GeneratedImages(images=z.float(), sigmas=sigmas)
 

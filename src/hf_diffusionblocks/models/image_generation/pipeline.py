@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 
 from ...diffusion.randomness import Generators
 from ...extras import from_extra
 from ...streaming import stream_of
-from .model import DiffusionBlocksForImageGeneration
+from ...whole_numbers import whole
+from .model import ClassLabels, DiffusionBlocksForImageGeneration, EndOfSampling
 
 with from_extra("diffusers", "DiffusionBlocksImagePipeline", extra="diffusers"):
     from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
     from diffusers.image_processor import VaeImageProcessor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+#: What other pipelines of diffusers call by another name.
+OTHER_NAMES = {"num_images_per_prompt": "num_images", "callback": "callback_on_step_end"}
 #: Arguments of `snapshot_download` that `from_pretrained` takes.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
@@ -86,7 +91,7 @@ class DiffusionBlocksImagePipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
+        class_labels: ClassLabels | str | Sequence[str] | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
         generator: Generators = None,
@@ -96,8 +101,9 @@ class DiffusionBlocksImagePipeline(DiffusionPipeline):
         grid: str = "equal",
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict] | None = None,
+        callback_on_step_end: Callable[..., dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **unknown,
     ) -> ImagePipelineOutput | tuple:
         """Make images.
 
@@ -109,34 +115,46 @@ class DiffusionBlocksImagePipeline(DiffusionPipeline):
                 gives, as it is.
             return_dict: whether to return an `ImagePipelineOutput`, or a tuple of the images.
             callback_on_step_end: called after each step as `(pipeline, step, sigma, {"latents": z [N, C, H, W] float64})`;
-                returns a dict, and its "latents" are gone on from.
+                returns None, or a dict whose "latents" are gone on from. If it sets `pipeline._interrupt = True`, no
+                further step is made, and the images are what there is.
             callback_on_step_end_tensor_inputs: what the dict that it gets holds.
             num_inference_steps, guidance_scale, generator, sampler, grid: of
                 [`DiffusionBlocksForImageGeneration.predict`].
 
         Raises:
-            ValueError: before any work; names the argument, its value and what is allowed.
+            ValueError, TypeError: before any work; names the argument, its value and what is allowed.
         """
-        self._check(output_type, num_images, callback_on_step_end_tensor_inputs)
+        _refuse_unknown(unknown)
+        num_images = whole("num_images", num_images, 1)
+        self._check(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         classes = self._classes(class_labels, num_images)
         sigmas = self.transformer.inference_sigmas(num_inference_steps, grid)
+        self._interrupt = False
         with self.progress_bar(total=len(sigmas) - 1) as progress:
 
             def on_step(step: int, z: torch.Tensor) -> torch.Tensor:
                 progress.update()
-                if callback_on_step_end is None:
-                    return z
-                given = {name: z for name in callback_on_step_end_tensor_inputs}
-                return callback_on_step_end(self, step, sigmas[step], given).get("latents", z)
+                if callback_on_step_end is not None:
+                    given = {name: z for name in callback_on_step_end_tensor_inputs}
+                    z = _latents_of(callback_on_step_end(self, step, sigmas[step], given), z)
+                if self._interrupt:
+                    raise EndOfSampling(z)
+                return z
 
             made = self.transformer.predict(
-                classes, num_images, num_inference_steps, guidance_scale, sampler, grid, generator, latents, on_step
-            )
+                classes, num_images if classes is None else len(classes), num_inference_steps, guidance_scale, sampler, grid,
+                generator, latents, on_step,
+            )  # fmt: skip
         images = made.images if self.vae is None or output_type == "latent" else self._decode(made.images)
         images = self.image_processor.postprocess(images, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _check(self, output_type: str, num_images: int, tensor_inputs: Sequence[str]) -> None:
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has asked for no further step."""
+        return self._interrupt
+
+    def _check(self, output_type: str, callback: Callable | None, tensor_inputs: Sequence[str]) -> None:
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} must be one of {', '.join(map(repr, OUTPUT_TYPES))}")
         channels = self.transformer.config.source_config.in_channels
@@ -145,8 +163,8 @@ class DiffusionBlocksImagePipeline(DiffusionPipeline):
                 f"output_type={output_type!r} must be 'latent', or the pipeline have a vae: the model's {channels} "
                 "channels are no image's"
             )
-        if num_images < 1:
-            raise ValueError(f"num_images={num_images} must be 1 or more")
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback_on_step_end={callback!r} must be a function, or None")
         if not set(tensor_inputs) <= set(self._callback_tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs={list(tensor_inputs)} must be ['latents'] or []")
 
@@ -154,9 +172,9 @@ class DiffusionBlocksImagePipeline(DiffusionPipeline):
         """A number for each image."""
         if class_labels is None:
             return None
-        if torch.is_tensor(class_labels):
+        if isinstance(class_labels, (torch.Tensor, np.ndarray, np.generic)):
             class_labels = class_labels.tolist()
-        if isinstance(class_labels, (int, str)):
+        if not isinstance(class_labels, Sequence) or isinstance(class_labels, str):
             class_labels = [class_labels]
         numbers = [self.get_label_ids(label)[0] if isinstance(label, str) else label for label in class_labels]
         return [number for number in numbers for _ in range(num_images)]
@@ -172,3 +190,17 @@ class DiffusionBlocksImagePipeline(DiffusionPipeline):
         if stream is not None:
             vae.to("cpu")
         return images
+
+
+def _refuse_unknown(unknown: Mapping) -> None:
+    for name, value in unknown.items():
+        names = [name for name in inspect.signature(DiffusionBlocksImagePipeline.__call__).parameters if name != "self"]
+        instead = OTHER_NAMES.get(name) or "one of " + ", ".join(names[:-1])
+        raise TypeError(f"{name}={value!r} is no argument of this pipeline: give {instead}")
+
+
+def _latents_of(returned: Mapping | None, z: torch.Tensor) -> torch.Tensor:
+    """What a callback has made of z."""
+    if returned is not None and not isinstance(returned, Mapping):
+        raise TypeError(f"callback_on_step_end returned a {type(returned).__name__}, and must return a dict or None")
+    return (returned or {}).get("latents", z)

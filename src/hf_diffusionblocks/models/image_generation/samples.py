@@ -13,6 +13,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.utils import logging
 
 from ...extras import from_extra
+from ...whole_numbers import check_whole
 
 with from_extra("diffusers", "SampleImages", extra="diffusers"):
     from diffusers.image_processor import VaeImageProcessor
@@ -41,7 +42,8 @@ class SampleImages(TrainerCallback):
         folder: of `step-00000500.png`, ... and `final.png`; None is `samples` in the output folder.
 
     Raises:
-        ValueError: every_n_steps is negative, a label beyond the model's table, or what the model makes no picture.
+        ValueError: every_n_steps is negative, a label beyond the model's table, what the model makes no picture, or an
+            option one that `predict` refuses.
     """
 
     def __init__(
@@ -53,13 +55,13 @@ class SampleImages(TrainerCallback):
         guidance_scale: float = 1.0,
         folder: str | PathLike | None = None,
     ):
-        if every_n_steps < 0:
-            raise ValueError(f"every_n_steps={every_n_steps} must be at least 0")
+        check_whole("every_n_steps", every_n_steps, 0)
         if (channels := trainer.model.config.source_config.in_channels) not in (1, 3):
             raise ValueError(f"in_channels={channels} must be 1 (grayscale) or 3 (RGB): latents are no picture")
         self._trainer, self.every_n_steps = trainer, every_n_steps
         labels = [trainer.model.num_classes] * NUM_IMAGES if class_labels is None else list(class_labels)
-        trainer.model.checked_labels(labels, len(labels))
+        trainer.model.check_guidance(guidance_scale, trainer.model.checked_labels(labels).cpu())
+        trainer.model.inference_sigmas(num_inference_steps)
         self._options = {
             "class_labels": labels, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale
         }  # fmt: skip
