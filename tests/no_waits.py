@@ -136,7 +136,7 @@ def step_of(name: str, fields: dict, columns: Sequence[str], arguments: dict, fo
         with trainer._trained:
             for trainer.state.global_step in range(1 if trainer._together else len(case.blocks)):
                 if not trainer._together:
-                    trainer._begin_turn(trainer.state.global_step)
+                    trainer.begin_block(trainer.block_schedule.block_at(trainer.state.global_step))
                 trainer.training_step(model, batch, state["items"])
                 trainer._clip_grad_norm(model)
 

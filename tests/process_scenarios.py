@@ -2,7 +2,6 @@
 
     accelerate launch ... process_scenarios.py OUTPUT NAME...
     accelerate launch ... process_scenarios.py OUTPUT --saving NAME
-    accelerate launch --use_fsdp ... process_scenarios.py OUTPUT --sharded FAMILY...
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import DistributedType, PartialState
 from datasets import Dataset
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import GPT2Config, LlamaConfig, ViTConfig
@@ -23,7 +21,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.dit import DiTConfig
-from hf_diffusionblocks.training import parallel
 
 torch.set_num_threads(1)
 
@@ -49,26 +46,16 @@ PLAIN_SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.5}  # Adam
 
 #: Name -> number of processes, source, fields of `convert`, training arguments
 SCENARIOS: dict[str, tuple[int, object, dict, dict]] = {
-    "data parallel, text": (2, GPT2, CARRIED, {**PLAIN_SGD, "ema_decay": 0.9}),
-    "data parallel, joint text": (2, GPT2, {"context": "carried"}, PLAIN_SGD),
+    "data parallel, text": (2, GPT2, CARRIED, {**PLAIN_SGD, "ema_decay": 0.9, "block_schedule": "random"}),
+    "data parallel, the paper's text": (2, GPT2, {}, PLAIN_SGD),
     "data parallel, images": (2, VIT, {}, PLAIN_SGD),
     "data parallel, image generation": (2, DIT, {}, PLAIN_SGD),
     "data parallel, accumulated": (2, GPT2, CARRIED, {**PLAIN_SGD, "gradient_accumulation_steps": 2}),
     "data parallel, together": (2, GPT2, CARRIED, {**PLAIN_SGD, "block_schedule": "together"}),
     "data parallel of four": (4, GPT2, CARRIED, PLAIN_SGD),
-    "blocks, own shared": (2, GPT2, INDEPENDENT, {"block_parallel": True}),
-    "blocks, own shared, images": (2, VIT, {"shared": "per_block"}, {"block_parallel": True}),
-    "blocks, frozen shared": (2, GPT2, {"preset": "recommended", "local_head_layers": 0}, {"block_parallel": True, "train_shared": False}),
-    "blocks, own shared, bf16 and checkpoints": (
-        2, GPT2, INDEPENDENT, {"block_parallel": True, "bf16": True, "activation_checkpointing": True}
-    ),
-    "blocks of four": (4, GPT2, INDEPENDENT, {**PLAIN_SGD, "block_parallel": True}),
-    "blocks, trained shared": (2, GPT2, {"preset": "recommended", "local_head_layers": 0}, {**PLAIN_SGD, "block_parallel": True}),
-    "blocks, carried": (2, GPT2, CARRIED, {**PLAIN_SGD, "block_parallel": True}),
-    "two blocks a process": (2, GPT2, {**INDEPENDENT, "num_blocks": 4}, {"block_parallel": True, "max_steps": 8}),
 }  # fmt: skip
 #: Those that are also stopped after 2 steps and resumed
-RESUMED = ("data parallel, text", "blocks, own shared", "blocks, carried")
+RESUMED = ("data parallel, text", "data parallel, together")
 STEPS, BATCH = 4, 2
 
 
@@ -104,25 +91,6 @@ def trainer_of(model, source, folder: Path, arguments: dict, batch: int = BATCH)
     return db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=rows(source), eval_dataset=rows(source))
 
 
-class CountedCalls:
-    """Counts what the processes tell one another about blocks."""
-
-    def __init__(self):
-        self.count = 0
-        for name in ("all_reduce", "broadcast"):
-            setattr(self, name, self._counting(getattr(dist, name)))
-
-    def _counting(self, call):
-        def counted(*args, **kwargs):
-            self.count += 1
-            return call(*args, **kwargs)
-
-        return counted
-
-    def __getattr__(self, name):
-        return getattr(dist, name)
-
-
 #: Trainers that live as long as their process, as a script's does.
 KEPT = []
 
@@ -136,15 +104,13 @@ def run(name: str, output: Path) -> None:
             next(model.parameters()).add_(1.0)  # all are to start from rank 0's
     trainer = trainer_of(model, source, output / name, arguments)
     KEPT.append(trainer)
-    parallel.dist = CountedCalls()
     trainer.train()
     state = {key: value.clone() for key, value in model.state_dict().items()}
     with trainer.averaged_weights():
         averages = {key: value.clone() for key, value in model.state_dict().items()}
     torch.save(
         {
-            "state": state, "averages": averages, "calls": parallel.dist.count, "loss": trainer.evaluate()["eval_loss"],
-            "log": trainer.state.log_history,
+            "state": state, "averages": averages, "loss": trainer.evaluate()["eval_loss"], "log": trainer.state.log_history,
         },
         output / f"{name}.{rank}.pt",
     )  # fmt: skip
@@ -166,36 +132,6 @@ def run_saving(name: str, output: Path) -> None:
     torch.save(trainer.model.state_dict(), output / f"{name}.killed.{os.environ['RANK']}.pt")
 
 
-#: Family -> source, fields of `convert`, the block
-SHARDED = {
-    "gpt2": (GPT2, INDEPENDENT, 1),
-    "llama": (LLAMA, {"preset": "recommended", "local_head_layers": 0}, 1),
-    "llama-own": (LLAMA, INDEPENDENT, 0),
-}
-SHARDED_JOB = {"train_shared": False, "optim": "adamw_torch", "adam_epsilon": 1e-3, "save_strategy": "steps", "save_steps": 2}
-
-
-def run_sharded(family: str, output: Path) -> None:
-    """A job that trains one block, sharded; then resumed from half-way."""
-    source, fields, block = SHARDED[family]
-
-    def trainer() -> db.DiffusionBlocksTrainer:
-        arguments = arguments_of(output / family, {**SHARDED_JOB})
-        # Accelerate has FSDP on accelerators only.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        return db.DiffusionBlocksTrainer(made(source, fields, [block]), arguments, train_dataset=rows(source))
-
-    first = trainer()
-    first.train()
-    held = sum(p.to_local().nbytes for p in first.model.parameters())
-    whole = sum(p.numel() * p.element_size() for p in first.model.parameters())
-    first.save_model(str(output / family / "final"))
-    again = trainer()
-    again.train(resume_from_checkpoint=str(output / family / "checkpoint-2"))
-    again.save_model(str(output / family / "resumed"))
-    torch.save({"held": held, "whole": whole}, output / f"{family}.{os.environ['RANK']}.pt")
-
-
 def write_threads(path: Path) -> None:
     """Names of the threads that this process has, Python's or not."""
     names, tasks = [], Path("/proc/self/task")  # only Linux has it
@@ -211,9 +147,6 @@ def main(output: str, *names: str) -> None:
     atexit.register(write_threads, Path(output) / threads)  # before Trainers register theirs: called after these
     if names[0] == "--saving":
         run_saving(names[1], Path(output))
-    elif names[0] == "--sharded":
-        for family in names[1:]:
-            run_sharded(family, Path(output))
     else:
         for scenario in names:
             run(scenario, Path(output))

@@ -31,14 +31,16 @@ def test_which_blocks_run_before_it(preset, predecessors):
     assert [list(block.predecessors) for block in model_of(preset=preset).blocks] == predecessors
 
 
-def test_the_active_block_alone_asks_for_gradients_and_all_do_again_at_the_end():
-    model = model_of(preset="recommended", local_head_layers=0)
+def test_a_run_s_blocks_alone_ask_for_gradients_and_what_was_frozen_stays():
+    model = model_of(preset="recommended")
+    (frozen, *_), other = model.block_parameters(0), model.block_parameters(2)
+    frozen.requires_grad_(False)
     with TrainedParameters(model, [0, 1], train_shared=False) as trained:
-        for active in (0, 1):
-            trained.activate(active)
-            asking = {model.block_of_parameter(name) for name, p in model.named_parameters() if p.requires_grad}
-            assert asking == {active}
-    assert all(parameter.requires_grad for parameter in model.parameters())
+        asking = {model.block_of_parameter(name) for name, p in model.named_parameters() if p.requires_grad}
+        assert asking == {0, 1} and not any(frozen is p for p in trained.of_block[0])
+        trained.of_block[1][0].requires_grad_(False)  # by a callback, say
+    assert all(p.requires_grad for p in other)
+    assert [p for p in model.parameters() if not p.requires_grad] == [frozen, trained.of_block[1][0]]
 
 
 def test_a_block_holds_no_tensor_of_its_own_and_finds_what_replaces_a_module():

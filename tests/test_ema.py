@@ -20,8 +20,6 @@ import hf_diffusionblocks as db
 from hf_diffusionblocks.memory.scenarios import ledger_of
 from hf_diffusionblocks.memory.ways import Way, Workload
 from hf_diffusionblocks.training.averages import FILE, WeightAverages
-from hf_diffusionblocks.training.checks import check_processes
-from hf_diffusionblocks.training.parallel import Layout
 
 DECAY = 0.3  # the warm-up's decay, (1 + n) / (10 + n), reaches it at the third update
 CARRIED = {"preset": "recommended", "local_head_layers": 0}
@@ -216,9 +214,3 @@ def test_a_checkpoint_without_averages_or_with_others_is_refused(tmp_path):
     trainer_of(frozen, TEXT, tmp_path, ema_decay=DECAY, **saving).train()
     with pytest.raises(ValueError, match=f"{FILE} is not of the parameters that this run trains: it lacks backbone"):
         trainer_of(TEXT.model(), TEXT, tmp_path, ema_decay=DECAY, **saving).train(resume_from_checkpoint=True)
-
-
-def test_blocks_in_parallel_are_refused(tmp_path):
-    trainer = trainer_of(TEXT.model(), TEXT, tmp_path, ema_decay=DECAY, block_parallel=True)
-    with pytest.raises(ValueError, match="ema_decay=0.3 cannot be combined with block_parallel=True"):
-        check_processes(trainer, Layout([0, 1], 2, 0, block_parallel=True))

@@ -155,8 +155,7 @@ def test_a_share_of_the_documents_is_evaluated_on(tmp_path, folder):
     assert metrics["eval_loss"] == pytest.approx(cross_entropy(tmp_path, paragraphs(90, 120)), abs=1e-5)
 
 
-@pytest.mark.parametrize("block_parallel", [False, True], ids=["rows", "blocks"])
-def test_accelerate_launch_with_yaml_files(tmp_path, data, block_parallel):
+def test_accelerate_launch_with_yaml_files(tmp_path, data):
     config = tmp_path / "tiny.yaml"
     config.write_text(
         f"config_name: gpt2\nconfig_overrides: >-\n  {OVERRIDES['gpt2']}\nnum_blocks: 2\nvocab_size: 300\n"
@@ -166,7 +165,7 @@ def test_accelerate_launch_with_yaml_files(tmp_path, data, block_parallel):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE_CONFIG)]
     launch += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
     options = ["--config", str(config), *data, "--updates_per_block", "3"]
-    options += ["--use_cpu", "--block_parallel", str(block_parallel)]
+    options += ["--use_cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [*launch, str(RECIPE), *options, "--output_dir", str(tmp_path / "out")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -174,7 +173,7 @@ def test_accelerate_launch_with_yaml_files(tmp_path, data, block_parallel):
     saved = load(tmp_path / "out")
     assert saved.config.preset == "recommended"  # the recipe's default
     assert saved.config.training_report["updates_per_block"] == [3, 3]  # the command line wins
-    assert saved.config.training_report["batch_size"] == (4 if block_parallel else 8)
+    assert saved.config.training_report["batch_size"] == 8
     # Nearly: to fill the last batch of all processes, the Trainer evaluates some sequences twice.
     loss = json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"]
     assert loss == pytest.approx(cross_entropy(tmp_path / "out", paragraphs(120, 150)), abs=1e-3)

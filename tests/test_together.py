@@ -179,28 +179,6 @@ def test_the_log_and_the_card_say_so(tmp_path):
     assert "- block schedule: together" in (tmp_path / "README.md").read_text()
 
 
-def test_fp16_of_the_launcher_has_blocks_take_turns(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    args = arguments_of(tmp_path, {})
-    settle_schedule(made(GPT2, CARRIED), args)
-    assert args.block_schedule == "random"
-
-
-@pytest.mark.parametrize(
-    "source, fields, arguments, message",
-    [
-        (GPT2, CARRIED, {**TOGETHER, "block_parallel": True}, "block_schedule='together' with block_parallel=True"),
-        (GPT2, CARRIED, {**TOGETHER, "fp16": True}, "block_schedule='together' with fp16=True"),
-    ],
-)  # fmt: skip
-def test_what_it_needs_is_said(source, fields, arguments, message, tmp_path):
-    model = made(source, fields)
-    with pytest.raises(ValueError, match=message):
-        args = trainer_of(model, source, tmp_path, {**arguments, "fp16": False}).args
-        args.mixed_precision = "fp16" if arguments.get("fp16") else "no"  # (the CPU has none)
-        check_schedule(model, args, None)
-
-
 @pytest.mark.parametrize("limit", [0.0, 1e9])
 def test_the_log_has_the_norm_of_all_gradients(limit, tmp_path):
     """Before each block's was clipped by its own."""
@@ -212,12 +190,14 @@ def test_the_log_has_the_norm_of_all_gradients(limit, tmp_path):
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("schedule", ["together", "random"])
 @pytest.mark.parametrize("limit, clipped", [(1e-3, True), (0.0, False), (-1.0, False)])
-def test_blocks_are_clipped_by_their_own_norms(limit, clipped, tmp_path):
+def test_blocks_are_clipped_by_their_own_norms(limit, clipped, schedule, tmp_path):
     model = made(GPT2, CARRIED)
     before = [[p.detach().clone() for p in model.block_parameters(k)] for k in range(B)]
-    arguments = {**TOGETHER, "max_steps": 1, "optim": "sgd", "weight_decay": 0.0, "max_grad_norm": limit}
-    trained(model, GPT2, tmp_path, arguments)
+    steps = 1 if schedule == "together" else B
+    arguments = {"block_schedule": schedule, "max_steps": steps, "optim": "sgd", "weight_decay": 0.0, "max_grad_norm": limit}
+    trained(model, GPT2, tmp_path, {**arguments, "train_shared": False, "lr_scheduler_type": "constant"})
     for k in range(B):
         moves = [after - start for after, start in zip(model.block_parameters(k), before[k])]
         length = torch.stack([move.norm() for move in moves]).norm().item()

@@ -27,9 +27,12 @@ LossOfRows = Callable[..., torch.Tensor]
 LEAST_LOG_PROBABILITY = -60.0
 
 
-def mean_of_step(losses: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
-    """Of a batch, their mean; of a micro-batch, its part of the mean over the step's `num_items`."""
-    return losses.mean() if num_items is None else losses.sum() / num_items
+def num_counted(targets: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor | int:
+    """What a summed loss is divided by: `num_items` of the step, or the targets that are not `IGNORED`; at least 1, so that
+    nothing to learn is no loss."""
+    if num_items is None:
+        num_items = (targets != IGNORED).sum()
+    return num_items.clamp(min=1) if isinstance(num_items, torch.Tensor) else max(num_items, 1)
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What trains now: which parameters ask for gradients, and which modules drop nothing."""
+"""What trains in a run: which parameters ask for gradients, and which modules drop nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def without_dropout(module: nn.Module) -> Iterator[None]:
 
 
 class TrainedParameters:
-    """The parameters that a run trains, by block; until it ends, no others ask for gradients.
+    """The parameters that a run trains, by block; until it ends, those of other blocks ask for no gradients.
+
+    What is frozen before the run, or by a callback in it, is left as it is. (A pass reaches no block but its own: nothing has
+    to be frozen from turn to turn.)
 
     Args:
         model: whose parameters.
@@ -30,29 +33,20 @@ class TrainedParameters:
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[int], train_shared: bool):
-        self.model = model
+        self._model, self._set_aside = model, []
         self._owners = {None, *blocks} if train_shared else set(blocks)
-        self._asked: list[nn.Parameter] = []
         self.of_block: dict[int | None, list[nn.Parameter]] = {None: [], **{block: [] for block in blocks}}
 
     def __enter__(self) -> TrainedParameters:
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            self._asked.append(parameter)
-            owner = self.model.block_of_parameter(name)
-            if owner in self._owners:
+        for name, parameter in self._model.named_parameters():
+            owner = self._model.block_of_parameter(name)
+            if parameter.requires_grad and owner in self._owners:
                 self.of_block[owner].append(parameter)
-            parameter.requires_grad_(owner in self._owners)
+            elif parameter.requires_grad:
+                self._set_aside.append(parameter)
+                parameter.requires_grad_(False)
         return self
 
-    def activate(self, active_block: int) -> None:
-        """Have no block but the active one ask for gradients."""
-        for block, parameters in self.of_block.items():
-            if block is not None:
-                for parameter in parameters:
-                    parameter.requires_grad_(block == active_block)
-
     def __exit__(self, *error) -> None:
-        for parameter in self._asked:
+        for parameter in self._set_aside:
             parameter.requires_grad_(True)

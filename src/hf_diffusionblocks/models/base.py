@@ -64,6 +64,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     copied_modules: ClassVar[tuple[str, ...]] = ()  #: lists of modules with a copy a block if it has its own
 
     gradient_checkpointing = False  #: Transformers' switch, of all layers
+    trained_block: int | None = None  #: that a Trainer's step trains just now
 
     def __init__(self, config: DiffusionBlocksConfig):
         super().__init__(config)
@@ -154,6 +155,11 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             for block in self.blocks[:-1]:
                 if block.is_loaded:
                     self.local_heads[block.index].load_state_dict(last_layers.state_dict())
+        frozen = {name for name, parameter in plain.named_parameters() if not parameter.requires_grad}
+        parts = [self.backbone, *(each for name in self.sharing.own_modules for each in getattr(self, name))]
+        for name, parameter in ((name, parameter) for part in parts for name, parameter in part.named_parameters()):
+            if name in frozen:
+                parameter.requires_grad_(False)
 
     def weights_of(self, plain: nn.Module) -> Mapping[str, torch.Tensor]:
         """The weights of a stock model, by name, as the backbone takes them."""
@@ -246,6 +252,12 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
 
     def check_block_given(self, block_index: int | None, target: torch.Tensor | None) -> None:
         """Raise ValueError unless `forward` is called for a block and its target, or for the whole model in evaluation."""
+        if block_index is None and self.trained_block is not None:
+            raise ValueError(
+                f"block_index=None in a training step of block {self.trained_block}: the whole model would train, through all "
+                "blocks. In an own compute_loss, call super().compute_loss(model, inputs, True, num_items_in_batch), and make "
+                "your loss of what it returns"
+            )
         if block_index is None and self.training and target is not None:
             raise ValueError(
                 "block_index=None in training: pass the block to train (DiffusionBlocksTrainer does), or call model.eval() "

@@ -24,8 +24,8 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
         metadata={
             "help": "Which block each optimizer step trains: 'random' (each round of num_blocks steps visits every "
             "block once, in random order), or 'together': every step trains all, one after another, each alone with its "
-            "gradients. Default: 'together' where a turn of one block would run others again (both factorized and carried), "
-            "and nothing asks for turns; else 'random'.",
+            "gradients. Default: 'together' where a turn of one block would run others again (recommended, of next tokens and "
+            "classes), else 'random'.",
             "choices": list(ORDERS),
         },
     )
@@ -45,13 +45,6 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
         metadata={
             "help": "Whether to train what all blocks share (embeddings, final norm, head and sigma "
             "embeddings). A job that trains some of the blocks leaves it as it is, or has shared='per_block'."
-        },
-    )
-    block_parallel: bool = field(
-        default=False,
-        metadata={
-            "help": "With several processes: train different blocks at a time, each in its own processes. Default: all "
-            "processes train the same block, on different rows."
         },
     )
     ema_decay: float | None = field(
@@ -86,8 +79,3 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
                     f"updates_per_block={self.updates_per_block} and max_steps={self.max_steps} both say how long to "
                     "train: set one"
                 )
-
-    @property
-    def scales_loss(self) -> bool:
-        """Whether it trains in fp16, whoever says so: `fp16=True`, or `accelerate launch --mixed_precision fp16`."""
-        return self.mixed_precision == "fp16"

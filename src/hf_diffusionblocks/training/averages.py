@@ -70,8 +70,6 @@ class WeightAverages(TrainerCallback):
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, **kwargs):
-        if self._trainer.accelerator.optimizer_step_was_skipped:  # fp16, where gradients overflow
-            return
         for name, parameter in self._parameters.items():
             if parameter.grad is None:  # the optimizer leaves it as it is
                 continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -46,19 +46,14 @@ def learning_rate_curve(args: TrainingArguments, num_updates: int) -> Callable[[
 
 
 def scheduler_by_block(
-    args: TrainingArguments, optimizer: torch.optim.Optimizer, schedule: BlockSchedule, schedules: Sequence[BlockSchedule]
+    args: TrainingArguments, optimizer: torch.optim.Optimizer, schedule: BlockSchedule
 ) -> LambdaLR:
-    """A scheduler whose groups advance with the updates of their blocks; of what is shared, with the run.
-
-    Args:
-        schedule: of this process; `schedules` has those of all lanes, since what rank 0 saves holds for all ranks.
-    """
+    """A scheduler whose groups advance with the updates of their blocks; of what is shared, with the run."""
     curve = learning_rate_curve(args, schedule.updates_per_block)
 
     def curve_of_block(block: int | None) -> Callable[[int], float]:
         if block is None:  # any step may move it
             return lambda step: curve(step * schedule.updates_per_block // schedule.total_steps)
-        own = next((each for each in schedules if block in each.blocks), schedule)
-        return lambda step: curve(own.updates_before(step, block))
+        return lambda step: curve(schedule.updates_before(step, block))
 
     return LambdaLR(optimizer, [curve_of_block(group.get("block")) for group in optimizer.param_groups])

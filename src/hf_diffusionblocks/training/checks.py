@@ -8,16 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..saving.resident import checked_blocks
-from ..streaming import stream_of
 from .arguments import DiffusionBlocksTrainingArguments
 from .cached_inputs import column_of, predecessors_column_of
-from .parallel import Layout
 
 
 def check_given_to_trainer(args: DiffusionBlocksTrainingArguments, given: Mapping[str, Any]) -> None:
@@ -61,8 +58,8 @@ def blocks_to_train(
     earlier = sorted(set(model.blocks[max(blocks)].predecessors) - set(resident))
     if earlier and cached_column(blocks, columns) is None:
         raise ValueError(
-            f"train_blocks={blocks} of a model whose blocks build on one another needs the earlier blocks {earlier}, which run forward: "
-            f"load them too, as they are at the end of their training (resident_blocks={resident}), or train one block "
+            f"train_blocks={blocks} of a model whose blocks build on one another needs the earlier blocks {earlier}, which run "
+            f"forward: load them too, as they are at the end of their training (resident_blocks={resident}), or train one block "
             "on what cache_block_inputs made"
         )
     if args.train_shared and any(parameter.requires_grad for parameter in model.shared_parameters()):
@@ -77,21 +74,17 @@ def _chosen_blocks(model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksT
 
 
 def settle_schedule(model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments) -> None:
-    """Fill in the schedule where it is not given: all blocks together where a turn of one would run others again, and
-    nothing asks for turns.
+    """Fill in the schedule where it is not given: all blocks together where a turn of one would run others again.
 
     Raises:
         ValueError: the model has no such blocks.
     """
     runs_again = len(_chosen_blocks(model, args)) > 1 and model.computes_plain_model
-    in_turn = args.block_parallel or args.scales_loss
     if args.block_schedule is None:
-        args.block_schedule = "together" if runs_again and not in_turn else "random"
+        args.block_schedule = "together" if runs_again else "random"
 
 
-def check_schedule(
-    model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments, cached: str | None
-) -> None:
+def check_schedule(args: DiffusionBlocksTrainingArguments, cached: str | None) -> None:
     """Refuse what blocks cannot be trained on together.
 
     Args:
@@ -103,13 +96,6 @@ def check_schedule(
     schedule = f"block_schedule={args.block_schedule!r}"
     if args.block_schedule != "together":
         return
-    if args.block_parallel:
-        raise ValueError(f"{schedule} with block_parallel=True: each process trains blocks of its own, and none has all")
-    if args.scales_loss:
-        raise ValueError(
-            f"{schedule} with fp16=True: blocks would share one loss scale. bf16=True needs none; or set "
-            "block_schedule='random'"
-        )
     if cached is not None:
         raise ValueError(f"{schedule} with the column {cached!r}: a job on cached inputs trains one block, and runs no other")
 
@@ -137,69 +123,44 @@ def columns_to_keep(model: DiffusionBlocksPreTrainedModel, accepted: Sequence[st
     return [name for name in accepted if name not in ours or name in of_data] + ([cached] if cached else [])
 
 
-def check_processes(trainer: Trainer, layout: Layout) -> None:
-    """Refuse what cannot work in several processes.
+def check_processes(trainer: Trainer) -> None:
+    """Refuse what would take a model apart that blocks are run of.
 
     Raises:
-        ValueError: names what cannot be combined, and why.
+        ValueError: names it, and what serves instead.
     """
-    args, model = trainer.args, trainer.model
-    if trainer.is_deepspeed_enabled:
-        raise ValueError("DeepSpeed is not supported: use FSDP2, for a job that trains one block")
-    if trainer.is_fsdp_enabled:
-        _check_sharding(trainer)
-    if layout.num_lanes > 1 and args.ema_decay is not None:
-        raise ValueError(
-            f"ema_decay={args.ema_decay} cannot be combined with block_parallel=True: each process would have the averages "
-            "of its own blocks alone. Train blocks in turn, or one block a job"
-        )
-    if layout.num_lanes > 1 and args.scales_loss and args.train_shared and model.shared_parameters():
-        raise ValueError(
-            "fp16=True cannot be combined with block_parallel=True and common trained parameters: each block would scale "
-            "its loss, and their gradients with it, by itself. bf16=True needs no scale"
-        )
-    if layout.num_lanes > 1 and isinstance(trainer.train_dataset, IterableDataset):
-        raise ValueError(
-            f"train_dataset={type(trainer.train_dataset).__name__} must have a length with block_parallel=True: "
-            "Accelerate would deal its rows out to all processes, not to those of one block"
-        )
-    if layout.num_lanes > 1 and trainer.accelerator.dispatch_batches:
-        raise ValueError(
-            "dispatch_batches=True must be False or None with block_parallel=True: Accelerate would deal rows out to all "
-            "processes, not to those of one block"
-        )
+    for name, asked in (("DeepSpeed", trainer.is_deepspeed_enabled), ("FSDP", trainer.is_fsdp_enabled)):
+        if asked:
+            raise ValueError(
+                f"{name} is not supported for blocks: each is trained alone. Where one does not fit, stream its layers "
+                "(stream_layers(model), in one process)"
+            )
+    if trainer.args.mixed_precision == "fp16":  # whoever says so, the launcher or the arguments
+        raise ValueError("fp16=True must be False: blocks would share one loss scale. bf16=True needs none")
 
 
-def _check_sharding(trainer: Trainer) -> None:
-    args, model, plugin = trainer.args, trainer.model, trainer.accelerator.state.fsdp_plugin
-    if plugin.fsdp_version != 2:
-        raise ValueError(f"fsdp_version={plugin.fsdp_version} must be 2")
-    if plugin.cpu_ram_efficient_loading:
-        raise ValueError("fsdp_cpu_ram_efficient_loading=True must be False: it cannot load saved buffers (fixed targets)")
-    if len(trainer.train_blocks) > 1 or args.block_parallel:
+def check_optimizer(optimizer: torch.optim.Optimizer | None, model: DiffusionBlocksPreTrainedModel) -> None:
+    """Raise ValueError if an optimizer is given that moves nothing of the model: one made before `convert`, for example."""
+    if optimizer is None:
+        return
+    own = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError(
-            f"FSDP with train_blocks={trainer.train_blocks} and block_parallel={args.block_parallel}: it shards a job that "
-            "trains one block, too large for one device. Load and train one block: resident_blocks=[k]"
+            f"optimizers=({type(optimizer).__name__}, ...) holds no parameter of the model: convert() copies weights, so make "
+            "it of the converted model"
         )
-    if not model.can_generate():
-        raise ValueError(f"FSDP with model_type={model.config.source_config.model_type!r}: Accelerate shards text models only")
-    embedding = getattr(model.get_input_embeddings(), "weight", None)
-    names = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is embedding]
-    if len(names) > 1:
-        raise ValueError(f"FSDP with embeddings tied to the head ({', '.join(names)}): Accelerate shards them apart")
-    if model.formulation.modulated:
+    check_counts(optimizer)
+
+
+def check_counts(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError if an optimizer counts its steps for all parameters alike: each block's turn is a step of it."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # (of Accelerate's)
+    counted = sorted({"k", "d", "train_mode", "lr_max"} & set().union(*(group.keys() for group in optimizer.param_groups)))
+    if counted:
         raise ValueError(
-            "FSDP with preset='paper': its streams call parts of the attention module, which FSDP gathers as a whole"
+            f"optimizer={type(optimizer).__name__} must count steps by parameter, as AdamW does, and keeps {counted[0]!r} for "
+            "all of a group: every block's turn would be a step of the others"
         )
-    if stream_of(model) is not None:
-        raise ValueError("FSDP with a streamed model: sharded parameters stay where they are. Call stop() of its stream before")
-    if args.block_schedule == "together":
-        raise ValueError("FSDP with block_schedule='together': it shards a job that trains one block. Set 'random'")
-    if args.ema_decay is not None:
-        raise ValueError(f"FSDP with ema_decay={args.ema_decay}: averages of sharded parameters are not implemented")
-    # A layer is run through its parts, so these are what FSDP gathers as they are called.
-    layer = model.blocks[trainer.train_blocks[0]].layers[0]
-    plugin.transformer_cls_names_to_wrap = [type(part).__name__ for part in layer.children() if any(part.children())]
 
 
 def check_evaluation_data(trainer: Trainer, cached: str | None) -> None:

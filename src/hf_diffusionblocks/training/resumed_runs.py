@@ -24,7 +24,7 @@ class StepsOfRun(TrainerCallback, ExportableState):
     @classmethod
     def of(cls, args: DiffusionBlocksTrainingArguments, blocks: Sequence[int]) -> StepsOfRun:
         """Of settled arguments, and the blocks that are trained."""
-        names = ("block_schedule", "block_parallel", "train_shared", "seed")
+        names = ("block_schedule", "train_shared", "seed")
         return cls(**{name: getattr(args, name) for name in names}, train_blocks=list(blocks))
 
     def state(self) -> dict:

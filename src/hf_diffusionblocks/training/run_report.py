@@ -24,7 +24,7 @@ class RunReports(AtomicCheckpoints):
     def _updates(self) -> list[int]:
         """Of each block, in this run."""
         step = self.state.global_step
-        return [sum(schedule.updates_before(step, k) for schedule in self._schedules) for k in range(self.num_blocks)]
+        return [self.block_schedule.updates_before(step, k) for k in range(self.num_blocks)]
 
     def _training_report(self) -> dict:
         """What the model card says of this run; JSON-able."""

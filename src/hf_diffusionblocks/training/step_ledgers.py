@@ -30,7 +30,7 @@ STEPS = 2  #: of each block are followed: in its second, all blocks of the run h
 class StepLedgers(TrainerCallback):
     """Follows the memory of the first steps of each block.
 
-    Not in sharded runs, whose parameters come and go unseen, nor through compiled layers, which are not followed.
+    Not through compiled layers, which are not followed.
     """
 
     def __init__(self, trainer: Trainer):
@@ -43,7 +43,7 @@ class StepLedgers(TrainerCallback):
     def following(self) -> Iterator[None]:
         """Of the last forward and backward pass of an optimizer step."""
         trainer, block = self._trainer, self._trainer.active_block
-        if self._steps.get(block, 0) >= STEPS or trainer.is_fsdp_enabled or trainer.args.torch_compile:
+        if self._steps.get(block, 0) >= STEPS or trainer.args.torch_compile:
             yield
             return
         averages = trainer.averages.on_device if trainer.averages else ()

@@ -47,9 +47,7 @@ class TogetherSteps:
             loss = self._first_to_last(batches, items)
         finally:
             self._entering, self._leaving = [], []
-        shared = trainer._trained_now()[1]
-        if trainer._averages_gradients and shared:
-            trainer.layout.average_gradients([], shared)
+        trainer.average_gradients(trainer._trained_now()[1])
         return loss
 
     def forget(self) -> None:
@@ -109,8 +107,7 @@ class TogetherSteps:
         trainer = self._trainer
         own, shared = trainer._trained_now()
         with without_gradients(shared):
-            if trainer._averages_gradients and own:
-                trainer.layout.average_gradients(own, [])
+            trainer.average_gradients(own)
             limit = trainer.args.max_grad_norm
             self._norms.append(trainer.accelerator.clip_grad_norm_(own, limit if limit and limit > 0 else math.inf))
             trainer.optimizer.step()

@@ -22,10 +22,10 @@ from .block_evaluation import BlockEvaluation
 from .block_optimizer import learning_rate_curve, scheduler_by_block, split_by_block
 from .block_schedule import BlockSchedule
 from .checks import (
-    WithBlockInput, WithoutFullMask, blocks_to_train, cached_column, check_evaluation_data, check_given_to_trainer,
-    check_processes, check_schedule, columns_to_keep, settle_schedule,
+    WithBlockInput, WithoutFullMask, blocks_to_train, cached_column, check_counts, check_evaluation_data,
+    check_given_to_trainer, check_optimizer, check_processes, check_schedule, columns_to_keep, settle_schedule,
 )  # fmt: skip
-from .parallel import Layout, all_states, broadcast
+from .parallel import average_gradients, broadcast
 from .process_group import leave_at_exit
 from .resumed_runs import StepsOfRun
 from .step_ledgers import StepLedgers
@@ -37,7 +37,7 @@ logger = logging.get_logger(__name__)
 class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
     """Trains a DiffusionBlocks model; used as [`~transformers.Trainer`] is.
 
-    Each optimizer step trains one block, the same for all its micro-batches and, without `block_parallel`, on all ranks; or
+    Each optimizer step trains one block, the same for all its micro-batches and on all ranks; or
     (`block_schedule="together"`) all blocks, one after another. Only the gradients of one block are there at a time, and
     those of what blocks share. Noise is keyed by seed, step and the row's number in the step's batch: a resumed run repeats
     the uninterrupted one, and neither several processes nor gradient accumulation change what a row meets. (Of masked text,
@@ -75,15 +75,15 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         self.num_blocks = model.config.num_blocks
         self.train_blocks = blocks_to_train(model, args, columns)
         self._cached_column = cached_column(self.train_blocks, columns)
-        check_schedule(model, args, self._cached_column)
-        self.layout = Layout(self.train_blocks, args.world_size, args.process_index, args.block_parallel)
+        check_schedule(args, self._cached_column)
         if args.updates_per_block is not None:
-            args.max_steps = args.updates_per_block * (1 if together else len(self.layout.blocks))
+            args.max_steps = args.updates_per_block * (1 if together else len(self.train_blocks))
         super().__init__(model=model, args=args, **kwargs)
         if args.label_names is None and "labels" not in signature(model.forward).parameters:
             self.label_names = []  # what it is trained on is the input itself (`class_labels` are a condition)
         leave_at_exit()
-        check_processes(self, self.layout)
+        check_processes(self)
+        check_optimizer(self.optimizer, model)
         check_evaluation_data(self, self._cached_column)
         if args.torch_compile:
             model.compile_layers(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
@@ -92,13 +92,11 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         self.data_collator = WithoutFullMask(self.data_collator)
         learning_rate_curve(args, num_updates=1)  # complain before training
         self.block_schedule: BlockSchedule | None = None  # known once training knows its number of steps
-        self.active_block = self.layout.blocks[0]  #: the block that trains now
+        self.active_block = self.train_blocks[0]  #: the block that trains now
         self._steps_of_run = StepsOfRun.of(args, self.train_blocks)
         self.add_callback(self._steps_of_run)
         self._together = TogetherSteps(self) if together else None
         self._trained = TrainedParameters(model, self.train_blocks, args.train_shared)  # known once training begins
-        self._schedules: list[BlockSchedule] = []  # of all lanes
-        self._stale: set[int] = set()  # blocks that other lanes may have moved since this one saw them
         self._micro_batch = 0
         self._block_losses = torch.zeros(self.num_blocks, 2, device=args.device)  # sum and count since the last log
         self._ledgers = StepLedgers(self) if args.measure_memory else None
@@ -114,22 +112,13 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
     def get_batch_samples(self, *args, **kwargs):
         # The Trainer calls this once for each optimizer step, before its micro-batches.
         if self._together is None:
-            self._begin_turn(self.state.global_step)
+            self.begin_block(self.block_schedule.block_at(self.state.global_step))
         return super().get_batch_samples(*args, **kwargs)
-
-    def _begin_turn(self, step: int) -> None:
-        """Have an optimizer step train the block whose turn it is."""
-        if self.model.formulation.passes_on:
-            self.exchange_blocks()
-        if self.layout.num_lanes > 1:
-            self._stale |= {schedule.block_at(step) for schedule in self._schedules}
-        self.begin_block(self.block_schedule.block_at(step))
 
     def begin_block(self, block: int) -> None:
         """Have the passes that come train a block."""
         self.active_block = block
         self._micro_batch = 0
-        self._trained.activate(block)
 
     @property
     def _parameters(self) -> dict[int | None, list[torch.nn.Parameter]]:
@@ -155,8 +144,9 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     def noise_generators(self, micro_batch: int, num_rows: int) -> list[torch.Generator]:
         """Of each row of a micro-batch of the step."""
-        batch_size = self.args.train_batch_size // (self.layout.num_replicas if self.accelerator.split_batches else 1)
-        first = (micro_batch * self.layout.num_replicas + self.layout.replica) * batch_size
+        processes = self.args.world_size
+        batch_size = self.args.train_batch_size // (processes if self.accelerator.split_batches else 1)
+        first = (micro_batch * processes + self.args.process_index) * batch_size
         return keyed_generators([self.args.seed, self.state.global_step], range(first, first + num_rows), self.args.device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -164,8 +154,8 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             return self._together.training_step(inputs, num_items_in_batch)
         is_last = self.accelerator.sync_gradients
         loss = self.block_pass(model, inputs, num_items_in_batch, is_last)
-        if is_last and self._averages_gradients:
-            self.layout.average_gradients(*self._trained_now())
+        if is_last:
+            self.average_gradients(sum(self._trained_now(), []))
         return loss
 
     @property
@@ -175,8 +165,12 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     def block_pass(self, model, inputs, num_items_in_batch, is_last: bool) -> torch.Tensor:
         """Forward and backward pass of the active block, over a micro-batch; its loss."""
-        with self._ledgers.following() if self._ledgers and is_last else nullcontext():
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        self.model.trained_block = self.active_block
+        try:
+            with self._ledgers.following() if self._ledgers and is_last else nullcontext():
+                loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self.model.trained_block = None
         # `loss` is already divided by the number of micro-batches.
         self._block_losses[self.active_block, 0] += loss
         self._block_losses[self.active_block, 1] += 1 / self.current_gradient_accumulation_steps
@@ -184,57 +178,27 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     # ---- several processes
 
-    @property
-    def _averages_gradients(self) -> bool:
-        return self.args.world_size > 1 and not self.is_fsdp_enabled
+    def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Over processes, if there are several."""
+        if self.args.world_size > 1:
+            average_gradients(parameters)
 
     def _trained_now(self) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
         """Parameters of the active block, and those of all blocks."""
         return self._parameters[self.active_block], self._parameters[None]
 
-    def get_train_dataloader(self):
-        dataloader = super().get_train_dataloader()
-        if self.layout.num_lanes > 1:  # the ranks of a lane share out the rows, not those of all lanes
-            shard = dataloader.batch_sampler
-            shard.num_processes, shard.process_index = self.layout.num_replicas, self.layout.replica
-        return dataloader
-
-    def get_total_train_batch_size(self, args) -> int:
-        return super().get_total_train_batch_size(args) // self.layout.num_lanes
-
     def _prepare_for_training(self, *args, **kwargs):
         # A model that "owns placement and gradient reduction" is not wrapped in DDP, nor moved to the device.
-        if not self.is_fsdp_enabled:
-            self._move_model_to_device(self.model, self.args.device)
-        self.is_distributed_loading_by_transformers = not self.is_fsdp_enabled
+        self._move_model_to_device(self.model, self.args.device)
+        self.is_distributed_loading_by_transformers = True
         try:
             return super()._prepare_for_training(*args, **kwargs)
         finally:
             self.is_distributed_loading_by_transformers = False
 
     def _sync_replicated_trainable_parameters(self, model) -> None:
-        if self._averages_gradients:  # as DDP does: all start from rank 0's weights, frozen ones and buffers, too
+        if self.args.world_size > 1:  # as DDP does: all start from rank 0's weights, frozen ones and buffers, too
             broadcast((*self.model.parameters(), *self.model.buffers()), source=0)
-
-    def _clip_grad_norm(self, model):
-        # By the norm over the blocks of all lanes; the Trainer knows those of one process.
-        if self.layout.num_lanes > 1 and self._parameters[None]:
-            return self.layout.clip_gradients(*self._trained_now(), self.args.max_grad_norm)
-        return super()._clip_grad_norm(model)
-
-    def exchange_blocks(self) -> None:
-        """Give every rank the blocks that other lanes have trained. All ranks call it."""
-        for block in sorted(self._stale):
-            broadcast(self._parameters[block], self.layout.owner(block))
-        self._stale.clear()
-
-    def evaluate(self, *args, **kwargs):
-        self.exchange_blocks()
-        return super().evaluate(*args, **kwargs)
-
-    def save_model(self, *args, **kwargs) -> None:
-        self.exchange_blocks()
-        super().save_model(*args, **kwargs)
 
     # ---- optimizer and schedule
 
@@ -244,18 +208,15 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         optimizer = super().create_optimizer(model)
         if made_here:
             split_by_block(optimizer, self.model)
+            check_counts(optimizer)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """`lr_scheduler_type` over the updates of one block; each group advances with the updates of its block."""
-        self._schedules = [
-            BlockSchedule(self.args.block_schedule, blocks, num_training_steps, self.args.seed)
-            for blocks in self.layout.lanes
-        ]
-        self.block_schedule = self._schedules[self.layout.lane]
+        self.block_schedule = BlockSchedule(self.args.block_schedule, self.train_blocks, num_training_steps, self.args.seed)
         if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = scheduler_by_block(self.args, optimizer, self.block_schedule, self._schedules)
+            self.lr_scheduler = scheduler_by_block(self.args, optimizer, self.block_schedule)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -295,8 +256,9 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             self._together.forget()
         self._trained = TrainedParameters(self.model, self.train_blocks, self.args.train_shared)
         with self._trained:
+            if not any(self._parameters.values()):
+                raise ValueError(f"no parameter of train_blocks={self.train_blocks} asks for gradients: all are frozen")
             result = super().train(*args, **kwargs)
-        self.exchange_blocks()
         if self._ledgers:
             self._ledgers.log()
         return result
@@ -308,21 +270,10 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     # ---- checkpoints
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # Each lane has the state of its own blocks alone.
-        if self.layout.num_lanes == 1:
-            return super()._save_optimizer_and_scheduler(output_dir)
-        with all_states(self.optimizer, self._parameters, self.layout):  # one file, as if one process had trained all
-            super()._save_optimizer_and_scheduler(output_dir)
-
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        # And takes that alone out of the file of all.
         if self.averages and checkpoint is not None:
             self.averages.load(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
-        for block in set(self.train_blocks) - set(self.layout.blocks):
-            for parameter in self._parameters[block]:
-                self.optimizer.state.pop(parameter, None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         # The Trainer's reads what is there: a save that is not finished, shards that are not whole.

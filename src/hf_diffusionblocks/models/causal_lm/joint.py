@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...diffusion.gaussian import Preconditioning, corrupt, precondition
 from ...diffusion.likelihood import LikelihoodTerms
-from ...diffusion.objectives import IGNORED
+from ...diffusion.objectives import IGNORED, num_counted
 from ...diffusion.randomness import Generators
 from ..block import Block
 from ..formulation import Formulation
@@ -116,7 +116,7 @@ class JointText(Formulation):
         nats = text_walk.losses(text, following)
         # Added up as a cross-entropy is, whose last bit it then has: each token's nats are those of its one class.
         total = F.nll_loss(-nats[:, None], following.clamp(max=0), reduction="mean" if num_items is None else "sum")
-        return total if num_items is None else total / num_items
+        return total if num_items is None else total / num_counted(following, num_items)
 
     def block_logits(self, text: Text) -> torch.Tensor:
         """Every block's at sigma_max, from keyed noise: `[N, B, S, V]`."""

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...diffusion.likelihood import LikelihoodTerms
-from ...diffusion.objectives import IGNORED, chunked_sum, cross_entropy, rows_with_loss
+from ...diffusion.objectives import IGNORED, chunked_sum, cross_entropy, num_counted, rows_with_loss
 from ...streaming import weights_on_device
 from ..block import Block
 from ..formulation import Formulation
@@ -76,7 +76,7 @@ class LocalText(Formulation):
                 list(head.parameters()),
                 self.model.config.vocab_size,
             )
-        return self.model.per_item(total, targets, num_items)
+        return total / num_counted(targets, num_items)
 
     def _last_hidden(self, text: Text) -> torch.Tensor:
         """What the head reads, `[N, S, D]`."""

@@ -13,7 +13,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ...configuration import DiffusionBlocksConfig
 from ...diffusion.likelihood import LikelihoodTerms
-from ...diffusion.objectives import IGNORED, chunked_sum, cross_entropy, rows_with_loss
+from ...diffusion.objectives import chunked_sum, cross_entropy, num_counted, rows_with_loss
 from ...diffusion.randomness import Generators
 from ...streaming import weights_on_device
 from ..base import Clean, DiffusionBlocksPreTrainedModel
@@ -181,11 +181,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         noise = [tensor for tensor in rows[1:] if tensor is not None]
         with block.readout_on_device() as parameters:
             total = chunked_sum(loss_of_rows, [rows.hidden, targets, *noise], parameters, self.config.vocab_size)
-        return self.per_item(total, targets, num_items)
-
-    def per_item(self, total: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
-        """A summed loss over the number of targets, or over `num_items`, of which this is a part."""
-        return total / ((targets != IGNORED).sum().clamp(min=1) if num_items is None else num_items)
+        return total / num_counted(targets, num_items)
 
     def clean_input(self, batch: Mapping[str, torch.Tensor]) -> Clean:
         return self.clean(Text.of(batch))

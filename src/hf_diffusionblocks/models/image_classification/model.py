@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ...configuration import DiffusionBlocksConfig
-from ...diffusion.objectives import IGNORED
+from ...diffusion.objectives import IGNORED, num_counted
 from ...diffusion.randomness import Generators
 from ..active import without_dropout
 from ..base import Clean, DiffusionBlocksPreTrainedModel
@@ -130,10 +130,8 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
     def mean_loss(self, logits: torch.Tensor, labels: torch.Tensor, num_items) -> torch.Tensor:
         """The cross-entropy of those that have a label: their mean, or, of a micro-batch, its part of the mean over the
         step's `num_items`."""
-        losses = F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=IGNORED)
-        if num_items is None:
-            num_items = len(labels) if labels.is_floating_point() else (labels != IGNORED).sum().clamp(min=1)
-        return losses.sum() / num_items
+        total = F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORED)
+        return total / (len(labels) if labels.is_floating_point() and num_items is None else num_counted(labels, num_items))
 
     def clean_input(self, batch: Mapping[str, torch.Tensor]) -> Clean:
         return self._clean(batch["pixel_values"], batch.get("interpolate_pos_encoding", False))

@@ -90,7 +90,6 @@ class SampleImages(TrainerCallback):
         trainer, model = self._trainer, self._trainer.model
         if len(model.resident_blocks) < model.num_blocks:
             return
-        trainer.exchange_blocks()  # (by all processes: rank 0 has not trained all of them)
         if not trainer.is_world_process_zero():
             return
         with trainer.averaged_weights():

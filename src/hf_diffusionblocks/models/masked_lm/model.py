@@ -14,7 +14,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ...configuration import DiffusionBlocksConfig
 from ...diffusion.masking import MaskingSchedule, draw_counts, draw_masked
-from ...diffusion.objectives import IGNORED, chunked_sum, cross_entropy, rows_per_chunk, rows_with_loss
+from ...diffusion.objectives import IGNORED, chunked_sum, cross_entropy, num_counted, rows_per_chunk, rows_with_loss
 from ...diffusion.randomness import Generators, keyed_generators
 from ...presets import PRESETS
 from ..base import Clean, DiffusionBlocksPreTrainedModel
@@ -146,7 +146,7 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         masked = draw_masked(counts, maskable, generator)
         hidden = self.training_output(block, self.seen(text.masked(masked, self.mask_token_id))).read
         weights = self._weights(block_index, text, masked, maskable)
-        items = maskable.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        items = num_counted(labels.masked_fill(~maskable, IGNORED), num_items_in_batch)
         targets = labels.masked_fill(~masked, IGNORED)
         loss = self._weighted_sum(block, hidden, targets, weights, self._at_most(block_index, targets, mask_ratio)) / items
         return MaskedLMOutput(loss=loss, logits=self.logits(block, hidden) if return_logits else None)
@@ -242,7 +242,7 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
             return MaskedLMOutput(logits=logits)
         counts, items = masked.sum(1), labelled.sum(1)
         items = torch.where(counts > 0, items, 0)
-        loss = (items / counts.clamp(min=1) * sums).sum() / (items.sum().clamp(min=1) if num_items is None else num_items)
+        loss = (items / counts.clamp(min=1) * sums).sum() / num_counted(labels, items.sum() if num_items is None else num_items)
         return MaskedLMOutput(loss=loss.float(), logits=logits)
 
     def _masked_for_scoring(

@@ -1,0 +1,155 @@
+"""What users do to a run besides calling it: no labels, frozen layers, optimizers and losses of their own."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from families import CASES, grid, trainer_of
+from process_scenarios import GPT2, VIT
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, TrainerCallback
+
+import hf_diffusionblocks as db
+
+SCHEDULES = ("random", "together")
+TEXT, IMAGES = CASES["gpt2, recommended"], CASES["vit, recommended"]
+
+
+def moved(model, before: dict) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+
+
+# ---- nothing to learn
+
+
+@pytest.mark.parametrize(**grid(lambda case: case.trained and "labels" in case.rows()))
+def test_a_step_without_labels_moves_nothing(case, tmp_path):
+    """All are -100, where truncation has cut every answer: no weight becomes NaN, and the log has a loss of 0."""
+    model = case.model()
+    before = copy.deepcopy(dict(model.named_parameters()))
+    trainer = trainer_of(model, case, tmp_path)
+    trainer.args.weight_decay = 0.0
+    trainer.train_dataset = [{**row, "labels": torch.full_like(torch.tensor(row["labels"]), -100)} for row in case.dataset()]
+    trainer.train()
+    assert not moved(model, before)
+    assert trainer.state.log_history[-1]["train_loss"] == 0
+
+
+# ---- what is frozen
+
+
+def test_what_is_frozen_in_the_source_is_frozen():
+    """Also in parts that blocks have of their own."""
+    plain = AutoModelForCausalLM.from_config(GPT2)
+    for part in (plain.transformer.h[0], plain.transformer.wte):
+        part.requires_grad_(False)
+    for shared in ("common", "per_block"):
+        model = db.convert(plain, 2, preset="paper", shared=shared)
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        assert all("transformer.h.0." in name or "wte" in name or "lm_head" in name for name in frozen)
+        layer = {f"backbone.transformer.h.0.{name}" for name, _ in plain.transformer.h[0].named_parameters()}
+        assert layer < frozen and any("wte" in name for name in frozen)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_layers_frozen_within_a_run_stay_frozen(schedule, tmp_path):
+    """Of a block that is not at its turn, too; and thawed ones train again."""
+    model = TEXT.model()
+    layers = model.backbone.transformer.h
+
+    class Freezes(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                layers.requires_grad_(False)
+                self.frozen = copy.deepcopy(layers.state_dict())
+            if state.global_step == 4:
+                self.kept = all(map(torch.equal, layers.state_dict().values(), self.frozen.values()))
+                layers.requires_grad_(True)
+
+    callback = Freezes()
+    trainer_of(model, TEXT, tmp_path, [callback], max_steps=8, block_schedule=schedule).train()
+    assert callback.kept and not any(map(torch.equal, layers[0].parameters(), callback.frozen.values()))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_run_of_frozen_blocks_is_refused(tmp_path):
+    model = TEXT.model()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"no parameter of train_blocks=\[0, 1\] asks for gradients: all are frozen"):
+        trainer_of(model, TEXT, tmp_path).train()
+
+
+# ---- optimizers
+
+
+def trainer_with(optimizer, model, folder) -> db.DiffusionBlocksTrainer:
+    args = db.DiffusionBlocksTrainingArguments(str(folder), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True)
+    return db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=TEXT.dataset(), optimizers=(optimizer, None))
+
+
+def test_an_optimizer_of_the_plain_model_is_refused(tmp_path):
+    plain = AutoModelForCausalLM.from_config(GPT2)
+    optimizer = torch.optim.AdamW(plain.parameters())
+    with pytest.raises(ValueError, match=r"optimizers=\(AdamW, ...\) holds no parameter of the model"):
+        trainer_with(optimizer, db.convert(plain, 2), tmp_path)
+
+
+def test_an_optimizer_that_counts_steps_for_all_parameters_is_refused(tmp_path):
+    """As ScheduleFree and Prodigy do, by the names of their groups' counters."""
+    model = db.convert(GPT2, 2)
+    for counter in ("k", "d"):
+        optimizer = torch.optim.AdamW(model.parameters())
+        optimizer.param_groups[0][counter] = 0
+        with pytest.raises(ValueError, match=f"optimizer=AdamW must count steps by parameter, .* keeps '{counter}'"):
+            trainer_with(optimizer, model, tmp_path)
+
+
+# ---- losses of one's own
+
+WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])
+
+
+class ClassWeights(db.DiffusionBlocksTrainer):
+    """The supported way: a loss made of what the block's own pass gives."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        _, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss = F.cross_entropy(outputs.logits, inputs["labels"], weight=WEIGHTS)
+        return (loss, outputs) if return_outputs else loss
+
+
+class WholeModel(db.DiffusionBlocksTrainer):
+    """Another one: of the whole model's logits."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return F.cross_entropy(model(**inputs).logits, labels)
+
+
+def image_trainer(trainer_class, model, folder, schedule: str) -> db.DiffusionBlocksTrainer:
+    args = db.DiffusionBlocksTrainingArguments(
+        str(folder), updates_per_block=1, per_device_train_batch_size=16, learning_rate=1e-2, optim="sgd", use_cpu=True,
+        report_to=[], disable_tqdm=True, save_strategy="no", block_schedule=schedule, max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    return trainer_class(model=model, args=args, train_dataset=IMAGES.dataset())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_block_trains_on_a_loss_made_of_its_own_logits(schedule, tmp_path):
+    """One block is the plain model: its step is that of the weighted loss."""
+    plain = AutoModelForImageClassification.from_config(VIT)
+    model = db.convert(plain, 1)
+    image_trainer(ClassWeights, model, tmp_path, schedule).train()
+    rows = IMAGES.dataset().with_format("torch")[:]
+    F.cross_entropy(plain.train()(rows["pixel_values"]).logits, rows["labels"], weight=WEIGHTS).backward()
+    for trained, start in zip(model.backbone.parameters(), plain.parameters()):
+        torch.testing.assert_close(trained, start - 1e-2 * start.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_loss_of_the_whole_model_is_refused_in_a_block_s_step(schedule, tmp_path):
+    with pytest.raises(ValueError, match="block_index=None in a training step of block .* call super"):
+        image_trainer(WholeModel, IMAGES.model(), tmp_path, schedule).train()
