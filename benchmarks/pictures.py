@@ -32,7 +32,7 @@ ROWS = {
     "end to end, checkpointing, 8-bit AdamW (by formula)": "8-bit AdamW, checkpointing (by formula)",
     "LoRA (r=16, attention), checkpointing": "LoRA, checkpointing",
     "QLoRA (r=16, attention), checkpointing (by formula)": "QLoRA, checkpointing (by formula)",
-    "recommended: job, shared part frozen, cached inputs": "a job of one of 8 blocks, own loss, cached inputs",
+    "recommended: job, shared part frozen, around the earlier blocks": "a job of one of 8 blocks, own loss",
     "FSDP2 with CPU offload, checkpointing (by formula)": "FSDP2 with CPU offload (by formula)",
     "streamed, everything trained": "streamed, everything trained",
     "streamed, LoRA (r=16, attention)": "streamed, LoRA",

@@ -82,15 +82,15 @@ def test_logits_are_as_many_as_the_device_reads_out_at_a_time(monkeypatch):
 
 
 def test_the_largest_block_is_among_those_that_are_followed():
-    """Cut unevenly, and with local heads: no block's job holds more."""
-    fields = {**OTHERS["local head"], "shared": "per_block", "layers_per_block": [1, 2, 1]}
-    way = Way("job", fields, job=True, carried=True, cached=True)
+    """Cut unevenly: no block's job holds more."""
+    fields = {"preset": "paper", "shared": "per_block", "layers_per_block": [1, 2, 1]}
+    way = Way("job", fields, job=True)
     workload = Workload(GPT2, 3, 3, 24)
     totals = []
     for block in range(3):
         model = db.convert(GPT2, 3, resident_blocks=[block], **fields).train()
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        batch = workload.batch() | ({"block_input": workload.hidden()} if block else {})
+        batch = workload.batch()
         totals.append(db.measure_memory(model, optimizer, lambda: model(**batch, block_index=block).loss).total)
     assert estimated(way, workload).total == pytest.approx(max(totals), rel=0.01)
 
@@ -100,16 +100,16 @@ def test_what_is_too_large_to_allocate_is_estimated():
     config = LlamaConfig(
         num_hidden_layers=8, hidden_size=8192, intermediate_size=24576, num_attention_heads=64, vocab_size=320
     )
-    estimate = db.estimate_memory(config, num_blocks=8, batch_size=2, sequence_length=512, preset="recommended", local_head_layers=0)
+    estimate = db.estimate_memory(config, num_blocks=8, batch_size=2, sequence_length=512, preset="paper")
     plain = estimate.ledgers["end to end"]
     layer = 4 * (4 * 8192**2 + 3 * 8192 * 24576 + 2 * 8192)
     assert plain.parts.blocks == 8 * layer
     assert plain.parts.optimizer == pytest.approx(2 * plain.parts.gradients, rel=1e-6)
-    assert estimate.ledgers["recommended: job, shared part frozen, cached inputs"].parts.blocks == layer
+    assert estimate.ledgers["paper: job, shared part frozen"].parts.blocks == layer
 
 
 def test_the_budget_is_met_by_the_smallest_number_of_blocks():
-    way = WAYS["recommended: job, own embeddings and head, cached inputs"]
+    way = WAYS["recommended: job, own embeddings and head, around the earlier blocks"]
     totals = {blocks: estimated(way, Workload(GPT2, blocks, 3, 24)).total for blocks in (1, 2, 4)}
     assert totals[1] > totals[2] > totals[4]
     for budget, expected in ((totals[2], 2), (totals[2] - 1, 4), (totals[4] - 1, None)):

@@ -66,7 +66,6 @@ main(["card", folder + "/merged"])
 """
 MISSING = {
     "SampleImages": ("db.SampleImages", "diffusers"),
-    "cache_block_inputs": ("from hf_diffusionblocks import cache_block_inputs as use; use(None, [], 1, '')", "datasets"),
     "DiffusionBlocksImagePipeline": ("db.DiffusionBlocksImagePipeline", "diffusers"),
     "plots": (
         "from hf_diffusionblocks.recipes import plots; plots.plot_noise_partition(db.NoiseSchedule(2), '')", "matplotlib"

@@ -103,7 +103,7 @@ def test_parts_are_those_counted_one_by_one(family, name):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_logits_are_those_of_a_chunk(family):
-    parts = ledger_of(WAYS["recommended: job, shared part frozen, cached inputs"], workload(family)).parts
+    parts = ledger_of(WAYS["recommended: job, shared part frozen, around the earlier blocks"], workload(family)).parts
     one = rows_per_chunk(3 * 23, 307, torch.device("cpu")) * 307 * 4
     assert one <= parts.logits <= 4 * one < 3 * 23 * 307 * 4 * 2
 
@@ -129,7 +129,7 @@ def test_a_ledger_prints_parts_and_sums():
 
 def test_the_head_has_one_gradient():
     """The readout's chunks leave theirs in what becomes `.grad`: at the peak, one more is there at most (a chunk's)."""
-    way = WAYS["recommended: job, own embeddings and head, cached inputs"]
+    way = WAYS["recommended: job, own embeddings and head, around the earlier blocks"]
     config = LlamaConfig(
         num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=30011
     )

@@ -52,27 +52,6 @@ def test_a_block_trained_around_another_predecessor_is_refused(texts, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("moved", [False, True])
-@pytest.mark.parametrize("fields", [CARRIED, {**CARRIED, "shared": "per_block"}], ids=["common", "own"])
-@pytest.mark.parametrize("family", CONFIGS)
-def test_a_block_trained_on_what_another_predecessor_made_is_refused(family, fields, moved, texts, images, tmp_path):
-    data = images if family == "vit" else texts
-    job = {"train_shared": fields is not CARRIED}
-    first = made(CONFIGS[family], fields, [0])
-    trained(first, tmp_path / "job0", data, **job)
-    if moved:  # after it was saved
-        first.block_parameters(0)[0].data[..., 0] += 1e-6
-    cached = db.cache_block_inputs(first, data, 1, tmp_path / "cache")
-    trained(made(CONFIGS[family], fields, [1]), tmp_path / "job1", cached, **job)
-    folders = [tmp_path / "job0", tmp_path / "job1"]
-    if not moved:
-        db.merge_blocks(folders, tmp_path / "merged")
-        return
-    with pytest.raises(ValueError, match="job1 trained block 1 on cached inputs that other versions of the earlier blocks"):
-        db.merge_blocks(folders, tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
-
-
 @pytest.mark.parametrize("fields", [INDEPENDENT, CARRIED], ids=["independent", "carried"])
 @pytest.mark.parametrize("silent", [(0,), (1,), (0, 1)], ids=str)
 @pytest.mark.parametrize("moved", [None, 0, 1])

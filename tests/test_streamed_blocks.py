@@ -104,11 +104,3 @@ def test_a_streamed_run_resumes_bit_equal(schedule, tmp_path):
         trainer = trainer_of(model, CARRIED, tmp_path, **arguments)
         trainer.train(resume_from_checkpoint=resume)
     assert same(*(model.state_dict() for model in models))
-
-
-def test_inputs_of_a_block_are_cached_by_a_streamed_model(tmp_path):
-    model = CARRIED.model()
-    caches = [db.cache_block_inputs(model, CARRIED.dataset(), 1, tmp_path / "whole")]
-    db.stream_layers(model, "cpu")
-    caches.append(db.cache_block_inputs(model, CARRIED.dataset(), 1, tmp_path / "streamed"))
-    assert caches[0][:]["input_of_block_1"] == caches[1][:]["input_of_block_1"]

@@ -10,7 +10,6 @@ from process_scenarios import DIT, GPT2, VIT, arguments_of, made, rows, trainer_
 from together_runs import B, CARRIED, STEPS, TOGETHER, UNCLIPPED, assert_same, data, source, stock_trained, trained
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.training.checks import check_schedule, settle_schedule
 
 # ---- one block: end-to-end training
 
@@ -150,20 +149,6 @@ def test_a_trainer_trains_again(schedule, tmp_path):
     before = copy.deepcopy(trainer.model.state_dict())
     trainer.train()
     assert not torch.equal(before["backbone.transformer.h.0.mlp.c_fc.weight"], trainer.model.state_dict()["backbone.transformer.h.0.mlp.c_fc.weight"])
-
-
-def test_a_job_on_cached_inputs_is_no_matter_for_it(tmp_path):
-    """One block trains by itself, and who asks for more is told."""
-    model = made(GPT2, CARRIED)
-    cached = db.cache_block_inputs(model, rows(GPT2).with_format(None), B - 1, tmp_path / "cached")
-    job = made(GPT2, CARRIED, resident_blocks=[B - 1])
-    for schedule in (None, "together"):
-        args = arguments_of(tmp_path, {"train_shared": False, "max_steps": 1, "block_schedule": schedule})
-        if schedule:
-            with pytest.raises(ValueError, match=f"with the column 'input_of_block_{B - 1}'"):
-                db.DiffusionBlocksTrainer(model=job, args=args, train_dataset=cached)
-        else:
-            db.DiffusionBlocksTrainer(model=job, args=args, train_dataset=cached).train()
 
 
 def test_averages_move_with_their_parameters(tmp_path):

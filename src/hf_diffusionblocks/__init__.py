@@ -25,7 +25,6 @@ from .saving.merging import merge_blocks
 from .saving.shards import load_block_state_dict
 from .streaming import LayerStream, stream_layers
 from .training import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
-from .training.cached_inputs import cache_block_inputs
 
 AutoConfig.register(DiffusionBlocksConfig.model_type, DiffusionBlocksConfig, exist_ok=True)
 
@@ -55,7 +54,6 @@ __all__ = [
     "NoiseSchedule",
     "StepMemory",
     "bits_per_byte",
-    "cache_block_inputs",
     "convert",
     "estimate_memory",
     "generation_measures",

@@ -23,7 +23,6 @@ class Decoder(Backbone):
     mlp_norm_name: ClassVar[str]
     mlp_name: ClassVar[str] = "mlp"
     final_norm_path: ClassVar[str]
-    attention_dropout_name: ClassVar[str] = "attention_dropout"  #: field of the config
     embeds_token_types: ClassVar[bool] = False  #: as in [`Encoder`]
 
     @property
@@ -108,10 +107,6 @@ class Decoder(Backbone):
             "is_causal": False,  # sdpa, given no mask, would go by the module's own
             **self.positions(plain, hidden, position_ids),
         }
-
-    def attention_dropout(self, plain: nn.Module) -> float:
-        """Share of attention weights that training drops."""
-        return getattr(plain.config, self.attention_dropout_name)
 
     def normed(self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:
         """What enters a layer's attention."""

@@ -19,7 +19,6 @@ class GPT2Backbone(Decoder):
     embedding_paths = ("transformer.wte", "transformer.wpe", "transformer.drop")
     attention_norm_name, attention_name, mlp_norm_name = "ln_1", "attn", "ln_2"
     final_norm_path = "transformer.ln_f"
-    attention_dropout_name = "attn_pdrop"
 
     def check(self, config: GPT2Config) -> None:
         if config.add_cross_attention:

@@ -89,10 +89,6 @@ class Noise(ABC):
         """Standard normal `[N, *shape]`."""
         return self._draw(torch.randn, shape)
 
-    def categorical(self, logits: torch.Tensor) -> torch.Tensor:
-        """One class a row, drawn from softmax(logits `[N, V]`) by inverting its CDF; `[N]`."""
-        return invert_cdf(logits, self._draw(torch.rand, (1,)))
-
 
 class NoiseSource(Noise):
     """Noise of the generator it is given, or of its own.

@@ -174,10 +174,10 @@ def _steps_of_all(way: Way, workload: Workload, blocks: list[int], fake_mode) ->
 
 
 def _job_step(way: Way, workload: Workload, block: int, fake_mode) -> Iterator[Step]:
-    run = range(block + 1) if way.carried and not way.cached else [block]
+    run = range(block + 1) if way.carried else [block]
     model = _built(_converted(way, workload, run), workload.dtype, fake_mode)
     batch = workload.batch()
-    if way.carried and block and (way.cached or fake_mode is not None):
+    if way.carried and block and fake_mode is not None:
         batch |= _entering(workload, fake_mode)
     with _training(model, (*model.block_parameters(block), *(model.shared_parameters() if way.train_shared else ()))):
         yield Step(model, _optimizer(model), lambda: model(**batch, block_index=block).loss)
@@ -203,8 +203,8 @@ def _converted(
 
 
 def _entering(workload: Workload, fake_mode: FakeTensorMode | None) -> dict[str, torch.Tensor]:
-    """What enters a block, from a cache. Also where earlier blocks would run, if nothing is to be computed: forward and
-    without gradient, they hold less than what follows."""
+    """What enters a block, where earlier blocks have run, or would run: forward and without gradient, they hold less than what
+    follows."""
     with fake_mode or nullcontext():
         return {"block_input": workload.hidden()}
 

@@ -64,7 +64,7 @@ class Workload:
         return {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in batch.items()}
 
     def hidden(self) -> torch.Tensor:
-        """What enters a block, as a cache would hold it."""
+        """What enters a block."""
         positions = self.task.num_positions(self.config, self.sequence_length)
         return torch.randn(self.batch_size, positions, self.stock.architecture.width(self.config)).to(self.dtype)
 
@@ -82,7 +82,6 @@ class Way:
         job: one block; with neither, all blocks in turn.
         train_shared: False leaves what blocks share as it is.
         carried: a block starts from what the blocks before it made of the input.
-        cached: and that comes from a cache, and no earlier block is loaded.
     """
 
     name: str
@@ -95,7 +94,6 @@ class Way:
     job: bool = False
     train_shared: bool = True
     carried: bool = False
-    cached: bool = False
 
 
 def formulations_for(task: Task, architecture: Backbone) -> dict[str, dict]:
@@ -128,17 +126,13 @@ def ways_of_blocks(task: Task, formulations: Mapping[str, Mapping]) -> list[Way]
     ways = []
     for name, fields in formulations.items():
         carried = task.model_class.FORMULATIONS[fields["preset"]].passes_on
-        cached = ", cached inputs" if carried else ""
         common, own = {**fields, "shared": "common"}, {**fields, "shared": "per_block"}
-        job = {"job": True, "carried": carried, "cached": carried}
+        around = ", around the earlier blocks" if carried else ""
         if carried:  # (others hold together what they hold in turn)
             ways.append(Way(f"{name}: all blocks together", common, together=True, carried=True))
         ways += [
             Way(f"{name}: all blocks in turn", common, carried=carried),
-            Way(f"{name}: job, own embeddings and head{cached}", own, **job),
-            Way(f"{name}: job, shared part frozen{cached}", common, train_shared=False, **job),
+            Way(f"{name}: job, own embeddings and head{around}", own, job=True, carried=carried),
+            Way(f"{name}: job, shared part frozen{around}", common, job=True, train_shared=False, carried=carried),
         ]
-        if carried:
-            around = f"{name}: job, shared part frozen, around the earlier blocks"
-            ways.append(Way(around, common, job=True, train_shared=False, carried=True))
     return ways

@@ -60,7 +60,6 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
 
     task: ClassVar[str]  #: as in `pipeline(task)`
     FORMULATIONS: ClassVar[Mapping[str, type[Formulation]]]  #: by `config.preset`
-    clean_columns: ClassVar[tuple[str, ...]]  #: of a batch, what `clean_input` makes x of
     copied_modules: ClassVar[tuple[str, ...]] = ()  #: lists of modules with a copy a block if it has its own
 
     gradient_checkpointing = False  #: Transformers' switch, of all layers

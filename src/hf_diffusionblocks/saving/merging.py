@@ -130,31 +130,13 @@ def _check_shared(jobs: list[_Job]) -> None:
 
 
 def _check_predecessors(jobs: list[_Job], source_of: dict[int, _Job], blocks: Sequence) -> None:
-    """Carried context: a block was trained on what the earlier blocks made of the input, so on these very blocks."""
-    _check_cached([job for job in jobs if job.provenance and job.provenance.predecessors], source_of)
+    """A block that builds on earlier ones was trained on what they made of the input, so on these very blocks."""
     for job in jobs:
         last = max(job.trained, default=0)
         for block in sorted(set(blocks[last].predecessors).intersection(job.blocks)):
             if job.trained and source_of[block] is not job:
                 what = f"block {block}, around which {job.folder} trained block {max(job.trained)},"
                 _check_equal(source_of[block], job, str(block), what)
-
-
-def _check_cached(jobs: list[_Job], source_of: dict[int, _Job]) -> None:
-    """The same, of jobs that have trained on what earlier blocks had made before."""
-    if not jobs:
-        return
-    found = [shards.digest(jobs[0].load("shared") if "shared" in jobs[0].files else {})]  # by what came before a block
-    for block in range(max(max(job.trained) for job in jobs)):
-        found.append(shards.digest(source_of[block].load(str(block)), found[-1]))
-    for job in jobs:
-        block = max(job.trained)
-        if job.provenance.predecessors != found[block]:
-            folders = dict.fromkeys(str(source_of[earlier].folder) for earlier in range(block))
-            raise ValueError(
-                f"{job.folder} trained block {block} on cached inputs that other versions of the earlier blocks had made "
-                f"than those of {', '.join(folders)}: cache them again, and train the block on these"
-            )
 
 
 def _check_equal(one: _Job, other: _Job, part: str, what: str) -> None:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -36,11 +35,9 @@ class Provenance:
 
     Args:
         updates: of each block, in the run that saved them.
-        predecessors: fingerprint of the earlier blocks that had made a job's inputs, if these were cached.
     """
 
     updates: Sequence[int]
-    predecessors: str | None = None
 
     @property
     def trained(self) -> list[int]:
@@ -229,15 +226,6 @@ def align(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
             parameter.data = parameter.data.clone()
-
-
-def digest(weights: Mapping[str, torch.Tensor], previous: str = "") -> str:
-    """A fingerprint of weights, names included, and of what came before them."""
-    found = hashlib.sha256(previous.encode())
-    for name, tensor in sorted(weights.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 def load_block_state_dict(

@@ -36,7 +36,6 @@ class BlockEvaluation(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
         if len(self.model.resident_blocks) < self.num_blocks:
             return self._block_prediction_step(inputs)
-        inputs = {name: value for name, value in inputs.items() if name != "block_input"}  # the whole model runs
         if prediction_loss_only:
             inputs = {**inputs, "return_logits": False}
         return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)

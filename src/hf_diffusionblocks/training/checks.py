@@ -14,7 +14,6 @@ from transformers.training_args import OptimizerNames
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..saving.resident import checked_blocks
 from .arguments import DiffusionBlocksTrainingArguments
-from .cached_inputs import column_of, predecessors_column_of
 
 
 def check_given_to_trainer(args: DiffusionBlocksTrainingArguments, given: Mapping[str, Any]) -> None:
@@ -39,13 +38,8 @@ def check_given_to_trainer(args: DiffusionBlocksTrainingArguments, given: Mappin
             raise ValueError(f"{name} must be None: {reason}")
 
 
-def blocks_to_train(
-    model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments, columns: Sequence[str]
-) -> list[int]:
+def blocks_to_train(model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments) -> list[int]:
     """The blocks of this job, ascending.
-
-    Args:
-        columns: of the training data, which may hold what enters a block.
 
     Raises:
         ValueError: a block is not loaded; carried context needs an earlier block that is not; or parameters that all
@@ -56,11 +50,10 @@ def blocks_to_train(
     if absent:
         raise ValueError(f"train_blocks={blocks} must be loaded, and {absent} are not: resident_blocks={resident}")
     earlier = sorted(set(model.blocks[max(blocks)].predecessors) - set(resident))
-    if earlier and cached_column(blocks, columns) is None:
+    if earlier:
         raise ValueError(
             f"train_blocks={blocks} of a model whose blocks build on one another needs the earlier blocks {earlier}, which run "
-            f"forward: load them too, as they are at the end of their training (resident_blocks={resident}), or train one block "
-            "on what cache_block_inputs made"
+            f"forward: load them too, as they are at the end of their training (resident_blocks={resident})"
         )
     if args.train_shared and any(parameter.requires_grad for parameter in model.shared_parameters()):
         check_one_job(blocks, model.num_blocks)
@@ -84,22 +77,6 @@ def settle_schedule(model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocks
         args.block_schedule = "together" if runs_again else "random"
 
 
-def check_schedule(args: DiffusionBlocksTrainingArguments, cached: str | None) -> None:
-    """Refuse what blocks cannot be trained on together.
-
-    Args:
-        cached: the column of the data that holds what enters the block, if there is one.
-
-    Raises:
-        ValueError: names what cannot be combined, and why.
-    """
-    schedule = f"block_schedule={args.block_schedule!r}"
-    if args.block_schedule != "together":
-        return
-    if cached is not None:
-        raise ValueError(f"{schedule} with the column {cached!r}: a job on cached inputs trains one block, and runs no other")
-
-
 def check_one_job(blocks: Sequence[int], num_blocks: int) -> None:
     """Raises ValueError if a job moves what all blocks share, and trains some of them only."""
     if len(blocks) < num_blocks:
@@ -109,18 +86,12 @@ def check_one_job(blocks: Sequence[int], num_blocks: int) -> None:
         )
 
 
-def cached_column(blocks: Sequence[int], columns: Sequence[str]) -> str | None:
-    """The column of the data that holds what enters the block of a one-block job, if there is one."""
-    column = column_of(blocks[0])
-    return column if len(blocks) == 1 and column in columns else None
-
-
-def columns_to_keep(model: DiffusionBlocksPreTrainedModel, accepted: Sequence[str], cached: str | None) -> list[str]:
+def columns_to_keep(model: DiffusionBlocksPreTrainedModel, accepted: Sequence[str]) -> list[str]:
     """Columns of the data that a batch is made of, of those with a name that `forward` has: not what `forward` has beside
-    the stock model's, since a data set's `noise` or `sigma` is its own. And what enters the block, if it is cached."""
+    the stock model's, since a data set's `noise` or `sigma` is its own."""
     ours, stock = (signature(each.forward).parameters for each in (model, model.architecture.plain_class))
     of_data = {*stock, model.main_input_name}  # (which the stock model may call otherwise)
-    return [name for name in accepted if name not in ours or name in of_data] + ([cached] if cached else [])
+    return [name for name in accepted if name not in ours or name in of_data]
 
 
 def check_processes(trainer: Trainer) -> None:
@@ -161,34 +132,6 @@ def check_counts(optimizer: torch.optim.Optimizer) -> None:
             f"optimizer={type(optimizer).__name__} must count steps by parameter, as AdamW does, and keeps {counted[0]!r} for "
             "all of a group: every block's turn would be a step of the others"
         )
-
-
-def check_evaluation_data(trainer: Trainer, cached: str | None) -> None:
-    """Raise ValueError if a job on cached inputs, which has no earlier blocks, would evaluate on data that no cache was made of."""
-    if cached is None or len(trainer.model.resident_blocks) == trainer.model.num_blocks:
-        return
-    given = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
-    for name, data in given.items():
-        if cached not in (getattr(data, "column_names", None) or [cached]):
-            raise ValueError(
-                f"eval_dataset{name and f'[{name!r}]'} must have the column {cached!r}, as train_dataset has, since earlier blocks "
-                "are not loaded: cache_block_inputs makes it"
-            )
-
-
-class WithBlockInput:
-    """A collator that also stacks what enters the block, where the rows have it."""
-
-    def __init__(self, collator: Callable[[list[dict]], dict], block_index: int):
-        self.collator, self.column = collator, column_of(block_index)
-        self.dropped = {self.column, predecessors_column_of(block_index)}
-
-    def __call__(self, rows: list[dict]) -> dict:
-        if self.column not in rows[0]:  # of a set to evaluate the whole model on
-            return self.collator(rows)
-        hidden = torch.stack([torch.as_tensor(np.asarray(row[self.column], np.float32)) for row in rows])
-        others = [{name: value for name, value in row.items() if name not in self.dropped} for row in rows]
-        return {**self.collator(others), "block_input": hidden}
 
 
 class WithoutFullMask:

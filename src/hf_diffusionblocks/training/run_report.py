@@ -8,7 +8,6 @@ import numpy as np
 
 from ..saving import cards
 from ..saving.shards import Provenance
-from .cached_inputs import predecessors_column_of
 from .checkpoints import AtomicCheckpoints
 
 
@@ -17,7 +16,7 @@ class RunReports(AtomicCheckpoints):
 
     def save_model(self, *args, **kwargs) -> None:
         if self.state.global_step:
-            self.model.provenance = Provenance(self._updates(), self._predecessors())
+            self.model.provenance = Provenance(self._updates())
             self.model.config.training_report = self._training_report()
         super().save_model(*args, **kwargs)
 
@@ -47,12 +46,6 @@ class RunReports(AtomicCheckpoints):
             },
             "memory": self._ledgers.report() if self._ledgers else {},
         }
-
-    def _predecessors(self) -> str | None:
-        """The fingerprint of the earlier blocks that made this job's inputs, if they were cached."""
-        if not self._cached_column:
-            return None
-        return next(iter(self.train_dataset))[predecessors_column_of(self.train_blocks[0])]
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the DiffusionBlocks card to the output folder, where the Trainer would write its own."""

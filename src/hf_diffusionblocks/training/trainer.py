@@ -22,8 +22,8 @@ from .block_evaluation import BlockEvaluation
 from .block_optimizer import learning_rate_curve, scheduler_by_block, split_by_block
 from .block_schedule import BlockSchedule
 from .checks import (
-    WithBlockInput, WithoutFullMask, blocks_to_train, cached_column, check_counts, check_evaluation_data,
-    check_given_to_trainer, check_optimizer, check_processes, check_schedule, columns_to_keep, settle_schedule,
+    WithoutFullMask, blocks_to_train, check_counts, check_given_to_trainer, check_optimizer, check_processes,
+    columns_to_keep, settle_schedule,
 )  # fmt: skip
 from .parallel import average_gradients, broadcast
 from .process_group import leave_at_exit
@@ -69,13 +69,10 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             )
         check_given_to_trainer(args, kwargs)
         args = copy.copy(args)  # the caller's stay as they are, for another model
-        columns = getattr(kwargs.get("train_dataset"), "column_names", None) or ()
         settle_schedule(model, args)
         together = args.block_schedule == "together"
         self.num_blocks = model.config.num_blocks
-        self.train_blocks = blocks_to_train(model, args, columns)
-        self._cached_column = cached_column(self.train_blocks, columns)
-        check_schedule(args, self._cached_column)
+        self.train_blocks = blocks_to_train(model, args)
         if args.updates_per_block is not None:
             args.max_steps = args.updates_per_block * (1 if together else len(self.train_blocks))
         super().__init__(model=model, args=args, **kwargs)
@@ -84,11 +81,8 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         leave_at_exit()
         check_processes(self)
         check_optimizer(self.optimizer, model)
-        check_evaluation_data(self, self._cached_column)
         if args.torch_compile:
             model.compile_layers(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        if self._cached_column:
-            self.data_collator = WithBlockInput(self.data_collator, self.train_blocks[0])
         self.data_collator = WithoutFullMask(self.data_collator)
         learning_rate_curve(args, num_updates=1)  # complain before training
         self.block_schedule: BlockSchedule | None = None  # known once training knows its number of steps
@@ -140,7 +134,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         # The only word that the Trainer takes on which columns to keep: it has no argument for them.
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns = columns_to_keep(self.model, self._signature_columns, self._cached_column)
+            self._signature_columns = columns_to_keep(self.model, self._signature_columns)
 
     def noise_generators(self, micro_batch: int, num_rows: int) -> list[torch.Generator]:
         """Of each row of a micro-batch of the step."""

@@ -63,10 +63,7 @@ class JointText(Formulation):
         streams.run_clean(block, streams.enter(block, clean), block.clean_modulations())
         c_in = precondition(sigma, model.config.sigma_data).input[..., None]
         noisy = streams.embed_noisy(block, (c_in * z).to(clean.dtype))
-        # With dropout, PyTorch's attention on the CPU keeps all scores: those that say nothing are worth leaving out.
-        keeps_scores = noisy.device.type == "cpu" and model.training and model.architecture.attention_dropout(model.backbone)
-        run = streams.run_noisy_in_groups if keeps_scores else streams.run_noisy
-        return run(block, noisy, block.modulations(sigma[:, 0]))
+        return streams.run_noisy(block, noisy, block.modulations(sigma[:, 0]))
 
     def logits(self, block: Block, rows: Rows) -> torch.Tensor:
         """`[R, V]` of p(token | before, z), float32."""

@@ -36,7 +36,6 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
     main_input_name = "input_ids"
     task = "text-generation"
     FORMULATIONS = {"recommended": LocalText, "paper": JointText}
-    clean_columns = ("input_ids", "attention_mask", "position_ids")
     accepts_loss_kwargs = True  # the Trainer gives num_items_in_batch: every token of a step counts alike
 
     def __init__(self, config: DiffusionBlocksConfig):

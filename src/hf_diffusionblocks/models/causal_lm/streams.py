@@ -18,9 +18,6 @@ from ..base import DiffusionBlocksPreTrainedModel
 from ..block import Block
 from .text import Text
 
-#: Noisy tokens of a group, where they run in groups: fewer copy the clean keys more often, more have more idle scores.
-GROUP = 128
-
 
 class CleanKeys:
     """What the clean pass of a training step leaves for the noisy one: each layer's keys and values.
@@ -53,8 +50,7 @@ class StreamsCache:
             clean_keys, clean_values = self.clean.update(keys[:, :, :clean], values[:, :, :clean], layer_index)
         else:
             stored = self.clean.layers[layer_index]
-            groups = len(keys) // len(stored.keys)  # a sequence's noisy tokens may be several rows
-            clean_keys, clean_values = (_each_row(states, groups) for states in (stored.keys, stored.values))
+            clean_keys, clean_values = stored.keys, stored.values
         return torch.cat([clean_keys, keys[:, :, clean:]], 2), torch.cat([clean_values, values[:, :, clean:]], 2)
 
 
@@ -84,11 +80,6 @@ def _like(visible: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     if mask.dtype != torch.bool:
         visible = torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, torch.finfo(mask.dtype).min)
     return visible.expand(*mask.shape[:2], *visible.shape)
-
-
-def _each_row(tensor: torch.Tensor, times: int) -> torch.Tensor:
-    """Every row so many times in a row."""
-    return tensor if times == 1 else tensor[:, None].expand(-1, times, *tensor.shape[1:]).flatten(0, 1)
 
 
 def join(clean: Modulation, noisy: Modulation, num_clean: int, num_noisy: int) -> Modulation:
@@ -194,33 +185,6 @@ class Streams:
     def run_noisy(self, block: Block, hidden: torch.Tensor, modulations) -> torch.Tensor:
         """Noisy tokens `[N, Q, D]` through a block that the clean ones have run through."""
         return block.run(hidden, modulations, **self._noisy_attention)
-
-    def run_noisy_in_groups(
-        self, block: Block, hidden: torch.Tensor, modulations, largest: int = GROUP
-    ) -> torch.Tensor:
-        """The same, with each group of noisy tokens as a row of its own: a token sees the clean ones, and of the noisy
-        ones itself alone, so there need be no scores with other groups. Each group copies the clean keys and values."""
-        rows, length = hidden.shape[:2]
-        groups = -(-length // largest)
-        size = -(-length // groups)
-        missing = groups * size - length
-
-        def grouped(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-            """`[N or 1, ..., Q, ...]` -> `[N * groups, ..., size, ...]`, filled up with zeros at the end."""
-            filler = tensor.new_zeros([missing if each == dim else n for each, n in enumerate(tensor.shape)])
-            parts = torch.cat([tensor, filler], dim).expand(rows, *tensor.shape[1:dim], -1, *tensor.shape[dim + 1 :])
-            return parts.unflatten(dim, (groups, size)).movedim(dim, 1).flatten(0, 1)
-
-        seen = grouped(self._explicit_mask[:, :, self.kept], 2)
-        own = _like(torch.eye(size, dtype=torch.bool, device=hidden.device), seen)
-        attention = {
-            "attention_mask": torch.cat([seen, own], -1),
-            "past_key_values": StreamsCache(self.cache, num_clean=0),
-            **self._positions(grouped(self.noisy_position_ids, 1)),
-        }
-        modulations = [Modulation(*(_each_row(field, groups) for field in each)) for each in modulations]
-        hidden = block.run(grouped(hidden, 1), modulations, **attention)
-        return hidden.view(rows, groups * size, -1)[:, :length]
 
     def run_together(self, block: Block, clean: torch.Tensor, noisy: torch.Tensor, modulations) -> torch.Tensor:
         """Both, `[N, S, D]` and `[N, Q, D]`, through a block in one pass; modulations from [`join`]. What noisy ones become."""

@@ -51,7 +51,6 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
     accepts_loss_kwargs = True  # the Trainer gives num_items_in_batch: every image of a step counts alike
     task = "image-classification"
     FORMULATIONS = {"recommended": LocalImage, "paper": JointImage}
-    clean_columns = ("pixel_values",)
     copied_modules = ("noisy_labels",)
 
     def __init__(self, config: DiffusionBlocksConfig):

@@ -93,7 +93,6 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
     main_input_name = "pixel_values"
     task = "image-generation"
     FORMULATIONS = dict.fromkeys(PRESETS, NoisyImage)
-    clean_columns = ("pixel_values", "class_labels")
 
     def __init__(self, config: DiffusionBlocksConfig):
         super().__init__(config)
@@ -200,9 +199,6 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
                 f"class_labels={labels.tolist()} must lie in 0..{self.num_classes - 1}, or be {self.num_classes} for no class"
             )
         return labels.to(self.device)
-
-    def clean_input(self, batch: Mapping[str, torch.Tensor]) -> Clean:
-        raise ValueError("inputs of blocks cannot be cached for task 'image-generation': a block's input is the noisy image")
 
     # ---- sampling
 

@@ -42,7 +42,6 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
     task = "fill-mask"
     #: z is what the layers read: nothing meets it. How much of it is masked they see by themselves (arXiv 2409.02908).
     FORMULATIONS = dict.fromkeys(PRESETS, Formulation)
-    clean_columns = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
     accepts_loss_kwargs = True  # the Trainer gives num_items_in_batch: every token of a step counts alike
 
     def __init__(self, config: DiffusionBlocksConfig):
@@ -216,9 +215,6 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         logits = block.read_out(hidden)
         logits[..., self.mask_token_id] = -torch.inf
         return logits
-
-    def clean_input(self, batch: Mapping[str, torch.Tensor]) -> Clean:
-        raise ValueError("inputs of blocks cannot be cached for task 'fill-mask': they change with the masks")
 
     def evaluation_levels(self, block_index: int, num_rows: int) -> dict[str, torch.Tensor]:
         """Nothing: a block draws from its own range."""
