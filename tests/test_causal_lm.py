@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import randomized
 from families import ENDS, LLAMA, TEXT_CONFIGS, VOCAB, WIDTH
+from peft import LoraConfig, get_peft_model
 from text_models import BLOCKS, LENGTH, block_logits, draw, draw_of, layer_of, make
-from text_models import ids, plain, text_config, text_formulation  # noqa: F401
+from text_models import ids, joint, plain, text_config, text_formulation  # noqa: F401
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 
@@ -228,6 +229,58 @@ def test_no_more_than_a_chunk_of_logits_is_ever_held(monkeypatch):
 @pytest.mark.parametrize("device, size", [("cpu", 2**25), ("cuda", 2**28)])
 def test_chunks_of_a_large_vocabulary_are_so_large_on_a_device(device, size):
     assert losses.rows_per_chunk(100_000, 50_257, torch.device(device)) * 50_257 * 4 == pytest.approx(size, rel=0.01)
+
+
+# ---- use as the plain model
+
+BESIDE_LOGITS = ["output_hidden_states", "output_attentions"]
+
+
+@pytest.mark.parametrize("asked_by", ["the call", "the config"])
+@torch.no_grad()
+def test_a_recommended_model_gives_what_the_plain_one_does_beside_logits(plain, ids, asked_by):
+    plain.set_attn_implementation("eager")
+    model, asked = db.convert(plain, num_blocks=2).eval(), dict.fromkeys(BESIDE_LOGITS, True)
+    expected = plain(ids, **asked)
+    if asked_by == "the config":
+        model.config.output_hidden_states = model.config.output_attentions = True
+        asked = {}
+    found = model(ids, **asked)
+    assert len(found.hidden_states) == 5 and all(map(torch.equal, found.hidden_states, expected.hidden_states))
+    assert len(found.attentions) == 4 and all(map(torch.equal, found.attentions, expected.attentions))
+
+
+@pytest.mark.parametrize("name", BESIDE_LOGITS)
+def test_a_walk_has_nothing_beside_logits(plain, joint, ids, name):
+    with pytest.raises(ValueError, match=f"{name} must not be given with preset='paper'"):
+        make(plain, **joint)(ids, **{name: True})
+
+
+@pytest.mark.parametrize("name", BESIDE_LOGITS)
+def test_a_block_has_nothing_beside_its_logits(plain, text_formulation, ids, name):
+    with pytest.raises(ValueError, match=f"{name} must not be given with block_index"):
+        make(plain, **text_formulation)(ids, labels=ids, block_index=0, **{name: True})
+
+
+def test_adapters_of_peft_s_own_class(plain, text_formulation, ids):
+    model = make(plain, **text_formulation)
+    given = {"input_ids": ids, "labels": ids, "block_index": 1, **draw_of(model)}
+    with torch.no_grad():
+        before, loss = model(ids).logits, model(**given).loss
+    target = "c_attn" if plain.config.model_type == "gpt2" else "q_proj"
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=[target])).eval()
+    with torch.no_grad():  # adapters start as nothing
+        assert torch.equal(adapted(input_ids=ids, labels=ids).logits, before) and torch.equal(adapted(**given).loss, loss)
+    adapted.train()(**given).loss.backward()
+    gradients = {name for name, p in adapted.named_parameters() if p.grad is not None and p.grad.any()}
+    assert gradients and all("lora_B" in name for name in gradients)
+
+
+def test_output_embeddings_are_those_of_the_plain_model(plain):
+    model, head = db.convert(plain, num_blocks=2), torch.nn.Linear(WIDTH, VOCAB, bias=False)
+    assert model.get_output_embeddings() is model.backbone.lm_head
+    model.set_output_embeddings(head)
+    assert model.backbone.lm_head is head
 
 
 # ---- everything the core gives

@@ -8,7 +8,6 @@ from itertools import product
 import pytest
 import torch
 from conftest import randomized
-from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM, GPT2Config, LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast, Qwen3Config,
@@ -301,46 +300,14 @@ def test_pipeline_of_a_saved_model(tokenizer, tmp_path, formulation):
 
 @pytest.mark.parametrize("formulation", ["recommended", "paper"])
 def test_generation_stops_at_a_string(tokenizer, formulation):
-    """As of the plain model: with its tokenizer."""
+    """With its tokenizer, as the plain model does: at the first token that completes it."""
     model = converted("llama", formulation)
     prompt = tokenizer("the noise", return_tensors="pt")["input_ids"]
     free = greedy(model, prompt)[0, prompt.shape[1] :]
     stop = tokenizer.decode(free[2:3]).strip()
+    length = next(n for n in range(1, NEW + 1) if stop in tokenizer.decode(free[:n]))
     found = greedy(model, prompt, stop_strings=[stop], tokenizer=tokenizer)[0, prompt.shape[1] :]
-    assert len(found) <= 3 and stop in tokenizer.decode(found)
-
-
-def test_what_the_plain_model_gives_beside_logits(ids):
-    """Asked for by the call, or by the config; the paper's walk has none of it."""
-    plain = plain_model("llama")
-    plain.set_attn_implementation("eager")
-    model, expected = db.convert(plain, 2).eval(), plain(ids, output_hidden_states=True, output_attentions=True)
-    model.config.output_hidden_states = True
-    with torch.no_grad():
-        found = model(ids, output_attentions=True)
-    assert all(map(torch.equal, found.hidden_states, expected.hidden_states))
-    assert all(map(torch.equal, found.attentions, expected.attentions))
-    with pytest.raises(ValueError, match="output_hidden_states must not be given with preset='paper'"):
-        converted("llama", "paper")(ids, output_hidden_states=True)
-    with pytest.raises(ValueError, match="output_attentions must not be given with block_index"):
-        model(ids, labels=ids, block_index=0, output_attentions=True)
-
-
-@pytest.mark.parametrize("formulation", ["recommended", "paper"])
-def test_adapters_of_peft_s_own_class(ids, formulation):
-    model = db.convert(plain_model("llama"), 2, **FORMULATIONS[formulation])
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).eval()
-    with torch.no_grad():
-        assert torch.equal(adapted(input_ids=ids, labels=ids).logits, model(ids).logits)
-    assert torch.equal(adapted.generate(input_ids=ids, max_new_tokens=2, do_sample=False), greedy(model, ids, max_new_tokens=2))
-
-
-def test_output_embeddings_are_those_of_the_plain_model():
-    model = db.convert(plain_model("llama"), 2)
-    assert model.get_output_embeddings() is model.backbone.lm_head
-    head = torch.nn.Linear(32, VOCAB, bias=False)
-    model.set_output_embeddings(head)
-    assert model.backbone.lm_head is head
+    assert stop and length < NEW and torch.equal(found, free[:length])
 
 
 # ---- other searches

@@ -10,6 +10,7 @@ from conftest import randomized
 from transformers import AutoModelForImageClassification, ViTConfig, ViTImageProcessorPil, pipeline
 
 import hf_diffusionblocks as db
+from hf_diffusionblocks.diffusion.randomness import NoiseSource
 from hf_diffusionblocks.memory.activations import SavedActivations
 
 BLOCKS = [0, 1]
@@ -21,6 +22,13 @@ def count_layer_runs(model) -> Counter:
     for index, layer in enumerate(model.backbone.vit.layers):
         layer.attention.register_forward_hook(lambda *_, index=index: runs.update([index]))
     return runs
+
+
+def entered_layer_2(model) -> list[torch.Tensor]:
+    """What enters the second block's first layer, from now on."""
+    entered = []
+    model.backbone.vit.layers[2].layernorm_before.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    return entered
 
 
 # ---- training one block
@@ -68,8 +76,7 @@ def test_a_step_draws_a_sigma_of_its_block_and_noise_for_every_row(plain_model, 
 
 def test_the_noisy_label_is_scaled_by_c_in_and_the_clean_tokens_are_not(plain_model, batch):
     model = randomized(db.convert(plain_model, num_blocks=2, preset="paper")).eval()
-    entered = []
-    model.backbone.vit.layers[2].layernorm_before.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    entered = entered_layer_2(model)
     sigma, noise = torch.logspace(-2, 1.5, 6), torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
     model(**batch, block_index=1, sigma=sigma, noise=noise)
     z = model.label_embeddings.vectors()[batch["labels"]] + sigma[:, None] * noise
@@ -112,16 +119,41 @@ def test_one_recommended_block_has_the_cross_entropy_of_any_labels(plain_model, 
     assert torch.allclose(model.eval()(batch["pixel_values"], labels=given).loss, expected)
 
 
-def test_the_paper_s_target_of_shares_is_their_mean(plain_model, batch):
+def test_the_paper_s_target_of_shares_is_the_mean_of_the_classes(plain_model, batch):
+    model = randomized(db.convert(plain_model, num_blocks=2, preset="paper"))
+    shares = torch.rand(6, 5, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    entered, sigma = entered_layer_2(model), torch.full((6,), 0.3)
+    out = model(batch["pixel_values"], labels=shares, block_index=1, sigma=sigma, noise=torch.zeros(6, 32))
+    z, c_in = shares @ model.label_embeddings.vectors(), (0.3**2 + 0.25) ** -0.5
+    assert torch.allclose(entered[0][:, -1], c_in * z + model.noisy_labels[0].position[0], atol=1e-5)
+    assert torch.allclose(out.loss, torch.nn.functional.cross_entropy(out.logits, shares))
+
+
+def test_the_paper_s_loss_is_of_images_that_have_a_label(plain_model, batch):
     model = randomized(db.convert(plain_model, num_blocks=2, preset="paper"))
     noise = {"sigma": torch.full((6,), 0.3), "noise": torch.zeros(6, 32), "block_index": 1}
-    one_hot = torch.nn.functional.one_hot(batch["labels"], 5).float()
-    whole = model(batch["pixel_values"], labels=batch["labels"], **noise)
-    assert torch.allclose(model(batch["pixel_values"], labels=one_hot, **noise).logits, whole.logits, atol=1e-6)
     some = batch["labels"].clone()
     some[:2] = -100
-    expected = torch.nn.functional.cross_entropy(whole.logits[2:], some[2:])
+    expected = torch.nn.functional.cross_entropy(model(**batch, **noise).logits[2:], some[2:])
     assert torch.allclose(model(batch["pixel_values"], labels=some, **noise).loss, expected)
+
+
+def test_images_without_labels_have_no_loss_and_no_gradient(model, batch):
+    loss = model.train()(batch["pixel_values"], labels=torch.full((6,), -100), block_index=0).loss
+    loss.backward()
+    assert loss == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("labels", ["classes", "shares of classes"])
+@pytest.mark.parametrize("block_index", [*BLOCKS, None])
+def test_a_loss_over_num_items_is_the_sum_divided_by_them(model, batch, labels, block_index):
+    if labels == "shares of classes":
+        batch["labels"] = torch.rand(6, 5, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    losses = []
+    for num_items in (None, 24):
+        draws = {"generator": torch.Generator().manual_seed(0)}
+        losses.append(model.eval()(**batch, block_index=block_index, num_items_in_batch=num_items, **draws).loss)
+    assert torch.allclose(losses[1] * 24, losses[0] * 6)
 
 
 # ---- what logits know
@@ -139,7 +171,51 @@ def test_what_evaluation_logits_are(model, batch):
     assert torch.equal(logits, expected)
 
 
+BESIDE_LOGITS = ["output_hidden_states", "output_attentions"]
+
+
+@pytest.mark.parametrize("asked_by", ["the call", "the config"])
+@torch.no_grad()
+def test_a_recommended_model_gives_what_the_plain_one_does_beside_logits(plain_model, batch, asked_by):
+    plain_model.set_attn_implementation("eager")
+    model, asked = db.convert(plain_model, num_blocks=2).eval(), dict.fromkeys(BESIDE_LOGITS, True)
+    expected = plain_model(batch["pixel_values"], **asked)
+    if asked_by == "the config":
+        model.config.output_hidden_states = model.config.output_attentions = True
+        asked = {}
+    found = model(batch["pixel_values"], **asked)
+    assert len(found.hidden_states) == 5 and all(map(torch.equal, found.hidden_states, expected.hidden_states))
+    assert len(found.attentions) == 4 and all(map(torch.equal, found.attentions, expected.attentions))
+
+
+@pytest.mark.parametrize("name", BESIDE_LOGITS)
+def test_a_walk_has_nothing_beside_logits(plain_model, batch, name):
+    model = db.convert(plain_model, num_blocks=2, preset="paper").eval()
+    with pytest.raises(ValueError, match=f"{name} must not be given with preset='paper'"):
+        model(batch["pixel_values"], **{name: True})
+
+
+@pytest.mark.parametrize("name", BESIDE_LOGITS)
+def test_a_block_has_nothing_beside_its_logits(model, batch, name):
+    with pytest.raises(ValueError, match=f"{name} must not be given with block_index"):
+        model(**batch, block_index=0, **{name: True})
+
+
 # ---- the walk
+
+
+@torch.no_grad()
+def test_a_walk_asks_the_network_that_was_trained(plain_model, batch):
+    """At every level, of the z that it has come to: what it is told is what a training step would compute of that z."""
+    model = randomized(db.convert(plain_model, num_blocks=2, p_mean=1.0, preset="paper")).eval()
+    vectors, sigmas = model.label_embeddings.vectors(), model.noise_schedule.inference_sigmas(4).tolist()
+    z = sigmas[0] * NoiseSource(6, model.config.inference_seed, None, torch.device("cpu")).normal(32)
+    out = model.predict(batch["pixel_values"], num_inference_steps=4)
+    for step, (level, following) in enumerate(zip(sigmas, sigmas[1:])):
+        draws = {"sigma": torch.full((6,), level), "noise": (z - vectors[batch["labels"]]) / level}
+        probabilities = model(**batch, block_index=step // 2, **draws).logits.softmax(-1)
+        torch.testing.assert_close(out.trajectory[:, step], probabilities, rtol=1e-3, atol=1e-4)
+        z += (following - level) / level * (z - probabilities @ vectors)
 
 
 def test_walk_with_one_step_a_block_runs_no_layer_in_vain(model, batch):

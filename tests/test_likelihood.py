@@ -48,6 +48,21 @@ def test_the_bound_of_exact_denoisers_is_the_cross_entropy(preset):
     assert bound.nats_per_token == pytest.approx(bound.prior + bound.reconstruction + bound.diffusion)
 
 
+@pytest.mark.parametrize("local_head_layers", [0, 1])
+def test_a_recommended_model_s_bound_is_the_loss_of_its_evaluation(plain, ids, local_head_layers):
+    """To rounding, however many samples: of padded and partly labelled texts."""
+    model = make(plain, preset="recommended", local_head_layers=local_head_layers)
+    mask, labels = torch.ones_like(ids), ids.clone()
+    mask[1, :4], labels[1, :4], labels[0, 6:] = 0, -100, -100
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    with torch.no_grad():
+        expected = model(**batch).loss.item()
+    for num_samples in (1, 5):
+        bound = db.nll_bound(model, [batch], num_samples)
+        assert bound.nats_per_token == pytest.approx(expected, rel=1e-6)
+        assert (bound.prior, bound.diffusion) == (0, 0)
+
+
 def test_the_bound_scores_labelled_tokens_only(ids):
     model, _ = constant_prior_model("recommended")
     labels = ids.clone()

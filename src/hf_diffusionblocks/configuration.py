@@ -237,6 +237,16 @@ class DiffusionBlocksConfig(PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(source, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # And what is set of a stock config's is set of the plain model's: `to_plain()` has it, then.
+        source = self.__dict__.get("source_config")
+        ours = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        ours = ours or name in type(self).__dataclass_fields__
+        if not ours and isinstance(source, PreTrainedConfig) and hasattr(source, name):
+            setattr(source, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         """The plain model's config: what HF's cache and generation code should read."""
         return self.source_config.get_text_config(*args, **kwargs)

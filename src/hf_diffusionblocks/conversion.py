@@ -15,8 +15,13 @@ from .backbones.base import backbone_for, backbone_named, backbone_of
 from .configuration import DiffusionBlocksConfig, check_known
 from .models.base import DiffusionBlocksPreTrainedModel
 from .presets import with_preset
+from .saving.checks import check_no_adapters, check_weights, is_untied
 from .saving.resident import HUB_KWARGS, MODEL_KWARGS, NotLoaded, build, checked_blocks, hub_kwargs
 from .tasks import TASKS, task_of
+
+
+#: Arguments that say which files of a saved model are read.
+ONLY_SAVED = (*HUB_KWARGS, "variant")
 
 
 def convert(
@@ -40,7 +45,7 @@ def convert(
         preset: the formulation: "recommended" (what measured best for the task and for pretrained or fresh weights), or
             "paper".
         fields: any other field of [`DiffusionBlocksConfig`], and of `from_pretrained`: `dtype`, `attn_implementation` and,
-            for a hub id or folder, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`, `subfolder`.
+            for a hub id or folder, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`, `subfolder`, `variant`.
 
     Returns:
         The model of the task's class, on the source's device, in its mode and, unless it is given, its dtype.
@@ -52,9 +57,13 @@ def convert(
     """
     loading = _taken_from(fields)
     if isinstance(source, (str, PathLike)):
+        check_no_adapters(Path(source))
         return _convert_pretrained(source, num_blocks, task, resident_blocks, preset, fields, loading)
+    if isinstance(source, nn.Module):
+        check_no_adapters(source)
+        check_weights(source, "blocks would have its codes without their scales")
     plain_config = source if isinstance(source, PreTrainedConfig) else _config_of(source)
-    if hub_only := [name for name in loading if name in HUB_KWARGS]:
+    if hub_only := [name for name in loading if name in ONLY_SAVED]:
         raise ValueError(  # without values: one may be a token
             f"{', '.join(hub_only)} must not be given with source={type(source).__name__}: for a hub id or folder only"
         )
@@ -82,14 +91,20 @@ def _taken_from(fields: dict) -> dict:
             f"device_map={fields['device_map']!r} must not be given: convert, save_pretrained, then "
             "from_pretrained(..., device_map=...), or move the converted model by .to(device)"
         )
-    given = {name: fields.pop(name) for name in (*HUB_KWARGS, *MODEL_KWARGS) if name in fields}
+    if "torch_dtype" in fields:  # its older name
+        fields.setdefault("dtype", fields.pop("torch_dtype"))
+    given = {name: fields.pop(name) for name in (*ONLY_SAVED, *MODEL_KWARGS) if name in fields}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def _config_of(source: nn.Module) -> PreTrainedConfig:
     """The config of a stock model, of Transformers or of another library."""
     if isinstance(source, PreTrainedModel):
-        return source.config
+        if not is_untied(source):
+            return source.config
+        config = copy.deepcopy(source.config)
+        config.tie_word_embeddings = False
+        return config
     if not isinstance(source, nn.Module):
         raise TypeError(f"source={type(source).__name__} must be a PreTrainedModel, a PreTrainedConfig, or a hub id or folder")
     return backbone_of(source).config_of(source)
@@ -137,6 +152,8 @@ def _convert_pretrained(
     choices = (num_blocks, task, preset, "pretrained", fields)
     backbone, part = backbone_for(plain_config), plain_part(config, resident_blocks)
     plain = backbone.load_plain(part, source, plain_config, **loading)
+    check_no_adapters(plain)
+    check_weights(plain, "blocks would have its codes without their scales")
     return _convert_model(plain, _config(_config_of(plain), *choices), resident_blocks)
 
 

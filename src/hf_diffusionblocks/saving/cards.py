@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+import yaml
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..configuration import USER_FIELDS
 from ..tasks import TASKS
+
+logger = logging.get_logger(__name__)
 
 CARD = "README.md"
 #: Of a saved model; the card shows it.
@@ -22,16 +27,20 @@ USE = """\
 import hf_diffusionblocks  # pip install hf-diffusionblocks; registers the Auto classes
 from transformers import {auto_class}, pipeline
 
-model = {auto_class}.from_pretrained("{name}")
+model = {auto_class}.from_pretrained({name})
 {lines}"""
 #: What the table of blocks says.
 THE_CUT = ("num_blocks", "layers_per_block")
 
 
 def write(model: PreTrainedModel, folder: Path, keep_from: Path) -> bool:
-    """Write the card to `folder`, unless a person wrote or edited the one in `keep_from`; whether it was written."""
+    """Write the card to `folder`, unless a person wrote or edited the one in `keep_from`; whether it was written. Nothing about
+    a card fails the save of a model."""
     existing = keep_from / CARD
-    if existing.is_file() and not any(mark in existing.read_text() for mark in GENERATED_BY):
+    if existing.exists() and not existing.is_file():
+        logger.warning(f"{existing} is no file: the model is saved without a card")
+        return False
+    if existing.is_file() and not any(mark in existing.read_text(errors="replace") for mark in GENERATED_BY):
         return False
     replace(model, folder, keep_from)
     return True
@@ -65,8 +74,8 @@ def render(model: PreTrainedModel, home: Path) -> str:
         title=name,
         task=TASKS[model.task].pipeline_tag or model.task,
         use_code=_use_code(model, name),
-        base_model_yaml=f"base_model: {config.base_model}\n" if config.base_model else "",
-        datasets_yaml=f"datasets:\n- {report['dataset']}\n" if report.get("dataset") else "",
+        base_model_yaml=yaml.safe_dump({"base_model": config.base_model}) if config.base_model else "",
+        datasets_yaml=yaml.safe_dump({"datasets": [report["dataset"]]}) if report.get("dataset") else "",
         source=source,
         num_blocks=config.num_blocks,
         trained_as="each as a denoiser of its own range of noise" if model.noise_schedule else "each on a loss of its own",
@@ -79,7 +88,8 @@ def render(model: PreTrainedModel, home: Path) -> str:
 
 def _use_code(model: PreTrainedModel, name: str) -> str:
     task = TASKS[model.task]
-    return USE.format(auto_class=task.auto_class.__name__, name=name, lines=task.usage.format(name=name))
+    quoted = json.dumps(name, ensure_ascii=False)  # (a name may hold quotes)
+    return USE.format(auto_class=task.auto_class.__name__, name=quoted, lines=task.usage.format(name=quoted))
 
 
 def _block_table(model: PreTrainedModel) -> str:

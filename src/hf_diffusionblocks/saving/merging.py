@@ -89,15 +89,22 @@ def _open(folder: Path) -> _Job:
 
 def _check_configs(jobs: list[_Job]) -> None:
     first, *others = jobs
-    expected = first.config.to_dict()
+    expected = _compared(first.config)
     for job in others:
-        found = job.config.to_dict()
+        found = _compared(job.config)
         for name in sorted(expected.keys() | found.keys()):
             if name not in OF_THE_JOB and expected.get(name) != found.get(name):
                 raise ValueError(
                     f"the jobs' configs differ: {name}={expected.get(name)!r} in {first.folder}, "
                     f"{found.get(name)!r} in {job.folder}"
                 )
+
+
+def _compared(config: DiffusionBlocksConfig) -> dict:
+    """Its fields; but for `use_cache`, which the Trainer sets of the models that it has."""
+    fields = config.to_dict()
+    fields["source_config"].pop("use_cache", None)
+    return fields
 
 
 def _sources(jobs: list[_Job]) -> dict[int, _Job]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from . import cards, resident, shards
+from .checks import check_no_adapters, check_weights
 from .shards import Provenance
 
 
@@ -34,6 +35,8 @@ class SavedByBlock(PreTrainedModel):
         if len(self.resident_blocks) < self.num_blocks:
             raise ValueError(f"to_plain() needs all {self.num_blocks} blocks: resident_blocks={self.resident_blocks}")
         config = copy.deepcopy(self.config.source_config)
+        config.id2label, config.label2id = dict(self.config.id2label), dict(self.config.label2id)
+        config.problem_type = self.config.problem_type
         plain = self.architecture.plain_class._from_config(config, dtype=self.dtype)
         plain.load_state_dict(self.backbone.state_dict())
         if plain.can_generate() and self.can_generate():
@@ -54,10 +57,14 @@ class SavedByBlock(PreTrainedModel):
         no effect, since a block is a file.
 
         Raises:
-            ValueError: a `variant` is given; or blocks are missing, and the folder holds some of these.
+            ValueError: a `variant` is given; weights are quantised; names of `state_dict` are others; or blocks are missing,
+                and the folder holds some of these.
         """
         if kwargs.get("variant") is not None:
             raise ValueError(f"variant={kwargs['variant']!r} is not supported: shards are named by block")
+        check_weights(self, "a saved file would lack what these need")
+        if state_dict is not None:
+            self._check_names(state_dict)
         hub_kwargs = {key: kwargs.pop(key) for key in shards.HUB_KWARGS if key in kwargs}
         if is_main_process:
             if len(self.resident_blocks) < self.num_blocks:
@@ -70,6 +77,16 @@ class SavedByBlock(PreTrainedModel):
                 cards.write(self, staging, keep_from=Path(save_directory))
         if push_to_hub:
             self.push_to_hub(hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs)
+
+    def _check_names(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        """Raise ValueError if these are not this model's weights, by their names: nothing would read them."""
+        expected = self.state_dict().keys()
+        if state_dict.keys() - expected or expected - state_dict.keys() - self.all_tied_weights_keys.keys():
+            odd = min(state_dict.keys() ^ expected)
+            raise ValueError(
+                f"state_dict must have the model's own names, and {odd!r} is in one of them alone: of a compiled model, give "
+                "model._orig_mod.state_dict()"
+            )
 
     @classmethod
     def from_pretrained(
@@ -88,6 +105,7 @@ class SavedByBlock(PreTrainedModel):
         """
         if pretrained_model_name_or_path is not None and Path(pretrained_model_name_or_path).is_dir():
             folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+            check_no_adapters(folder)
             if shards.finish_interrupted_save(folder):
                 kwargs.pop("config", None)  # was read before the save was finished
             shards.check_shards(folder)
@@ -99,6 +117,7 @@ class SavedByBlock(PreTrainedModel):
             index = shards.saved_index(pretrained_model_name_or_path, **resident.hub_kwargs(kwargs))
             resident.check_cut(model, pretrained_model_name_or_path, index)
             resident.check_whole(model, pretrained_model_name_or_path, index)
+            resident.check_complete(model, pretrained_model_name_or_path, index.weight_map if index.files else None)
             model.provenance = index.provenance
         shards.align(model)
         return loaded

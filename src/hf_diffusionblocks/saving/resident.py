@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import nn
@@ -96,9 +97,7 @@ def load(
     weights = {}
     for block in (None, *model.resident_blocks):
         weights |= shards.load_block_state_dict(source, block, **hub)
-    missing = model.state_dict().keys() - weights.keys() - model.all_tied_weights_keys.keys()
-    if missing:
-        raise ValueError(f"{source} lacks {', '.join(sorted(missing)[:3])}, {len(missing)} weights in all")
+    check_complete(model, source, weights)
     model.load_state_dict(weights, strict=False)
     model.provenance = index.provenance
     if model.can_generate() and cached_file(
@@ -137,6 +136,14 @@ def check_whole(model: PreTrainedModel, source: str | PathLike, index: shards.In
             f"{source} lacks the blocks {missing} of {model.num_blocks}: load what it has with resident_blocks=..., or "
             "join it with the jobs that trained them by merge_blocks"
         )
+
+
+def check_complete(model: PreTrainedModel, source: str | PathLike, weights: Mapping[str, Any] | None) -> None:
+    """Raise ValueError if some of a model's weights are not among these, by name; None: of a plain model, whose new ones start
+    fresh."""
+    missing = set() if weights is None else model.state_dict().keys() - weights.keys() - model.all_tied_weights_keys.keys()
+    if missing:
+        raise ValueError(f"{source} lacks {', '.join(sorted(missing)[:3])}, {len(missing)} weights in all")
 
 
 def checked_blocks(blocks: Iterable[int], num_blocks: int, field: str) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ import torch
 from huggingface_hub import parse_local_safetensors_file_metadata
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 #: Arguments of `save_pretrained` that are for the Hub.
 HUB_KWARGS = ("repo_id", "commit_message", "private", "token", "create_pr", "revision", "commit_description", "tags")
@@ -27,6 +28,10 @@ HUB_KWARGS = ("repo_id", "commit_message", "private", "token", "create_pr", "rev
 # killed in STAGED never happened; one killed in COMPLETE is finished by whoever reads or writes the folder next, by
 # several at a time if they come together. (There is one writer at a time.)
 STAGED, COMPLETE = ".saving", ".saved"
+
+
+#: Weights that a save has written, in one file or in numbered shards: any other file of the folder is somebody's own.
+OF_A_SAVE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ def _remove_stale_weights(folder: Path) -> None:
     """Remove weights of an older save with other file names: a stale model.safetensors would beat the index."""
     # Listed before the index is read: what the writer moves here meanwhile, as its next save, is not looked at. Of a
     # save that was listed in part, the index is still to come.
-    found = list(folder.glob("model*.safetensors"))
+    found = [path for path in folder.glob("model*.safetensors") if OF_A_SAVE.fullmatch(path.name)]
     if (folder / COMPLETE / SAFE_WEIGHTS_INDEX_NAME).exists() or not (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
         return
     current = set(read_index(folder / SAFE_WEIGHTS_INDEX_NAME).weight_map.values())
@@ -128,7 +133,8 @@ def check_overwrite(folder: Path, blocks: Sequence[int]) -> None:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     files = (read_index(index).files if index.is_file() else None) or {}
     replaced = {file for part, file in files.items() if part in ("shared", *map(str, blocks))}
-    lost = sorted(path.name for path in folder.glob("model*.safetensors") if path.name not in replaced)
+    found = (path.name for path in folder.glob("model*.safetensors"))
+    lost = sorted(name for name in found if OF_A_SAVE.fullmatch(name) and name not in replaced)
     if lost:
         raise ValueError(
             f"save_directory={folder} holds {', '.join(lost)}, which a model with resident_blocks={list(blocks)} alone "
@@ -186,21 +192,33 @@ def read_index(path: Path) -> Index:
 
 
 def check_shards(folder: Path) -> None:
-    """Check that every file the index names is there, whole.
+    """Check that every file the index names is there, whole, and holds what the index says.
 
     Raises:
-        OSError: names the file (or the index) that is missing, truncated or damaged.
+        OSError: names the file (or the index) that is missing, truncated or damaged, or the weight that is not there.
     """
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         return
-    for file in sorted(set(read_index(index).weight_map.values())):
+    weight_map = read_index(index).weight_map
+    for file in sorted(set(weight_map.values())):
         path = folder / file
         if not path.is_file():
             raise OSError(f"{path} is missing: {SAFE_WEIGHTS_INDEX_NAME} names it")
         size, expected = path.stat().st_size, _promised_size(path)
         if size != expected:
             raise OSError(f"{path} is truncated: it has {size} bytes, its header promises {expected}")
+        held, named = _names_in(path), {name for name, of in weight_map.items() if of == file}
+        if named - held:
+            raise OSError(
+                f"{path} lacks {min(named - held)}, which {SAFE_WEIGHTS_INDEX_NAME} says it holds"
+                + (f"; it holds {min(held - named)}: the file of another block?" if held - named else "")
+            )
+
+
+def _names_in(path: Path) -> set[str]:
+    with safe_open(path, framework="pt") as weights:
+        return set(weights.keys())
 
 
 def _promised_size(path: Path) -> int:
@@ -246,6 +264,7 @@ def load_block_state_dict(
     """
     files = saved_index(pretrained_model_name_or_path, **hub_kwargs).files
     if files is None:
+        cached_file(pretrained_model_name_or_path, CONFIG_NAME, **hub_kwargs)  # says if there is nothing, or nobody answers
         raise ValueError(f"{pretrained_model_name_or_path} is not a DiffusionBlocks checkpoint: its index names no blocks")
     key = "shared" if block_index is None else str(block_index)
     if block_index is None and key not in files:  # each block has all that it needs

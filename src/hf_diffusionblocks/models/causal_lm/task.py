@@ -43,7 +43,7 @@ TEXT_GENERATION = Task(
     plain_loss=plain_loss,
     processor="tokenizer",
     load_processor=load_tokenizer,
-    usage='write = pipeline("text-generation", model="{name}")\n'
+    usage='write = pipeline("text-generation", model={name})\n'
     'write("Once upon a time", max_new_tokens=50, do_sample=True, top_p=0.9)',
     formulations={"recommended": {"local_head_layers": 0}, "paper": gaussian_noise(overlap=0.1)},
     evaluation=LABEL_FREE_LOGITS,

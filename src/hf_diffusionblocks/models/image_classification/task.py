@@ -42,7 +42,7 @@ IMAGE_CLASSIFICATION = Task(
     plain_loss=plain_loss,
     processor="image processor",
     load_processor=lambda source: AutoImageProcessor.from_pretrained(source),  # (without pillow it has no such method)
-    usage='classify = pipeline("image-classification", model="{name}")  # label-free logits, like any classifier\n'
+    usage='classify = pipeline("image-classification", model={name})  # label-free logits, like any classifier\n'
     "model.predict(pixel_values).trajectory  # what each block says in turn",
     formulations={"recommended": {"local_head_layers": 0}, "paper": gaussian_noise(overlap=0.05)},
     evaluation=LABEL_FREE_LOGITS,

@@ -78,7 +78,7 @@ FILL_MASK = Task(
     plain_loss=plain_loss,
     processor="tokenizer",
     load_processor=load_tokenizer,
-    usage='fill = pipeline("fill-mask", model="{name}")\nfill(f"Once upon a {{fill.tokenizer.mask_token}}.")',
+    usage='fill = pipeline("fill-mask", model={name})\nfill(f"Once upon a {{fill.tokenizer.mask_token}}.")',
     formulations=dict.fromkeys(PRESETS, MASKS),
     evaluation=dict.fromkeys(
         PRESETS,
