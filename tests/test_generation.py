@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 from conftest import randomized
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM, GPT2Config, LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast, Qwen3Config,
@@ -308,6 +309,18 @@ def test_generation_stops_at_a_string(tokenizer, formulation):
     length = next(n for n in range(1, NEW + 1) if stop in tokenizer.decode(free[:n]))
     found = greedy(model, prompt, stop_strings=[stop], tokenizer=tokenizer)[0, prompt.shape[1] :]
     assert stop and length < NEW and torch.equal(found, free[:length])
+
+
+@pytest.mark.parametrize("formulation", ["recommended", "paper"])
+def test_adapters_have_their_say(ids, formulation):
+    """Of PEFT's own class, around ours; then merged into it."""
+    model = db.convert(plain_model("llama"), 2, **FORMULATIONS[formulation]).eval()
+    before = greedy(model, ids)
+    torch.manual_seed(0)
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "o_proj"], lora_alpha=64, init_lora_weights=False)
+    adapted = get_peft_model(model, lora).eval()
+    found = adapted.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False)
+    assert not torch.equal(found, before) and torch.equal(found, greedy(adapted.merge_and_unload(), ids))
 
 
 # ---- other searches
