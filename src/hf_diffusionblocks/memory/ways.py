@@ -100,7 +100,9 @@ def formulations_for(task: Task, architecture: Backbone) -> dict[str, dict]:
     """Formulation -> what `convert` is given for it: what is recommended for a pretrained model, and the paper's."""
     differ = task.formulations["recommended"] is not task.formulations["paper"]
     presets = ("recommended", "paper") if differ and "preset" not in architecture.fixed_fields else ("paper",)
-    return {preset: {"preset": preset} for preset in presets}
+    without_heads = {"local_head_layers": 0}  # as of pretrained weights
+    heads = {preset: without_heads if "local_head_layers" in task.formulations[preset] else {} for preset in presets}
+    return {preset: {"preset": preset, **heads[preset]} for preset in presets}
 
 
 def ways_of_stock_models() -> list[Way]:
