@@ -31,7 +31,6 @@ from transformers.utils import logging
 import hf_diffusionblocks as db
 from hf_diffusionblocks.models.base import BlockOutput
 
-FORMULATION = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
 RATES, LORA_RATES = (1e-3, 2e-3, 4e-3), (3e-3, 6e-3, 1e-2)
 
 TOGETHER = {"block_schedule": "together"}
@@ -105,7 +104,7 @@ def make(kind: str, task: Task, rate: float, options: dict, seed: int = 0, turns
     if kind in ("plain", "lora", "badam", "last"):
         return _plain_trainer(kind, task, plain, arguments, rate, switch_every=min(50, turns or 50))
     heads = options.pop("local_head_layers", 0)
-    model = db.convert(plain, task.num_blocks, local_head_layers=heads, preset="paper", **FORMULATION)
+    model = db.convert(plain, task.num_blocks, local_head_layers=heads)
     if kind == "near":
         near = type("NearPretrained", (Near, type(model)), {})(model.config)
         near.load_state_dict(model.state_dict())

@@ -60,7 +60,7 @@ def draw_walk(results: Path, updates: int, file: Path, steps: int = 12) -> None:
     for step, (z_next, sigma, sigma_next) in enumerate(zip(seen, sigmas, sigmas[1:])):
         ratio = sigma_next / sigma
         estimate, block = (z_next - ratio * z) / (1 - ratio), int(model.noise_schedule.block_of(sigma))
-        scaled = z / (1 + sigma**2 / model.sigma_data**2) ** 0.5
+        scaled = z / (1 + sigma**2 / model.config.sigma_data**2) ** 0.5
         for axis, image in zip(axes[:, step], (scaled, estimate)):
             axis.imshow(image[0, 0].clamp(-1, 1), cmap="gray", vmin=-1, vmax=1)
             axis.set(xticks=[], yticks=[])

@@ -21,11 +21,8 @@ from transformers.generation.streamers import BaseStreamer
 import hf_diffusionblocks as db
 
 FORMULATIONS = {
-    "factorized, carried": {"denoiser": "factorized", "context": "carried"},
-    "factorized, independent": {"denoiser": "factorized"},
-    "joint, independent, T=B (paper)": {},
-    "joint, posterior readout, T=B": {"readout": "posterior"},
-    "joint, carried, T=B": {"context": "carried"},
+    "recommended": {"local_head_layers": 0},
+    "paper, T=B": {"preset": "paper"},
 }
 
 
@@ -74,7 +71,7 @@ def main() -> None:
     prompt = torch.randint(1, options.vocab_size, (1, 16))
     models = {"plain": AutoModelForCausalLM.from_config(config).eval()}
     for name, fields in FORMULATIONS.items():
-        models[name] = db.convert(config, options.num_blocks, preset="paper", **fields).eval()
+        models[name] = db.convert(config, options.num_blocks, **fields).eval()
     runs = {(name, cached): [] for name in models for cached in (True, False)}
     for repetition in range(options.repetitions + 1):
         for name, cached in runs:

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import is_flash_attn_2_available
 
 import hf_diffusionblocks as db
-from gpu_common import BERT, CARRIED, FAMILIES, GPT2, LLAMA, VIT, Family, Machine, Row, check, equal, within
+from gpu_common import BERT, FAMILIES, GPT2, LLAMA, LOCAL, VIT, Family, Machine, Row, check, equal, within
 from hf_diffusionblocks.diffusion.randomness import NoiseSource, PositionNoise
 
 CPU = torch.device("cpu")
@@ -94,11 +94,11 @@ def evaluation_loss(family: Family, device: torch.device) -> torch.Tensor:
 
 #: (The joint one refuses all but sdpa and eager, and says why.)
 ATTENTIVE = {
-    "llama, factorized": (Family(LLAMA, CARRIED), ("sdpa", "flex_attention")),
-    "gpt2, factorized": (Family(GPT2, CARRIED), ("sdpa", "flex_attention")),
-    "vit, factorized": (Family(VIT, CARRIED), ("sdpa", "flex_attention")),
+    "llama, recommended": (Family(LLAMA, LOCAL), ("sdpa", "flex_attention")),
+    "gpt2, recommended": (Family(GPT2, LOCAL), ("sdpa", "flex_attention")),
+    "vit, recommended": (Family(VIT, LOCAL), ("sdpa", "flex_attention")),
     "bert, masked": (Family(BERT, {"num_blocks": 2}), ("sdpa", "flex_attention")),
-    "llama, joint": (FAMILIES["llama, joint, posterior"], ("sdpa",)),
+    "llama, joint": (FAMILIES["llama, paper"], ("sdpa",)),
 }
 
 
@@ -118,7 +118,7 @@ def attentions_agree(machine: Machine, name: str, subject: tuple[Family, tuple[s
 @check("flash attention", needs_gpu=True)
 def flash_agrees(machine: Machine) -> Iterator[Row]:
     """In bfloat16, but for twice the error of PyTorch's plain kernel."""
-    family = Family(LLAMA, CARRIED)
+    family = Family(LLAMA, LOCAL)
     exact = passes(family, machine.device)
     with sdpa_kernel(SDPBackend.MATH):
         allowed = 2 * error(passes(family, machine.device, torch.bfloat16), exact)
@@ -131,7 +131,7 @@ def flash_agrees(machine: Machine) -> Iterator[Row]:
     yield within("flash attention, flash_attn's", error(found, exact), allowed)
 
 
-COMPILED = {name: FAMILIES[name] for name in ("llama, factorized, carried", "vit, joint", "dit")}
+COMPILED = {name: FAMILIES[name] for name in ("llama, recommended", "vit, paper", "dit")}
 
 
 @check("torch.compile", over=COMPILED)

@@ -175,7 +175,7 @@ class Family:
     def model(self, **fields) -> db.DiffusionBlocksPreTrainedModel:
         """On the CPU, the same each time; every parameter away from its start, where some say nothing (AdaLN's zeros)."""
         torch.manual_seed(0)
-        model = db.convert(self.config, **{"preset": "paper", **self.fields, **fields})
+        model = db.convert(self.config, **{**self.fields, **fields})
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.02 * torch.randn_like(parameter)
@@ -227,16 +227,11 @@ DIT = DiTConfig(
     num_embeds_ada_norm=10,
 )  # fmt: skip
 _TWO = {"num_blocks": 2}
-CARRIED = {**_TWO, "denoiser": "factorized", "context": "carried", "prior_fraction": 0.5}
+LOCAL, PAPER = ({**_TWO, "preset": preset} for preset in ("recommended", "paper"))
+_KNOWN_TARGETS = {"gpt2": GPT2, "llama": LLAMA, "qwen3": QWEN3, "vit": VIT}
 FAMILIES = {
-    "gpt2, factorized, carried": Family(GPT2, CARRIED),
-    "gpt2, joint": Family(GPT2, _TWO),
-    "llama, factorized, carried": Family(LLAMA, CARRIED),
-    "llama, joint, posterior": Family(LLAMA, {**_TWO, "readout": "posterior", "context": "carried"}),
-    "qwen3, factorized, independent": Family(QWEN3, {**_TWO, "denoiser": "factorized"}),
-    "qwen3, joint": Family(QWEN3, _TWO),
-    "vit, factorized, carried": Family(VIT, CARRIED),
-    "vit, joint": Family(VIT, _TWO),
+    **{f"{name}, recommended": Family(config, LOCAL) for name, config in _KNOWN_TARGETS.items()},
+    **{f"{name}, paper": Family(config, PAPER) for name, config in _KNOWN_TARGETS.items()},
     "dit": Family(DIT, {**_TWO, "shared": "per_block"}),
     "bert, masked": Family(BERT, _TWO),
     "llama, masked": Family(LLAMA, {**_TWO, "task": "fill-mask"}),

@@ -26,7 +26,7 @@ from hf_diffusionblocks.diffusion.objectives import cross_entropy
 NUM_BLOCKS, MIB = 4, 2**20
 WARM_UP, ROUNDS = 2, 3  #: rounds of steps in which every block moves once
 OVER_FLOOR = 1.1  #: what a ratio may be of that of counted multiplications
-LOSSLESS = {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0}
+WITHOUT_HEADS = {"local_head_layers": 0}
 SCHEDULES = {
     "in turn": {"block_schedule": "random"},
     "together": {"block_schedule": "together"},
@@ -57,7 +57,7 @@ class Size:
 
     def blocks(self, machine: Machine, **fields) -> db.DiffusionBlocksPreTrainedModel:
         with machine.device:
-            return db.convert(self.config, NUM_BLOCKS, preset="paper", dtype=dtype_of(machine), **(fields or LOSSLESS))
+            return db.convert(self.config, NUM_BLOCKS, dtype=dtype_of(machine), **(fields or WITHOUT_HEADS))
 
 
 FAMILIES = ("GPT-2", "Llama")
@@ -181,8 +181,8 @@ def decoding_beside_plain(machine: Machine, name: str, subject: str) -> Iterator
     size, new_tokens = size_of(subject, machine), 64 if machine.is_gpu else 16
     models = {
         "plain": size.plain(machine).eval(),
-        "factorized, carried": size.blocks(machine).eval(),
-        "joint, carried, T=B": size.blocks(machine, readout="posterior", context="carried").eval(),
+        "recommended": size.blocks(machine).eval(),
+        "paper, T=B": size.blocks(machine, preset="paper").eval(),
     }  # fmt: skip
     prompt = size.batch()["input_ids"][:1, :16].to(machine.device)
 

@@ -66,7 +66,7 @@ def measured(way: Way, case: Workload, machine: Machine) -> tuple[int, int]:
     return max(found)
 
 
-_BLOCKS = ways_of_blocks(formulations_for(workload(True).task, backbone_for(GPT2Config())))
+_BLOCKS = ways_of_blocks(workload(True).task, formulations_for(workload(True).task, backbone_for(GPT2Config())))
 WAYS = {way.name: way for way in (*ways_of_stock_models(), *ways_of_streams(), *_BLOCKS)}
 
 

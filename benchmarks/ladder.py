@@ -17,8 +17,7 @@ import hf_diffusionblocks as db
 LAYERS = 8
 NO_HEAD, HEAD = ({"local_head_layers": layers} for layers in (0, 1))
 TOGETHER, IN_TURN = {"block_schedule": "together"}, {"block_schedule": "random"}
-PAPER = {"denoiser": "joint", "context": "independent"}
-INDEPENDENT = {**PAPER, "denoiser": "factorized", "readout": "posterior", "prior_fraction": 1.0}
+PAPER = {"preset": "paper"}
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Row:
     """A way to train.
 
     Args:
-        fields: what `convert` is given beside the recommended preset; None is a plain model.
+        fields: what `convert` is given; None is a plain model.
         layers: of the model.
         arguments: of the Trainer.
         input_beside: whether the embedded input is added to what enters each block.
@@ -54,7 +53,6 @@ ROWS: dict[str, Row] = {
     "B=8, own loss, local head of one layer": Row({**HEAD, "num_blocks": 8}, arguments=TOGETHER),
     "B=4, own loss, local head of one layer, input kept": Row(HEAD, arguments=TOGETHER, keeps_input=True),
     "B=4, own loss, local head of one layer, input beside": Row(HEAD, arguments=TOGETHER, input_beside=True),
-    "B=4, independent blocks": Row(INDEPENDENT, arguments=IN_TURN),
     "end to end, 12 layers": Row(None, layers=12),
     "B=6 of 12 layers, own loss, local head of one layer": Row({**HEAD, "num_blocks": 6}, layers=12, arguments=TOGETHER),
     "B=4, the paper's settings": Row(PAPER, arguments=IN_TURN),

@@ -102,7 +102,7 @@ def report(model: str, workload: Workload, repetitions: int) -> tuple[str, dict[
     """The table of a model, and its ledgers."""
     ledgers, counted, speed = {}, {}, {}
     formulations = formulations_for(workload.task, workload.stock.architecture)
-    for way in (*ways_of_stock_models(), *ways_of_streams(), *ways_of_blocks(formulations)):
+    for way in (*ways_of_stock_models(), *ways_of_streams(), *ways_of_blocks(workload.task, formulations)):
         torch.manual_seed(0)
         ledgers[way.name], count, rate = measured(way, workload, repetitions)
         counted[way.name] = "" if count is None else f"{count / MIB:,.0f}"

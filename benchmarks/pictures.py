@@ -49,7 +49,9 @@ WALKS, STEPS = (0, 0.02, 0.05), 6  # images by how sure the first step is, from 
 
 
 def partition(folder: Path) -> None:
-    schedule: NoiseSchedule = db.DiffusionBlocksConfig(source_config=LlamaConfig(), num_blocks=4).noise_schedule(0.1)
+    schedule: NoiseSchedule = db.DiffusionBlocksConfig(
+        source_config=LlamaConfig(), num_blocks=4, preset="paper"
+    ).noise_schedule()
     plot_noise_partition(schedule, folder / "noise_partition.png")
 
 

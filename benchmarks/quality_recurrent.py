@@ -40,7 +40,6 @@ END_TO_END, PLAIN = "end to end", "plain Llama of 6 layers"
 ROWS: dict[str, dict | None] = {
     END_TO_END: None,
     "blocks (paper)": {},
-    "blocks, posterior readout": {"readout": "posterior"},
     PLAIN: None,
 }
 

@@ -21,13 +21,11 @@ import hf_diffusionblocks as db
 from hf_diffusionblocks.memory.activations import SavedActivations, gradient_bytes
 
 FORMULATIONS = {
-    "joint, independent (paper)": {},
-    "joint, carried": {"context": "carried"},
-    "factorized, independent": {"denoiser": "factorized"},
-    "factorized, carried": {"denoiser": "factorized", "context": "carried"},
-    "factorized, carried, together": {"denoiser": "factorized", "context": "carried", "together": True},
-    "factorized, carried, local head": {"denoiser": "factorized", "context": "carried", "local_head_layers": 1},
-}  # fmt: skip
+    "paper": {"preset": "paper"},
+    "recommended": {},
+    "recommended, together": {"together": True},
+    "recommended, local head": {"local_head_layers": 1},
+}
 
 
 class Subject:
@@ -96,7 +94,7 @@ def main() -> None:
     for name, fields in FORMULATIONS.items():
         fields = dict(fields)
         together = fields.pop("together", False)
-        model = db.convert(config, options.num_blocks, preset="paper", **fields)
+        model = db.convert(config, options.num_blocks, **fields)
         blocks = list(range(options.num_blocks))
         subjects[name] = WholeSteps(model, batch) if together else Subject(model, batch, blocks)
 

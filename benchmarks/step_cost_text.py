@@ -5,11 +5,10 @@
 "Time" is CPU time of B block-steps (one update of every block: forward, backward and AdamW) over that of one
 end-to-end step, each step at its fastest of interleaved repetitions; the end-to-end model reads out in the same chunks.
 "Floor" is the same ratio by counted multiplications (a backward pass counts as two forward ones): the head runs B times,
-a joint block runs clean and noisy tokens, and carried context runs the earlier blocks. It leaves out what the posterior
-readout adds where z is seen: a product of z with all targets, a third of the head's work in training. Bytes are those of
+the paper's blocks run clean and noisy tokens, and recommended ones in turn run the earlier blocks. Bytes are those of
 one block's step over the end-to-end step's: what autograd stores for the backward pass, and gradients; the largest of
 the blocks. "Together" is a step of the Trainer that trains all blocks: its time is that of the whole step, without
-clipping, and its floor has no repeats of carried context.
+clipping, and its floor has no repeats of earlier blocks.
 """
 
 from __future__ import annotations
@@ -27,16 +26,10 @@ from hf_diffusionblocks.memory.activations import SavedActivations, gradient_byt
 from hf_diffusionblocks.models.causal_lm.task import plain_loss
 
 FORMULATIONS = {
-    "factorized, independent": {"denoiser": "factorized"},
-    "factorized, carried": {"denoiser": "factorized", "context": "carried"},
-    "factorized, carried, all draws at sigma_max (recommended)": {
-        "denoiser": "factorized", "context": "carried", "prior_fraction": 1.0
-    },
-    "the same, together": {"denoiser": "factorized", "context": "carried", "prior_fraction": 1.0, "together": True},
-    "joint, independent (paper)": {},
-    "joint, posterior readout": {"readout": "posterior"},
-    "joint, carried": {"context": "carried"},
-}  # fmt: skip
+    "recommended": {"local_head_layers": 0},
+    "recommended, together": {"local_head_layers": 0, "together": True},
+    "paper": {"preset": "paper"},
+}
 
 
 def floor(fields: dict, options: argparse.Namespace, vocab_size: int) -> float:
@@ -45,10 +38,10 @@ def floor(fields: dict, options: argparse.Namespace, vocab_size: int) -> float:
     attention = options.length * width  # causal: scores and sums over half of the tokens
     layer, keys_values, head = 12 * width**2 + attention, 2 * width**2, vocab_size * width
     active = layers * layer
-    if fields.get("denoiser", "joint") == "joint":
+    if fields.get("preset") == "paper":
         active = 2 * layers * layer - blocks * (layer - keys_values)  # a block's last clean layer: keys and values
     again = 0.0  # layers that run forward only
-    if fields.get("context") == "carried" and "together" not in fields:
+    if "preset" not in fields and "together" not in fields:
         again = (blocks - 1) / 2 * layers * layer
     return (3 * (active + blocks * head) + again) / (3 * (layers * layer + head))
 
@@ -106,7 +99,7 @@ def compare(vocab_size: int, options: argparse.Namespace) -> str:
     for name, fields in FORMULATIONS.items():
         fields = dict(fields)
         together = fields.pop("together", False)
-        model = db.convert(config, options.num_blocks, preset="paper", **fields)
+        model = db.convert(config, options.num_blocks, **fields)
         blocks = list(range(options.num_blocks))
         batch = {"input_ids": tokens, "labels": tokens}
         subjects[name] = WholeSteps(model, batch) if together else Subject(model, tokens, blocks)

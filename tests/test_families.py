@@ -103,6 +103,20 @@ def test_a_block_without_labels_is_refused(case):
         case.model()(**case.inputs(), block_index=0)
 
 
+@pytest.mark.parametrize(**grid(lambda case: case.has_known_targets))
+@pytest.mark.parametrize("name", ["sigma", "noise", "generator", "block_input"])
+def test_what_a_block_trains_on_is_refused_without_one(case, name):
+    given = seeded() if name == "generator" else torch.ones(4)
+    with pytest.raises(ValueError, match=f"{name} must not be given without block_index"):
+        case.model().eval()(**case.inputs(), **{name: given})
+
+
+@pytest.mark.parametrize(**grid(lambda case: case.has_known_targets and not case.is_local))
+def test_a_block_that_starts_from_embeddings_takes_no_other_input(case):
+    with pytest.raises(ValueError, match="block_input must not be given with preset='paper'"):
+        case.model()(**case.rows(), block_index=0, block_input=torch.ones(4, 2, 2))
+
+
 # ---- training one block
 
 

@@ -10,7 +10,7 @@ from conftest import randomized
 from families import CASES, RECURRENT, VOCAB, WIDTH, reloaded, same, trainer_of
 from text_models import logits_in_another_process
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.modulation import Modulation
@@ -169,6 +169,8 @@ def test_greedy_search_is_the_argmax_of_the_walk_s_end(model, ids):
             logits = model(expected, num_steps=3).logits
             expected = torch.cat([expected, logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(model.generate(ids, max_new_tokens=NEW, do_sample=False, num_steps=3), expected)
+    config = GenerationConfig(max_new_tokens=NEW, do_sample=False, num_steps=3)
+    assert torch.equal(model.generate(ids, generation_config=config), expected)
     model.config.num_inference_steps = 3
     assert torch.equal(model.generate(ids, max_new_tokens=NEW, do_sample=False), expected)
 

@@ -36,7 +36,8 @@ class WalkGeneration(GenerationMixin):
             ValueError: the paper's model is asked for another search, or a recommended one for steps; names the argument.
         """
         if not self.formulation.walks:
-            if (steps := kwargs.pop("num_steps", None)) not in (None, 1):
+            steps = kwargs.pop("num_steps", getattr(kwargs.get("generation_config"), "num_steps", None))
+            if steps not in (None, 1):
                 raise ValueError(f"num_steps={steps!r} must be 1 or None with preset='recommended': nothing walks to a token")
             self.backbone.generation_config = self.generation_config
             return self.backbone.generate(*args, **kwargs)
@@ -61,7 +62,7 @@ class WalkGeneration(GenerationMixin):
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **model_kwargs):
         # Sampling controls act inside the walk, where they still can: its last logits are next to a point mass.
-        steps = model_kwargs.get("num_steps")
+        steps = model_kwargs.get("num_steps", getattr(generation_config, "num_steps", None))
         model_kwargs["text_walk"] = TextWalk(self, logits_processor, generation_config.do_sample, steps)
         return super()._sample(
             input_ids, LogitsProcessorList(), stopping_criteria, generation_config, *args, **model_kwargs

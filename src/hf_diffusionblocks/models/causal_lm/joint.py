@@ -39,6 +39,7 @@ class JointText(Formulation):
 
     def train(self, block: Block, text: Text, targets: torch.Tensor, noise: Mapping) -> tuple[torch.Tensor, Rows]:
         """What has left the block, and what tokens 1 to S-1 are read out from, `[N, S-1, D]` both."""
+        self.model.refuse({"block_input": text.block_input}, "with preset='paper': a block starts from embeddings")
         sigma = self.levels(block.index, targets, noise["sigma"], noise["generator"])
         z = self.corrupt(targets, sigma, noise["noise"], noise["generator"])
         hidden = self.run(block, text, z, sigma)

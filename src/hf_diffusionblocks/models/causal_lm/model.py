@@ -151,12 +151,13 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
             raise ValueError("inputs_embeds must be None with shared='per_block': each block embeds tokens by itself")
         self.check_block_given(block_index, labels)
         text = Text(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, block_input)
+        draws = {"sigma": sigma, "noise": noise, "generator": generator}
         if block_index is None:
+            self.refuse({**draws, "block_input": block_input}, "without block_index: it is of a block that trains")
             stock |= {"use_cache": use_cache, "logits_to_keep": logits_to_keep}
             return self.formulation.predict(text, labels, num_items_in_batch, return_logits, text_walk, num_steps, **stock)
-        self.refuse(stock, "with block_index: a block gives its own logits, of its own loss")
+        self.refuse({**stock, "num_steps": num_steps}, "with block_index: a block gives its own logits, of its own loss")
         block, targets = self.blocks[block_index], labels[:, 1:]
-        draws = {"sigma": sigma, "noise": noise, "generator": generator}
         leaving, rows = self.formulation.train(block, text, targets, draws)
         loss = self._objective(block, rows, targets, num_items_in_batch)
         logits = self.logits(block_index, rows) if return_logits else None

@@ -83,8 +83,9 @@ class JointImage(Formulation):
 
     modulated = True
 
-    def train(self, block: Block, x: Clean, labels: torch.Tensor, cached: None, noise: Mapping):
+    def train(self, block: Block, x: Clean, labels: torch.Tensor, cached: torch.Tensor | None, noise: Mapping):
         """What has left a block, `[N, S+1, D]`, and its logits `[N, V]` of p(label | x, z)."""
+        self.model.refuse({"block_input": cached}, "with preset='paper': a block starts from embeddings")
         sigma = self.model.draw_levels(block.index, (len(labels),), noise["sigma"], noise["generator"])
         z = corrupt(self._targets(labels), sigma, noise["noise"], noise["generator"])
         leaving = self._run(block, block.embed(x.inputs), z, sigma)

@@ -116,12 +116,13 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         """
         self.check_block_given(block_index, labels)
         x = self._clean(pixel_values, interpolate_pos_encoding)
+        noise = {"sigma": sigma, "noise": noise, "generator": generator}
         if block_index is None:
+            self.refuse({**noise, "block_input": block_input}, "without block_index: it is of a block that trains")
             if num_items_in_batch is not None:
                 stock["num_items_in_batch"] = num_items_in_batch
             return self.formulation.predict(x, labels=labels, **stock)
         self.refuse(stock, "with block_index: a block gives its own logits, of its own loss")
-        noise = {"sigma": sigma, "noise": noise, "generator": generator}
         leaving, logits = self.formulation.train(self.blocks[block_index], x, labels, block_input, noise)
         loss = self.mean_loss(logits, labels, num_items_in_batch)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=(leaving.detach(),))
