@@ -53,7 +53,7 @@ def test_a_block_holds_no_tensor_of_its_own_and_finds_what_replaces_a_module():
 @pytest.mark.parametrize("resident", [None, [1]])
 def test_a_loaded_model_knows_who_trained_it(tmp_path, resident):
     model = db.convert(GPT2, 2)
-    model.provenance = Provenance([0, 3], "fingerprint")
+    model.provenance = Provenance([0, 3])
     model.save_pretrained(tmp_path)
     assert type(model).from_pretrained(tmp_path, resident_blocks=resident).provenance == model.provenance
 
