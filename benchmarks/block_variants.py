@@ -28,11 +28,11 @@ def remember_what_is_passed_on(model: db.DiffusionBlocksForCausalLM) -> None:
     """Have `model.left_last` be what has left the block that ran last, `[N, S, D]`; for [`KeepsInput`]."""
 
     def remembering(run):
-        def run(hidden: torch.Tensor, **attention) -> torch.Tensor:
+        def run_and_remember(hidden: torch.Tensor, **attention) -> torch.Tensor:
             model.left_last = run(hidden, **attention)
             return model.left_last
 
-        return run
+        return run_and_remember
 
     for block in model.blocks:
         block.run = remembering(block.run)

@@ -4,7 +4,7 @@
 #   array=$(sbatch --parsable --array=0-2 recipes/jobs_slurm.sh 3 outputs/jobs masked-lm \
 #       --config recipes/configs/gutenberg_masked.yaml \
 #       --train_file train.parquet --validation_file validation.parquet)
-#   sbatch --dependency=afterany:$array --wrap "recipes/jobs.sh merge 4 outputs/jobs"
+#   sbatch --dependency=afterany:$array --wrap "recipes/jobs.sh merge 3 outputs/jobs"
 #
 # Submit both in the folder that holds `recipes`, with `diffusionblocks` in PATH, and OUT_DIR where all machines see it. The
 # second waits until all tasks have ended, and merges; if some failed, it says which and fails. Both again go on
