@@ -127,7 +127,7 @@ class SavedByBlock(PreTrainedModel):
             resident.check_cut(model, pretrained_model_name_or_path, index)
             resident.check_whole(model, pretrained_model_name_or_path, index)
             if index.files:  # (new ones of a plain model start fresh)
-                resident.check_complete(pretrained_model_name_or_path, info["missing_keys"])
+                resident.check_complete(pretrained_model_name_or_path, info["missing_keys"], index)
             model.provenance = index.provenance
         shards.align(model)
         return (model, info) if wants_info else model

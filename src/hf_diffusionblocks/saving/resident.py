@@ -101,10 +101,10 @@ def load(
     for block in (None, *model.resident_blocks):
         weights |= shards.load_block_state_dict(source, block, **hub)
     tied = model.all_tied_weights_keys
-    check_complete(source, model.state_dict().keys() - weights.keys() - tied.keys())
-    if any(target in weights and not torch.equal(weights[target], weights[of]) for target, of in tied.items()):
-        config.tie_word_embeddings = False  # as in Transformers, what differs is not tied
-        model = build_empty(model_class, config, resident_blocks, **model_kwargs)
+    check_complete(source, model.state_dict().keys() - weights.keys() - tied.keys(), index)
+    for target, of in list(tied.items()):
+        if {target, of} <= weights.keys() and not torch.equal(weights[target], weights[of]):
+            _untie(model, target)
     model.load_state_dict(weights, strict=False)
     model.provenance = index.provenance
     if model.can_generate() and cached_file(
@@ -112,6 +112,13 @@ def load(
     ):
         model.generation_config = GenerationConfig.from_pretrained(source, **hub)
     return model.eval()
+
+
+def _untie(model: PreTrainedModel, target: str) -> None:
+    """Give a tied weight memory of its own: as in Transformers, what differs in the files is not tied."""
+    module, _, name = target.rpartition(".")
+    setattr(model.get_submodule(module), name, nn.Parameter(torch.empty_like(model.get_parameter(target))))
+    model.all_tied_weights_keys.pop(target)
 
 
 def hub_kwargs(kwargs: dict) -> dict:
@@ -145,10 +152,12 @@ def check_whole(model: PreTrainedModel, source: str | PathLike, index: shards.In
         )
 
 
-def check_complete(source: str | PathLike, missing: Collection[str]) -> None:
-    """Raise ValueError if a checkpoint lacks some of a model's weights."""
+def check_complete(source: str | PathLike, missing: Collection[str], index: shards.Index) -> None:
+    """Raise ValueError if a checkpoint lacks some of a model's weights; names them, and the file that should have the first."""
     if missing:
-        raise ValueError(f"{source} lacks {', '.join(sorted(missing)[:3])}, {len(missing)} weights in all")
+        first, *others = sorted(missing)
+        where = f" in {index.weight_map[first]}" if first in index.weight_map else ""
+        raise ValueError(f"{source} lacks {', '.join([first + where, *others[:2]])}, {len(missing)} weights in all")
 
 
 def checked_blocks(blocks: Iterable[int], num_blocks: int, field: str) -> list[int]:
