@@ -153,3 +153,12 @@ def test_a_block_trains_on_a_loss_made_of_its_own_logits(schedule, tmp_path):
 def test_a_loss_of_the_whole_model_is_refused_in_a_block_s_step(schedule, tmp_path):
     with pytest.raises(ValueError, match="block_index=None in a training step of block .* call super"):
         image_trainer(WholeModel, IMAGES.model(), tmp_path, schedule).train()
+
+
+@pytest.mark.parametrize("sigma", [torch.tensor([0.3, 81.0]), torch.tensor([0.0, 0.3]), torch.tensor([0.3])], ids=str)
+def test_noise_levels_outside_of_the_range_or_of_another_shape_are_refused(sigma):
+    model = db.convert(GPT2, 2, preset="paper")
+    ids = torch.ones(2, 8, dtype=torch.long)
+    model(ids, labels=ids, block_index=0, sigma=torch.tensor([0.3, 80.0]))
+    with pytest.raises(ValueError, match=r"sigma of shape .* must be of shape \(2,\), sigma_min=0.002 to sigma_max=80"):
+        model(ids, labels=ids, block_index=0, sigma=sigma)

@@ -270,8 +270,20 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     def draw_levels(
         self, block_index: int, shape: tuple[int, ...], sigma: torch.Tensor | None, generator: Generators
     ) -> torch.Tensor:
-        """Noise levels to train a block at, float32 on the model's device: those given, or drawn for it."""
-        sigma = self.blocks[block_index].draw_levels(shape, generator) if sigma is None else sigma
+        """Noise levels to train a block at, float32 on the model's device: those given, or drawn for it.
+
+        Raises:
+            ValueError: given ones are of another shape, or outside of the config's range.
+        """
+        if sigma is None:
+            return self.blocks[block_index].draw_levels(shape, generator)
+        low, high = self.config.sigma_min, self.config.sigma_max
+        slack = 1e-6  # of float32
+        if sigma.shape != shape or not bool(((sigma >= low * (1 - slack)) & (sigma <= high * (1 + slack))).all()):
+            raise ValueError(
+                f"sigma of shape {tuple(sigma.shape)}, {sigma.min():g} to {sigma.max():g}, must be of shape {tuple(shape)}, "
+                f"sigma_min={low:g} to sigma_max={high:g}"
+            )
         return sigma.to(self.device, torch.float32)
 
     def evaluation_levels(self, block_index: int, num_rows: int) -> dict[str, torch.Tensor]:
