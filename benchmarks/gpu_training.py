@@ -29,7 +29,7 @@ RUNS = {
     "gpt2, in turn": (Family(GPT2, LOCAL), {"block_schedule": "random"}),
     "gpt2, together": (Family(GPT2, LOCAL), {"block_schedule": "together"}),
     "llama, together": (Family(LLAMA, LOCAL), {"block_schedule": "together"}),
-    "llama, joint, in turn": (Family(LLAMA, PAPER), {"block_schedule": "random"}),
+    "llama, paper, in turn": (Family(LLAMA, PAPER), {"block_schedule": "random"}),
     "vit, paper, in turn": (Family(VIT, PAPER), {"block_schedule": "random"}),
     "dit, in turn": (Family(DIT, {"num_blocks": 2, "shared": "per_block"}), {"block_schedule": "random"}),
 }

@@ -13,7 +13,7 @@ from hf_diffusionblocks.backbones.base import Backbone, register_backbone
 from hf_diffusionblocks.configuration import DiffusionBlocksConfig
 from hf_diffusionblocks.diffusion.gaussian import corrupt, edm_loss_weight, precondition
 from hf_diffusionblocks.diffusion.randomness import keyed_generators
-from hf_diffusionblocks.models.base import Clean, DiffusionBlocksPreTrainedModel
+from hf_diffusionblocks.models.base import CleanInput, DiffusionBlocksPreTrainedModel
 from hf_diffusionblocks.models.formulation import Formulation
 from hf_diffusionblocks.presets import PRESETS
 from hf_diffusionblocks.tasks import Task, gaussian_noise, register_task
@@ -101,7 +101,7 @@ class WholeInput(Formulation):
     def estimate(self, block, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """EDM's `D = c_skip z + c_out F(c_in z)`, `[N, H, W]`."""
         c = precondition(sigma[:, None, None], self.model.config.sigma_data)
-        hidden = self.model.training_output(block, Clean({"pixel_values": c.input * z}, {"c_noise": c.noise[:, 0, 0]})).read
+        hidden = self.model.training_output(block, CleanInput({"pixel_values": c.input * z}, {"c_noise": c.noise[:, 0, 0]})).read
         return c.skip * z + c.out * block.read_out(hidden)
 
 

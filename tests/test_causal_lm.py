@@ -19,7 +19,7 @@ from hf_diffusionblocks.diffusion import objectives as losses
 from hf_diffusionblocks.diffusion.gaussian import precondition
 from hf_diffusionblocks.diffusion.randomness import PositionNoise
 from hf_diffusionblocks.memory.activations import SavedActivations
-from hf_diffusionblocks.models.causal_lm.text import Rows, Text
+from hf_diffusionblocks.models.causal_lm.text import ReadoutInput, Text
 
 
 # ---- conversion (test_lossless.py has more)
@@ -104,7 +104,7 @@ def test_edm_readout_at_sigma_max_is_the_network_s_own_head(plain, ids):
     hidden, (_, z, sigma) = model.formulation.train(model.blocks[1], Text(ids), ids[:, 1:], given)
     network = model.architecture.read_out(model.backbone, hidden)
     c_skip_part = 0.25 / (80.0**2 + 0.25) * model.architecture.head(model.backbone, z) / 0.5
-    assert torch.allclose(model.logits(1, Rows(hidden, z, sigma)), network + c_skip_part, atol=1e-3)
+    assert torch.allclose(model.logits(1, ReadoutInput(hidden, z, sigma)), network + c_skip_part, atol=1e-3)
 
 
 def test_targets_are_unit_vectors_of_the_embeddings_or_a_fixed_table(plain):

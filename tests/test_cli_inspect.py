@@ -97,7 +97,7 @@ def test_inspect_loads_no_weights(blocks_folder, monkeypatch, capsys):
     assert "not trained yet" in capsys.readouterr().out
 
 
-def test_inspect_fetches_headers_alone_from_the_hub(blocks_folder, monkeypatch, capsys):
+def test_inspect_fetches_headers_alone_from_the_hub(blocks_folder, monkeypatch, capsys, fail):
     main(["inspect", "--json", str(blocks_folder)])
     local = json.loads(capsys.readouterr().out)
 
@@ -117,6 +117,9 @@ def test_inspect_fetches_headers_alone_from_the_hub(blocks_folder, monkeypatch, 
     remote = json.loads(capsys.readouterr().out)
     for here, there in zip([local["shared"], *local["blocks"]], [remote["shared"], *remote["blocks"]]):
         assert there == here | {"bytes": 1234}
+    shard = blocks_folder / "model-00002-of-00003.safetensors"
+    shard.write_bytes((blocks_folder / "model-00003-of-00003.safetensors").read_bytes())
+    assert f"{shard.name} lacks " in fail("inspect", "someone/blocks")[1]
 
 
 def test_inspect_without_the_hub_names_model_and_file(blocks_folder, monkeypatch, fail):
@@ -200,7 +203,7 @@ def test_card_of_a_person_is_kept_unless_forced(blocks_folder, capsys):
 def test_failed_card_leaves_the_old_one(failing, options, blocks_folder, monkeypatch, fail):
     before = contents(blocks_folder)
 
-    def half(path, text):
+    def half(path, text, encoding):
         with open(path, "w") as stream:
             stream.write(text[:10])
         raise OSError("disk full")

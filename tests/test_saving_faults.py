@@ -8,10 +8,9 @@ import pytest
 import torch
 import yaml
 from families import CASES, TEXT_CONFIGS, VOCAB, WIDTH
-from peft import LoraConfig, get_peft_model
-from process_scenarios import GPT2, VIT
+from process_scenarios import GPT2, LLAMA, VIT
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, BitsAndBytesConfig
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
@@ -64,34 +63,60 @@ def test_an_untied_head_is_kept(merged_adapter, shared, ids, tmp_path):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "back")(ids).logits, expected)
 
 
-# ---- weights that are no plain numbers, and adapters
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["gpt2, recommended", "bert"])
+def test_a_head_that_comes_off_later_is_kept(case, tmp_path):
+    """Of a model of blocks, whose config says tied: loaded whole, in part, and in a stock model."""
+    logging.set_verbosity_error()
+    model, inputs = CASES[case].model().eval(), CASES[case].inputs()
+    head = model.get_output_embeddings()
+    assert head.weight is model.get_input_embeddings().weight
+    head.weight = torch.nn.Parameter(torch.randn(head.weight.shape))
+    expected = model(**inputs).logits
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(again(**inputs).logits, expected)
+    part = type(model).from_pretrained(tmp_path, resident_blocks=[0, 1])
+    assert torch.equal(part(**inputs).logits, expected)
+    if model.computes_plain_model:
+        for each in (model, again, part):
+            assert torch.equal(each.to_plain()(**inputs).logits, expected)
 
 
-@pytest.mark.parametrize("way", ["convert", "save"])
-def test_codes_without_their_scales_are_refused(way, tmp_path):
+# ---- weights that are no plain numbers
+
+
+@pytest.mark.parametrize("way", ["convert", "save", "to_plain"])
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn, "buffers"])
+def test_codes_without_their_scales_are_refused(kind, way, tmp_path):
     plain = AutoModelForCausalLM.from_config(GPT2)
     model = plain if way == "convert" else db.convert(plain, 2)
-    layer = (model if way == "convert" else model.backbone).transformer.h[0].mlp.c_fc
-    layer.weight = torch.nn.Parameter(torch.zeros(layer.weight.shape, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"mlp.c_fc.weight is quantised \(Tensor, torch.int8\): .*full precision"):
-        db.convert(model, 2) if way == "convert" else model.save_pretrained(tmp_path / "out")
+    if kind == "buffers":  # GPTQ's and AWQ's
+        model.is_quantized, named = True, "(GPT2LMHeadModel|DiffusionBlocksForCausalLM) is quantised"
+    else:
+        layer = (model if way == "convert" else model.backbone).transformer.h[0].mlp.c_fc
+        layer.weight = torch.nn.Parameter(torch.zeros(layer.weight.shape, dtype=kind), requires_grad=False)
+        named = rf"mlp.c_fc.weight is quantised \(Tensor, {kind}\)"
+    with pytest.raises(ValueError, match=f"{named}: .*full precision"):
+        if way == "convert":
+            db.convert(model, 2)
+        elif way == "save":
+            model.save_pretrained(tmp_path / "out")
+        else:
+            model.to_plain()
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("way", ["PeftModel", "add_adapter", "folder", "from_pretrained"])
-def test_a_source_with_adapters_is_refused(way, tmp_path):
-    plain, lora = AutoModelForCausalLM.from_config(GPT2), LoraConfig(target_modules=["c_attn"])
-    if way == "PeftModel":
-        source = get_peft_model(plain, lora)
-    elif way == "add_adapter":
-        plain.add_adapter(lora)
-        source = plain
-    else:
-        get_peft_model(plain, lora).save_pretrained(tmp_path)
-        source = tmp_path
-    read = db.DiffusionBlocksForCausalLM.from_pretrained if way == "from_pretrained" else db.convert
-    with pytest.raises(ValueError, match=r"has adapters \(.*\): merge them into their model first, by merge_and_unload"):
-        read(source)
+def test_blocks_in_eight_bits_are_loaded_to_be_used(tmp_path):
+    """As bitsandbytes makes them of stock models; where it is installed."""
+    pytest.importorskip("bitsandbytes")
+    db.convert(AutoModelForCausalLM.from_config(LLAMA), 2).save_pretrained(tmp_path / "blocks")
+    eight_bits = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "blocks", **eight_bits)
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
+    for refused in (lambda: model.save_pretrained(tmp_path / "out"), model.to_plain):
+        with pytest.raises(ValueError, match="q_proj.weight is quantised"):
+            refused()
 
 
 # ---- files
@@ -114,6 +139,28 @@ def test_a_shard_that_is_not_what_the_index_says_is_named(fault, reader, saved, 
     blocks = {"resident_blocks": [1]} if reader == "part" else {}
     with pytest.raises(OSError, match=rf"{SHARD.format(3)} lacks .*h.2.attn.c_attn.bias, .* says it holds"):
         AutoModelForCausalLM.from_pretrained(saved, **blocks)
+
+
+@pytest.mark.parametrize("reader", ["whole", "part", "block"])
+def test_a_shard_of_the_hub_is_checked_too(reader, saved, tmp_path):
+    cached = tmp_path / "models--someone--blocks"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    (cached / "snapshots").mkdir()
+    saved.rename(cached / "snapshots" / ("0" * 40))
+    shard = cached / "snapshots" / ("0" * 40) / SHARD.format(3)
+    weights = load_file(shard)
+    lost = min(weights)
+    save_file({name: weights[name] for name in weights if name != lost}, shard, metadata={"format": "pt"})
+    hub = {"cache_dir": tmp_path, "local_files_only": True}
+    logging.set_verbosity_error()
+    with pytest.raises((OSError, ValueError), match=f"lacks {lost}.*") as raised:
+        if reader == "block":
+            db.load_block_state_dict("someone/blocks", 1, **hub)
+        else:
+            blocks = {"resident_blocks": [1]} if reader == "part" else {}
+            AutoModelForCausalLM.from_pretrained("someone/blocks", **hub, **blocks)
+    assert shard.name in str(raised.value)
 
 
 @pytest.mark.parametrize("blocks", [{}, {"resident_blocks": [1]}], ids=["whole", "part"])
@@ -144,12 +191,13 @@ def test_weights_of_other_names_are_left_alone(saved):
 
 
 @pytest.mark.parametrize("kind", ["a folder", "not UTF-8"])
-def test_whatever_the_readme_is_the_weights_are_saved(kind, saved):
+def test_whatever_the_readme_is_the_weights_are_saved(kind, saved, caplog):
     readme = saved / "README.md"
     readme.unlink()
     readme.mkdir() if kind == "a folder" else readme.write_bytes(b"caf\xe9")
     model = db.convert(GPT2, 2)
     model.save_pretrained(saved)
+    assert f"{readme} cannot be read, and is left as it is: the model is saved without a card" in caplog.text
     again = AutoModelForCausalLM.from_pretrained(saved).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
     assert readme.is_dir() if kind == "a folder" else readme.read_bytes() == b"caf\xe9"
@@ -183,8 +231,15 @@ def test_what_is_set_of_the_config_is_in_the_plain_model(tmp_path):
                 assert plain.id2label[3] == "class 3" and plain.label2id["class 3"] == 3
 
 
-def test_loading_takes_the_plain_config_s_settings(saved):
-    assert AutoModelForCausalLM.from_pretrained(saved, use_cache=False).backbone.config.use_cache is False
+@pytest.mark.parametrize("reader", [AutoModelForCausalLM, db.DiffusionBlocksForCausalLM])
+@pytest.mark.parametrize("blocks", [{}, {"resident_blocks": [0]}], ids=["whole", "part"])
+def test_loading_takes_what_the_plain_model_takes(reader, blocks, saved):
+    """Fields of its config, before the model is built of it, and the older name of dtype."""
+    fields = {"use_cache": False, "attn_pdrop": 0.25, "torch_dtype": torch.bfloat16}
+    model = reader.from_pretrained(saved, **fields, **blocks)
+    assert model.backbone.config.use_cache is False
+    assert model.backbone.transformer.h[0].attn.attn_dropout.p == 0.25
+    assert model.dtype == torch.bfloat16
 
 
 def test_a_source_is_loaded_by_the_names_that_transformers_takes(tmp_path):

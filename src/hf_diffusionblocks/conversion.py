@@ -15,7 +15,7 @@ from .backbones.base import backbone_for, backbone_named, backbone_of
 from .configuration import DiffusionBlocksConfig, check_known
 from .models.base import DiffusionBlocksPreTrainedModel
 from .presets import with_preset
-from .saving.checks import check_no_adapters, check_weights, is_untied
+from .saving.checks import check_no_adapter_folder, check_no_adapters, check_weights, is_untied
 from .saving.resident import HUB_KWARGS, MODEL_KWARGS, NotLoaded, build, checked_blocks, hub_kwargs
 from .tasks import TASKS, task_of
 
@@ -57,7 +57,7 @@ def convert(
     """
     loading = _taken_from(fields)
     if isinstance(source, (str, PathLike)):
-        check_no_adapters(Path(source))
+        check_no_adapter_folder(Path(source))
         return _convert_pretrained(source, num_blocks, task, resident_blocks, preset, fields, loading)
     if isinstance(source, nn.Module):
         check_no_adapters(source)

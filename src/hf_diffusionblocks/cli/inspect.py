@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,10 +78,10 @@ def describe(source: str) -> dict:
         OSError: a file is missing, truncated or damaged; names it.
     """
     config = read_config(source)
-    files = _files_by_block(source, config)
+    index = _index(source, config)
     if Path(source).is_dir():
         shards.check_shards(Path(source))
-    contents = {block: _contents(source, file) for block, file in files.items()}
+    contents = {block: _contents(source, file, index.weight_map) for block, file in index.files.items()}
     model_class = TASKS[config.task].model_class
     schedule = model_class.schedule_for(config)
     return {
@@ -120,25 +121,26 @@ def _levels(schedule, block_index: int) -> dict[str, list[float]]:
     return {name: list(own), f"training_{name}": list(widened)}
 
 
-def _files_by_block(source: str, config: DiffusionBlocksConfig) -> dict[str, str]:
-    """"shared", where there is such a file, and each block's number -> its file, from the index."""
+def _index(source: str, config: DiffusionBlocksConfig) -> shards.Index:
+    """What the index says, which maps the blocks of this config, or some of them, to files."""
     path = Path(cached_file(source, SAFE_WEIGHTS_INDEX_NAME))
-    files = shards.read_index(path).files
-    if files is None:
+    index = shards.read_index(path)
+    if index.files is None:
         raise ValueError(f"{path} does not map blocks to files")
-    blocks = files.keys() - {"shared"}
+    blocks = index.files.keys() - {"shared"}
     if not blocks or not blocks <= set(map(str, range(config.num_blocks))):
-        raise ValueError(f"{path} maps {', '.join(sorted(files))}, but the config says num_blocks={config.num_blocks}")
-    return files
+        raise ValueError(f"{path} maps {', '.join(sorted(index.files))}, but the config says num_blocks={config.num_blocks}")
+    return index
 
 
-def _contents(source: str, file: str) -> dict:
-    """Parameters and bytes of one file."""
+def _contents(source: str, file: str, weight_map: Mapping[str, str]) -> dict:
+    """Parameters and bytes of one file, which holds what the index says."""
     path = Path(source) / file if Path(source).is_dir() else try_to_load_from_cache(source, file)
     if isinstance(path, (str, Path)):
         header, size = parse_local_safetensors_file_metadata(path), Path(path).stat().st_size
     else:
         header, size = _remote_header(source, file)
+    shards.check_names(file if path is None else path, header.tensors, weight_map)
     shapes = (tensor.shape for name, tensor in header.tensors.items() if not name.endswith(FixedTargets.SUFFIX))
     return {"parameters": sum(map(math.prod, shapes)), "file": file, "bytes": size}
 

@@ -24,7 +24,7 @@ from .sharing import SHARINGS
 from .targets import FixedTargets
 
 
-class Clean(NamedTuple):
+class CleanInput(NamedTuple):
     """x, the clean input of a model."""
 
     inputs: dict[str, Any]  #: what embeds it
@@ -280,20 +280,20 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             return {}
         return {"sigma": torch.full((num_rows,), self.config.sigma_max)}
 
-    def clean_input(self, batch: Mapping[str, torch.Tensor]) -> Clean:
+    def clean_input(self, batch: Mapping[str, torch.Tensor]) -> CleanInput:
         """x, of a batch as `forward` takes it."""
         raise NotImplementedError
 
-    def entering(self, block: Block, x: Clean, cached: torch.Tensor | None = None) -> torch.Tensor:
+    def entering(self, block: Block, x: CleanInput, block_input: torch.Tensor | None = None) -> torch.Tensor:
         """Training: the hidden states that enter a block. Those that earlier blocks pass on come without gradient and
         dropout; or from a cache of them."""
-        if cached is not None:
-            return cached.to(self.device, self.dtype)
+        if block_input is not None:
+            return block_input.to(self.device, self.dtype)
         return self.passed_on(block, x) if block.predecessors else block.embed(x.inputs)
 
     @torch.no_grad()
     def passed_on(
-        self, block: Block, x: Clean, hidden: torch.Tensor | None = None, start: int = 0
+        self, block: Block, x: CleanInput, hidden: torch.Tensor | None = None, start: int = 0
     ) -> torch.Tensor:
         """What the earlier blocks pass on to a block; or those from `start`, of what enters that."""
         with without_dropout(self.backbone):
@@ -302,12 +302,12 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
                 hidden = self.blocks[earlier].run(hidden, **x.attention)
         return hidden
 
-    def training_output(self, block: Block, x: Clean, cached: torch.Tensor | None = None) -> BlockOutput:
-        """Training, where layers see x alone: of `cached`, what enters the block, if it is there."""
-        leaving = block.run(self.entering(block, x, cached), **x.attention)
+    def training_output(self, block: Block, x: CleanInput, block_input: torch.Tensor | None = None) -> BlockOutput:
+        """Training, where layers see x alone: of `block_input`, what enters the block, if it is there."""
+        leaving = block.run(self.entering(block, x, block_input), **x.attention)
         return BlockOutput(leaving, block.run_local_head(leaving, **x.attention))
 
-    def clean_outputs(self, x: Clean) -> list[torch.Tensor]:
+    def clean_outputs(self, x: CleanInput) -> list[torch.Tensor]:
         """Inference: what leaves each block when x runs through all of them, first block first."""
         hidden, outputs = self.blocks[0].embed(x.inputs), []
         for block in self.blocks:

@@ -37,10 +37,11 @@ def write(model: PreTrainedModel, folder: Path, keep_from: Path) -> bool:
     """Write the card to `folder`, unless a person wrote or edited the one in `keep_from`; whether it was written. Nothing about
     a card fails the save of a model."""
     existing = keep_from / CARD
-    if existing.exists() and not existing.is_file():
-        logger.warning(f"{existing} is no file: the model is saved without a card")
-        return False
-    if existing.is_file() and not any(mark in existing.read_text(errors="replace") for mark in GENERATED_BY):
+    try:
+        if existing.exists() and not any(mark in existing.read_text("utf-8") for mark in GENERATED_BY):
+            return False
+    except (OSError, UnicodeDecodeError) as error:
+        logger.warning(f"{existing} cannot be read, and is left as it is: the model is saved without a card ({error})")
         return False
     replace(model, folder, keep_from)
     return True
@@ -54,7 +55,7 @@ def replace(model: PreTrainedModel, folder: Path, home: Path) -> None:
     """
     aside = folder / f".{CARD}"
     try:
-        aside.write_text(render(model, home))
+        aside.write_text(render(model, home), "utf-8")
         os.replace(aside, folder / CARD)
     finally:
         aside.unlink(missing_ok=True)
@@ -114,7 +115,7 @@ def _training_section(report: dict) -> str:
     lines = [f"- {label}: {report[key]}" for key, label in _REPORT_LABELS.items() if report.get(key) is not None]
     if results := report.get("results"):
         lines += ["", "| result | value |", "|---|---|"]
-        lines += [f"| {key} | {value:.4f} |" for key, value in results.items()]
+        lines += [f"| {key} | {value:.4f} |" if isinstance(value, float) else f"| {key} | {value} |" for key, value in results.items()]
     if memory := report.get("memory"):
         lines += ["", "Memory measured in training, in the second step of each block, or its only one (the largest):", ""]
         lines += ["| part | bytes |", "|---|---|"]

@@ -14,26 +14,47 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 def check_weights(model: nn.Module, why: str) -> None:
     """Raise ValueError if weights are quantised: codes whose scales are kept elsewhere, or tensors of another kind."""
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or is_traceable_wrapper_subclass(parameter.data):
-            raise ValueError(
-                f"{name} is quantised ({type(parameter.data).__name__}, {parameter.dtype}): {why}. Take the model in full "
-                "precision, or stream_layers() the stock one"
-            )
+    codes = ((name, parameter) for name, parameter in model.named_parameters() if _is_code(parameter))
+    name, code = next(codes, (None, None))
+    if code is None and not getattr(model, "is_quantized", False):
+        return
+    found = f"{type(model).__name__} is quantised"  # its codes may be buffers (GPTQ, AWQ)
+    if code is not None:
+        found = f"{name} is quantised ({type(code.data).__name__}, {code.dtype})"
+    raise ValueError(f"{found}: {why}. Take the model in full precision, or stream_layers() the stock one")
 
 
-def check_no_adapters(source: nn.Module | Path) -> None:
-    """Raise ValueError if a model, or a folder, has adapters of PEFT."""
-    if isinstance(source, nn.Module):
-        found = getattr(source, "_hf_peft_config_loaded", False) or hasattr(source, "peft_config")
-        found = found or any(".lora_" in name or ".base_layer." in name for name, _ in source.named_modules())
-        named = f"source={type(source).__name__}"
-    else:
-        found, named = (source / ADAPTER_CONFIG).is_file() and not (source / CONFIG_NAME).is_file(), f"{source}"
-    if found:
+def _is_code(parameter: torch.Tensor) -> bool:
+    return (
+        not parameter.is_floating_point()
+        or parameter.element_size() < 2  # float8
+        or is_traceable_wrapper_subclass(parameter.data)
+    )
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a model is a PeftModel, or has modules of one: each wraps the one that it adapts, or keeps a copy of."""
+    wraps = ("base_layer", "original_module")
+    return hasattr(model, "peft_config") or any(
+        isinstance(getattr(module, name, None), nn.Module) for module in model.modules() for name in wraps
+    )
+
+
+def check_no_adapters(model: nn.Module, what: str = "source") -> None:
+    """Raise ValueError if a model has adapters of PEFT."""
+    if has_adapters(model):
         raise ValueError(
-            f"{named} has adapters ({'a folder of them alone' if isinstance(source, Path) else 'PEFT'}): merge them into their "
-            "model first, by merge_and_unload() of the PeftModel"
+            f"{what}={type(model).__name__} has adapters (PEFT): merge them into their model first, by merge_and_unload() of the "
+            "PeftModel, whose save_pretrained() saves them alone"
+        )
+
+
+def check_no_adapter_folder(folder: Path) -> None:
+    """Raise ValueError if a folder is of adapters alone."""
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"{folder} has adapters alone: load the model that they were trained on, and "
+            "PeftModel.from_pretrained(model, folder).merge_and_unload() merges them into it"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from . import cards, resident, shards
-from .checks import check_no_adapters, check_weights
+from .checks import check_no_adapter_folder, check_no_adapters, check_weights, is_untied
 from .shards import Provenance
 
 
@@ -25,7 +25,8 @@ class SavedByBlock(PreTrainedModel):
         """A copy of the stock HF model inside, with the trained weights: it gives the same logits.
 
         Raises:
-            ValueError: the formulation is not the stock model's function, or blocks are missing.
+            ValueError: the formulation is not the stock model's function, blocks are missing, weights are quantised, or there
+                are adapters.
         """
         if not self.computes_plain_model:
             raise ValueError(
@@ -34,7 +35,11 @@ class SavedByBlock(PreTrainedModel):
             )
         if len(self.resident_blocks) < self.num_blocks:
             raise ValueError(f"to_plain() needs all {self.num_blocks} blocks: resident_blocks={self.resident_blocks}")
+        check_no_adapters(self, "model")
+        check_weights(self, "the stock model would have its codes without their scales")
         config = copy.deepcopy(self.config.source_config)
+        if is_untied(self.backbone):
+            config.tie_word_embeddings = False
         config.id2label, config.label2id = dict(self.config.id2label), dict(self.config.label2id)
         config.problem_type = self.config.problem_type
         plain = self.architecture.plain_class._from_config(config, dtype=self.dtype)
@@ -54,14 +59,18 @@ class SavedByBlock(PreTrainedModel):
         """As in Transformers, with one safetensors file for the shared parameters and one a block, and a model card.
 
         All files are written aside first: an interrupted save leaves what was there before. `max_shard_size` has
-        no effect, since a block is a file.
+        no effect, since a block is a file. Of a model with adapters (`add_adapter`, `load_adapter`) they alone are saved, as
+        in Transformers.
 
         Raises:
-            ValueError: a `variant` is given; weights are quantised; names of `state_dict` are others; or blocks are missing,
-                and the folder holds some of these.
+            ValueError: a `variant` is given; weights are quantised; adapters are a PeftModel's, which saves them itself; names
+                of `state_dict` are others; or blocks are missing, and the folder holds some of these.
         """
         if kwargs.get("variant") is not None:
             raise ValueError(f"variant={kwargs['variant']!r} is not supported: shards are named by block")
+        if self._hf_peft_config_loaded:
+            return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+        check_no_adapters(self, "model")
         check_weights(self, "a saved file would lack what these need")
         if state_dict is not None:
             self._check_names(state_dict)
@@ -105,22 +114,23 @@ class SavedByBlock(PreTrainedModel):
         """
         if pretrained_model_name_or_path is not None and Path(pretrained_model_name_or_path).is_dir():
             folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-            check_no_adapters(folder)
+            check_no_adapter_folder(folder)
             if shards.finish_interrupted_save(folder):
                 kwargs.pop("config", None)  # was read before the save was finished
             shards.check_shards(folder)
         if resident_blocks is not None:
             return resident.load(cls, pretrained_model_name_or_path, resident_blocks, **kwargs)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if pretrained_model_name_or_path is not None:
             index = shards.saved_index(pretrained_model_name_or_path, **resident.hub_kwargs(kwargs))
             resident.check_cut(model, pretrained_model_name_or_path, index)
             resident.check_whole(model, pretrained_model_name_or_path, index)
-            resident.check_complete(model, pretrained_model_name_or_path, index.weight_map if index.files else None)
+            if index.files:  # (new ones of a plain model start fresh)
+                resident.check_complete(pretrained_model_name_or_path, info["missing_keys"], index)
             model.provenance = index.provenance
         shards.align(model)
-        return loaded
+        return (model, info) if wants_info else model
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
         # push_to_hub has just put the hub's card, or a generic one, over ours.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from os import PathLike
-from typing import Any
 
 import torch
 from torch import nn
@@ -83,10 +82,14 @@ def load(
 ) -> PreTrainedModel:
     """What `from_pretrained(source, resident_blocks=...)` does; reads the files of these blocks and of what is shared."""
     hub = hub_kwargs(kwargs)
-    config = kwargs.pop("config", None) or DiffusionBlocksConfig.from_pretrained(source, **hub)
+    if "torch_dtype" in kwargs:  # its older name
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
     model_kwargs = {key: kwargs.pop(key) for key in MODEL_KWARGS if kwargs.get(key) is not None}
     if model_kwargs.get("dtype") == "auto":
         model_kwargs.pop("dtype")  # is what the config says
+    config = kwargs.pop("config", None)
+    if config is None:  # as in Transformers, the rest may be fields of it
+        config, kwargs = DiffusionBlocksConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
     given = [key for key, value in kwargs.items() if value and key != "adapter_kwargs" and not key.startswith("_")]
     refused = [key for key in given if key not in hub]
     if refused:
@@ -97,7 +100,11 @@ def load(
     weights = {}
     for block in (None, *model.resident_blocks):
         weights |= shards.load_block_state_dict(source, block, **hub)
-    check_complete(model, source, weights)
+    tied = model.all_tied_weights_keys
+    check_complete(source, model.state_dict().keys() - weights.keys() - tied.keys(), index)
+    for target, of in list(tied.items()):
+        if {target, of} <= weights.keys() and not torch.equal(weights[target], weights[of]):
+            _untie(model, target)
     model.load_state_dict(weights, strict=False)
     model.provenance = index.provenance
     if model.can_generate() and cached_file(
@@ -105,6 +112,13 @@ def load(
     ):
         model.generation_config = GenerationConfig.from_pretrained(source, **hub)
     return model.eval()
+
+
+def _untie(model: PreTrainedModel, target: str) -> None:
+    """Give a tied weight memory of its own: as in Transformers, what differs in the files is not tied."""
+    module, _, name = target.rpartition(".")
+    setattr(model.get_submodule(module), name, nn.Parameter(torch.empty_like(model.get_parameter(target))))
+    model.all_tied_weights_keys.pop(target)
 
 
 def hub_kwargs(kwargs: dict) -> dict:
@@ -138,12 +152,12 @@ def check_whole(model: PreTrainedModel, source: str | PathLike, index: shards.In
         )
 
 
-def check_complete(model: PreTrainedModel, source: str | PathLike, weights: Mapping[str, Any] | None) -> None:
-    """Raise ValueError if some of a model's weights are not among these, by name; None: of a plain model, whose new ones start
-    fresh."""
-    missing = set() if weights is None else model.state_dict().keys() - weights.keys() - model.all_tied_weights_keys.keys()
+def check_complete(source: str | PathLike, missing: Collection[str], index: shards.Index) -> None:
+    """Raise ValueError if a checkpoint lacks some of a model's weights; names them, and the file that should have the first."""
     if missing:
-        raise ValueError(f"{source} lacks {', '.join(sorted(missing)[:3])}, {len(missing)} weights in all")
+        first, *others = sorted(missing)
+        where = f" in {index.weight_map[first]}" if first in index.weight_map else ""
+        raise ValueError(f"{source} lacks {', '.join([first + where, *others[:2]])}, {len(missing)} weights in all")
 
 
 def checked_blocks(blocks: Iterable[int], num_blocks: int, field: str) -> list[int]:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -208,17 +208,18 @@ def check_shards(folder: Path) -> None:
         size, expected = path.stat().st_size, _promised_size(path)
         if size != expected:
             raise OSError(f"{path} is truncated: it has {size} bytes, its header promises {expected}")
-        held, named = _names_in(path), {name for name, of in weight_map.items() if of == file}
-        if named - held:
-            raise OSError(
-                f"{path} lacks {min(named - held)}, which {SAFE_WEIGHTS_INDEX_NAME} says it holds"
-                + (f"; it holds {min(held - named)}: the file of another block?" if held - named else "")
-            )
+        with safe_open(path, framework="pt") as weights:
+            check_names(path, weights.keys(), weight_map)
 
 
-def _names_in(path: Path) -> set[str]:
-    with safe_open(path, framework="pt") as weights:
-        return set(weights.keys())
+def check_names(path: str | os.PathLike, names: Iterable[str], weight_map: Mapping[str, str]) -> None:
+    """Raise OSError if a file, which holds these weights, lacks one that the index says it holds; names both."""
+    held, named = set(names), {name for name, file in weight_map.items() if file == Path(path).name}
+    if named - held:
+        raise OSError(
+            f"{path} lacks {min(named - held)}, which {SAFE_WEIGHTS_INDEX_NAME} says it holds"
+            + (f"; it holds {min(held - named)}: the file of another block?" if held - named else "")
+        )
 
 
 def _promised_size(path: Path) -> int:
@@ -259,10 +260,11 @@ def load_block_state_dict(
         State dict on the CPU, for `model.load_state_dict(..., strict=False)`.
 
     Raises:
-        OSError: the file is missing, or the index damaged; names it.
+        OSError: the file is missing, lacks a weight, or the index is damaged; names it.
         ValueError: there is no such block, or the checkpoint is not split by block.
     """
-    files = saved_index(pretrained_model_name_or_path, **hub_kwargs).files
+    index = saved_index(pretrained_model_name_or_path, **hub_kwargs)
+    files = index.files
     if files is None:
         cached_file(pretrained_model_name_or_path, CONFIG_NAME, **hub_kwargs)  # says if there is nothing, or nobody answers
         raise ValueError(f"{pretrained_model_name_or_path} is not a DiffusionBlocks checkpoint: its index names no blocks")
@@ -271,7 +273,10 @@ def load_block_state_dict(
         return {}
     if key not in files:
         raise ValueError(f"block_index={block_index} must be one of {', '.join(sorted(files))} (None for shared)")
-    return load_file(cached_file(pretrained_model_name_or_path, files[key], **hub_kwargs))
+    path = cached_file(pretrained_model_name_or_path, files[key], **hub_kwargs)
+    weights = load_file(path)
+    check_names(path, weights, index.weight_map)
+    return weights
 
 
 def saved_index(pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs) -> Index:

@@ -16,6 +16,7 @@ from ..memory.ledger import Ledger
 from ..models.active import TrainedParameters
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..saving import shards
+from ..saving.checks import has_adapters
 from .arguments import DiffusionBlocksTrainingArguments
 from .averages import AveragingTrainer
 from .block_evaluation import BlockEvaluation
@@ -50,7 +51,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     Raises:
         TypeError: model or args are of another class.
-        ValueError: one process sees several devices, `lr_scheduler_type` is not a
+        ValueError: the model has adapters, one process sees several devices, `lr_scheduler_type` is not a
             function of the step, the loss is asked to be another, `train_blocks` asks for what one job cannot do alone,
             or processes and formulation do not go together.
     """
@@ -58,6 +59,11 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
     args: DiffusionBlocksTrainingArguments
 
     def __init__(self, model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments, **kwargs):
+        if isinstance(model, torch.nn.Module) and has_adapters(model):
+            raise ValueError(
+                f"model={type(model).__name__} has adapters (PEFT), and blocks are trained whole: merge_and_unload() them first. "
+                "To train adapters, stream_layers() the plain model, under any other trainer"
+            )
         if not isinstance(model, DiffusionBlocksPreTrainedModel):
             raise TypeError(f"model={type(model).__name__} must be a DiffusionBlocks model: convert() makes one")
         if not isinstance(args, DiffusionBlocksTrainingArguments):

@@ -17,7 +17,7 @@ from ..block import Block
 from ..formulation import Formulation
 from . import bound
 from .streams import CleanKeys, Streams
-from .text import Rows, Text
+from .text import ReadoutInput, Text
 from .walk import TextWalk
 
 
@@ -37,13 +37,13 @@ class JointText(Formulation):
 
     # ---- training
 
-    def train(self, block: Block, text: Text, targets: torch.Tensor, noise: Mapping) -> tuple[torch.Tensor, Rows]:
+    def train(self, block: Block, text: Text, targets: torch.Tensor, noise: Mapping) -> tuple[torch.Tensor, ReadoutInput]:
         """What has left the block, and what tokens 1 to S-1 are read out from, `[N, S-1, D]` both."""
         self.model.refuse({"block_input": text.block_input}, "with preset='paper': a block starts from embeddings")
         sigma = self.levels(block.index, targets, noise["sigma"], noise["generator"])
         z = self.corrupt(targets, sigma, noise["noise"], noise["generator"])
         hidden = self.run(block, text, z, sigma)
-        return hidden, Rows(hidden, z, sigma)
+        return hidden, ReadoutInput(hidden, z, sigma)
 
     def levels(self, block_index: int, targets: torch.Tensor, sigma: torch.Tensor | None, generator) -> torch.Tensor:
         """Noise levels `[N, S-1]` float32 for the targets `[N, S-1]`: those given, or one drawn for each sequence, whose
@@ -66,7 +66,7 @@ class JointText(Formulation):
         noisy = streams.embed_noisy(block, (c_in * z).to(clean.dtype))
         return streams.run_noisy(block, noisy, block.modulations(sigma[:, 0]))
 
-    def logits(self, block: Block, rows: Rows) -> torch.Tensor:
+    def logits(self, block: Block, rows: ReadoutInput) -> torch.Tensor:
         """`[R, V]` of p(token | before, z), float32."""
         c = precondition(rows.sigma[:, None], self.model.config.sigma_data)
         return self.read_out(block, rows.hidden, rows.z, c)

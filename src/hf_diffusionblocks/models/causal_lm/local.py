@@ -13,7 +13,7 @@ from ...diffusion.objectives import IGNORED, chunked_sum, cross_entropy, num_cou
 from ...streaming import weights_on_device
 from ..block import Block
 from ..formulation import Formulation
-from .text import Rows, Text
+from .text import ReadoutInput, Text
 
 
 class LocalText(Formulation):
@@ -28,7 +28,7 @@ class LocalText(Formulation):
     def check_attention(requested: str | None) -> None:
         """Every implementation of attention goes with it."""
 
-    def train(self, block: Block, text: Text, targets: torch.Tensor, noise: Mapping) -> tuple[torch.Tensor, Rows]:
+    def train(self, block: Block, text: Text, targets: torch.Tensor, noise: Mapping) -> tuple[torch.Tensor, ReadoutInput]:
         """What has left a block, `[N, S, D]`, and what tokens 1 to S-1 are read out from, `[N, S-1, D]`.
 
         Raises:
@@ -37,9 +37,9 @@ class LocalText(Formulation):
         if given := [name for name in ("sigma", "noise") if noise.get(name) is not None]:
             raise ValueError(f"{given[0]} must be None with preset='recommended': blocks of next tokens have no noise there")
         leaving, read = self.model.training_output(block, self.model.clean(text), text.block_input)
-        return leaving, Rows(read[:, :-1])
+        return leaving, ReadoutInput(read[:, :-1])
 
-    def logits(self, block: Block, rows: Rows) -> torch.Tensor:
+    def logits(self, block: Block, rows: ReadoutInput) -> torch.Tensor:
         """`[R, V]` of p(token | before), float32."""
         return block.read_out(rows.hidden).float()
 

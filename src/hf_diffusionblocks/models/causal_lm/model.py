@@ -16,13 +16,13 @@ from ...diffusion.likelihood import LikelihoodTerms
 from ...diffusion.objectives import chunked_sum, cross_entropy, num_counted, rows_with_loss
 from ...diffusion.randomness import Generators
 from ...streaming import weights_on_device
-from ..base import Clean, DiffusionBlocksPreTrainedModel
+from ..base import CleanInput, DiffusionBlocksPreTrainedModel
 from ..block import Block
 from ..targets import FixedTargets
 from .generation import WalkGeneration
 from .joint import JointText
 from .local import LocalText
-from .text import Rows, Text
+from .text import ReadoutInput, Text
 from .walk import TextWalk
 
 
@@ -134,7 +134,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
             text_walk: what [`generate`] keeps from token to token.
             num_steps: the paper's: denoiser evaluations of a walk; None is `config.num_inference_steps`.
             block_input: the hidden states `[N, S, D]` that enter the block, where the earlier blocks are not run but
-                their output was cached.
+                their output is there.
             stock: prediction: what else the plain model takes (`output_hidden_states`, ...).
 
         Returns:
@@ -165,35 +165,35 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
 
     # ---- one block
 
-    def logits(self, block_index: int, rows: Rows) -> torch.Tensor:
+    def logits(self, block_index: int, rows: ReadoutInput) -> torch.Tensor:
         """Logits `[N, S-1, V]` of one block, from rows `[N, S-1, ...]`."""
         return self.formulation.logits(self.blocks[block_index], rows.flat()).unflatten(0, rows.hidden.shape[:2])
 
-    def _objective(self, block: Block, rows: Rows, targets: torch.Tensor, num_items) -> torch.Tensor:
+    def _objective(self, block: Block, rows: ReadoutInput, targets: torch.Tensor, num_items) -> torch.Tensor:
         """The mean cross-entropy of labelled tokens, read out in chunks."""
         targets = targets.flatten()
         labelled = rows_with_loss(targets, at_most=len(targets))
         rows, targets = rows.flat().where(labelled), targets[labelled]
 
         def loss_of_rows(hidden, targets, *noise):
-            return cross_entropy(self.formulation.logits(block, Rows(hidden, *noise)), targets).sum()
+            return cross_entropy(self.formulation.logits(block, ReadoutInput(hidden, *noise)), targets).sum()
 
         noise = [tensor for tensor in rows[1:] if tensor is not None]
         with block.readout_on_device() as parameters:
             total = chunked_sum(loss_of_rows, [rows.hidden, targets, *noise], parameters, self.config.vocab_size)
         return total / num_counted(targets, num_items)
 
-    def clean_input(self, batch: Mapping[str, torch.Tensor]) -> Clean:
+    def clean_input(self, batch: Mapping[str, torch.Tensor]) -> CleanInput:
         return self.clean(Text.of(batch))
 
-    def clean(self, text: Text) -> Clean:
+    def clean(self, text: Text) -> CleanInput:
         """What embeds the clean tokens, and what attention takes to run them."""
         inputs, shape = text.positioned(), text.shape_in(self.dtype)
         mask = self.architecture.causal_mask(
             self.backbone, shape, text.attention_mask, text.position_ids, text.past_key_values
         )
         positions = self.architecture.positions(self.backbone, shape, inputs["position_ids"])
-        return Clean(inputs, {"attention_mask": mask, "past_key_values": text.past_key_values, **positions})
+        return CleanInput(inputs, {"attention_mask": mask, "past_key_values": text.past_key_values, **positions})
 
     # ---- what the blocks say
 

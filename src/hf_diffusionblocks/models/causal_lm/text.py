@@ -56,17 +56,17 @@ class Text(NamedTuple):
         return text
 
 
-class Rows(NamedTuple):
+class ReadoutInput(NamedTuple):
     """What tokens' logits are read from: of any sequences and positions, or `[N, S-1, ...]`."""
 
     hidden: torch.Tensor  #: `[..., D]`, what left the block
     z: torch.Tensor | None = None  #: the paper's: `[..., D]`, the noisy targets
     sigma: torch.Tensor | None = None  #: the paper's: `[...]`
 
-    def flat(self) -> Rows:
+    def flat(self) -> ReadoutInput:
         """`[R, ...]`."""
-        return Rows(*(tensor if tensor is None else tensor.flatten(0, 1) for tensor in self))
+        return ReadoutInput(*(tensor if tensor is None else tensor.flatten(0, 1) for tensor in self))
 
-    def where(self, chosen: torch.Tensor | slice) -> Rows:
+    def where(self, chosen: torch.Tensor | slice) -> ReadoutInput:
         """Some of the rows, by number."""
-        return Rows(*(tensor if tensor is None else tensor[chosen] for tensor in self))
+        return ReadoutInput(*(tensor if tensor is None else tensor[chosen] for tensor in self))

@@ -15,7 +15,7 @@ from ...diffusion.objectives import IGNORED
 from ...diffusion.randomness import NoiseSource
 from ...diffusion.samplers import walk
 from ...whole_numbers import whole
-from ..base import Clean
+from ..base import CleanInput
 from ..block import Block
 from ..formulation import Formulation
 
@@ -28,7 +28,7 @@ class LocalImage(Formulation):
 
     passes_on = True
 
-    def train(self, block: Block, x: Clean, labels: torch.Tensor, cached: torch.Tensor | None, noise: Mapping):
+    def train(self, block: Block, x: CleanInput, labels: torch.Tensor, block_input: torch.Tensor | None, noise: Mapping):
         """What has left a block, `[N, S, D]`, and its logits `[N, V]`.
 
         Raises:
@@ -36,10 +36,10 @@ class LocalImage(Formulation):
         """
         if given := [name for name in ("sigma", "noise") if noise.get(name) is not None]:
             raise ValueError(f"{given[0]} must be None with preset='recommended': blocks of classes have no noise there")
-        leaving, read = self.model.training_output(block, x, cached)
+        leaving, read = self.model.training_output(block, x, block_input)
         return leaving, block.read_out(read)
 
-    def predict(self, x: Clean, labels: torch.Tensor | None = None, **stock) -> ImageClassifierOutput:
+    def predict(self, x: CleanInput, labels: torch.Tensor | None = None, **stock) -> ImageClassifierOutput:
         """What the plain model gives. (Not its loss: shares of classes it would take for classes of their own.)"""
         num_items = stock.pop("num_items_in_batch", None)
         found = self.model.backbone(**x.inputs, **self.model.asked_of_stock_model(stock))
@@ -47,12 +47,12 @@ class LocalImage(Formulation):
             found["loss"] = self.model.mean_loss(found.logits, labels, num_items)
         return found
 
-    def block_logits(self, x: Clean) -> torch.Tensor:
+    def block_logits(self, x: CleanInput) -> torch.Tensor:
         """Every block's, `[N, B, V]`."""
         pairs = zip(self.model.blocks, self.model.clean_outputs(x))
         return torch.stack([block.read_out(block.run_local_head(out)) for block, out in pairs], dim=1)
 
-    def trajectory(self, x: Clean, num_steps: int | None, generator) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def trajectory(self, x: CleanInput, num_steps: int | None, generator) -> tuple[torch.Tensor, torch.Tensor, None]:
         """The last block's logits `[N, V]`, what the blocks say in turn, `[N, B, V]` probabilities, and no levels.
 
         Raises:
@@ -83,9 +83,9 @@ class JointImage(Formulation):
 
     modulated = True
 
-    def train(self, block: Block, x: Clean, labels: torch.Tensor, cached: torch.Tensor | None, noise: Mapping):
+    def train(self, block: Block, x: CleanInput, labels: torch.Tensor, block_input: torch.Tensor | None, noise: Mapping):
         """What has left a block, `[N, S+1, D]`, and its logits `[N, V]` of p(label | x, z)."""
-        self.model.refuse({"block_input": cached}, "with preset='paper': a block starts from embeddings")
+        self.model.refuse({"block_input": block_input}, "with preset='paper': a block starts from embeddings")
         sigma = self.model.draw_levels(block.index, (len(labels),), noise["sigma"], noise["generator"])
         z = corrupt(self._targets(labels), sigma, noise["noise"], noise["generator"])
         leaving = self._run(block, block.embed(x.inputs), z, sigma)
@@ -104,7 +104,7 @@ class JointImage(Formulation):
         c_in = precondition(sigma, self.model.config.sigma_data).input
         return block.run(torch.cat([hidden, noisy_label(z, c_in)], dim=1), block.modulations(sigma))
 
-    def predict(self, x: Clean, labels: torch.Tensor | None = None, **stock) -> ImageClassifierOutput:
+    def predict(self, x: CleanInput, labels: torch.Tensor | None = None, **stock) -> ImageClassifierOutput:
         """Label-free logits: the end of a walk from keyed noise."""
         num_items = stock.pop("num_items_in_batch", None)
         self.model.refuse(self.model.asked_of_stock_model(stock), "with preset='paper': it is for the plain model")
@@ -113,7 +113,7 @@ class JointImage(Formulation):
             loss = self.model.mean_loss(logits, labels, num_items)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
-    def block_logits(self, x: Clean) -> torch.Tensor:
+    def block_logits(self, x: CleanInput) -> torch.Tensor:
         """Every block's at sigma_max, `[N, B, V]`, from keyed noise."""
         start = self._noise(len(x.inputs["pixel_values"]), None).normal(self.model.config.hidden_size)
         sigma = torch.full((len(start),), self.model.config.sigma_max, device=self.model.device)
@@ -125,7 +125,7 @@ class JointImage(Formulation):
         return NoiseSource(num_rows, self.model.config.inference_seed, generator, self.model.device)
 
     def trajectory(
-        self, x: Clean, num_steps: int | None, generator: torch.Generator | None
+        self, x: CleanInput, num_steps: int | None, generator: torch.Generator | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of a walk: its last logits `[N, V]`, the probabilities after each of T evaluations `[N, T, V]`, and its levels."""
         model, num_rows, probabilities = self.model, len(x.inputs["pixel_values"]), []

@@ -17,7 +17,7 @@ from ...configuration import DiffusionBlocksConfig
 from ...diffusion.objectives import IGNORED, num_counted
 from ...diffusion.randomness import Generators
 from ..active import without_dropout
-from ..base import Clean, DiffusionBlocksPreTrainedModel
+from ..base import CleanInput, DiffusionBlocksPreTrainedModel
 from ..targets import FixedTargets
 from .formulations import JointImage, LocalImage, NoisyLabelToken
 
@@ -102,7 +102,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
             interpolate_pos_encoding: as in the plain model.
             return_logits: for all tasks alike; logits of images are always returned.
             block_input: the hidden states `[N, S, D]` that enter the block, where the earlier blocks are not run but
-                their output was cached.
+                their output is there.
             num_items_in_batch: images that the summed loss is divided by; None is those of this batch.
             stock: classification: what else the plain model takes (`output_hidden_states`, ...).
 
@@ -133,11 +133,11 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         total = F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORED)
         return total / (len(labels) if labels.is_floating_point() and num_items is None else num_counted(labels, num_items))
 
-    def clean_input(self, batch: Mapping[str, torch.Tensor]) -> Clean:
+    def clean_input(self, batch: Mapping[str, torch.Tensor]) -> CleanInput:
         return self._clean(batch["pixel_values"], batch.get("interpolate_pos_encoding", False))
 
-    def _clean(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> Clean:
-        return Clean({"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}, {})
+    def _clean(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> CleanInput:
+        return CleanInput({"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}, {})
 
     def block_logits(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         """Label-free logits of every block, `[N, B, num_labels]`: through its local head, if it has one; the paper's at

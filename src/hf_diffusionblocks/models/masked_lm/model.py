@@ -17,7 +17,7 @@ from ...diffusion.masking import MaskingSchedule, draw_counts, draw_masked
 from ...diffusion.objectives import IGNORED, chunked_sum, cross_entropy, num_counted, rows_per_chunk, rows_with_loss
 from ...diffusion.randomness import Generators, keyed_generators
 from ...presets import PRESETS
-from ..base import Clean, DiffusionBlocksPreTrainedModel
+from ..base import CleanInput, DiffusionBlocksPreTrainedModel
 from ..block import Block
 from ..formulation import Formulation
 from .bound import likelihood_terms
@@ -198,7 +198,7 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         with block.readout_on_device() as parameters:
             return chunked_sum(loss_of_rows, rows, parameters, self.config.vocab_size)
 
-    def seen(self, text: MaskedText) -> Clean:
+    def seen(self, text: MaskedText) -> CleanInput:
         """What embeds a text, and what attention takes to run it."""
         position_ids = text.position_ids
         if position_ids is None:
@@ -208,7 +208,7 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
             inputs["token_type_ids"] = text.token_type_ids
         shape = torch.empty((*text.input_ids.shape, 0), dtype=self.dtype, device=text.input_ids.device)
         attention = self.architecture.attention_both_ways(self.backbone, shape, text.attention_mask, position_ids)
-        return Clean(inputs, attention)
+        return CleanInput(inputs, attention)
 
     def logits(self, block: Block, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., D]` that has left a block -> `[..., V]`; MASK is never an answer."""
