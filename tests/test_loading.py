@@ -122,6 +122,12 @@ def test_a_saved_model_is_loaded_from_a_subfolder(resident, plain, tmp_path):
         type(made).from_pretrained(tmp_path, subfolder="inner", resident_blocks=resident)
 
 
+@pytest.mark.parametrize("resident", [None, [0]])
+def test_a_folder_of_a_plain_model_is_called_that(resident, gpt2):
+    with pytest.raises(ValueError, match="model_type='gpt2' must be 'diffusionblocks': .*plain model, convert"):
+        db.DiffusionBlocksForCausalLM.from_pretrained(gpt2, resident_blocks=resident)
+
+
 def test_a_part_is_read_where_the_hub_arguments_say(gpt2, tmp_path, monkeypatch):
     """Its config, every file of its blocks and its generation settings."""
     db.convert(gpt2, 2).save_pretrained(tmp_path / "saved")

@@ -265,7 +265,7 @@ def test_a_model_that_is_not_there_is_the_hub_s_own_error(blocks):
 @pytest.mark.parametrize("name", ["wiki: part #1", "- a list", "plain/name"])
 def test_names_of_data_and_models_are_quoted(name, tmp_path):
     model = CASES["gpt2, recommended"].model()
-    model.config.training_report, model.config.base_model = {"dataset": name}, name
+    model.config.training_report, model.config.base_model = {"dataset": name, "results": {"judge": "a person"}}, name
     text = cards.render(model, tmp_path / 'my "best" model')
     metadata = yaml.safe_load(text.split("---")[1])
     assert metadata["datasets"] == [name] and metadata["base_model"] == name

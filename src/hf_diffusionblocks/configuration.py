@@ -115,6 +115,8 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As in Transformers: of what a saved `config.json` holds, which has to say its version."""
+        if (model_type := config_dict.get("model_type", cls.model_type)) != cls.model_type:
+            raise ValueError(f"model_type={model_type!r} must be {cls.model_type!r}: this is a plain model, convert() cuts it")
         return super().from_dict({"format_version": None, **config_dict}, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -115,7 +115,8 @@ def _training_section(report: dict) -> str:
     lines = [f"- {label}: {report[key]}" for key, label in _REPORT_LABELS.items() if report.get(key) is not None]
     if results := report.get("results"):
         lines += ["", "| result | value |", "|---|---|"]
-        lines += [f"| {key} | {value:.4f} |" if isinstance(value, float) else f"| {key} | {value} |" for key, value in results.items()]
+        shown = {key: f"{value:.4f}" if isinstance(value, float) else value for key, value in results.items()}
+        lines += [f"| {key} | {value} |" for key, value in shown.items()]
     if memory := report.get("memory"):
         lines += ["", "Memory measured in training, in the second step of each block, or its only one (the largest):", ""]
         lines += ["| part | bytes |", "|---|---|"]
