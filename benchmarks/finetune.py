@@ -111,7 +111,7 @@ def make(kind: str, task: Task, rate: float, options: dict, seed: int = 0, turns
         near.pretrained = [copy.deepcopy(model).eval().requires_grad_(False)]
         model = near
     options = {"train_shared": bool(task.head), "block_schedule": "random", **options}
-    args = db.DiffusionBlocksTrainingArguments(**arguments, **options)
+    args = db.DiffusionBlocksTrainingArguments(**{**arguments, **options})
     collator = {"data_collator": collate} if isinstance(task, Clothes) else {}
     return db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=task.train_set, **collator)
 
