@@ -67,8 +67,9 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
-    config = config_for(options.family, options.layers, options.width, options.vocab_size, 2 * options.new_tokens)
     prompt = torch.randint(1, options.vocab_size, (1, 16))
+    length = max(2 * options.new_tokens, prompt.shape[1] + options.new_tokens)
+    config = config_for(options.family, options.layers, options.width, options.vocab_size, length)
     models = {"plain": AutoModelForCausalLM.from_config(config).eval()}
     for name, fields in FORMULATIONS.items():
         models[name] = db.convert(config, options.num_blocks, **fields).eval()

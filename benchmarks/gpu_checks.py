@@ -92,13 +92,13 @@ def evaluation_loss(family: Family, device: torch.device) -> torch.Tensor:
 
 # ---- implementations
 
-#: (The joint one refuses all but sdpa and eager, and says why.)
+#: (The paper's refuses all but sdpa and eager, and says why.)
 ATTENTIVE = {
     "llama, recommended": (Family(LLAMA, LOCAL), ("sdpa", "flex_attention")),
     "gpt2, recommended": (Family(GPT2, LOCAL), ("sdpa", "flex_attention")),
     "vit, recommended": (Family(VIT, LOCAL), ("sdpa", "flex_attention")),
     "bert, masked": (Family(BERT, {"num_blocks": 2}), ("sdpa", "flex_attention")),
-    "llama, joint": (FAMILIES["llama, paper"], ("sdpa",)),
+    "llama, paper": (FAMILIES["llama, paper"], ("sdpa",)),
 }
 
 

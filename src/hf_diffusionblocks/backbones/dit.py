@@ -161,7 +161,7 @@ class DiTBackbone(Backbone):
     # ---- its pieces
 
     def make_layer(self, config: DiTConfig) -> nn.Module:
-        raise NotImplementedError  # for local heads, which come with a carried context only
+        raise NotImplementedError  # for local heads, which blocks that start from an image have not
 
     def embed(self, plain: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
         """`[N, C, H, W]` -> `[N, S, D]`, a token a patch."""

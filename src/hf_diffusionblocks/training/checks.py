@@ -42,7 +42,7 @@ def blocks_to_train(model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocks
     """The blocks of this job, ascending.
 
     Raises:
-        ValueError: a block is not loaded; carried context needs an earlier block that is not; or parameters that all
+        ValueError: a block is not loaded; an earlier block that it builds on is not; or parameters that all
             blocks share would be trained by this job and by others.
     """
     blocks, resident = _chosen_blocks(model, args), model.resident_blocks

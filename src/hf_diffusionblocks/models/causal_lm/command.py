@@ -27,7 +27,7 @@ class TextOptions:
     )
     num_steps: int | None = field(
         default=None,
-        metadata={"help": "Text: denoiser evaluations of a walk to a token (joint). Not given: the model's own."},
+        metadata={"help": "Text: denoiser evaluations of a walk to a token (the paper's preset). Not given: the model's own."},
     )
 
 

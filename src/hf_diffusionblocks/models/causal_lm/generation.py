@@ -1,4 +1,4 @@
-"""Generation of text: as in Transformers, with a walk to each token where the denoiser is joint."""
+"""Generation of text: as in Transformers, with a walk to each token with `preset="paper"`."""
 
 from __future__ import annotations
 
