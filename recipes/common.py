@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.backbones.base import backbone_for
+from hf_diffusionblocks.tasks import backbone_for
 from hf_diffusionblocks.cli.arguments import BlocksArguments, parse
 from hf_diffusionblocks.conversion import plain_part, read_config
 from hf_diffusionblocks.extras import MissingExtraError
@@ -272,7 +272,7 @@ def load_model(
     `new_head` is the path of a pretrained linear head that starts anew, although its shape fits.
     """
     resident = None
-    backbone = backbone_for(config)
+    backbone = backbone_for(config, task)
     plain_class = backbone.plain_class
     if fields is not None and training_args.train_blocks is not None:
         blocks = db.DiffusionBlocksConfig(source_config=config, task=task, **fields)
@@ -283,8 +283,10 @@ def load_model(
     if args.model_name_or_path:
         source = backbone.load_plain(plain_class, args.model_name_or_path, config, ignore_mismatched_sizes=True)
         if new_head is not None:
-            torch.nn.init.normal_(source.get_submodule(new_head).weight, std=config.initializer_range)
-            torch.nn.init.zeros_(source.get_submodule(new_head).bias)
+            head = source.get_submodule(new_head)
+            torch.nn.init.normal_(head.weight, std=config.initializer_range)
+            if head.bias is not None:
+                torch.nn.init.zeros_(head.bias)
     else:
         source = plain_class._from_config(config) if fields is None else config
     if fields is None:

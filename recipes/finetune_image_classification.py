@@ -23,7 +23,7 @@ from hf_diffusionblocks.conversion import read_config
 from hf_diffusionblocks.recipes import common
 from hf_diffusionblocks.recipes.common import option
 from hf_diffusionblocks.recipes.train_image_classification import (
-    DataArguments, accuracy, find_labels, load_data, make_transform,
+    DataArguments, accuracy, find_labels, load_data, make_transform, settle_labels,
 )  # fmt: skip
 
 PROG = "finetune_image_classification.py"
@@ -51,13 +51,7 @@ def prepare(
     processor = AutoImageProcessor.from_pretrained(model_args.model)
 
     data = load_data(data_args, training_args.seed)
-    labels = find_labels(data, data_args.label_column)
-    own_labels = list(config.id2label.values())
-    is_new = {*labels.values()} != {*own_labels}
-    if not is_new:  # in the order of the model's classifier
-        labels = dict(sorted(labels.items(), key=lambda label: own_labels.index(label[1])))
-    config.id2label = dict(enumerate(labels.values()))
-    config.label2id = {name: index for index, name in config.id2label.items()}
+    labels, is_new = settle_labels(config, find_labels(data, data_args.label_column), list(config.id2label.values()))
     data = data.with_transform(make_transform(processor, getattr(config, "num_channels", 3), labels, data_args))
     training_args.remove_unused_columns = False  # the transform needs the columns that the model does not know
 

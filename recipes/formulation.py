@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from hf_diffusionblocks.backbones.base import backbone_for
+from hf_diffusionblocks.tasks import backbone_for
 from hf_diffusionblocks.cli.arguments import BlocksArguments, config_fields
 from hf_diffusionblocks.presets import with_preset
 from hf_diffusionblocks.recipes.common import ModelArguments
@@ -20,7 +20,7 @@ def blocks_fields(
     if args.end_to_end:
         return None
     start, given = "pretrained" if args.model_name_or_path else "fresh", config_fields(blocks_args)
-    return with_preset(given.pop("preset", "recommended"), task, start, given, backbone_for(config))
+    return with_preset(given.pop("preset", "recommended"), task, start, given, backbone_for(config, task))
 
 
 def denoiser_fields(

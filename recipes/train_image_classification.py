@@ -93,6 +93,17 @@ def find_labels(data: DatasetDict, column: str) -> dict[str | int, str]:
     return labels
 
 
+def settle_labels(config: PreTrainedConfig, labels: dict, own_labels: Sequence[str]) -> tuple[dict, bool]:
+    """Name the labels in a model's config: in the order of its classifier, if they are its own. They, and whether they are
+    new."""
+    is_new = {*labels.values()} != {*own_labels}
+    if not is_new:
+        labels = dict(sorted(labels.items(), key=lambda label: own_labels.index(label[1])))
+    config.id2label = dict(enumerate(labels.values()))
+    config.label2id = {name: index for index, name in config.id2label.items()}
+    return labels, is_new
+
+
 def make_transform(
     processor: BaseImageProcessor, num_channels: int, labels: dict[str | int, str], args: DataArguments
 ) -> Callable[[dict], dict]:
@@ -155,13 +166,9 @@ def prepare(
     data = load_data(data_args, training_args.seed)
     labels = find_labels(data, data_args.label_column)
     own_labels = list(config.id2label.values()) if model_args.model_name_or_path else []
-    is_new = set(labels.values()) != set(own_labels)
+    labels, is_new = settle_labels(config, labels, own_labels)
     if is_new and own_labels and fields is not None and not training_args.train_shared and fields.get("shared", "common") == "common":
         raise ValueError("train_shared=False must be True: the labels are new, so the classifier is to be trained")
-    if not is_new:  # in the order of the model's classifier
-        labels = dict(sorted(labels.items(), key=lambda label: own_labels.index(label[1])))
-    config.id2label = dict(enumerate(labels.values()))
-    config.label2id = {name: index for index, name in config.id2label.items()}
     data = data.with_transform(make_transform(processor, channels, labels, data_args))
     training_args.remove_unused_columns = False  # the transform needs the columns that the model does not know
 

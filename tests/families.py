@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import point_family
@@ -15,9 +16,9 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, ModernBertConfig, 
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.backbones.base import backbone_for
+from hf_diffusionblocks.models.formulation import Formulation
 from hf_diffusionblocks.recurrent_depth_llama import RecurrentDepthLlamaConfig
-from hf_diffusionblocks.tasks import TASKS, Task, task_of
+from hf_diffusionblocks.tasks import TASKS, Task, backbone_for, task_of
 
 point_family.register()
 
@@ -54,6 +55,9 @@ LOCAL_TEXT = {name: fields for name, fields in FORMULATIONS.items() if name not 
 TEXT_FORMULATIONS = FORMULATIONS
 
 
+CLASSES = {"task": "text-classification"}
+
+
 @dataclass
 class Case:
     """A tiny model and its formulation."""
@@ -80,10 +84,19 @@ class Case:
         return 12 if self.task.takes_sequence_length else None
 
     @property
+    def formulation(self) -> type[Formulation]:
+        preset = backbone_for(self.config).fixed_fields.get("preset", self.fields.get("preset", "recommended"))
+        return self.task.model_class.FORMULATIONS[preset]
+
+    @property
     def is_local(self) -> bool:
         """Whether blocks start from what the blocks before them made of x: recommended, of next tokens and classes."""
-        preset = backbone_for(self.config).fixed_fields.get("preset", self.fields.get("preset", "recommended"))
-        return self.task.model_class.FORMULATIONS[preset].passes_on
+        return self.formulation.passes_on
+
+    @property
+    def runs_stock(self) -> bool:
+        """Whether the stock model's own forward runs a block."""
+        return self.formulation.runs_stock
 
     @property
     def is_own(self) -> bool:
@@ -91,12 +104,12 @@ class Case:
 
     @property
     def gives_logits(self) -> bool:
-        return backbone_for(self.config).num_logits(self.config) is not None
+        return self.task.name not in ("image-generation", "image-denoising")
 
     @property
     def has_known_targets(self) -> bool:
         """Whether the target is one of many known vectors, a label's or a token's, and z a noisy one."""
-        return self.task.name in ("image-classification", "text-generation")
+        return self.task.name in ("image-classification", "text-classification", "text-generation")
 
     def rows(self, count: int = 4) -> dict[str, torch.Tensor]:
         with torch.random.fork_rng():
@@ -112,7 +125,7 @@ class Case:
 
     def plain(self):
         torch.manual_seed(0)
-        return randomized(backbone_for(self.config).make_plain(self.config)).eval()
+        return randomized(backbone_for(self.config, self.task.name).make_plain(self.config)).eval()
 
     def model(self, **fields):
         """Cut into its blocks, every parameter away from its start."""
@@ -146,6 +159,9 @@ CASES = {
     "modernbert, own": Case(MODERNBERT, {"shared": "per_block"}, trained=False),
     "llama, masked": Case(TEXT_CONFIGS["llama"], {"task": "fill-mask"}),
     "gpt2, masked": Case(TEXT_CONFIGS["gpt2"], {"task": "fill-mask"}, trained=False),
+    "bert, classes": Case(BertConfig(**{**BERT.to_dict(), "num_labels": 5}), CLASSES),
+    "llama, classes": Case(LlamaConfig(**LLAMA, pad_token_id=0, num_labels=5), {**CLASSES, "local_head_layers": 1}),
+    "modernbert, classes, own": Case(ModernBertConfig(**{**MODERNBERT.to_dict(), "num_labels": 5}), {**CLASSES, "shared": "per_block"}, trained=False),
     "point": Case(point_family.TinyConfig()),
     "point, own": Case(point_family.TinyConfig(), {"shared": "per_block"}, trained=False),
 }
@@ -165,6 +181,23 @@ def grid_of_blocks(chosen: Callable[[Case], bool] = lambda case: True) -> dict:
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+@contextmanager
+def watching(layer: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """What enters a layer, each time that it runs: what the first of its parts that runs is given."""
+    seen, entered = [], []
+
+    def note(part, args) -> None:
+        seen.append(part)
+        if part is seen[0]:
+            entered.append(args[0].detach().clone())
+
+    parts = [part for part in layer.modules() if not list(part.children())]
+    hooks = [part.register_forward_pre_hook(note) for part in parts]
+    yield entered
+    for hook in hooks:
+        hook.remove()
 
 
 def estimate_of(output) -> torch.Tensor:

@@ -9,14 +9,14 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageToImage, PreTrainedConfig
 from transformers.utils import ModelOutput
 
-from hf_diffusionblocks.backbones.base import Backbone, register_backbone
+from hf_diffusionblocks.backbones.base import PiecewiseBackbone
 from hf_diffusionblocks.configuration import DiffusionBlocksConfig
 from hf_diffusionblocks.diffusion.gaussian import corrupt, edm_loss_weight, precondition
 from hf_diffusionblocks.diffusion.randomness import keyed_generators
-from hf_diffusionblocks.models.base import CleanInput, DiffusionBlocksPreTrainedModel
+from hf_diffusionblocks.models.base import DiffusionBlocksPreTrainedModel
 from hf_diffusionblocks.models.formulation import Formulation
 from hf_diffusionblocks.presets import PRESETS
-from hf_diffusionblocks.tasks import Task, gaussian_noise, register_task
+from hf_diffusionblocks.tasks import Task, gaussian_noise, register_backbone, register_task
 
 
 class TinyConfig(PreTrainedConfig):
@@ -55,13 +55,7 @@ class TinyDenoiser(nn.Module):
         return self.proj_out(hidden)
 
 
-class TinyBackbone(Backbone):
-    model_type = "tiny-denoiser"
-    plain_class = TinyDenoiser
-    layers_path = "layers"
-    embedding_paths = ("proj_in",)
-    readout_paths = ("proj_out",)
-
+class TinyBackbone(PiecewiseBackbone):
     def init_weights(self, plain: TinyDenoiser, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=plain.config.initializer_range)
@@ -79,12 +73,6 @@ class TinyBackbone(Backbone):
     def width(self, config: TinyConfig) -> int:
         return config.width
 
-    def num_logits(self, config: TinyConfig) -> None:
-        return None
-
-    def make_layer(self, config: TinyConfig) -> TinyLayer:
-        return TinyLayer(config.width)
-
     def embed(self, plain: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
         return plain.proj_in(pixel_values)
 
@@ -101,7 +89,7 @@ class WholeInput(Formulation):
     def estimate(self, block, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """EDM's `D = c_skip z + c_out F(c_in z)`, `[N, H, W]`."""
         c = precondition(sigma[:, None, None], self.model.config.sigma_data)
-        hidden = self.model.training_output(block, CleanInput({"pixel_values": c.input * z}, {"c_noise": c.noise[:, 0, 0]})).read
+        hidden = block.run(block.embed({"pixel_values": c.input * z}), c_noise=c.noise[:, 0, 0])
         return c.skip * z + c.out * block.read_out(hidden)
 
 
@@ -131,10 +119,10 @@ class ImageDenoiser(DiffusionBlocksPreTrainedModel):
 
 def register() -> None:
     AutoConfig.register(TinyConfig.model_type, TinyConfig, exist_ok=True)
-    register_backbone(TinyBackbone())
+    register_backbone(TinyConfig.model_type, ImageDenoiser.task, TinyBackbone(TinyDenoiser))
     register_task(
         Task(
-            name=ImageDenoiser.task, model_class=ImageDenoiser, auto_class=AutoModelForImageToImage, backbones=(TinyBackbone,),
+            name=ImageDenoiser.task, model_class=ImageDenoiser, auto_class=AutoModelForImageToImage,
             example=lambda config, num_rows, length: {"pixel_values": torch.randn(num_rows, config.size, config.size)},
             num_positions=lambda config, length: config.size, takes_sequence_length=False,
             plain_loss=lambda model, pixel_values: model(pixel_values, torch.zeros(len(pixel_values))).square().mean(),

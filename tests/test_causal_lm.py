@@ -33,7 +33,7 @@ def test_a_joint_block_at_sigma_max_starts_as_the_plain_model_of_its_layers(plai
     c, positions = precondition(torch.tensor(80.0), model.config.sigma_data), torch.arange(1, LENGTH + 1)
     z = 80.0 * PositionNoise(positions, model.config.inference_seed).normal(WIDTH)
     embeds = plain.get_input_embeddings()(ids)
-    layers_path = model.architecture.layers_path
+    layers_path = model.layers_path
     for k in BLOCKS:
         short = copy.deepcopy(plain)
         short.set_submodule(layers_path, plain.get_submodule(layers_path)[2 * k : 2 * k + 2])

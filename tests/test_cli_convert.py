@@ -177,8 +177,8 @@ def test_damaged_and_unsupported_sources_are_named(plain_folder, config_file, bl
     assert "source is a DiffusionBlocks model already" in fail("convert", blocks_folder, out)[1]
     edit_json(config_file, hidden_size="wide")
     assert "'hidden_size' expected int" in fail("convert", "--fresh", config_file, out)[1]
-    config_file.write_text('{"model_type": "t5"}')
-    assert "model_type='t5' is not supported" in fail("convert", "--fresh", config_file, out)[1]
+    config_file.write_text('{"model_type": "sam"}')
+    assert "model_type='sam' is not supported" in fail("convert", "--fresh", config_file, out)[1]
     config_file.write_text("{")
     assert f"SOURCE={config_file}: " in fail("convert", "--fresh", config_file, out)[1]
     assert not out.exists()

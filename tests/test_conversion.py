@@ -7,18 +7,18 @@ import copy
 import pytest
 import torch
 from conftest import randomized
-from transformers import T5Config, ViTConfig, ViTForImageClassification, ViTModel
+from transformers import SamConfig, ViTConfig, ViTForImageClassification, ViTModel
 
 import hf_diffusionblocks as db
 
 
 def plain_logits(model: db.DiffusionBlocksForImageClassification, batch) -> torch.Tensor:
-    """All layers in order through the model's own block runner, modulated as it starts: the stock forward, rebuilt."""
-    modulated = model.config.preset == "paper"
+    """All layers in order, block by block, modulated as the paper's start: the stock forward, rebuilt."""
+    if model.config.preset == "recommended":
+        return model.block_logits(batch["pixel_values"])[:, -1]
     hidden = model.architecture.embed(model.backbone, pixel_values=batch["pixel_values"])
-    for k in range(model.config.num_blocks):
-        block = model.blocks[k]
-        hidden = block.run(hidden, block.modulations(torch.full((1,), 0.7)) if modulated else None)
+    for block in model.blocks:
+        hidden = block.run(hidden, block.modulations(torch.full((1,), 0.7)))
     return model.architecture.read_out(model.backbone, hidden)
 
 
@@ -98,7 +98,7 @@ def test_task_is_taken_from_the_source_or_named(plain_config):
 @pytest.mark.parametrize(
     "source, fields, error, message",
     [
-        (lambda c: T5Config(), {}, ValueError, r"model_type='t5' is not supported; supported: gpt2 .*llama .*vit"),
+        (lambda c: SamConfig(), {}, ValueError, r"model_type='sam' is not supported: it must be an architecture of Transformers"),
         (lambda c: db.convert(c, 2, preset="paper"), {}, ValueError, r"DiffusionBlocks model already \(num_blocks=2\)"),
         (lambda c: db.DiffusionBlocksConfig(source_config=c), {}, ValueError, r"DiffusionBlocks model already"),
         (lambda c: ViTModel(c), {}, ValueError, r"source=ViTModel must be ViTForImageClassification"),

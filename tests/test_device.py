@@ -1,4 +1,5 @@
-"""A training step on an accelerator waits for it nowhere, and draws nothing on the CPU. It needs none: see no_waits.py. What
+"""A training step on an accelerator waits for it nowhere, and draws nothing on the CPU; but where the stock model's forward runs
+a block, this looks at masks and positions as under the stock Trainer. It needs none: see no_waits.py. What
 is computed there: test_gpu.py."""
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPT2Config, LlamaConfig, Qwen3Config, ViTConfig
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.backbones.base import BACKBONES
 from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.diffusion import objectives
 from hf_diffusionblocks.memory.estimate import smallest_number_of_blocks
@@ -31,7 +30,7 @@ CONFIGS = {
     "qwen3": (Qwen3Config(**SIZES, vocab_size=307, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True), 24),
     "vit": (ViTConfig(**SIZES, image_size=16, patch_size=4, num_channels=1, num_labels=5), None),
 }
-FORMULATIONS = formulations_for(TASKS["text-generation"], BACKBONES["gpt2"])
+FORMULATIONS = formulations_for(TASKS["text-generation"], GPT2Config())
 TEXT = TASKS["text-generation"]
 WAYS = {way.name: way for way in ways_of_stock_models() + ways_of_blocks(TEXT, FORMULATIONS)}
 OTHERS = {"local head": {"preset": "recommended", "local_head_layers": 1}}

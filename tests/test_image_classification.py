@@ -82,7 +82,7 @@ def test_the_noisy_label_is_scaled_by_c_in_and_the_clean_tokens_are_not(plain_mo
     z = model.label_embeddings.vectors()[batch["labels"]] + sigma[:, None] * noise
     c_in = (sigma**2 + 0.25).rsqrt()[:, None]
     assert torch.allclose(entered[0][:, -1], c_in * z + model.noisy_labels[0].position[0], atol=1e-5)
-    assert torch.equal(entered[0][:, :-1], model.entering(model.blocks[1], model.clean_input(batch)))
+    assert torch.equal(entered[0][:, :-1], model.blocks[1].embed({"pixel_values": batch["pixel_values"]}))
 
 
 def test_overlap_defaults_to_the_task_s(plain_config):

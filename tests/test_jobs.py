@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.cli import main
+from hf_diffusionblocks.tasks import backbone_for
 
 
 # ---- what is loaded
@@ -41,7 +41,7 @@ def test_local_heads_start_as_the_last_layers(config, origin, resident, tmp_path
     plain.save_pretrained(tmp_path)
     fields = {"preset": "recommended", "local_head_layers": 2}
     model = made(tmp_path if origin == "folder" else plain, fields, resident)
-    layers = plain.get_submodule(backbone_for(config).layers_path)[-2:]
+    layers = plain.get_submodule(model.layers_path)[-2:]
     assert same_weights(layers.state_dict(), model.local_heads[0].state_dict())
 
 
@@ -176,9 +176,8 @@ def test_a_job_evaluates_the_label_free_loss_of_its_block(texts, tmp_path):
     loss = trainer.evaluate()["eval_loss"]
     tokens = torch.tensor(texts["input_ids"])
     part.eval()
-    embedded = part.blocks[0].embed({"input_ids": tokens, "position_ids": torch.arange(12)[None]})
-    hidden = part.blocks[0].run(embedded, [None, None], attention_mask=None)
-    expected = torch.nn.functional.cross_entropy(part.blocks[0].read_out(hidden)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    logits = part.blocks[0].head(part.blocks[0].run_stock({"input_ids": tokens}).read[:, :-1].flatten(0, 1))
+    expected = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
     assert loss == pytest.approx(expected.item(), rel=1e-4)
 
 

@@ -9,8 +9,8 @@ from process_scenarios import GPT2, VIT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, GPT2LMHeadModel, PreTrainedConfig
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.saving import resident, shards
+from hf_diffusionblocks.tasks import backbone_for
 
 HUB = {
     "revision": "refs/pr/1", "token": "hf_secret", "cache_dir": "/somewhere", "force_download": True,

@@ -13,7 +13,6 @@ from transformers import GPT2Config, LlamaConfig, ViTConfig
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.backbones.base import BACKBONES
 from hf_diffusionblocks.memory.ledger import PARTS, Ledger, Parts
 from hf_diffusionblocks.diffusion.objectives import rows_per_chunk
 from hf_diffusionblocks.memory.activations import SavedActivations, gradient_bytes, state_tensors
@@ -36,7 +35,7 @@ CONFIGS = {
         None,
     ),
 }  # fmt: skip
-FORMULATIONS = formulations_for(TASKS["text-generation"], BACKBONES["gpt2"])
+FORMULATIONS = formulations_for(TASKS["text-generation"], GPT2Config())
 WAYS = {way.name: way for way in ways_of_stock_models() + ways_of_blocks(TASKS["text-generation"], FORMULATIONS)}
 
 

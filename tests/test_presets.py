@@ -13,7 +13,6 @@ from process_scenarios import DIT, GPT2, VIT, trainer_of
 from transformers import AutoConfig, GPT2LMHeadModel
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.cli.arguments import BlocksArguments
 from hf_diffusionblocks.configuration import OF_FORMULATIONS, USER_FIELDS
@@ -21,7 +20,7 @@ from hf_diffusionblocks.presets import PRESETS, with_preset
 from hf_diffusionblocks.recipes import common
 from hf_diffusionblocks.recipes.formulation import blocks_fields
 from hf_diffusionblocks.memory.ways import formulations_for
-from hf_diffusionblocks.tasks import TASKS
+from hf_diffusionblocks.tasks import TASKS, backbone_for
 
 SOURCES = {"text-generation": GPT2, "image-classification": VIT}
 #: (task, start) -> layers of the local heads that it has by default
@@ -90,9 +89,9 @@ def test_the_paper_s_model_has_the_class_s_defaults(config, plain):
 
 
 def test_the_memory_of_both_formulations_is_estimated_where_there_are_two():
-    found = {task: formulations_for(TASKS[task], backbone_for(config)).keys() for task, config in SOURCES.items()}
+    found = {task: formulations_for(TASKS[task], config).keys() for task, config in SOURCES.items()}
     assert found == {task: {"recommended", "paper"} for task in SOURCES}
-    assert formulations_for(TASKS["image-generation"], backbone_for(DIT)).keys() == {"paper"}
+    assert formulations_for(TASKS["image-generation"], DIT).keys() == {"paper"}
 
 
 @pytest.mark.parametrize("fields", [{}, {"shared": "per_block"}, {"local_head_layers": 1}])

@@ -182,7 +182,7 @@ BAD_INPUTS = {
     ),
     "text model": (
         ["--num_blocks", "2", "--config_name", "llama", "--train_file", "{train}"],
-        "task='image-classification' must be 'text-generation', 'fill-mask' for model_type='llama'",
+        "task='image-classification' must be 'fill-mask', 'text-generation', 'text-classification' for model_type='llama'",
     ),
     "bad field": ([*MODEL, "--train_file", "{train}", "--num_blocks", "3"], "num_blocks=3 must be at most"),
     "bad share": ([*MODEL, "--train_file", "{train}", "--validation_split", "1"], "validation_split=1.0 must be"),

@@ -163,8 +163,8 @@ def test_jobs_of_a_block_are_merged(tmp_path, data):
 
 
 BAD_INPUTS = {
-    "U-Net": (["--model_name_or_path", "{unet}"], "UNet2DModel cannot be cut into blocks; supported:"),
-    "another task": (["--config_name", "vit"], "model_type='vit' must be 'dit-transformer-2d'"),
+    "U-Net": (["--model_name_or_path", "{unet}"], "UNet2DModel cannot be cut into blocks, and must be"),
+    "another task": (["--config_name", "vit"], "task='image-generation' must be 'image-classification' for model_type='vit'"),
     "latents": ([*MODEL[:-1], SIZES], "in_channels=4 must be 1 (grayscale) or 3 (RGB): this recipe trains on pixels"),
     "small images": ([*MODEL[:-1], f"{SIZES[:-1]}16, in_channels=1"], "12 x 10, smaller than the model's sample_size=16"),
     "classes": ([*MODEL[:-1], "num_embeds_ada_norm=9"], "must not set num_embeds_ada_norm"),

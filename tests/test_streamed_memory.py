@@ -105,19 +105,26 @@ def test_layers_that_stay_are_counted_on_the_device():
 def test_any_causal_model_or_image_classifier_is_estimated(config):
     length = None if isinstance(config, SwinConfig) else 24
     estimate = db.estimate_memory(config, batch_size=2, sequence_length=length, budget="1GiB", tflops=100)
-    assert not any("recommended" in name or "paper" in name for name in estimate.ledgers)
+    cut = any("recommended" in name for name in estimate.ledgers)
+    assert cut is not isinstance(config, SwinConfig) and not any("paper" in name for name in estimate.ledgers)
     streamed, plain = (estimate.ledgers[name] for name in (EVERYTHING.name, CHECKPOINTING))
     assert streamed.total < plain.total and streamed.host > 0 == plain.host
-    assert config.model_type in str(estimate) and "B=" not in str(estimate)
+    assert config.model_type in str(estimate) and ("B=" in str(estimate)) is cut
     options = {"batch_size": 2, "sequence_length": length}
     measured, _ = followed(EVERYTHING, config, fake=False, **options)
     assert streamed.total == pytest.approx(measured.total, rel=0.02)
 
 
-@pytest.mark.parametrize("fields", [{"num_blocks": 2}, {"preset": "paper"}], ids=str)
-def test_what_cannot_be_cut_has_no_blocks(fields):
-    with pytest.raises(ValueError, match="model_type='gemma2' is not supported; supported: gpt2"):
-        db.estimate_memory(OTHERS["gemma2"], sequence_length=24, **fields)
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("gemma2", {"sequence_length": 24, "preset": "paper"}, "preset='paper' must be 'recommended' for model_type='gemma2'"),
+        ("swin", {"num_blocks": 2}, "model_type='swin' cannot be cut into blocks: its layers are of several widths"),
+    ],
+)
+def test_what_cannot_be_cut_has_no_blocks(name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        db.estimate_memory(OTHERS[name], **fields)
 
 
 # ---- by formula

@@ -77,7 +77,7 @@ def test_it_is_a_loop_over_blocks_by_hand(source, fields, tmp_path):
             for block in slow.blocks:
                 loss = slow(
                     **batch, block_index=block.index,
-                    block_input=slow.passed_on(block, slow.clean_input(batch)) if block.index else None,
+                    block_input=slow.passed_on(slow.blocks[block.index - 1], batch) if block.index else None,
                     **({"num_items_in_batch": num_items} if slow.accepts_loss_kwargs else {}),
                 ).loss  # fmt: skip
                 (loss if slow.accepts_loss_kwargs else loss / 2).backward()

@@ -74,7 +74,7 @@ def draw_of(model) -> dict[str, torch.Tensor]:
 
 
 def layer_of(model, index: int):
-    return model.backbone.get_submodule(model.architecture.layers_path)[index]
+    return model.backbone.get_submodule(model.layers_path)[index]
 
 
 def block_logits(model, ids, block_index, labels=None, **kwargs) -> torch.Tensor:

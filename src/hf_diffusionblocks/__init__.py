@@ -21,6 +21,7 @@ from .models.causal_lm import DiffusionBlocksForCausalLM
 from .models.image_classification import DiffusionBlocksForImageClassification
 from .models.image_generation import DiffusionBlocksForImageGeneration
 from .models.masked_lm import DiffusionBlocksForMaskedLM
+from .models.text_classification import DiffusionBlocksForSequenceClassification
 from .saving.merging import merge_blocks
 from .saving.shards import load_block_state_dict
 from .streaming import LayerStream, stream_layers
@@ -44,6 +45,7 @@ __all__ = [
     "DiffusionBlocksForImageClassification",
     "DiffusionBlocksForImageGeneration",
     "DiffusionBlocksForMaskedLM",
+    "DiffusionBlocksForSequenceClassification",
     "DiffusionBlocksPreTrainedModel",
     "DiffusionBlocksTrainer",
     "DiffusionBlocksTrainingArguments",

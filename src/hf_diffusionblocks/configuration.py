@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import field, fields
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .backbones.base import backbone_for
+from .backbones.base import Backbone
 from .diffusion.schedule import NoiseSchedule
 from .presets import PRESETS
-from .tasks import Task, task_of
+from .tasks import Task, backbone_for, task_of
 from .whole_numbers import check_whole, is_whole
 
 #: Of saved models; to be raised when their config, names or files change their meaning.
@@ -25,7 +25,9 @@ CHOICES: dict[str, tuple] = {"preset": PRESETS, "shared": ("common", "per_block"
 
 
 #: What a plain model's config says of its own files and layers.
-NOT_OF_SOURCE = ("quantization_config", "auto_map", "rope_parameters", "rope_theta", "rope_scaling")
+NOT_OF_SOURCE = {"quantization_config", "auto_map", "rope_parameters", "rope_theta", "rope_scaling"}
+#: What it says of generation, which the model's generation config has: a stock config that says it is not saved.
+NOT_OF_SOURCE |= vars(GenerationConfig()).keys() - {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
 
 
 def _field(default: Any, help: str) -> Any:
@@ -133,16 +135,20 @@ class DiffusionBlocksConfig(PreTrainedConfig):
             self.id2label, self.label2id = self.source_config.id2label, self.source_config.label2id
         task = task_of(self.source_config, self.task)
         self.task = task.name
-        architecture = backbone_for(self.source_config)
+        architecture = self.architecture
         if self.preset is None:
             self.preset = architecture.fixed_fields.get("preset", "recommended")
         self._check_choices()
         for name, allowed in architecture.fixed_fields.items():
             if (value := getattr(self, name)) != allowed:
                 raise ValueError(
-                    f"{name}={value!r} must be {allowed!r} for model_type={architecture.model_type!r}: "
+                    f"{name}={value!r} must be {allowed!r} for model_type={self.source_config.model_type!r}: "
                     f"{architecture.fixed_because}"
                 )
+        if self.preset not in task.formulations:
+            raise ValueError(f"preset={self.preset!r} must be {', '.join(map(repr, task.formulations))} for task {self.task!r}")
+        if task.model_class.FORMULATIONS[self.preset].modulated:
+            architecture.check_modulation(self.source_config)
         self._fill_in(task)
         task.settle(self)
         self.problem_type = self.problem_type or self.source_config.problem_type
@@ -225,12 +231,17 @@ class DiffusionBlocksConfig(PreTrainedConfig):
                 )
 
     @property
+    def architecture(self) -> Backbone:
+        """How the plain model is cut into blocks."""
+        return backbone_for(self.source_config, self.task)
+
+    @property
     def num_hidden_layers(self) -> int:
-        return backbone_for(self.source_config).num_layers(self.source_config)
+        return self.architecture.num_layers(self.source_config)
 
     @property
     def hidden_size(self) -> int:
-        return backbone_for(self.source_config).width(self.source_config)
+        return self.architecture.width(self.source_config)
 
     def __getattr__(self, name: str) -> Any:
         # What a caller may ask of a stock config (positions, token ids, ...), ours answers by the plain model's.
@@ -249,14 +260,15 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         else:
             super().__setattr__(name, value)
 
+    def validate(self) -> None:
+        """Nothing: stock rules are for stock fields, which the plain model's config answers for, and keeps by itself."""
+
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         """The plain model's config: what HF's cache and generation code should read."""
         return self.source_config.get_text_config(*args, **kwargs)
 
     def block_layers(self, block_index: int) -> range:
-        """Global indices of a block's layers; the first blocks get the extra layers of an uneven cut."""
-        if not 0 <= block_index < self.num_blocks:
-            raise ValueError(f"block_index={block_index} must lie in 0..{self.num_blocks - 1}")
+        """Global indices of the layers of one of the blocks; the first ones get the extra layers of an uneven cut."""
         counts = self.layers_per_block
         if counts is None:
             even, extra = divmod(self.num_hidden_layers, self.num_blocks)

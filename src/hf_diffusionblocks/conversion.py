@@ -8,18 +8,21 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .backbones.base import backbone_for, backbone_named, backbone_of
 from .configuration import DiffusionBlocksConfig, check_known
 from .models.base import DiffusionBlocksPreTrainedModel
+from .models.verification import check_cut
 from .presets import with_preset
 from .saving.checks import check_no_adapter_folder, check_no_adapters, check_weights, is_untied
 from .saving.resident import HUB_KWARGS, MODEL_KWARGS, NotLoaded, build, checked_blocks, hub_kwargs
-from .tasks import TASKS, task_of
+from .tasks import TASKS, backbone_for, backbone_named, task_of
 
 
+#: Of a text, in the comparison of a cut model with the stock one.
+TOKENS_COMPARED = 8
 #: Arguments that say which files of a saved model are read.
 ONLY_SAVED = (*HUB_KWARGS, "variant")
 
@@ -52,7 +55,7 @@ def convert(
 
     Raises:
         ValueError: the architecture, task or model class is not supported, the source is converted already, or a
-            field is out of range or does not go with the source.
+            field is out of range or does not go with the source; or blocks give other logits or gradients than the source.
         TypeError: the source is none of the above.
     """
     loading = _taken_from(fields)
@@ -63,6 +66,7 @@ def convert(
         check_no_adapters(source)
         check_weights(source, "blocks would have its codes without their scales")
     plain_config = source if isinstance(source, PreTrainedConfig) else _config_of(source)
+    _check_plain(plain_config)
     if hub_only := [name for name in loading if name in ONLY_SAVED]:
         raise ValueError(  # without values: one may be a token
             f"{', '.join(hub_only)} must not be given with source={type(source).__name__}: for a hub id or folder only"
@@ -71,9 +75,10 @@ def convert(
         loading["dtype"] = source.dtype
     if isinstance(source, PreTrainedConfig):
         config = _config(plain_config, num_blocks, task, preset, "fresh", fields)
-        return build(TASKS[config.task].model_class, config, resident_blocks, **loading)
+        return _checked(build(TASKS[config.task].model_class, config, resident_blocks, **loading))
+    task = task_of(plain_config, task, source).name
     config = _config(plain_config, num_blocks, task, preset, "pretrained", fields)
-    plain_class = backbone_for(plain_config).plain_class
+    plain_class = config.architecture.plain_class
     if getattr(source, "part_of", type(source)) is not plain_class:
         raise ValueError(f"source={type(source).__name__} must be {plain_class.__name__} for task {config.task!r}")
     return _convert_model(source, config, resident_blocks, **loading)
@@ -107,7 +112,7 @@ def _config_of(source: nn.Module) -> PreTrainedConfig:
         return config
     if not isinstance(source, nn.Module):
         raise TypeError(f"source={type(source).__name__} must be a PreTrainedModel, a PreTrainedConfig, or a hub id or folder")
-    return backbone_of(source).config_of(source)
+    return backbone_named(type(source).__name__).config_of(source)
 
 
 def read_config(source: str | PathLike, **hub: Any) -> PreTrainedConfig:
@@ -131,14 +136,26 @@ def _convert_model(source: nn.Module, config, resident_blocks, **model_kwargs) -
     plain_config = _config_of(source)
     name = plain_config.name_or_path
     config.base_model = name if name and not Path(name).exists() else None  # a local path means nothing to others
-    of_source = {
-        "dtype": next(source.parameters()).dtype, "attn_implementation": plain_config._attn_implementation
-    }  # fmt: skip
+    of_source = {"dtype": next(source.parameters()).dtype}
+    if not plain_config.sub_configs:  # (parts of a composite have one each)
+        of_source["attn_implementation"] = plain_config._attn_implementation
     model = build(TASKS[config.task].model_class, config, resident_blocks, **{**of_source, **model_kwargs})
     model.copy_weights(source)
     if model.can_generate():
         model.generation_config = copy.deepcopy(source.generation_config)
-    return model.to(next(source.parameters()).device).train(source.training)
+    return _checked(model.to(next(source.parameters()).device)).train(source.training)
+
+
+def _checked(model: DiffusionBlocksPreTrainedModel) -> DiffusionBlocksPreTrainedModel:
+    """The model, once its blocks have been run beside the stock model. (Where blocks are missing, or weights, nothing can be.)"""
+    if model.formulation.runs_stock and len(model.resident_blocks) == model.num_blocks and model.device.type != "meta":
+        config = model.config.source_config
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+        num_tokens = min(longest, TOKENS_COMPARED) if isinstance(longest, int) and longest > 0 else TOKENS_COMPARED
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            check_cut(model, TASKS[model.task].example(config, 2, num_tokens))
+    return model
 
 
 def _convert_pretrained(
@@ -146,12 +163,12 @@ def _convert_pretrained(
 ) -> DiffusionBlocksPreTrainedModel:
     hub = hub_kwargs(loading)
     plain_config = read_config(source, **hub)
+    _check_plain(plain_config)
     config = _config(plain_config, num_blocks, task, preset, "pretrained", fields)  # complain before anything is loaded
     found = TASKS[config.task].fields_of_source(source, **hub)
     fields = {**fields, **{name: value for name, value in found.items() if fields.get(name) is None}}
     choices = (num_blocks, task, preset, "pretrained", fields)
-    backbone, part = backbone_for(plain_config), plain_part(config, resident_blocks)
-    plain = backbone.load_plain(part, source, plain_config, **loading)
+    plain = config.architecture.load_plain(plain_part(config, resident_blocks), source, plain_config, **loading)
     check_no_adapters(plain)
     check_weights(plain, "blocks would have its codes without their scales")
     return _convert_model(plain, _config(_config_of(plain), *choices), resident_blocks)
@@ -160,14 +177,13 @@ def _convert_pretrained(
 def plain_part(config: DiffusionBlocksConfig, resident_blocks: Sequence[int] | None) -> type[PreTrainedModel]:
     """The stock class for `from_pretrained`: without the layers of other blocks, which it then never reads. (The last ones
     are, where local heads start as they do.)"""
-    plain_class = backbone_for(config.source_config).plain_class
+    plain_class = config.architecture.plain_class
     if resident_blocks is None or not issubclass(plain_class, PreTrainedModel):  # another library's are read whole
         return plain_class
-    resident = checked_blocks(resident_blocks, config.num_blocks, "resident_blocks")
+    architecture, resident = config.architecture, checked_blocks(resident_blocks, config.num_blocks, "resident_blocks")
     absent = (config.block_layers(block) for block in range(config.num_blocks) if block not in resident)
     head = range(config.num_hidden_layers - (config.local_head_layers or 0), config.num_hidden_layers)
     layers = [layer for block in absent for layer in block if layer not in head]
-    path = backbone_for(config.source_config).layers_path
 
     class Part(plain_class):
         part_of = plain_class
@@ -179,22 +195,26 @@ def plain_part(config: DiffusionBlocksConfig, resident_blocks: Sequence[int] | N
 
         def __init__(self, config: PreTrainedConfig):
             super().__init__(config)
+            stack = self.get_submodule(architecture.layers_path(self, architecture.num_layers(config)))
             for layer in layers:
-                self.set_submodule(f"{path}.{layer}", NotLoaded())
+                stack[layer] = NotLoaded(stack[layer])
 
     return Part
+
+
+def _check_plain(config: PreTrainedConfig) -> None:
+    if isinstance(config, DiffusionBlocksConfig):
+        raise ValueError(
+            f"source is a DiffusionBlocks model already (num_blocks={config.num_blocks}): convert the plain model"
+        )
 
 
 def _config(
     source: PreTrainedConfig, num_blocks: int | None, task: str | None, preset: str, start: str, fields: dict
 ) -> DiffusionBlocksConfig:
-    if isinstance(source, DiffusionBlocksConfig):
-        raise ValueError(
-            f"source is a DiffusionBlocks model already (num_blocks={source.num_blocks}): convert the plain model"
-        )
-    task = task_of(source, task).name
     check_known(fields)
     if num_blocks is not None:
         fields = {"num_blocks": num_blocks, **fields}
-    fields = with_preset(preset, task, start, fields, backbone_for(source))
+    task = task_of(source, task).name
+    fields = with_preset(preset, task, start, fields, backbone_for(source, task))
     return DiffusionBlocksConfig(source_config=source, task=task, **fields)

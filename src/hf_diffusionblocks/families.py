@@ -1,13 +1,11 @@
-"""All that is registered: the architectures that can be converted, and the tasks they are converted for."""
+"""All that is registered: the tasks, and the architectures of which more is known than their stock class."""
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM
+from transformers import ViTForImageClassification
 
-from .backbones.base import register_backbone
-from .backbones.bert import BertBackbone
 from .backbones.dit import DiTBackbone, DiTConfig
 from .backbones.gpt2 import GPT2Backbone
 from .backbones.llama import LlamaBackbone
-from .backbones.modernbert import ModernBertBackbone
 from .backbones.qwen3 import Qwen3Backbone
 from .backbones.recurrent_depth_llama import RecurrentDepthLlamaBackbone
 from .backbones.vit import ViTBackbone
@@ -16,17 +14,22 @@ from .models.causal_lm.task import TEXT_GENERATION
 from .models.image_classification.task import IMAGE_CLASSIFICATION
 from .models.image_generation.task import IMAGE_GENERATION
 from .models.masked_lm.task import FILL_MASK
+from .models.text_classification.task import TEXT_CLASSIFICATION
 from .recurrent_depth_llama import RecurrentDepthLlamaConfig, RecurrentDepthLlamaForCausalLM
-from .tasks import register_task
+from .tasks import register_backbone, register_task
 
 AutoConfig.register(DiTConfig.model_type, DiTConfig, exist_ok=True)
 AutoConfig.register(RecurrentDepthLlamaConfig.model_type, RecurrentDepthLlamaConfig, exist_ok=True)
 AutoModelForCausalLM.register(RecurrentDepthLlamaConfig, RecurrentDepthLlamaForCausalLM, exist_ok=True)
-for backbone in (
-    GPT2Backbone(), LlamaBackbone(), Qwen3Backbone(), RecurrentDepthLlamaBackbone(), BertBackbone(), ModernBertBackbone(),
-    ViTBackbone(), DiTBackbone(),
-):  # fmt: skip
-    register_backbone(backbone)
-# (What an architecture serves first is its usual task.)
-for task in (TEXT_GENERATION, FILL_MASK, IMAGE_CLASSIFICATION, IMAGE_GENERATION):
+# (The first task whose Auto class has an architecture is its usual one.)
+for task in (FILL_MASK, TEXT_GENERATION, IMAGE_CLASSIFICATION, IMAGE_GENERATION, TEXT_CLASSIFICATION):
     register_task(task, DiffusionBlocksConfig)
+for model_type, task_name, backbone in (
+    ("gpt2", "text-generation", GPT2Backbone(GPT2LMHeadModel)),
+    ("llama", "text-generation", LlamaBackbone(LlamaForCausalLM)),
+    ("qwen3", "text-generation", Qwen3Backbone(Qwen3ForCausalLM)),
+    (RecurrentDepthLlamaConfig.model_type, "text-generation", RecurrentDepthLlamaBackbone(RecurrentDepthLlamaForCausalLM)),
+    ("vit", "image-classification", ViTBackbone(ViTForImageClassification)),
+    (DiTConfig.model_type, "image-generation", DiTBackbone()),
+):
+    register_backbone(model_type, task_name, backbone)

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .backbones.base import Backbone, backbone_for
+from .backbones.base import Backbone
+from .processors import load_tokenizer
 
 
 def gaussian_noise(overlap: float, **others: Any) -> dict[str, Any]:
@@ -28,6 +30,12 @@ def a_step_a_block(config: PreTrainedConfig) -> None:
     """The paper's number of steps to an answer, where it is not given."""
     if config.preset == "paper" and config.num_inference_steps is None:
         config.num_inference_steps = config.num_blocks
+
+
+def stock_class(auto_class: type, config: PreTrainedConfig) -> type[nn.Module] | None:
+    """What an Auto class of Transformers makes of a config; None: nothing."""
+    found = auto_class._model_mapping.get(type(config), None)
+    return found[0] if isinstance(found, tuple) else found
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,8 @@ class Task:
         name: as in `pipeline(name)`.
         model_class: the DiffusionBlocks model.
         auto_class: what loads it by `from_pretrained`, of transformers.
-        backbones: kinds of architectures that serve it. An architecture's usual task is the first row that it serves.
+        stock_auto_classes: Auto classes of Transformers whose models can be cut for it, the usual one first; none: those that
+            [`register_backbone`] names are all.
         example: `(plain config, rows, tokens a row or None) -> batch` of random inputs and labels, to measure memory with.
         num_positions: `(plain config, tokens a row or None)` -> positions S of the hidden states of one row.
         takes_sequence_length: whether the caller says how many tokens a row has; otherwise the config does.
@@ -72,7 +81,6 @@ class Task:
     name: str
     model_class: type[PreTrainedModel]
     auto_class: type
-    backbones: tuple[type[Backbone], ...]
     example: Callable[[PreTrainedConfig, int, int | None], dict[str, torch.Tensor]]
     num_positions: Callable[[PreTrainedConfig, int | None], int]
     takes_sequence_length: bool
@@ -86,12 +94,41 @@ class Task:
     fields_of_source: Callable[..., dict[str, Any]] = lambda source, **hub: {}
     generation: Generation | None = None
     pipeline_tag: str | None = None
+    stock_auto_classes: tuple[type, ...] = ()
 
-    def serves(self, backbone: Backbone) -> bool:
-        """Whether models of this architecture can be converted for this task."""
-        return isinstance(backbone, self.backbones) and (backbone.tasks is None or self.name in backbone.tasks)
+    def backbone_of(self, config: PreTrainedConfig) -> Backbone | None:
+        """How a plain model is cut into blocks for this task; None: its architecture does not serve it."""
+        if known := _BACKBONES.get((config.model_type, self.name)):
+            return known
+        found = [stock_class(each, config) for each in self.stock_auto_classes]
+        return next((Backbone(each) for each in found if each), None)
+
+    def presets_for(self, config: PreTrainedConfig) -> list[str]:
+        """The formulations that an architecture which serves this task can have."""
+        backbone = self.backbone_of(config)
+        if "preset" in backbone.fixed_fields:
+            return [backbone.fixed_fields["preset"]]
+        return [preset for preset in self.formulations if self._can_have(backbone, preset, config)]
+
+    def _can_have(self, backbone: Backbone, preset: str, config: PreTrainedConfig) -> bool:
+        try:
+            if self.model_class.FORMULATIONS[preset].modulated:
+                backbone.check_modulation(config)
+        except ValueError:
+            return False
+        return True
+
+    def is_usual_for(self, config: PreTrainedConfig) -> bool:
+        """Whether this is what the architecture is for."""
+        usual = self.stock_auto_classes and stock_class(self.stock_auto_classes[0], config)
+        return bool(usual) or (config.model_type, self.name) in _BACKBONES
 
 
+#: What rows of text say alike.
+OF_TEXT = {
+    "num_positions": lambda config, sequence_length: sequence_length, "takes_sequence_length": True, "processor": "tokenizer",
+    "load_processor": load_tokenizer,
+}  # fmt: skip
 #: `Task.evaluation` of next tokens and classes
 LABEL_FREE_LOGITS = {
     "recommended": "`model(...).logits` are the last block's, after all layers, as in the plain model: no diffusion runs at "
@@ -99,6 +136,8 @@ LABEL_FREE_LOGITS = {
     "paper": "`model(...).logits` are the end of a walk from noise that is the same for every input.",
 }
 TASKS: dict[str, Task] = {}
+#: `(model_type, task)` -> the backbone of an architecture of which more is known than its stock class.
+_BACKBONES: dict[tuple[str, str], Backbone] = {}
 
 
 def register_task(task: Task, config_class: type[PreTrainedConfig]) -> None:
@@ -107,20 +146,61 @@ def register_task(task: Task, config_class: type[PreTrainedConfig]) -> None:
     task.auto_class.register(config_class, task.model_class, exist_ok=True)
 
 
-def task_of(config: PreTrainedConfig, name: str | None = None) -> Task:
-    """The row of a task; None is the usual one of the config's architecture.
+def register_backbone(model_type: str, task_name: str, backbone: Backbone) -> None:
+    """Say more of an architecture, for a task, than its stock class does."""
+    _BACKBONES[model_type, task_name] = backbone
+
+
+def task_of(config: PreTrainedConfig, name: str | None = None, plain: nn.Module | None = None) -> Task:
+    """The row of a task; None is that of the stock model or, without one, of the class that the config names, or else the
+    usual one of its architecture.
 
     Args:
         config: of the plain model.
+        plain: the model itself, if it is there.
 
     Raises:
         ValueError: the architecture is not supported, or does not serve the task; says what is.
     """
-    backbone = backbone_for(config)
-    served = {task.name: task for task in TASKS.values() if task.serves(backbone)}
+    served = {task.name: backbone for task in TASKS.values() if (backbone := task.backbone_of(config))}
+    if name is None and served:
+        plain_name = type(plain).__name__ if plain is not None else (config.architectures or [None])[0]
+        named = [of for of, backbone in served.items() if backbone.plain_name == plain_name]
+        usual = [of for of in named or served if TASKS[of].is_usual_for(config)]
+        return TASKS[[*usual, *named, *served][0]]
     if name is None:
-        return next(iter(served.values()))
+        raise ValueError(
+            f"model_type={config.model_type!r} is not supported: it must be an architecture of Transformers that writes text, "
+            "fills masks, or tells classes of texts or images, or a DiTTransformer2DModel of diffusers"
+        )
     if name not in served:
-        allowed = ", ".join(map(repr, served))
+        allowed = ", ".join(map(repr, served)) or "left out: the architecture serves none"
         raise ValueError(f"task={name!r} must be {allowed} for model_type={config.model_type!r}")
-    return served[name]
+    return TASKS[name]
+
+
+def backbone_for(config: PreTrainedConfig, task_name: str | None = None) -> Backbone:
+    """How a plain model is cut into blocks for a task; None is the usual one of its architecture.
+
+    Raises:
+        ValueError: the architecture does not serve the task, or not with this config.
+    """
+    backbone = task_of(config, task_name).backbone_of(config)
+    backbone.check(config)
+    return backbone
+
+
+def backbone_named(plain_name: str) -> Backbone:
+    """The backbone of a stock class of another library, by its name.
+
+    Raises:
+        ValueError: it is not supported.
+    """
+    for backbone in _BACKBONES.values():
+        if backbone.plain_name == plain_name:
+            return backbone
+    raise ValueError(
+        f"{plain_name} cannot be cut into blocks, and must be a model of Transformers, or a DiTTransformer2DModel. (A U-Net, or "
+        "a stack with long skips, hands on more than what leaves a layer; a stack of two kinds of layers has no blocks that "
+        "are alike.)"
+    )

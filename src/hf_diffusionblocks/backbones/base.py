@@ -1,10 +1,8 @@
-"""What the house has to know of an architecture, and the table of those it knows. A new one is one subclass, in a file of
-its own."""
+"""Which stock model is cut into blocks, and what the house has to know of it."""
 
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, ClassVar
@@ -13,28 +11,42 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..streaming.layers import find_layers
 from .modulation import Modulation
 
 
-class Backbone(ABC):
-    """One architecture: which stock model it is, and how to run it piece by piece. It knows no task.
+class Backbone:
+    """A stock model of one task. It knows no formulation, and patches nothing.
 
-    A backbone holds no weights and patches nothing: it calls the sub-modules of the stock model in their own order.
-    Hidden states are `[N, S, D]`. Wherever a method takes the stock model, a [`Parts`] of it will do.
+    Most architectures need no more than this: their own forward runs their layers ([`StockRun`](stock_run.py)).
+
+    Args:
+        plain_class: the stock model that is converted.
     """
 
-    model_type: ClassVar[str]  #: `model_type` of the plain model's config
-    plain_class: ClassVar[type[nn.Module]]  #: the stock model that is converted
-    layers_path: ClassVar[str]  #: path of its list of layers, for example "vit.layers"
-    embedding_paths: ClassVar[Sequence[str]]  #: paths of what the input runs through before the first layer
-    readout_paths: ClassVar[Sequence[str]]  #: paths of what `read_out` uses
-    tasks: ClassVar[Sequence[str] | None] = None  #: what it serves, as in pipeline(task); None: all that its kind does
     #: Fields of DiffusionBlocksConfig without a choice for it, and what they are; why is said in `fixed_because`
     fixed_fields: ClassVar[Mapping[str, Any]] = {}
     fixed_because: ClassVar[str] = ""
 
+    def __init__(self, plain_class: type[nn.Module]):
+        self.plain_class = plain_class
+
     def check(self, config: PreTrainedConfig) -> None:
         """Raise ValueError if this config asks for something that cannot be cut into blocks."""
+        if getattr(config, "output_router_logits", False):
+            raise ValueError("output_router_logits=True must be False: the loss of routers couples all layers")
+        if getattr(config, "depths", None):
+            raise ValueError(
+                f"model_type={config.model_type!r} cannot be cut into blocks: its layers are of several widths, and no head reads "
+                "what leaves a middle one"
+            )
+
+    def check_modulation(self, config: PreTrainedConfig) -> None:
+        """Raise ValueError if noise levels cannot modulate the layers of this config, as the paper's denoisers ask for."""
+        raise ValueError(
+            f"preset='paper' must be 'recommended' for model_type={config.model_type!r}: AdaLN is known of the layers of GPT-2, "
+            "Llama, Qwen3 and ViT alone"
+        )
 
     # ---- the stock model as a whole
 
@@ -46,10 +58,6 @@ class Backbone(ABC):
     def config_of(self, plain: nn.Module) -> PreTrainedConfig:
         """The config of a stock model."""
         return plain.config
-
-    def config_from(self, fields: Mapping[str, Any]) -> PreTrainedConfig:
-        """The config that a saved stock model's `config.json` says, where Transformers cannot read it."""
-        raise NotImplementedError
 
     def make_plain(self, config: PreTrainedConfig) -> nn.Module:
         """A stock model, with weights as its class leaves them."""
@@ -74,7 +82,8 @@ class Backbone(ABC):
 
     def checkpoint_layers(self, plain: nn.Module) -> None:
         """Have the stock model compute the activations of its layers again in the backward pass."""
-        plain.activation_checkpointing_enable()
+        if plain.supports_gradient_checkpointing:
+            plain.activation_checkpointing_enable()
 
     def largest_step(self, config: PreTrainedConfig) -> dict[str, Any]:
         """What the stock model's `forward` is told for a training step that holds as much as any, where steps differ."""
@@ -83,28 +92,76 @@ class Backbone(ABC):
     # ---- sizes
 
     def num_layers(self, config: PreTrainedConfig) -> int:
-        """How many layers there are to cut."""
-        return config.num_hidden_layers
+        """How many layers there are to cut: of encoder and decoder, those of the decoder.
+
+        Raises:
+            ValueError: the config does not say.
+        """
+        decodes = config.is_encoder_decoder or getattr(config, "is_decoder", False)
+        names = ("decoder_layers", "num_decoder_layers") if decodes else ()
+        return _said(config, *names, "num_hidden_layers")
 
     def width(self, config: PreTrainedConfig) -> int:
         """D, of hidden states."""
-        return config.hidden_size
+        return _said(config, "hidden_size")
 
-    @abstractmethod
-    def num_logits(self, config: PreTrainedConfig) -> int | None:
-        """V, the last dimension of what `read_out` gives; None if these are no logits."""
+    # ---- its parts
 
-    # ---- its pieces
+    def layers_path(self, plain: nn.Module, num_layers: int) -> str:
+        """Path of the list of its layers, for example "vit.layers".
 
-    @abstractmethod
-    def make_layer(self, config: PreTrainedConfig) -> nn.Module:
-        """One more layer of this architecture, for a local head."""
+        Of several lists (towers of images and sound, an encoder) it is the decoder's, which reads the others.
 
-    @abstractmethod
+        Raises:
+            ValueError: there is none of so many layers.
+        """
+        lists = [path.rpartition(".")[0] for path in find_layers(plain)]
+        found = [path for path in dict.fromkeys(lists) if lists.count(path) == num_layers]
+        if len(found) > 1 and isinstance(plain, PreTrainedModel):
+            of_decoder = {id(module) for module in plain.get_decoder().modules()}
+            found = [path for path in found if id(plain.get_submodule(path)) in of_decoder] or found
+        if not found:
+            raise ValueError(
+                f"{self.plain_class.__name__} cannot be cut into blocks: it must have a list of {num_layers} layers, and has none"
+            )
+        return min(found[::-1], key=lambda path: path.count("."))  # the outermost, and of these the last
+
+
+def _said(config: PreTrainedConfig, *names: str) -> int:
+    """A size by its first name that is known, by the config of a model or, of a composite, of its text."""
+    for name in names:
+        value = getattr(config, name, getattr(config.get_text_config(decoder=True), name, None))
+        if isinstance(value, int):
+            return value
+    raise ValueError(f"model_type={config.model_type!r} cannot be cut into blocks: its config says no {names[-1]}")
+
+
+def parts_around(plain: nn.Module, layers_path: str) -> tuple[list[str], list[str]]:
+    """Paths of what stands before a list of layers in a stock model, and after it. (What has buffers alone, as tables of
+    rotary positions, is neither.)"""
+    before, after, module, prefix = [], [], plain, ""
+    for name in layers_path.split("."):
+        found = before
+        for child_name, child in module.named_children():
+            if child_name == name:
+                found = after
+            elif any(True for _ in child.parameters()) or not any(True for _ in child.buffers()):
+                found.append(prefix + child_name)
+        module, prefix = module.get_submodule(name), f"{prefix}{name}."
+    return before, after
+
+
+class PiecewiseBackbone(Backbone):
+    """A stock model that is run piece by piece: where noise levels modulate its layers, or each block conditions itself.
+
+    It calls the sub-modules of the stock model in their own order. Hidden states are `[N, S, D]`. Wherever a method takes
+    the stock model, a [`Parts`] of it will do.
+    """
+
     def embed(self, plain: nn.Module, **inputs) -> torch.Tensor:
         """The hidden states that enter the first layer."""
+        raise NotImplementedError
 
-    @abstractmethod
     def run_layer(
         self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention
     ) -> torch.Tensor:
@@ -112,10 +169,11 @@ class Backbone(ABC):
 
         `attention` holds what the stock layer takes besides hidden states (masks, positions, cache, conditions).
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def read_out(self, plain: nn.Module, hidden: torch.Tensor, **conditions) -> torch.Tensor:
         """What the stock model makes of its last hidden states: final norm and head."""
+        raise NotImplementedError
 
 
 def may_look(plain: nn.Module, attention_mask: torch.Tensor | None) -> bool:
@@ -137,55 +195,3 @@ class Parts(nn.Module):
                     node.add_module(parent, nn.Module())
                 node = node.get_submodule(parent)
             node.add_module(name, copy.deepcopy(plain.get_submodule(path)))
-
-
-#: `model_type` of a plain config -> its backbone.
-BACKBONES: dict[str, Backbone] = {}
-
-
-def register_backbone(backbone: Backbone) -> None:
-    """Add an architecture to those that can be converted."""
-    BACKBONES[backbone.model_type] = backbone
-
-
-def backbone_for(config: PreTrainedConfig) -> Backbone:
-    """The backbone of a plain model's config.
-
-    Raises:
-        ValueError: the architecture is not supported (lists those that are), or not with this config.
-    """
-    if config.model_type not in BACKBONES:
-        raise ValueError(f"model_type={config.model_type!r} is not supported; supported: {_supported()}")
-    backbone = BACKBONES[config.model_type]
-    backbone.check(config)
-    return backbone
-
-
-def backbone_of(plain: nn.Module) -> Backbone:
-    """The backbone of a stock model, of Transformers or of another library.
-
-    Raises:
-        ValueError: as [`backbone_for`] and [`backbone_named`].
-    """
-    if isinstance(plain, PreTrainedModel):
-        return backbone_for(plain.config)
-    return backbone_named(type(plain).__name__)
-
-
-def backbone_named(plain_name: str) -> Backbone:
-    """The backbone of a stock class, by the name of that.
-
-    Raises:
-        ValueError: it is not supported (lists what is).
-    """
-    for backbone in BACKBONES.values():
-        if backbone.plain_name == plain_name:
-            return backbone
-    raise ValueError(
-        f"{plain_name} cannot be cut into blocks; supported: {_supported()}. (A U-Net, or a stack with long skips, hands on "
-        "more than what leaves a layer; a stack of two kinds of layers has no blocks that are alike.)"
-    )
-
-
-def _supported() -> str:
-    return ", ".join(f"{backbone.model_type} ({backbone.plain_name})" for backbone in BACKBONES.values())

@@ -1,4 +1,4 @@
-"""What decoders of text have in common."""
+"""What decoders of text have in common, whose layers noise levels can modulate."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import create_causal_mask
 
 from .modulation import Modulation, modulate
-from .base import Backbone, may_look
+from .base import PiecewiseBackbone, may_look
 
 
-class Decoder(Backbone):
+class Decoder(PiecewiseBackbone):
     """A pre-norm decoder: norm, self-attention, residual; norm, MLP, residual."""
 
     attention_norm_name: ClassVar[str]  #: names of a layer's parts
@@ -23,14 +23,9 @@ class Decoder(Backbone):
     mlp_norm_name: ClassVar[str]
     mlp_name: ClassVar[str] = "mlp"
     final_norm_path: ClassVar[str]
-    embeds_token_types: ClassVar[bool] = False  #: as in [`Encoder`]
 
-    @property
-    def readout_paths(self):
-        return (self.final_norm_path, "lm_head")
-
-    def num_logits(self, config: PreTrainedConfig) -> int:
-        return config.vocab_size
+    def check_modulation(self, config: PreTrainedConfig) -> None:
+        """All can be."""
 
     @abstractmethod
     def embed(
@@ -96,18 +91,6 @@ class Decoder(Backbone):
             position_ids=position_ids, allow_is_causal_skip=not explicit and may_look(plain, attention_mask),
         )  # fmt: skip
 
-    def attention_both_ways(
-        self, plain: PreTrainedModel, hidden: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor
-    ) -> dict[str, Any]:
-        """As in [`Encoder`]; no cache goes with it."""
-        return {
-            "attention_mask": create_bidirectional_mask(
-                plain.config, hidden, attention_mask, allow_is_bidirectional_skip=may_look(plain, attention_mask)
-            ),
-            "is_causal": False,  # sdpa, given no mask, would go by the module's own
-            **self.positions(plain, hidden, position_ids),
-        }
-
     def normed(self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:
         """What enters a layer's attention."""
         normed = getattr(layer, self.attention_norm_name)(hidden)
@@ -135,8 +118,3 @@ class Decoder(Backbone):
     def read_out(self, plain: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., D]` -> `[..., V]`."""
         return self.head(plain, self.final_norm(plain, hidden))
-
-
-def layer_beyond_the_last(config: PreTrainedConfig) -> int:
-    """Index given to the layers of local heads, which no cache holds: that of a layer like the last."""
-    return config.num_hidden_layers - 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from ..extras import from_extra
-from .base import Backbone
+from .base import PiecewiseBackbone
 
 #: Of label and noise level embeddings.
 INITIALIZER_RANGE = 0.02
@@ -68,18 +68,17 @@ class DiTConfig(PreTrainedConfig):
 _STOCK_FIELDS = [name for name in DiTConfig.__annotations__ if name not in ("initializer_range", "model_type")]
 
 
-class DiTBackbone(Backbone):
+class DiTBackbone(PiecewiseBackbone):
     """A layer conditions itself: on the noise level and the class, by an embedding of its own.
 
     The final modulation takes its condition from the layers, too: from the first of those that run, so that no block
     depends on another's. (The stock model's are all layers, and it takes that of its first.)
     """
 
-    model_type = DiTConfig.model_type
-    plain_name = "DiTTransformer2DModel"
-    layers_path = "transformer_blocks"
-    embedding_paths = ("pos_embed",)
-    readout_paths = ("norm_out", "proj_out_1", "proj_out_2")
+    plain_name: ClassVar[str] = "DiTTransformer2DModel"  #: of `plain_class`, which diffusers has
+
+    def __init__(self):
+        """diffusers is imported when a model is made."""
 
     @property
     def plain_class(self) -> type[nn.Module]:
@@ -155,13 +154,7 @@ class DiTBackbone(Backbone):
     def width(self, config: DiTConfig) -> int:
         return config.num_attention_heads * config.attention_head_dim
 
-    def num_logits(self, config: DiTConfig) -> None:
-        return None
-
     # ---- its pieces
-
-    def make_layer(self, config: DiTConfig) -> nn.Module:
-        raise NotImplementedError  # for local heads, which blocks that start from an image have not
 
     def embed(self, plain: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
         """`[N, C, H, W]` -> `[N, S, D]`, a token a patch."""

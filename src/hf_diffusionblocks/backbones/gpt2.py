@@ -9,23 +9,16 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from .modulation import Modulation
-from .decoder import Decoder, layer_beyond_the_last
+from .decoder import Decoder
 
 
 class GPT2Backbone(Decoder):
-    model_type = "gpt2"
-    plain_class = GPT2LMHeadModel
-    layers_path = "transformer.h"
-    embedding_paths = ("transformer.wte", "transformer.wpe", "transformer.drop")
     attention_norm_name, attention_name, mlp_norm_name = "ln_1", "attn", "ln_2"
     final_norm_path = "transformer.ln_f"
 
-    def check(self, config: GPT2Config) -> None:
+    def check_modulation(self, config: GPT2Config) -> None:
         if config.add_cross_attention:
             raise ValueError("add_cross_attention=True must be False: a block has no encoder to attend to")
-
-    def make_layer(self, config: GPT2Config) -> GPT2Block:
-        return GPT2Block(config, layer_idx=layer_beyond_the_last(config))
 
     def embed(self, plain: nn.Module, input_ids=None, inputs_embeds=None, position_ids=None) -> torch.Tensor:
         parts = plain.transformer

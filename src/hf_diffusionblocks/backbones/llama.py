@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .modulation import Modulation
-from .decoder import Decoder, layer_beyond_the_last
+from .decoder import Decoder
 
 
 class LlamaBackbone(Decoder):
-    model_type = "llama"
-    plain_class = LlamaForCausalLM
-    layer_class = LlamaDecoderLayer
-    layers_path = "model.layers"
-    embedding_paths = ("model.embed_tokens",)
     attention_norm_name, attention_name, mlp_norm_name = "input_layernorm", "self_attn", "post_attention_layernorm"
     final_norm_path = "model.norm"
-
-    def make_layer(self, config) -> nn.Module:
-        return self.layer_class(config, layer_idx=layer_beyond_the_last(config))
 
     def embed(self, plain: nn.Module, input_ids=None, inputs_embeds=None, position_ids=None) -> torch.Tensor:
         return plain.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds

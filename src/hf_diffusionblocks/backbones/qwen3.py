@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers import Qwen3Config
 
 from .llama import LlamaBackbone
 
 
 class Qwen3Backbone(LlamaBackbone):
-    model_type = "qwen3"
-    plain_class = Qwen3ForCausalLM
-    layer_class = Qwen3DecoderLayer
-
-    def check(self, config: Qwen3Config) -> None:
+    def check_modulation(self, config: Qwen3Config) -> None:
         if "sliding_attention" in config.layer_types:
             raise ValueError(
                 f"use_sliding_window={config.use_sliding_window} with max_window_layers={config.max_window_layers} must "

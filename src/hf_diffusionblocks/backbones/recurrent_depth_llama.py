@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..recurrent_depth_llama import RecurrentDepthLlamaConfig, RecurrentDepthLlamaForCausalLM
+from ..recurrent_depth_llama import RecurrentDepthLlamaConfig
 from .llama import LlamaBackbone
 
 
@@ -18,10 +18,6 @@ class RecurrentDepthLlamaBackbone(LlamaBackbone):
     runs it K times (DiffusionBlocks, arXiv 2506.14202, section on recurrent depth).
     """
 
-    model_type = RecurrentDepthLlamaConfig.model_type
-    plain_class = RecurrentDepthLlamaForCausalLM
-    embedding_paths = ("model.embed_tokens", "model.prelude", "model.adapter")
-    tasks = ("text-generation",)
     fixed_fields = {"num_blocks": 1, "preset": "paper"}
     fixed_because = "one core, whose state is z, is the denoiser of all noise levels"
 
@@ -31,6 +27,9 @@ class RecurrentDepthLlamaBackbone(LlamaBackbone):
     def num_layers(self, config: RecurrentDepthLlamaConfig) -> int:
         """Those of core and coda."""
         return config.num_core_layers + config.num_coda_layers
+
+    def layers_path(self, plain: nn.Module, num_layers: int) -> str:
+        return "model.layers"
 
     def prelude(self, plain: nn.Module) -> Sequence[nn.Module]:
         return plain.model.prelude

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit.modeling_vit import ViTLayer
 
 from .modulation import Modulation, modulate
-from .base import Backbone
+from .base import PiecewiseBackbone
 
 
-class ViTBackbone(Backbone):
-    model_type = "vit"
-    plain_class = ViTForImageClassification
-    layers_path = "vit.layers"
-    embedding_paths = ("vit.embeddings",)
-    readout_paths = ("vit.layernorm", "classifier")
-
-    def num_logits(self, config: PreTrainedConfig) -> int:
-        return config.num_labels
-
-    def make_layer(self, config: PreTrainedConfig) -> ViTLayer:
-        return ViTLayer(config)
+class ViTBackbone(PiecewiseBackbone):
+    def check_modulation(self, config: ViTConfig) -> None:
+        """All can be."""
 
     def embed(
         self,

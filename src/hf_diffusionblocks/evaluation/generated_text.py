@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.active import without_dropout
+from ..backbones.stock_run import without_dropout
 from ..whole_numbers import whole
 
 REPEATED_LENGTH = 4  # tokens of the n-grams whose repetition is counted

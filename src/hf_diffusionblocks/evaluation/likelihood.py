@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..models.active import without_dropout
+from ..backbones.stock_run import without_dropout
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..whole_numbers import whole
 

@@ -10,14 +10,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..backbones.base import backbone_for
 from ..configuration import USER_FIELDS, DiffusionBlocksConfig, check_known
+from ..conversion import convert
 from ..whole_numbers import check_whole
 from .costs import Costs, Operations
 from .formulas import FSDP, costs_of_fsdp, ledgers_by_formula
 from .ledger import Ledger
 from .scenarios import followed_stream, ledger_of
-from .stock import is_known
 from .table import UNITS, bytes_as_text, ledger_table, parse_bytes, table_unit
 from .ways import (
     CHECKPOINTING, Way, Workload, formulations_for, ways_of_blocks, ways_of_stock_models, ways_of_streams
@@ -203,9 +202,9 @@ def _checked(workload: Workload, config_fields: Mapping) -> tuple[Workload, dict
     longest = getattr(config, "max_position_embeddings", None)
     if stock.takes_sequence_length and longest and workload.sequence_length > longest:
         raise ValueError(f"sequence_length={workload.sequence_length} must be at most max_position_embeddings={longest}")
-    if not is_known(config):
+    if stock.task is None:
         if workload.num_blocks is not None or config_fields:
-            backbone_for(config)  # says what cannot be cut
+            convert(config, workload.num_blocks, workload.task_name, **config_fields)  # says what cannot be cut
         return workload, {}
     architecture, num_blocks = stock.architecture, workload.num_blocks
     if num_blocks is None:
@@ -213,7 +212,7 @@ def _checked(workload: Workload, config_fields: Mapping) -> tuple[Workload, dict
     if config_fields:
         check_known(config_fields)
     checked = DiffusionBlocksConfig(source_config=config, task=stock.task_name, num_blocks=num_blocks, **config_fields)
-    formulations = formulations_for(stock.task, architecture)
+    formulations = formulations_for(stock.task, config)
     if config_fields:
         formulations = {checked.preset: {**config_fields, "preset": checked.preset}}
     return replace(workload, num_blocks=num_blocks), formulations

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
-from ..backbones.base import BACKBONES, Backbone, backbone_for, backbone_of
+from ..backbones.base import Backbone
 from ..streaming.layers import find_layers
-from ..tasks import Task, task_of
+from ..tasks import Task, backbone_for, task_of
 
 #: What is estimated of architectures that are not cut into blocks: task -> what makes the model
 STOCK_CLASSES = {"text-generation": AutoModelForCausalLM, "image-classification": AutoModelForImageClassification}
@@ -35,7 +36,7 @@ class Stock:
     @property
     def architecture(self) -> Backbone | None:
         """How it is cut into blocks; None: it is not."""
-        return None if self.task is None else backbone_for(self.config)
+        return None if self.task is None else backbone_for(self.config, self.task_name)
 
     @property
     def takes_sequence_length(self) -> bool:
@@ -93,8 +94,8 @@ def stock_of(config: PreTrainedConfig, task_name: str | None = None) -> Stock:
     Raises:
         ValueError: no model is known that does this.
     """
-    if is_known(config):
-        task = task_of(config, task_name)
+    task = cut_task(config, task_name)
+    if task is not None:
         return Stock(config, task.name, task)
     served = [name for name, auto_class in STOCK_CLASSES.items() if type(config) in auto_class._model_mapping]
     if task_name in served or (task_name is None and served):
@@ -106,31 +107,32 @@ def stock_of(config: PreTrainedConfig, task_name: str | None = None) -> Stock:
     raise ValueError(f"task={task_name!r} must be {', '.join(map(repr, served))} for model_type={config.model_type!r}")
 
 
-def is_known(config: PreTrainedConfig) -> bool:
-    """Whether a stock model's layers can be cut into blocks."""
+def cut_task(config: PreTrainedConfig, task_name: str | None = None) -> Task | None:
+    """The row of what a stock model can be cut into blocks for; None: it cannot be cut."""
     try:
-        return config.model_type in BACKBONES and bool(backbone_for(config))
-    except ValueError:  # not with this config
-        return False
+        task = task_of(config, task_name)
+        backbone = backbone_for(config, task.name)
+        num_layers = backbone.num_layers(config)
+        with torch.device("meta"):
+            backbone.layers_path(backbone.make_plain(copy.deepcopy(config)), num_layers)
+    except ValueError:
+        return None
+    return task
 
 
 def layer_paths(model: nn.Module) -> tuple[str, ...]:
-    """Paths of a model's layers, each with a dot at its end: of a list of them, or of each."""
-    config = getattr(model, "config", None)
-    config = getattr(config, "source_config", config)
-    if not isinstance(config, PreTrainedConfig):  # of another library
-        return (f"{backbone_of(model).layers_path}.",)
-    if is_known(config):
-        return (f"{backbone_for(config).layers_path}.",)
-    return tuple(f"{name}." for name in find_layers(model))
+    """Paths of a model's layers, each with a dot at its end; of a DiffusionBlocks model, as the stock model inside has them."""
+    return tuple(f"{name}." for name in find_layers(_stock_inside(model)))
 
 
 def num_logits(model: nn.Module) -> int | None:
     """The last dimension of a model's logits; None if it has none."""
-    config = getattr(model.config, "source_config", model.config)
-    if not isinstance(config, PreTrainedConfig):
-        return backbone_of(model).num_logits(config)
-    if is_known(config):
-        return backbone_for(config).num_logits(config)
-    head = model.get_output_embeddings()
-    return config.num_labels if head is None else head.weight.shape[0]
+    stock = _stock_inside(model)
+    if not isinstance(stock, PreTrainedModel):  # of another library
+        return None
+    head = stock.get_output_embeddings()
+    return stock.config.num_labels if head is None else stock.config.get_text_config().vocab_size
+
+
+def _stock_inside(model: nn.Module) -> nn.Module:
+    return model.backbone if hasattr(model.config, "source_config") else model

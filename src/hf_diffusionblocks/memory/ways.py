@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import is_peft_available
 
-from ..backbones.base import Backbone
 from ..tasks import Task
 from .stock import Stock, stock_of
 
@@ -96,10 +95,11 @@ class Way:
     carried: bool = False
 
 
-def formulations_for(task: Task, architecture: Backbone) -> dict[str, dict]:
+def formulations_for(task: Task, config: PreTrainedConfig) -> dict[str, dict]:
     """Formulation -> what `convert` is given for it: what is recommended for a pretrained model, and the paper's."""
-    differ = task.formulations["recommended"] is not task.formulations["paper"]
-    presets = ("recommended", "paper") if differ and "preset" not in architecture.fixed_fields else ("paper",)
+    presets = task.presets_for(config)
+    if len({id(task.formulations[preset]) for preset in presets}) == 1:
+        presets = presets[-1:]  # (masked text and images: one by two names)
     without_heads = {"local_head_layers": 0}  # as of pretrained weights
     heads = {preset: without_heads if "local_head_layers" in task.formulations[preset] else {} for preset in presets}
     return {preset: {"preset": preset, **heads[preset]} for preset in presets}

@@ -1,23 +1,10 @@
-"""What trains in a run: which parameters ask for gradients, and which modules drop nothing."""
+"""What trains in a run: which parameters ask for gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from torch import nn
-
-
-@contextmanager
-def without_dropout(module: nn.Module) -> Iterator[None]:
-    """Put a module in evaluation mode, then give every sub-module back the mode it had."""
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, training in modes:
-            child.training = training
 
 
 class TrainedParameters:

@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from ..backbones.base import backbone_for
+from ..backbones.base import parts_around
 from ..backbones.modulation import AdaLNModulation, Modulation, SigmaEmbedding
+from ..backbones.stock_run import without_dropout
 from ..configuration import DiffusionBlocksConfig
 from ..diffusion.randomness import Generators
 from ..diffusion.schedule import NoiseSchedule
 from ..saving.pretrained import SavedByBlock
 from ..streaming import weights_on_device
-from .active import without_dropout
 from .block import Block
 from .formulation import Formulation
 from .sharing import SHARINGS
 from .targets import FixedTargets
-
-
-class CleanInput(NamedTuple):
-    """x, the clean input of a model."""
-
-    inputs: dict[str, Any]  #: what embeds it
-    attention: dict[str, Any]  #: what a layer takes beside hidden states to run it
-
-
-class BlockOutput(NamedTuple):
-    """What a block has made of x in training, `[N, S, D]` each."""
-
-    leaving: torch.Tensor  #: what the next block may start from
-    read: torch.Tensor  #: what it is read out from: the same, or what its local head makes of it
 
 
 class DiffusionBlocksPreTrainedModel(SavedByBlock):
@@ -60,6 +48,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
 
     task: ClassVar[str]  #: as in `pipeline(task)`
     FORMULATIONS: ClassVar[Mapping[str, type[Formulation]]]  #: by `config.preset`
+    sees_later_tokens: ClassVar[bool | None] = None  #: whether a token sees those after it; None: as the stock model has it
     copied_modules: ClassVar[tuple[str, ...]] = ()  #: lists of modules with a copy a block if it has its own
 
     gradient_checkpointing = False  #: Transformers' switch, of all layers
@@ -68,17 +57,19 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     def __init__(self, config: DiffusionBlocksConfig):
         super().__init__(config)
         self._check_task(config)
-        self.architecture = backbone_for(config.source_config)
+        self.architecture = config.architecture
         # `from_pretrained(..., num_labels=...)` and the like reach the outer config only.
         config.source_config.id2label, config.source_config.label2id = config.id2label, config.label2id
-        self._run_layer = self.architecture.run_layer
         self.backbone = self.architecture.make_plain(config.source_config)
+        self.layers_path = self.architecture.layers_path(self.backbone, config.num_hidden_layers)
         self._no_split_modules = getattr(self.backbone, "_no_split_modules", None)
 
         formulation = self.FORMULATIONS[config.preset]
         self.num_blocks = config.num_blocks
-        later_embeddings = () if formulation.passes_on else self.architecture.embedding_paths
-        self.sharing = SHARINGS[config.shared](self.architecture, self.num_blocks, later_embeddings)
+        around = parts_around(self.backbone, self.layers_path)
+        #: of the stock model, what reads a block out: what it has after its layers, or, where it runs itself, its head
+        self.readout_paths = [path for path in around[1] if not (formulation.runs_stock and self._in_base(path))]
+        self.sharing = SHARINGS[config.shared](self.num_blocks, around, embeds_later=not formulation.passes_on)
         self.resident_blocks = list(range(self.num_blocks))  #: blocks that are loaded: all, unless asked for some
         self._make_parts(config, formulation.modulated)
         self.tie_within_blocks()
@@ -86,6 +77,8 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         #: levels of noise -> blocks; None where a formulation has no noise
         self.noise_schedule = self.schedule_for(config)
         self.formulation = formulation(self)
+        if not formulation.runs_stock:
+            self._run_layer = self.architecture.run_layer
 
     def _check_task(self, config: DiffusionBlocksConfig) -> None:
         if config.task != self.task:
@@ -102,14 +95,24 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         if config.local_head_layers:
             # The last block has none: it reads out as the stock model does.
             self.local_heads = nn.ModuleList(
-                nn.ModuleList(self.architecture.make_layer(config.source_config) for _ in range(config.local_head_layers))
+                nn.ModuleList(self._make_layer() for _ in range(config.local_head_layers))
                 for _ in range(self.num_blocks - 1)
             )
+
+    def _in_base(self, path: str) -> bool:
+        return path.startswith(f"{self.backbone.base_model_prefix}.")
+
+    def _make_layer(self) -> nn.Module:
+        """One more layer like the last, with no weights yet."""
+        layer = copy.deepcopy(self.layers[-1])
+        for each in (*layer.modules(), *layer.parameters()):
+            each._is_hf_initialized = False
+        return layer
 
     def _make_block(self, k: int, formulation: type[Formulation]) -> Block:
         layers = self.config.block_layers(k)
         has_head = self.config.local_head_layers and k < self.num_blocks - 1
-        prefixes = [f"backbone.{self.architecture.layers_path}.{layer}." for layer in layers]
+        prefixes = [f"backbone.{self.layers_path}.{layer}." for layer in layers]
         prefixes += [f"modulations.{layer}." for layer in layers] + [f"local_heads.{k}."]
         prefixes += self.sharing.prefixes(k, ("sigma_embeddings", *self.copied_modules))
         return Block(
@@ -128,6 +131,12 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     def schedule_for(cls, config: DiffusionBlocksConfig) -> NoiseSchedule | None:
         """Which noise levels there are, and which block owns which of them; None without noise."""
         return None if config.sigma_max is None else config.noise_schedule()
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: of others' code Transformers fills no buffer that a stock model sets in its layers, since all *its* weights were
+        read."""
+        return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -150,7 +159,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
                 for path, parameter in parts.named_parameters():
                     parameter.copy_(weights[path])
         if self.config.local_head_layers:
-            last_layers = plain.get_submodule(self.architecture.layers_path)[-self.config.local_head_layers :]
+            last_layers = plain.get_submodule(self.layers_path)[-self.config.local_head_layers :]
             for block in self.blocks[:-1]:
                 if block.is_loaded:
                     self.local_heads[block.index].load_state_dict(last_layers.state_dict())
@@ -167,7 +176,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     def tie_within_blocks(self) -> None:
         """Say which weights are tied, of the blocks that are loaded; Transformers ties them if
         `config.tie_word_embeddings`."""
-        ties = self.sharing.ties(self.resident_blocks)
+        ties = self.sharing.ties(self.resident_blocks, getattr(self.backbone, "_tied_weights_keys", None) or {})
         if ties is not None:
             self._tied_weights_keys = ties
 
@@ -177,11 +186,22 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.backbone.set_output_embeddings(new_embeddings)
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The stock model's, first to last."""
+        return self.backbone.get_submodule(self.layers_path)
+
     # ---- which parameter belongs to which block
 
     def block_layers(self, block_index: int) -> range:
-        """Global indices of the layers of a block."""
-        return self.config.block_layers(block_index)
+        """Global indices of the layers of a block.
+
+        Raises:
+            ValueError: there is no such block.
+        """
+        if not 0 <= block_index < self.num_blocks:
+            raise ValueError(f"block_index={block_index} must lie in 0..{self.num_blocks - 1}")
+        return self.blocks[block_index].layer_indices
 
     def block_of_parameter(self, name: str) -> int | None:
         """The block a parameter belongs to by its name in the state dict, or None if it is shared."""
@@ -211,14 +231,14 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         if every_n_layers != 1:
             raise ValueError(f"every_n_layers={every_n_layers} must be 1: layers are checkpointed all, or none")
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
-        for module in self.modules():  # layers would do it again, inside of ours
+        for module in self.modules() if not self.formulation.runs_stock else ():  # layers would do it again, inside of ours
             if module is not self and hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False
 
     def run_layer(
         self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention
     ) -> torch.Tensor:
-        """One layer, checkpointed where gradient checkpointing is on; `attention` as in [`Backbone.run_layer`]."""
+        """One layer by itself, checkpointed where gradient checkpointing is on; as in [`PiecewiseBackbone.run_layer`]."""
 
         def run(hidden: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:
             with weights_on_device(layer):  # of which modulated ones are called part by part
@@ -234,7 +254,12 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         Args:
             kwargs: of [`torch.compile`].
         """
-        self._run_layer = torch.compile(self.architecture.run_layer, **kwargs)
+        if not self.formulation.runs_stock:
+            self._run_layer = torch.compile(self.architecture.run_layer, **kwargs)
+            return
+        compiled = torch.compile(type(self.layers[0]).forward, **kwargs)
+        for layer in (*self.layers, *(layer for head in getattr(self, "local_heads", ()) for layer in head)):
+            layer.forward = partial(compiled, layer)
 
     def asked_of_stock_model(self, stock: Mapping[str, Any]) -> dict[str, Any]:
         """What evaluation asks of the stock model beside its inputs: what is given, or else the config's own settings."""
@@ -292,37 +317,24 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             return {}
         return {"sigma": torch.full((num_rows,), self.config.sigma_max)}
 
-    def clean_input(self, batch: Mapping[str, torch.Tensor]) -> CleanInput:
-        """x, of a batch as `forward` takes it."""
-        raise NotImplementedError
-
-    def entering(self, block: Block, x: CleanInput, block_input: torch.Tensor | None = None) -> torch.Tensor:
-        """Training: the hidden states that enter a block. Those that earlier blocks pass on come without gradient and
-        dropout; or from a cache of them."""
-        if block_input is not None:
-            return block_input.to(self.device, self.dtype)
-        return self.passed_on(block, x) if block.predecessors else block.embed(x.inputs)
+    def stock_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What the stock model takes of a batch as `forward` takes it."""
+        return {name: value for name, value in batch.items() if name != "labels"}
 
     @torch.no_grad()
-    def passed_on(
-        self, block: Block, x: CleanInput, hidden: torch.Tensor | None = None, start: int = 0
-    ) -> torch.Tensor:
-        """What the earlier blocks pass on to a block; or those from `start`, of what enters that."""
+    def passed_on(self, block: Block, batch: Mapping[str, Any], entering: torch.Tensor | None = None) -> torch.Tensor:
+        """What leaves a block that does not train, `[N, S, D]`.
+
+        Args:
+            entering: what enters it; None: it embeds, or the blocks before it run.
+        """
         with without_dropout(self.backbone):
-            hidden = self.blocks[0].embed(x.inputs) if hidden is None else hidden
-            for earlier in range(start, block.index):
-                hidden = self.blocks[earlier].run(hidden, **x.attention)
-        return hidden
+            return block.run_stock(self.stock_inputs(batch), entering).leaving
 
-    def training_output(self, block: Block, x: CleanInput, block_input: torch.Tensor | None = None) -> BlockOutput:
-        """Training, where layers see x alone: of `block_input`, what enters the block, if it is there."""
-        leaving = block.run(self.entering(block, x, block_input), **x.attention)
-        return BlockOutput(leaving, block.run_local_head(leaving, **x.attention))
-
-    def clean_outputs(self, x: CleanInput) -> list[torch.Tensor]:
-        """Inference: what leaves each block when x runs through all of them, first block first."""
-        hidden, outputs = self.blocks[0].embed(x.inputs), []
+    def each_block(self, run: Callable[[Block, torch.Tensor | None], tuple[torch.Tensor, Any]]) -> list[Any]:
+        """What all blocks give, first to last: `run(block, what enters it)` gives what leaves it, and that."""
+        entering, given = None, []
         for block in self.blocks:
-            hidden = block.run(hidden, **x.attention)
-            outputs.append(hidden)
-        return outputs
+            entering, output = run(block, entering)
+            given.append(output)
+        return given

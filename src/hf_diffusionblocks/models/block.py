@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..backbones.modulation import Modulation
+from ..backbones.stock_run import StockRun, head_of, in_place
 from ..diffusion.gaussian import precondition
 from ..diffusion.randomness import Generators
 from ..streaming import weights_on_device
+
+
+class BlockOutput(NamedTuple):
+    """What a block has made of x, `[N, S, D]` each."""
+
+    leaving: torch.Tensor  #: what the next block may start from
+    read: torch.Tensor  #: what the stock model's head reads: after the local head, if there is one, and the final norm
 
 
 class Block:
@@ -50,7 +58,7 @@ class Block:
     @property
     def layers(self) -> list[nn.Module]:
         """Its layers, of the stock model's."""
-        layers = self.model.backbone.get_submodule(self.model.architecture.layers_path)
+        layers = self.model.layers
         return [layers[index] for index in self.layer_indices]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -67,7 +75,46 @@ class Block:
         device = self.model.device
         return self.model.noise_schedule.sample(self.index, shape, generator, device).to(device, torch.float32)
 
-    # ---- its ways in and out
+    # ---- inside the stock model
+
+    @contextmanager
+    def alone(self, entering: torch.Tensor | None = None) -> Iterator[StockRun]:
+        """While this runs, this block is the one that trains in the stock model's forward, and has its own parts in it.
+
+        Args:
+            entering: what enters the block, `[N, S, D]`; None: it embeds, or the blocks before it run, without gradient and
+                dropout.
+
+        Raises:
+            ValueError: the block is not loaded.
+        """
+        self._check_loaded()
+        model, head = self.model, self._part(self._local_head) if self._local_head else ()
+        if entering is not None:
+            entering = entering.to(model.device, model.dtype)
+        run = StockRun(model.backbone, model.layers, self.layer_indices, bool(self.predecessors), entering, head)
+        with self._own_parts(), run.running():
+            yield run
+
+    def run_stock(self, inputs: Mapping[str, Any], entering: torch.Tensor | None = None) -> BlockOutput:
+        """What the block makes of what the stock model takes, by the stock model's forward but for its head."""
+        with self.alone(entering) as run:
+            read = self.model.backbone.base_model(**inputs).last_hidden_state
+        return BlockOutput(run.leaving, read)
+
+    def head(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[R, D]` of `BlockOutput.read` to logits `[R, V]`, by all that the stock model does then."""
+        with self._own_parts():
+            return head_of(self.model.backbone, rows)
+
+    @contextmanager
+    def _own_parts(self) -> Iterator[None]:
+        with ExitStack() as there:
+            for own, paths in self.model.sharing.own_paths(self.index):
+                there.enter_context(in_place(self.model.backbone, self._part(own), paths))
+            yield
+
+    # ---- its ways in and out, piece by piece
 
     def embed(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """The hidden states `[N, S, D]` that a block starts from, where none are passed on to it."""
@@ -90,22 +137,16 @@ class Block:
 
     @contextmanager
     def readout_on_device(self) -> Iterator[list[torch.Tensor]]:
-        """While this runs, final norm and head are where they compute, however often; gives their parameters there."""
+        """While this runs, what stands after the layers is where it computes, however often; gives its parameters there."""
         with ExitStack() as there:
-            parts = [self.readout_parts.get_submodule(path) for path in self.model.architecture.readout_paths]
+            parts = [self.readout_parts.get_submodule(path) for path in self.model.readout_paths]
             for part in parts:
                 there.enter_context(weights_on_device(part))
             yield [parameter for part in parts for parameter in part.parameters()]
 
     def read_out(self, hidden: torch.Tensor, **conditions) -> torch.Tensor:
-        """What has left a block and its local head, through final norm and head."""
+        """What has left a block, through final norm and head."""
         return self.model.architecture.read_out(self.readout_parts, hidden, **conditions)
-
-    def run_local_head(self, hidden: torch.Tensor, **attention) -> torch.Tensor:
-        """What has left the block through the layers of its local head, if it has one."""
-        for layer in self._part(self._local_head) if self._local_head else ():
-            hidden = self.model.run_layer(layer, hidden, None, **attention)
-        return hidden
 
     # ---- its layers
 
@@ -121,16 +162,19 @@ class Block:
     def run(
         self, hidden: torch.Tensor, modulations: Sequence[Modulation | None] | None = None, **attention
     ) -> torch.Tensor:
-        """`[N, S, D]` through its layers, modulated or (None) as they are; `attention` as in [`Backbone.run_layer`].
+        """`[N, S, D]` through its layers, modulated or (None) as they are; `attention` as in [`PiecewiseBackbone.run_layer`].
 
         Raises:
             ValueError: the block is not loaded.
         """
-        if not self.is_loaded:
-            raise ValueError(f"block {self.index} is not loaded: resident_blocks={self.model.resident_blocks}")
+        self._check_loaded()
         for layer, modulation in zip(self.layers, modulations or [None] * len(self.layer_indices)):
             hidden = self.model.run_layer(layer, hidden, modulation, **attention)
         return hidden
+
+    def _check_loaded(self) -> None:
+        if not self.is_loaded:
+            raise ValueError(f"block {self.index} is not loaded: resident_blocks={self.model.resident_blocks}")
 
     def _part(self, path: str) -> nn.Module:
         return self.model.get_submodule(path)

@@ -16,6 +16,7 @@ class Formulation:
 
     modulated: ClassVar[bool] = False  #: whether sigma modulates the layers (AdaLN)
     passes_on: ClassVar[bool] = False  #: whether what leaves a block is what the next starts from
+    runs_stock: ClassVar[bool] = False  #: whether the stock model's own forward runs a block; else it runs piece by piece
 
     def __init__(self, model: nn.Module):
         self.model = model

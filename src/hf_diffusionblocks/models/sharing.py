@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..backbones.base import Backbone, Parts
+from ..backbones.base import Parts
 
 
 class CommonParts:
@@ -15,7 +15,7 @@ class CommonParts:
     own_modules = ()  #: names of the modules that `modules` makes
     num_copies = 1  #: of what the stock model has not: sigma embeddings and the like
 
-    def __init__(self, backbone: Backbone, num_blocks: int, later_embeddings: Sequence[str]):
+    def __init__(self, num_blocks: int, around: tuple[list[str], list[str]], embeds_later: bool):
         pass
 
     def modules(self, plain: nn.Module) -> dict[str, nn.Module]:
@@ -38,9 +38,13 @@ class CommonParts:
         """How the names of the parameters begin that are one block's, beside its layers'. `copied` has copies."""
         return []
 
-    def ties(self, resident_blocks: Sequence[int]) -> dict[str, str] | None:
-        """Heads that are their block's token embedding, by name; None leaves that to the stock model."""
+    def ties(self, resident_blocks: Sequence[int], stock: dict[str, str]) -> dict[str, str] | None:
+        """Heads that are their block's token embedding, by name; None leaves that to the stock model, whose ties are these."""
         return None
+
+    def own_paths(self, block_index: int) -> list[tuple[str, Sequence[str]]]:
+        """Of each part of a block's own: its path, and the paths of the stock model's modules that it has copies of."""
+        return []
 
 
 class OwnParts:
@@ -51,20 +55,23 @@ class OwnParts:
     that has both; no two blocks share a weight.
 
     Args:
-        later_embeddings: paths of what embeds for blocks after the first: nothing, where these embed nothing.
+        num_blocks: B.
+        around: paths of what stands before the stock model's layers, and after them.
+        embeds_later: whether blocks after the first embed.
     """
 
     own_modules = ("block_embeddings", "block_readouts")
 
-    def __init__(self, backbone: Backbone, num_blocks: int, later_embeddings: Sequence[str]):
-        self._backbone, self._later_embeddings = backbone, later_embeddings
+    def __init__(self, num_blocks: int, around: tuple[list[str], list[str]], embeds_later: bool):
+        self._before, self._after = around
+        self._later_embeddings = self._before if embeds_later else []
         self.num_copies = num_blocks
         self._last = num_blocks - 1
 
     def modules(self, plain: nn.Module) -> dict[str, nn.Module]:
         return {
             "block_embeddings": nn.ModuleList(Parts(plain, self._later_embeddings) for _ in range(self._last)),
-            "block_readouts": nn.ModuleList(Parts(plain, self._backbone.readout_paths) for _ in range(self._last)),
+            "block_readouts": nn.ModuleList(Parts(plain, self._after) for _ in range(self._last)),
         }
 
     def embeddings(self, block_index: int) -> str:
@@ -79,16 +86,20 @@ class OwnParts:
     def prefixes(self, block_index: int, copied: Sequence[str]) -> list[str]:
         found = [f"{name}.{block_index}." for name in (*copied, "block_readouts")] + [f"block_embeddings.{block_index - 1}."]
         if block_index == 0:
-            found += [f"backbone.{path}." for path in self._backbone.embedding_paths]
+            found += [f"backbone.{path}." for path in self._before]
         if block_index == self._last:
-            found += [f"backbone.{path}." for path in self._backbone.readout_paths]
+            found += [f"backbone.{path}." for path in self._after]
         return found
 
-    def ties(self, resident_blocks: Sequence[int]) -> dict[str, str]:
+    def own_paths(self, block_index: int) -> list[tuple[str, Sequence[str]]]:
+        pairs = ((self.embeddings(block_index), self._later_embeddings), (self.readout(block_index), self._after))
+        return [(own, paths) for own, paths in pairs if own != "backbone"]
+
+    def ties(self, resident_blocks: Sequence[int], stock: dict[str, str]) -> dict[str, str]:
         ties = {}
-        for target, source in (getattr(self._backbone.plain_class, "_tied_weights_keys", None) or {}).items():
+        for target, source in stock.items():
             for block in resident_blocks:
-                if _within(source, self._backbone.readout_paths):  # of one head
+                if _within(source, self._after):  # of one head
                     ties[f"{self.readout(block)}.{target}"] = f"{self.readout(block)}.{source}"
                 elif block == 0 or _within(source, self._later_embeddings):
                     ties[f"{self.readout(block)}.{target}"] = f"{self.embeddings(block)}.{source}"

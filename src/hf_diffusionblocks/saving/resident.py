@@ -22,7 +22,16 @@ MODEL_KWARGS = ("dtype", "attn_implementation")
 
 
 class NotLoaded(nn.Module):
-    """Stands where a block that is not loaded has its modules."""
+    """Stands where a block that is not loaded has its modules.
+
+    Args:
+        module: that it stands for, of which it has what others may read (as the kind of attention).
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        plain = {name: value for name, value in vars(module).items() if isinstance(value, (str, int, float))}
+        vars(self).update(plain)
 
     def forward(self, *args, **kwargs):
         raise ValueError("this block is not loaded: see model.resident_blocks")
@@ -62,6 +71,9 @@ def build_empty(
     **kwargs,
 ) -> PreTrainedModel:
     """The same, with memory for weights, but none in it yet. (Buffers that are not saved have their values.)"""
+    if resident_blocks is None and torch.get_default_device().type != "meta":
+        with torch.random.fork_rng(devices=[]):
+            return model_class._from_config(config, **kwargs)
     with torch.device("meta"):
         model = model_class._from_config(config, **kwargs)
     if resident_blocks is not None:
@@ -181,7 +193,7 @@ def _remove(model: PreTrainedModel, blocks: Sequence[int]) -> None:
             path = f"{prefix}{name}."
             owners = {model.block_of_parameter(path + parameter) for parameter, _ in child.named_parameters()}
             if owners and owners <= set(blocks) and not isinstance(child, nn.ModuleList):
-                setattr(module, name, NotLoaded())
+                setattr(module, name, NotLoaded(child))
             elif owners & set(blocks):
                 replace_within(child, path)
 

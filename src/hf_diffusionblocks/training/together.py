@@ -84,7 +84,7 @@ class TogetherSteps:
     def _passed_on(self, k: int, m: int, batch: dict) -> torch.Tensor:
         """What leaves a block that does not train."""
         with self._trainer.accelerator.autocast():  # (Accelerate casts in `forward`, of which this is no part)
-            return self._model.passed_on(self._model.blocks[k + 1], self._model.clean_input(batch), self._entering[m], k)
+            return self._model.passed_on(self._model.blocks[k], batch, self._entering[m])
 
     def entering(self, m: int) -> dict[str, torch.Tensor]:
         """What `forward` is told of a micro-batch, beside the batch, for the pass that comes."""

@@ -58,7 +58,7 @@ class JointText(Formulation):
     def run(self, block: Block, text: Text, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """Noisy tokens through a block, `[N, S-1, D]`."""
         model, text = self.model, text.without_last()
-        clean = block.embed(model.clean(text).inputs)
+        clean = block.embed(text.positioned())
         kept = torch.arange(clean.shape[1], device=clean.device)
         streams = Streams(model, clean, text, kept, CleanKeys())
         streams.run_clean(block, streams.enter(block, clean), block.clean_modulations())

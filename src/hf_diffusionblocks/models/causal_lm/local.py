@@ -10,7 +10,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...diffusion.likelihood import LikelihoodTerms
 from ...diffusion.objectives import IGNORED, chunked_sum, cross_entropy, num_counted, rows_with_loss
-from ...streaming import weights_on_device
 from ..block import Block
 from ..formulation import Formulation
 from .text import ReadoutInput, Text
@@ -21,7 +20,7 @@ class LocalText(Formulation):
     paper's highest level, where the target is out of sight, this is what its denoiser learns. In use it is the plain model.
     """
 
-    passes_on = True
+    passes_on = runs_stock = True
     walks = False  #: whether a token's logits are the end of a walk
 
     @staticmethod
@@ -36,12 +35,12 @@ class LocalText(Formulation):
         """
         if given := [name for name in ("sigma", "noise") if noise.get(name) is not None]:
             raise ValueError(f"{given[0]} must be None with preset='recommended': blocks of next tokens have no noise there")
-        leaving, read = self.model.training_output(block, self.model.clean(text), text.block_input)
+        leaving, read = block.run_stock(text.of_stock_model(), text.block_input)
         return leaving, ReadoutInput(read[:, :-1])
 
     def logits(self, block: Block, rows: ReadoutInput) -> torch.Tensor:
         """`[R, V]` of p(token | before), float32."""
-        return block.read_out(rows.hidden).float()
+        return block.head(rows.hidden).float()
 
     def predict(
         self, text: Text, labels, num_items, return_logits: bool | None, text_walk: None, num_steps: int | None, **stock
@@ -59,37 +58,37 @@ class LocalText(Formulation):
         if labels is not None and return_logits is False:
             return CausalLMOutputWithPast(loss=self._loss(text, labels, num_items))
         stock = self.model.asked_of_stock_model(stock)
-        if labels is not None and "use_cache" not in stock:
-            stock["use_cache"] = False  # nobody goes on from a text that is scored
+        if labels is None and "use_cache" not in stock:
+            stock["use_cache"] = None  # as the config says; nobody goes on from a text that is scored
         if num_items is not None:
             stock["num_items_in_batch"] = num_items
-        return self.model.backbone(**text.of_stock_model(), labels=labels, **stock)
+        return self.model.backbone(**{**text.of_stock_model(), **stock}, labels=labels)
 
     def _loss(self, text: Text, labels: torch.Tensor, num_items) -> torch.Tensor:
         """The mean cross-entropy, without ever holding all logits."""
-        rows, targets = self._last_hidden(text)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        labelled, head = rows_with_loss(targets, at_most=len(targets)), self.model.get_output_embeddings()
-        with weights_on_device(head):
+        rows, targets, last = self._last_hidden(text)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), self.model.blocks[-1]
+        labelled = rows_with_loss(targets, at_most=len(targets))
+        with last.readout_on_device() as parameters:
             total = chunked_sum(
-                lambda rows, targets: cross_entropy(self._head(rows), targets).sum(),
+                lambda rows, targets: cross_entropy(last.head(rows).float(), targets).sum(),
                 [rows[labelled], targets[labelled]],
-                list(head.parameters()),
+                parameters,
                 self.model.config.vocab_size,
             )
         return total / num_counted(targets, num_items)
 
     def _last_hidden(self, text: Text) -> torch.Tensor:
         """What the head reads, `[N, S, D]`."""
-        return self.model.backbone.base_model(**text.of_stock_model(), use_cache=False).last_hidden_state
-
-    def _head(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.model.architecture.head(self.model.blocks[-1].readout_parts, rows).float()
+        return self.model.backbone.base_model(**text.of_stock_model()).last_hidden_state
 
     def block_logits(self, text: Text) -> torch.Tensor:
         """Every block's, `[N, B, S, V]`."""
-        x = self.model.clean(text)
-        pairs = zip(self.model.blocks, self.model.clean_outputs(x))
-        return torch.stack([block.read_out(block.run_local_head(out, **x.attention)) for block, out in pairs], 1)
+
+        def run(block: Block, entering: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+            leaving, read = block.run_stock(text.of_stock_model(), entering)
+            return leaving, block.head(read.flatten(0, 1)).unflatten(0, read.shape[:2])
+
+        return torch.stack(self.model.each_block(run), 1)
 
     def likelihood_terms(self, batch: Mapping[str, torch.Tensor], num_samples: int, generator) -> LikelihoodTerms:
         """The cross-entropy: there is no diffusion to bound."""
@@ -97,7 +96,7 @@ class LocalText(Formulation):
         targets = batch["labels"][:, 1:]
         hidden = self._last_hidden(Text.of(batch))[:, :-1]
         nats = [  # a sequence at a time, whose logits are there alone
-            F.cross_entropy(self._head(row), target, ignore_index=IGNORED, reduction="sum").double()
+            F.cross_entropy(self.model.blocks[-1].head(row).float(), target, ignore_index=IGNORED, reduction="sum").double()
             for row, target in zip(hidden, targets)
         ]
         nats, tokens = torch.stack(nats).cpu(), (targets != IGNORED).sum(1).double().cpu()

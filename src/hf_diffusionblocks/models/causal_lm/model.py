@@ -16,7 +16,7 @@ from ...diffusion.likelihood import LikelihoodTerms
 from ...diffusion.objectives import chunked_sum, cross_entropy, num_counted, rows_with_loss
 from ...diffusion.randomness import Generators
 from ...streaming import weights_on_device
-from ..base import CleanInput, DiffusionBlocksPreTrainedModel
+from ..base import DiffusionBlocksPreTrainedModel
 from ..block import Block
 from ..targets import FixedTargets
 from .generation import WalkGeneration
@@ -35,10 +35,12 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
 
     main_input_name = "input_ids"
     task = "text-generation"
+    sees_later_tokens = False
     FORMULATIONS = {"recommended": LocalText, "paper": JointText}
     accepts_loss_kwargs = True  # the Trainer gives num_items_in_batch: every token of a step counts alike
 
     def __init__(self, config: DiffusionBlocksConfig):
+        self._check_task(config)
         if getattr(config.source_config, "is_causal", None) is False:  # it would see the tokens that it has to predict
             raise ValueError("is_causal=False in the plain model's config must be True, or absent, to predict next tokens")
         super().__init__(config)
@@ -183,17 +185,8 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
             total = chunked_sum(loss_of_rows, [rows.hidden, targets, *noise], parameters, self.config.vocab_size)
         return total / num_counted(targets, num_items)
 
-    def clean_input(self, batch: Mapping[str, torch.Tensor]) -> CleanInput:
-        return self.clean(Text.of(batch))
-
-    def clean(self, text: Text) -> CleanInput:
-        """What embeds the clean tokens, and what attention takes to run them."""
-        inputs, shape = text.positioned(), text.shape_in(self.dtype)
-        mask = self.architecture.causal_mask(
-            self.backbone, shape, text.attention_mask, text.position_ids, text.past_key_values
-        )
-        positions = self.architecture.positions(self.backbone, shape, inputs["position_ids"])
-        return CleanInput(inputs, {"attention_mask": mask, "past_key_values": text.past_key_values, **positions})
+    def stock_inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return Text.of(batch).of_stock_model()
 
     # ---- what the blocks say
 

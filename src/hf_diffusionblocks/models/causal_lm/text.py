@@ -37,8 +37,9 @@ class Text(NamedTuple):
         return torch.empty((*self.tokens.shape[:2], 0), dtype=dtype, device=self.tokens.device)
 
     def of_stock_model(self) -> dict[str, Any]:
-        """What the stock model takes."""
-        return {name: getattr(self, name) for name in self._fields if name != "block_input"}
+        """What the stock model takes, to run and keep nothing."""
+        given = {name: getattr(self, name) for name in self._fields if name != "block_input"}
+        return {"use_cache": False, **{name: value for name, value in given.items() if value is not None}}
 
     def positioned(self) -> dict[str, torch.Tensor | None]:
         """What embeds these tokens: with their positions."""

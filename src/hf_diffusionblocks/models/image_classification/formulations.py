@@ -1,4 +1,4 @@
-"""What a block is shown of an image, and how its class is read out: recommended, and the paper's."""
+"""The paper's: what a block is shown of an image and a noisy label, and how the class is read out."""
 
 from __future__ import annotations
 
@@ -15,54 +15,8 @@ from ...diffusion.objectives import IGNORED
 from ...diffusion.randomness import NoiseSource
 from ...diffusion.samplers import walk
 from ...whole_numbers import whole
-from ..base import CleanInput
 from ..block import Block
 from ..formulation import Formulation
-
-
-class LocalImage(Formulation):
-    """Blocks of the plain model, each trained on the cross-entropy of the class: a block starts from what the blocks before
-    it made of the image. There is no noise: at the paper's highest level, where the label is out of sight, this is what its
-    denoiser learns. In use it is the plain model.
-    """
-
-    passes_on = True
-
-    def train(self, block: Block, x: CleanInput, labels: torch.Tensor, block_input: torch.Tensor | None, noise: Mapping):
-        """What has left a block, `[N, S, D]`, and its logits `[N, V]`.
-
-        Raises:
-            ValueError: `noise` says a level or a draw.
-        """
-        if given := [name for name in ("sigma", "noise") if noise.get(name) is not None]:
-            raise ValueError(f"{given[0]} must be None with preset='recommended': blocks of classes have no noise there")
-        leaving, read = self.model.training_output(block, x, block_input)
-        return leaving, block.read_out(read)
-
-    def predict(self, x: CleanInput, labels: torch.Tensor | None = None, **stock) -> ImageClassifierOutput:
-        """What the plain model gives. (Not its loss: shares of classes it would take for classes of their own.)"""
-        num_items = stock.pop("num_items_in_batch", None)
-        found = self.model.backbone(**x.inputs, **self.model.asked_of_stock_model(stock))
-        if labels is not None:
-            found["loss"] = self.model.mean_loss(found.logits, labels, num_items)
-        return found
-
-    def block_logits(self, x: CleanInput) -> torch.Tensor:
-        """Every block's, `[N, B, V]`."""
-        pairs = zip(self.model.blocks, self.model.clean_outputs(x))
-        return torch.stack([block.read_out(block.run_local_head(out)) for block, out in pairs], dim=1)
-
-    def trajectory(self, x: CleanInput, num_steps: int | None, generator) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """The last block's logits `[N, V]`, what the blocks say in turn, `[N, B, V]` probabilities, and no levels.
-
-        Raises:
-            ValueError: steps, or noise, are asked for.
-        """
-        for name, value in (("num_inference_steps", num_steps), ("generator", generator)):
-            if value is not None:
-                raise ValueError(f"{name} must be None with preset='recommended': nothing walks to a class")
-        logits = self.block_logits(x)
-        return logits[:, -1], logits.float().softmax(-1), None
 
 
 class NoisyLabelToken(nn.Module):
@@ -83,12 +37,12 @@ class JointImage(Formulation):
 
     modulated = True
 
-    def train(self, block: Block, x: CleanInput, labels: torch.Tensor, block_input: torch.Tensor | None, noise: Mapping):
+    def train(self, block: Block, x: Mapping, labels: torch.Tensor, block_input: torch.Tensor | None, noise: Mapping):
         """What has left a block, `[N, S+1, D]`, and its logits `[N, V]` of p(label | x, z)."""
         self.model.refuse({"block_input": block_input}, "with preset='paper': a block starts from embeddings")
         sigma = self.model.draw_levels(block.index, (len(labels),), noise["sigma"], noise["generator"])
         z = corrupt(self._targets(labels), sigma, noise["noise"], noise["generator"])
-        leaving = self._run(block, block.embed(x.inputs), z, sigma)
+        leaving = self._run(block, block.embed(x), z, sigma)
         return leaving, block.read_out(leaving)
 
     def _targets(self, labels: torch.Tensor) -> torch.Tensor:
@@ -104,7 +58,7 @@ class JointImage(Formulation):
         c_in = precondition(sigma, self.model.config.sigma_data).input
         return block.run(torch.cat([hidden, noisy_label(z, c_in)], dim=1), block.modulations(sigma))
 
-    def predict(self, x: CleanInput, labels: torch.Tensor | None = None, **stock) -> ImageClassifierOutput:
+    def predict(self, x: Mapping, labels: torch.Tensor | None = None, **stock) -> ImageClassifierOutput:
         """Label-free logits: the end of a walk from keyed noise."""
         num_items = stock.pop("num_items_in_batch", None)
         self.model.refuse(self.model.asked_of_stock_model(stock), "with preset='paper': it is for the plain model")
@@ -113,22 +67,22 @@ class JointImage(Formulation):
             loss = self.model.mean_loss(logits, labels, num_items)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
-    def block_logits(self, x: CleanInput) -> torch.Tensor:
+    def block_logits(self, x: Mapping) -> torch.Tensor:
         """Every block's at sigma_max, `[N, B, V]`, from keyed noise."""
-        start = self._noise(len(x.inputs["pixel_values"]), None).normal(self.model.config.hidden_size)
+        start = self._noise(len(x["pixel_values"]), None).normal(self.model.config.hidden_size)
         sigma = torch.full((len(start),), self.model.config.sigma_max, device=self.model.device)
         z, blocks = sigma[:, None] * start, self.model.blocks
-        return torch.stack([b.read_out(self._run(b, b.embed(x.inputs), z, sigma)) for b in blocks], dim=1)
+        return torch.stack([b.read_out(self._run(b, b.embed(x), z, sigma)) for b in blocks], dim=1)
 
     def _noise(self, num_rows: int, generator: torch.Generator | None) -> NoiseSource:
         """Where the noise of a walk comes from: keyed, or of a generator."""
         return NoiseSource(num_rows, self.model.config.inference_seed, generator, self.model.device)
 
     def trajectory(
-        self, x: CleanInput, num_steps: int | None, generator: torch.Generator | None
+        self, x: Mapping, num_steps: int | None, generator: torch.Generator | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of a walk: its last logits `[N, V]`, the probabilities after each of T evaluations `[N, T, V]`, and its levels."""
-        model, num_rows, probabilities = self.model, len(x.inputs["pixel_values"]), []
+        model, num_rows, probabilities = self.model, len(x["pixel_values"]), []
         steps = model.config.num_inference_steps if num_steps is None else num_steps
         sigmas = model.noise_schedule.inference_sigmas(whole("num_inference_steps", steps, 1, ", or None"))
         owners = model.noise_schedule.block_of(sigmas[:-1]).tolist()
@@ -137,7 +91,7 @@ class JointImage(Formulation):
         def denoise(z: torch.Tensor, step: int) -> torch.Tensor:
             block = model.blocks[owners[step]]
             if block.index not in embedded:
-                embedded[block.index] = block.embed(x.inputs)
+                embedded[block.index] = block.embed(x)
             sigma = torch.full((num_rows,), sigmas[step].item(), device=z.device)
             logits = block.read_out(self._run(block, embedded[block.index], z, sigma))
             probabilities.append(logits.float().softmax(-1))

@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ...configuration import DiffusionBlocksConfig
-from ...diffusion.objectives import IGNORED, num_counted
 from ...diffusion.randomness import Generators
-from ..active import without_dropout
-from ..base import CleanInput, DiffusionBlocksPreTrainedModel
+from ..classification import DiffusionBlocksClassifier, LocalClasses, WalkClassifierOutput
 from ..targets import FixedTargets
-from .formulations import JointImage, LocalImage, NoisyLabelToken
+from .formulations import JointImage, NoisyLabelToken
 
 
-@dataclass
-class WalkClassifierOutput(ModelOutput):
-    """What [`DiffusionBlocksForImageClassification.predict`] returns.
-
-    Args:
-        logits: `[N, num_labels]` of the last evaluation.
-        probabilities: their softmax.
-        trajectory: `[N, T, num_labels]`, the probabilities after each evaluation: of the steps of a walk, or of the blocks.
-        sigmas: `[T+1]` float64, the levels walked, of which the last is not evaluated; None where nothing walks.
-    """
-
-    logits: torch.FloatTensor | None = None
-    probabilities: torch.FloatTensor | None = None
-    trajectory: torch.FloatTensor | None = None
-    sigmas: torch.DoubleTensor | None = None
-
-
-class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
-    """A ViT whose blocks tell the class, each by itself; it is read from CLS.
+class DiffusionBlocksForImageClassification(DiffusionBlocksClassifier):
+    """An image classifier whose blocks tell the class, each by itself.
 
     Recommended: each on the cross-entropy of what it has made of the image; the whole is used as the plain model is. The
     paper's (arXiv 2506.14202, appendix on image classification): each a denoiser of the label's embedding, at its own noise
@@ -48,17 +26,11 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
     """
 
     main_input_name = "pixel_values"
-    accepts_loss_kwargs = True  # the Trainer gives num_items_in_batch: every image of a step counts alike
     task = "image-classification"
-    FORMULATIONS = {"recommended": LocalImage, "paper": JointImage}
+    FORMULATIONS = {"recommended": LocalClasses, "paper": JointImage}
     copied_modules = ("noisy_labels",)
 
     def __init__(self, config: DiffusionBlocksConfig):
-        if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
-            raise ValueError(
-                f"problem_type={config.problem_type!r} with num_labels={config.num_labels} must be "
-                "'single_label_classification' with at least 2 labels: a block tells one class of several"
-            )
         super().__init__(config)
         if self.formulation.modulated:
             self.label_embeddings = FixedTargets(config.num_labels, config.hidden_size)
@@ -114,37 +86,14 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         Raises:
             ValueError: labels are missing for a block, or a block for training; or an argument is not of this formulation.
         """
-        self.check_block_given(block_index, labels)
-        x = self._clean(pixel_values, interpolate_pos_encoding)
-        noise = {"sigma": sigma, "noise": noise, "generator": generator}
-        if block_index is None:
-            self.refuse({**noise, "block_input": block_input}, "without block_index: it is of a block that trains")
-            if num_items_in_batch is not None:
-                stock["num_items_in_batch"] = num_items_in_batch
-            return self.formulation.predict(x, labels=labels, **stock)
-        self.refuse(stock, "with block_index: a block gives its own logits, of its own loss")
-        leaving, logits = self.formulation.train(self.blocks[block_index], x, labels, block_input, noise)
-        loss = self.mean_loss(logits, labels, num_items_in_batch)
-        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=(leaving.detach(),))
-
-    def mean_loss(self, logits: torch.Tensor, labels: torch.Tensor, num_items) -> torch.Tensor:
-        """The cross-entropy of those that have a label: their mean, or, of a micro-batch, its part of the mean over the
-        step's `num_items`."""
-        total = F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORED)
-        return total / (len(labels) if labels.is_floating_point() and num_items is None else num_counted(labels, num_items))
-
-    def clean_input(self, batch: Mapping[str, torch.Tensor]) -> CleanInput:
-        return self._clean(batch["pixel_values"], batch.get("interpolate_pos_encoding", False))
-
-    def _clean(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> CleanInput:
-        return CleanInput({"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}, {})
+        x, draws = _stock_inputs(pixel_values, interpolate_pos_encoding), {"sigma": sigma, "noise": noise, "generator": generator}
+        return self._classify(x, labels, block_index, block_input, draws, num_items_in_batch, stock)
 
     def block_logits(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         """Label-free logits of every block, `[N, B, num_labels]`: through its local head, if it has one; the paper's at
         sigma_max, from the walk's (keyed) starting noise, where only block 0 has been trained."""
-        return self.formulation.block_logits(self._clean(pixel_values, interpolate_pos_encoding))
+        return self.formulation.block_logits(_stock_inputs(pixel_values, interpolate_pos_encoding))
 
-    @torch.no_grad()
     def predict(
         self,
         pixel_values: torch.Tensor,
@@ -166,9 +115,10 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         Raises:
             ValueError: steps or a generator are given where nothing walks.
         """
-        with without_dropout(self):
-            x = self._clean(pixel_values, interpolate_pos_encoding)
-            logits, trajectory, sigmas = self.formulation.trajectory(x, num_inference_steps, generator)
-        return WalkClassifierOutput(
-            logits=logits, probabilities=logits.float().softmax(-1), trajectory=trajectory, sigmas=sigmas
-        )
+        return self._predict(_stock_inputs(pixel_values, interpolate_pos_encoding), num_inference_steps, generator)
+
+
+def _stock_inputs(pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> dict[str, Any]:
+    """(Not every classifier knows of positions.)"""
+    asked = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
+    return {"pixel_values": pixel_values, **asked}

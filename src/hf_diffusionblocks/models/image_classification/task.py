@@ -5,19 +5,23 @@ from __future__ import annotations
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
-from ...backbones.vit import ViTBackbone
 from ...tasks import LABEL_FREE_LOGITS, Task, a_step_a_block, gaussian_noise
 from .model import DiffusionBlocksForImageClassification
 
 
+IMAGE_SIZE = 224  #: where a config says none
+
+
 def example(config: PreTrainedConfig, num_rows: int, sequence_length: None) -> dict[str, torch.Tensor]:
     """Random images `[N, C, H, W]` and labels `[N]`."""
-    images = torch.randn(num_rows, config.num_channels, *_pair(config.image_size))
+    images = getattr(config, "vision_config", config)
+    size = _pair(getattr(images, "image_size", None) or IMAGE_SIZE)
+    images = torch.randn(num_rows, getattr(images, "num_channels", 3), *size)
     return {"pixel_values": images, "labels": torch.randint(config.num_labels, (num_rows,))}
 
 
 def num_positions(config: PreTrainedConfig, sequence_length: None) -> int:
-    """CLS, and the patches."""
+    """CLS, and the patches. (Of what has other tokens, too, an estimate is a little low.)"""
     (height, width), (rows, columns) = _pair(config.image_size), _pair(config.patch_size)
     return 1 + (height // rows) * (width // columns)
 
@@ -35,7 +39,7 @@ IMAGE_CLASSIFICATION = Task(
     name=DiffusionBlocksForImageClassification.task,
     model_class=DiffusionBlocksForImageClassification,
     auto_class=AutoModelForImageClassification,
-    backbones=(ViTBackbone,),
+    stock_auto_classes=(AutoModelForImageClassification,),
     example=example,
     num_positions=num_positions,
     takes_sequence_length=False,

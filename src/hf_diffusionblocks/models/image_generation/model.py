@@ -19,8 +19,8 @@ from ...diffusion.samplers import flow_on
 from ...presets import PRESETS
 from ...streaming import weights_on_device
 from ...whole_numbers import whole
-from ..active import without_dropout
-from ..base import CleanInput, DiffusionBlocksPreTrainedModel
+from ...backbones.stock_run import without_dropout
+from ..base import DiffusionBlocksPreTrainedModel
 from ..block import Block
 from ..formulation import Formulation
 
@@ -75,7 +75,7 @@ class NoisyImage(Formulation):
         c = precondition(sigma[:, None, None, None], model.config.sigma_data)
         # (Sinusoids of diffusers are made for 0 to 1000; c_noise spans [-1.6, 1.1].)
         conditions = {"timestep": 1000 * c.noise.flatten(), "class_labels": class_labels}
-        hidden = model.training_output(block, CleanInput({"pixel_values": c.input * z}, conditions)).read
+        hidden = block.run(block.embed({"pixel_values": c.input * z}), **conditions)
         with weights_on_device(block.layers[0]):
             condition = model.architecture.condition(block.layers[0], **conditions)
         patches = block.read_out(hidden, condition=condition)

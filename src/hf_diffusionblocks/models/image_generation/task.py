@@ -35,7 +35,6 @@ IMAGE_GENERATION = Task(
     name=DiffusionBlocksForImageGeneration.task,
     model_class=DiffusionBlocksForImageGeneration,
     auto_class=AutoModel,
-    backbones=(DiTBackbone,),
     example=example,
     num_positions=num_positions,
     takes_sequence_length=False,

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from ...diffusion.masking import draw_masked
 from ...diffusion.randomness import check_generators
 from ...whole_numbers import whole
-from ..active import without_dropout
+from ...backbones.stock_run import without_dropout
 from .controls import CONTROLS, ENDS, Ends, Sampling, number_of_new, settle
 from .text import MaskedText
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
+from inspect import signature
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from ...diffusion.masking import MaskingSchedule, draw_counts, draw_masked
 from ...diffusion.objectives import IGNORED, chunked_sum, cross_entropy, num_counted, rows_per_chunk, rows_with_loss
 from ...diffusion.randomness import Generators, keyed_generators
 from ...presets import PRESETS
-from ..base import CleanInput, DiffusionBlocksPreTrainedModel
+from ..base import DiffusionBlocksPreTrainedModel
 from ..block import Block
 from ..formulation import Formulation
 from .bound import likelihood_terms
@@ -25,6 +26,12 @@ from .generation import UnmaskingGeneration
 from .text import MaskedText
 
 logger = logging.get_logger(__name__)
+
+
+class MaskedInput(Formulation):
+    """z is what the layers read: nothing meets it. How much of it is masked they see by themselves (arXiv 2409.02908)."""
+
+    runs_stock = True
 
 
 class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGeneration):
@@ -40,8 +47,8 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
 
     main_input_name = "input_ids"
     task = "fill-mask"
-    #: z is what the layers read: nothing meets it. How much of it is masked they see by themselves (arXiv 2409.02908).
-    FORMULATIONS = dict.fromkeys(PRESETS, Formulation)
+    sees_later_tokens = True
+    FORMULATIONS = dict.fromkeys(PRESETS, MaskedInput)
     accepts_loss_kwargs = True  # the Trainer gives num_items_in_batch: every token of a step counts alike
 
     def __init__(self, config: DiffusionBlocksConfig):
@@ -89,9 +96,7 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         """
         if not self.computes_plain_model:
             raise ValueError(f"to_plain() needs num_blocks=1, this model has {self.num_blocks}: no block has all layers")
-        plain = super().to_plain()
-        plain.config.is_causal = False
-        return plain
+        return super().to_plain()
 
     # ---- training and evaluation
 
@@ -143,12 +148,12 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         block, maskable = self.blocks[block_index], (labels != IGNORED) & text.attended
         counts = self._counts(block_index, text, maskable, mask_ratio, generator)
         masked = draw_masked(counts, maskable, generator)
-        hidden = self.training_output(block, self.seen(text.masked(masked, self.mask_token_id))).read
+        hidden = self.read(block, text.masked(masked, self.mask_token_id))
         weights = self._weights(block_index, text, masked, maskable)
         items = num_counted(labels.masked_fill(~maskable, IGNORED), num_items_in_batch)
         targets = labels.masked_fill(~masked, IGNORED)
         loss = self._weighted_sum(block, hidden, targets, weights, self._at_most(block_index, targets, mask_ratio)) / items
-        return MaskedLMOutput(loss=loss, logits=self.logits(block, hidden) if return_logits else None)
+        return MaskedLMOutput(loss=loss, logits=self._all_logits(block, hidden) if return_logits else None)
 
     def _refuse_masked(self, text: MaskedText) -> None:
         if text.input_ids.device.type == "cpu" and bool(text.holds(self.mask_token_id).any()):  # (no wait for a device)
@@ -198,23 +203,24 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         with block.readout_on_device() as parameters:
             return chunked_sum(loss_of_rows, rows, parameters, self.config.vocab_size)
 
-    def seen(self, text: MaskedText) -> CleanInput:
-        """What embeds a text, and what attention takes to run it."""
-        position_ids = text.position_ids
-        if position_ids is None:
-            position_ids = torch.arange(text.input_ids.shape[1], device=text.input_ids.device)[None]
-        inputs = {"input_ids": text.input_ids, "position_ids": position_ids}
-        if self.architecture.embeds_token_types:
-            inputs["token_type_ids"] = text.token_type_ids
-        shape = torch.empty((*text.input_ids.shape, 0), dtype=self.dtype, device=text.input_ids.device)
-        attention = self.architecture.attention_both_ways(self.backbone, shape, text.attention_mask, position_ids)
-        return CleanInput(inputs, attention)
+    def read(self, block: Block, text: MaskedText) -> torch.Tensor:
+        """What the head reads of a text that one block has run, `[N, S, D]`."""
+        return block.run_stock(self.stock_inputs(text._asdict())).read
+
+    def stock_inputs(self, batch: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        known = signature(self.backbone.forward).parameters  # (not all know of token types, positions or a cache)
+        given = {name: batch[name] for name in MaskedText._fields if batch.get(name) is not None and name in known}
+        return {"use_cache": False, **given} if "use_cache" in known else given
 
     def logits(self, block: Block, hidden: torch.Tensor) -> torch.Tensor:
-        """`[..., D]` that has left a block -> `[..., V]`; MASK is never an answer."""
-        logits = block.read_out(hidden)
+        """`[R, D]` of what the head reads -> `[R, V]`; MASK is never an answer."""
+        logits = block.head(hidden)
         logits[..., self.mask_token_id] = -torch.inf
         return logits
+
+    def _all_logits(self, block: Block, hidden: torch.Tensor) -> torch.Tensor:
+        """The same, of `[N, S, D]`."""
+        return self.logits(block, hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
 
     def evaluation_levels(self, block_index: int, num_rows: int) -> dict[str, torch.Tensor]:
         """Nothing: a block draws from its own range."""
@@ -231,7 +237,7 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
             if labels is not None:
                 sums[rows] = self.sums_of_rows(block, hidden, labels[rows], masked[rows])
             if wants_logits:
-                of_block = self.logits(block, hidden)
+                of_block = self._all_logits(block, hidden)
                 logits = of_block.new_empty((len(text.input_ids), *of_block.shape[1:])) if logits is None else logits
                 logits[rows] = of_block
         if labels is None:
@@ -260,7 +266,7 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         owners = self.noise_schedule.block_of(text.holds(self.mask_token_id).sum(1), text.attended.sum(1)).cpu()
         for k in owners.unique().tolist():
             rows = (owners == k).nonzero()[:, 0].to(text.input_ids.device)
-            yield self.blocks[k], rows, self.training_output(self.blocks[k], self.seen(text.rows(rows))).read
+            yield self.blocks[k], rows, self.read(self.blocks[k], text.rows(rows))
 
     def sums_of_rows(self, block: Block, hidden: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """`-ln p` of each text's masked tokens, summed: `[N]` float64, of hidden states `[N, S, D]`. In chunks."""

@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
-from ...backbones.base import backbone_for
-from ...backbones.decoder import Decoder
-from ...backbones.encoder import Encoder
+from ...backbones.stock_run import head_of
 from ...diffusion.objectives import chunked_sum, cross_entropy
 from ...presets import PRESETS
 from ...processors import load_tokenizer
-from ...tasks import Generation, Task
+from ...tasks import OF_TEXT, Generation, Task, stock_class
 from ...whole_numbers import is_whole
 from .command import MaskedTextOptions, generate
 from .model import DiffusionBlocksForMaskedLM
 
 
 def settle(config: PreTrainedConfig) -> None:
-    """Say which token is MASK; without one there is a new one after the vocabulary's last.
+    """Say which token is MASK; without one there is a new one after the vocabulary's last. A decoder is told to attend both
+    ways.
 
     Raises:
         ValueError: `mask_token_id` is beyond that.
     """
     source = config.source_config
+    if stock_class(AutoModelForMaskedLM, source) is None:
+        source.is_causal = False
     if config.mask_token_id is None:
         config.mask_token_id = getattr(source, "mask_token_id", None)
-    size, found = source.vocab_size, config.mask_token_id
+    text = source.get_text_config()
+    size, found = text.vocab_size, config.mask_token_id
     if found is None:
         config.mask_token_id = found = size
     if not is_whole(found, 0) or found > size:
         raise ValueError(f"mask_token_id={found!r} must lie in 0..{size - 1}, or be {size}, or None, for a new token")
-    source.mask_token_id, source.vocab_size = found, max(size, found + 1)
+    source.mask_token_id, text.vocab_size = found, max(size, found + 1)
 
 
 def fields_of_source(source: str, **hub) -> dict[str, int]:
@@ -45,20 +47,19 @@ def fields_of_source(source: str, **hub) -> dict[str, int]:
 
 def example(config: PreTrainedConfig, num_rows: int, sequence_length: int | None) -> dict[str, torch.Tensor]:
     """Random tokens `[N, S]`, which are their own labels; no MASK where the config names it."""
-    tokens = torch.randint(config.vocab_size - 1, (num_rows, sequence_length))
-    mask = getattr(config, "mask_token_id", None)
-    tokens += tokens >= (config.vocab_size if mask is None else mask)
+    size, mask = config.get_text_config().vocab_size, getattr(config, "mask_token_id", None)
+    tokens = torch.randint(size - 1, (num_rows, sequence_length))
+    tokens += tokens >= (size if mask is None else mask)
     return {"input_ids": tokens, "labels": tokens}
 
 
 def plain_loss(model: PreTrainedModel, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of half of a plain model's tokens, as if they were masked, read out in chunks as ours is."""
-    architecture = backbone_for(model.config)
     hidden = model.base_model(**inputs, is_causal=False).last_hidden_state
     half = labels.shape[1] // 2
 
     def loss_of_rows(hidden, targets):
-        return cross_entropy(architecture.head(model, hidden).float(), targets).sum()
+        return cross_entropy(head_of(model, hidden).float(), targets).sum()
 
     rows = [hidden[:, :half].flatten(0, 1), labels[:, :half].flatten()]
     head = [p for module in model.children() if module is not model.base_model for p in module.parameters()]
@@ -71,13 +72,10 @@ FILL_MASK = Task(
     name=DiffusionBlocksForMaskedLM.task,
     model_class=DiffusionBlocksForMaskedLM,
     auto_class=AutoModelForMaskedLM,
-    backbones=(Decoder, Encoder),
+    stock_auto_classes=(AutoModelForMaskedLM, AutoModelForCausalLM),
     example=example,
-    num_positions=lambda config, sequence_length: sequence_length,
-    takes_sequence_length=True,
     plain_loss=plain_loss,
-    processor="tokenizer",
-    load_processor=load_tokenizer,
+    **OF_TEXT,
     usage='fill = pipeline("fill-mask", model={name})\nfill(f"Once upon a {{fill.tokenizer.mask_token}}.")',
     formulations=dict.fromkeys(PRESETS, MASKS),
     evaluation=dict.fromkeys(

@@ -1,0 +1,162 @@
+"""A stock model run with some of its layers: its own forward does all the rest, so no architecture has to be known.
+
+While a block runs, each layer's `forward` is an attribute of the instance, as Accelerate sets it, and is put back after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+
+#: Class of layers -> what its `forward` returns, with None for the tensors: hidden states alone, or first of several things.
+_OUTPUTS: dict[type[nn.Module], Any] = {}
+
+
+@contextmanager
+def standing_in(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """While this runs, `forward` is what calls of a module run."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+@contextmanager
+def in_place(model: nn.Module, parts: nn.Module, paths: Sequence[str]) -> Iterator[None]:
+    """While this runs, a model has the modules of `parts` at these paths."""
+    own = {path: model.get_submodule(path) for path in paths}
+    for path in paths:
+        model.set_submodule(path, parts.get_submodule(path))
+    try:
+        yield
+    finally:
+        for path, module in own.items():
+            model.set_submodule(path, module)
+
+
+@contextmanager
+def without_dropout(module: nn.Module) -> Iterator[None]:
+    """Put a module in evaluation mode, then give every sub-module back the mode it had."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training
+
+
+class StockRun:
+    """A forward of a stock model in which one block alone trains.
+
+    Layers after the block hand on what they are given. So do those before it, or they run as they are in use: without
+    gradient, and nothing is dropped.
+
+    Args:
+        model: the stock model.
+        layers: all of its layers, in order.
+        block: which of them are the block's.
+        runs_earlier: whether layers before the block run.
+        entering: what enters the block `[N, S, D]`, if it is there: no layer before it runs, then.
+        local_head: layers that run after the block's, on what its last one is given beside hidden states.
+    """
+
+    leaving: torch.Tensor | None = None  #: what has left the block, `[N, S, D]`; None before
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[nn.Module], block: range, runs_earlier: bool,
+        entering: torch.Tensor | None, local_head: Sequence[nn.Module],
+    ):  # fmt: skip
+        self._model, self._layers, self._block, self._local_head = model, layers, block, local_head
+        self._entering, self._runs_earlier = entering, runs_earlier and entering is None
+        self._kind, self._first = type(layers[block.start]), layers[block.start].forward
+        self._before = ExitStack()  # what holds until the block begins
+
+    @contextmanager
+    def running(self) -> Iterator[StockRun]:
+        """While this runs, the model's forward is this one."""
+        with ExitStack() as stack:
+            if self._block.start > 0:
+                self._before.enter_context(without_dropout(self._model))
+                stack.callback(self._before.close)
+            for index, layer in enumerate(self._layers):
+                stack.enter_context(standing_in(layer, partial(self._run, index, layer.forward)))
+            yield self
+
+    def _run(self, index: int, forward: Callable, *args, **kwargs) -> Any:
+        if index not in self._block:
+            if index > self._block.start or not self._runs_earlier:
+                return self._handed_on(args, kwargs)
+            with torch.no_grad():
+                return forward(*args, **kwargs)
+        if index == self._block.start:
+            self._before.close()
+            if self._entering is not None:
+                args, kwargs = with_hidden(self._entering, args, kwargs)
+        output = forward(*args, **kwargs)
+        _OUTPUTS[self._kind] = _form(output)
+        if index == self._block[-1]:
+            self.leaving = hidden_of(output)
+            for layer in self._local_head:
+                args, kwargs = with_hidden(hidden_of(output), args, kwargs)
+                output = layer(*args, **kwargs)
+        return output
+
+    def _handed_on(self, args: tuple, kwargs: dict) -> Any:
+        """What a layer returns that does nothing."""
+        if self._kind not in _OUTPUTS:  # before the block has run: nothing is dropped
+            with torch.no_grad():
+                _OUTPUTS[self._kind] = _form(self._first(*args, **kwargs))
+        hidden, form = args[0] if args else next(iter(kwargs.values())), _OUTPUTS[self._kind]
+        if isinstance(form, dict):
+            return {name: value if number else hidden for number, (name, value) in enumerate(form.items())}
+        return hidden if form is None else type(form)((hidden, *form[1:]))
+
+
+def _form(output: Any) -> Any:
+    if isinstance(output, dict):
+        return dict.fromkeys(output)
+    return type(output)([None] * len(output)) if isinstance(output, (tuple, list)) else None
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    """The hidden states that a layer returns, alone or first."""
+    if isinstance(output, dict):
+        return next(iter(output.values()))
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def with_hidden(hidden: torch.Tensor, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """What a layer is called with, on other hidden states: they come first, by position or by name."""
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, next(iter(kwargs)): hidden}
+
+
+class _LastHidden(BaseModelOutput):
+    """What a stock model without its head returns, as far as a head reads it."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+def head_of(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """What a stock model makes of rows `[R, D]` that have left it but for its head: `[R, V]`, soft caps and the like included."""
+
+    def base(*args, **kwargs) -> _LastHidden:
+        return _LastHidden(last_hidden_state=rows[None])
+
+    with standing_in(model.base_model, base):
+        return model(input_ids=torch.zeros((1, len(rows)), dtype=torch.long, device=rows.device)).logits[0]

@@ -1,0 +1,134 @@
+"""What classifiers share, of images and of texts: y is a label, x what the stock model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils import ModelOutput
+
+from ..backbones.stock_run import without_dropout
+from ..configuration import DiffusionBlocksConfig
+from ..diffusion.objectives import IGNORED, num_counted
+from .base import DiffusionBlocksPreTrainedModel
+from .block import Block
+from .formulation import Formulation
+
+
+@dataclass
+class WalkClassifierOutput(ModelOutput):
+    """What `predict` of a classifier returns.
+
+    Args:
+        logits: `[N, num_labels]` of the last evaluation.
+        probabilities: their softmax.
+        trajectory: `[N, T, num_labels]`, the probabilities after each evaluation: of the steps of a walk, or of the blocks.
+        sigmas: `[T+1]` float64, the levels walked, of which the last is not evaluated; None where nothing walks.
+    """
+
+    logits: torch.FloatTensor | None = None
+    probabilities: torch.FloatTensor | None = None
+    trajectory: torch.FloatTensor | None = None
+    sigmas: torch.DoubleTensor | None = None
+
+
+class LocalClasses(Formulation):
+    """Blocks of the plain model, each trained on the cross-entropy of the class: a block starts from what the blocks before
+    it made of the image. There is no noise: at the paper's highest level, where the label is out of sight, this is what its
+    denoiser learns. In use it is the plain model.
+    """
+
+    passes_on = runs_stock = True
+
+    def train(self, block: Block, x: Mapping, labels: torch.Tensor, block_input: torch.Tensor | None, noise: Mapping):
+        """What has left a block, `[N, S, D]`, and its logits `[N, V]`.
+
+        Raises:
+            ValueError: `noise` says a level or a draw.
+        """
+        if given := [name for name in ("sigma", "noise") if noise.get(name) is not None]:
+            raise ValueError(f"{given[0]} must be None with preset='recommended': blocks of classes have no noise there")
+        return self._run(x, block, block_input)
+
+    def _run(self, x: Mapping, block: Block, entering: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        with block.alone(entering) as run:
+            logits = self.model.backbone(**x).logits
+        return run.leaving, logits
+
+    def predict(self, x: Mapping, labels: torch.Tensor | None = None, **stock) -> ImageClassifierOutput:
+        """What the plain model gives. (Not its loss: shares of classes it would take for classes of their own.)"""
+        num_items = stock.pop("num_items_in_batch", None)
+        found = self.model.backbone(**x, **self.model.asked_of_stock_model(stock))
+        if labels is not None:
+            found["loss"] = self.model.mean_loss(found.logits, labels, num_items)
+        return found
+
+    def block_logits(self, x: Mapping) -> torch.Tensor:
+        """Every block's, `[N, B, V]`."""
+        return torch.stack(self.model.each_block(partial(self._run, x)), dim=1)
+
+    def trajectory(self, x: Mapping, num_steps: int | None, generator) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """The last block's logits `[N, V]`, what the blocks say in turn, `[N, B, V]` probabilities, and no levels.
+
+        Raises:
+            ValueError: steps, or noise, are asked for.
+        """
+        for name, value in (("num_inference_steps", num_steps), ("generator", generator)):
+            if value is not None:
+                raise ValueError(f"{name} must be None with preset='recommended': nothing walks to a class")
+        logits = self.block_logits(x)
+        return logits[:, -1], logits.float().softmax(-1), None
+
+
+class DiffusionBlocksClassifier(DiffusionBlocksPreTrainedModel):
+    """A classifier whose blocks tell the class, each by itself.
+
+    Raises:
+        ValueError: the plain model tells no single class of several.
+    """
+
+    accepts_loss_kwargs = True  # the Trainer gives num_items_in_batch: every row of a step counts alike
+
+    def __init__(self, config: DiffusionBlocksConfig):
+        if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
+            raise ValueError(
+                f"problem_type={config.problem_type!r} with num_labels={config.num_labels} must be "
+                "'single_label_classification' with at least 2 labels: a block tells one class of several"
+            )
+        super().__init__(config)
+
+    def _classify(
+        self, x: Mapping[str, Any], labels: torch.Tensor | None, block_index: int | None, block_input: torch.Tensor | None,
+        draws: Mapping[str, Any], num_items: torch.Tensor | int | None, stock: dict[str, Any],
+    ) -> ImageClassifierOutput:  # fmt: skip
+        """What `forward` does, of what the stock model takes."""
+        self.check_block_given(block_index, labels)
+        if block_index is None:
+            self.refuse({**draws, "block_input": block_input}, "without block_index: it is of a block that trains")
+            if num_items is not None:
+                stock["num_items_in_batch"] = num_items
+            return self.formulation.predict(x, labels=labels, **stock)
+        self.refuse(stock, "with block_index: a block gives its own logits, of its own loss")
+        leaving, logits = self.formulation.train(self.blocks[block_index], x, labels, block_input, draws)
+        loss = self.mean_loss(logits, labels, num_items)
+        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=(leaving.detach(),))
+
+    def mean_loss(self, logits: torch.Tensor, labels: torch.Tensor, num_items) -> torch.Tensor:
+        """The cross-entropy of those that have a label: their mean, or, of a micro-batch, its part of the mean over the
+        step's `num_items`."""
+        total = F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORED)
+        return total / (len(labels) if labels.is_floating_point() and num_items is None else num_counted(labels, num_items))
+
+    def _predict(
+        self, x: Mapping[str, Any], num_inference_steps: int | None = None, generator: torch.Generator | None = None
+    ) -> WalkClassifierOutput:
+        with torch.no_grad(), without_dropout(self):
+            logits, trajectory, sigmas = self.formulation.trajectory(x, num_inference_steps, generator)
+        return WalkClassifierOutput(
+            logits=logits, probabilities=logits.float().softmax(-1), trajectory=trajectory, sigmas=sigmas
+        )

@@ -1,0 +1,5 @@
+"""Text classification."""
+
+from .model import DiffusionBlocksForSequenceClassification
+
+__all__ = ["DiffusionBlocksForSequenceClassification"]

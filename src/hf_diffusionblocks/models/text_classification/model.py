@@ -1,0 +1,92 @@
+"""Text classification: x is a text, y its label."""
+
+from __future__ import annotations
+
+import torch
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils.generic import can_return_tuple
+
+from ...configuration import DiffusionBlocksConfig
+from ...diffusion.randomness import Generators
+from ..classification import DiffusionBlocksClassifier, LocalClasses, WalkClassifierOutput
+
+
+class DiffusionBlocksForSequenceClassification(DiffusionBlocksClassifier):
+    """A text classifier, encoder or decoder, whose blocks tell the class, each by itself: on the cross-entropy of what it has
+    made of the text. The whole is used as the plain model is."""
+
+    main_input_name = "input_ids"
+    task = "text-classification"
+    FORMULATIONS = {"recommended": LocalClasses}
+
+    def __init__(self, config: DiffusionBlocksConfig):
+        super().__init__(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        block_index: int | None = None,
+        sigma: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        generator: Generators = None,
+        return_logits: bool | None = None,
+        block_input: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **stock,
+    ) -> ImageClassifierOutput:
+        """Train one block (`block_index` given), or classify.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds: as in the plain model.
+            labels: `[N]` class numbers, of which -100 has no loss; or `[N, num_labels]`, shares of the classes.
+            block_index: the block to train. Needs `labels`.
+            sigma, noise, generator, return_logits: for all tasks alike; there is no noise, and logits are always returned.
+            block_input: the hidden states `[N, S, D]` that enter the block, where the earlier blocks are not run but
+                their output is there.
+            num_items_in_batch: texts that the summed loss is divided by; None is those of this batch.
+            stock: classification: what else the plain model takes (`output_hidden_states`, ...).
+
+        Returns:
+            `loss` (with labels) and `logits` `[N, num_labels]`, label-free; of a block also `hidden_states`, what has left it,
+            without gradient (a tuple of one, `[N, S, D]`, for the next).
+
+        Raises:
+            ValueError: labels are missing for a block, or a block for training; or noise is given.
+        """
+        x = _stock_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        draws = {"sigma": sigma, "noise": noise, "generator": generator}
+        return self._classify(x, labels, block_index, block_input, draws, num_items_in_batch, stock)
+
+    def block_logits(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+    ) -> torch.Tensor:
+        """Label-free logits of every block, `[N, B, num_labels]`: through its local head, if it has one."""
+        return self.formulation.block_logits(_stock_inputs(input_ids, attention_mask, token_type_ids))
+
+    def predict(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+    ) -> WalkClassifierOutput:
+        """Classify, and show how, block by block."""
+        return self._predict(_stock_inputs(input_ids, attention_mask, token_type_ids))
+
+
+def _stock_inputs(input_ids, attention_mask=None, token_type_ids=None, position_ids=None, inputs_embeds=None) -> dict:
+    """(Not every classifier knows of token types, or of positions.)"""
+    given = {
+        "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+        "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+    }  # fmt: skip
+    return {name: value for name, value in given.items() if value is not None}

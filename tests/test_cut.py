@@ -1,0 +1,182 @@
+"""Cutting stock models into blocks, whatever their architecture: tiny and random, a sample of what `benchmarks/breadth_cut.py`
+runs over all of them."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import BERT, TEXT_CONFIGS, watching
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, LlamaForCausalLM, Trainer, TrainingArguments
+
+import hf_diffusionblocks as db
+from hf_diffusionblocks.backbones import stock_run
+from hf_diffusionblocks.backbones.base import parts_around
+from hf_diffusionblocks.models.verification import check_cut
+from hf_diffusionblocks.tasks import TASKS, backbone_for
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import breadth_cut  # noqa: E402
+from tiny_models import tiny_model  # noqa: E402
+
+#: What each is in for: soft caps and windows, shared keys and values, buffers that are not saved, experts, states instead of attention, two norms, layers
+#: that return several things, towers of images, an encoder before the decoder, rows that say how a batch is padded.
+SAMPLE = [
+    ("causal-lm", "gemma2"), ("causal-lm", "gemma4_text"), ("causal-lm", "falcon_h1"), ("causal-lm", "gpt_oss"), ("causal-lm", "mamba"),
+    ("causal-lm", "openai-gpt"), ("causal-lm", "gemma3"), ("causal-lm", "phi3"), ("masked-lm", "deberta-v2"),
+    ("masked-lm", "roberta"), ("sequence-classification", "bart"), ("sequence-classification", "distilbert"),
+    ("sequence-classification", "qwen3"), ("image-classification", "dinov2"), ("image-classification", "beit"),
+]  # fmt: skip
+#: What cannot be cut, and what is said of it.
+REFUSED = {
+    ("masked-lm", "albert"): "must have a list of 4 layers",  # one layer, several times over
+    ("causal-lm", "zamba"): "which shared='common' makes block 2's",  # layers that share parameters
+    ("sequence-classification", "t5"): "their logits differ",  # the first layer hands on positions
+    ("image-classification", "swin"): "cannot be cut into blocks",  # no head reads what has another width
+    ("causal-lm", "xlnet"): "its tokens see those after them, and must not",
+}
+
+
+@pytest.mark.parametrize(("mapping", "name"), SAMPLE)
+def test_blocks_are_the_stock_model_there_and_back(mapping, name):
+    """Logits bit by bit, gradients; and saved, loaded and as a plain model again."""
+    assert breadth_cut.tried(mapping, name) == "cut"
+
+
+@pytest.mark.parametrize(("mapping", "name"), REFUSED)
+def test_what_cannot_be_cut_is_refused(mapping, name):
+    assert REFUSED[mapping, name] in breadth_cut.tried(mapping, name)
+
+
+@pytest.mark.parametrize(("mapping", "name"), [("causal-lm", "gemma2"), ("sequence-classification", "distilbert")])
+@pytest.mark.parametrize("schedule", ["together", "random"])
+def test_one_block_trains_as_the_stock_model_does(mapping, name, schedule, tmp_path):
+    """Ten steps of the Trainers: the same weights. (Adam would make much of what rounds otherwise.)"""
+    stock, task = tiny_model(mapping, name), breadth_cut.MAPPINGS[mapping][0]
+    model = db.convert(stock, 1, task)
+    rows = TASKS[task].example(stock.config, 20, 8)
+    data = [{key: tensor[row] for key, tensor in rows.items()} for row in range(20)]
+    arguments = dict(
+        per_device_train_batch_size=4, learning_rate=0.1, optim="sgd", weight_decay=0.1, max_grad_norm=0, report_to=[],
+        use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=10,
+    )  # fmt: skip
+    Trainer(stock, TrainingArguments(str(tmp_path), **arguments), train_dataset=data).train()
+    ours = db.DiffusionBlocksTrainingArguments(str(tmp_path), block_schedule=schedule, **arguments)
+    db.DiffusionBlocksTrainer(model, ours, train_dataset=data).train()
+    for name, parameter in model.to_plain().named_parameters():
+        assert torch.allclose(parameter, stock.get_parameter(name), atol=2e-6), name
+
+
+@torch.no_grad()
+def test_text_is_generated_as_the_stock_model_does():
+    stock = tiny_model("causal-lm", "gemma2").eval()
+    model, prompt = db.convert(stock, 2), torch.arange(1, 6)[None]
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(prompt, **options), stock.generate(prompt, **options))
+
+
+# ---- running one block
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return db.convert(LlamaForCausalLM(TEXT_CONFIGS["llama"]).eval(), 2, local_head_layers=1)
+
+
+TOKENS = {"input_ids": torch.arange(12).view(2, 6)}
+
+
+def test_layers_of_other_blocks_run_without_gradient_before_and_not_at_all_after(model):
+    with watching(model.layers[0]) as before, watching(model.layers[2]) as after:
+        leaving = model.blocks[0].run_stock(TOKENS).leaving
+        assert (len(before), len(after)) == (1, 0) and leaving.requires_grad
+    entering = model.blocks[0].run_stock(TOKENS).leaving.detach()
+    with watching(model.layers[0]) as before, watching(model.layers[2]) as own:
+        given = model.blocks[1].run_stock(TOKENS, entering).leaving
+        assert (len(before), len(own)) == (0, 1)
+    assert torch.equal(given, model.blocks[1].run_stock(TOKENS).leaving)
+
+
+def test_the_stock_model_is_as_before_after_a_block_and_after_an_error(model):
+    modes, modules = [each.training for each in model.modules()], [*model.modules()]
+
+    class Stopped(Exception):
+        pass
+
+    def stops(*args):
+        raise Stopped
+
+    hook = model.layers[2].register_forward_pre_hook(stops)
+    with pytest.raises(Stopped):
+        model.blocks[1].run_stock(TOKENS)
+    hook.remove()
+    model.blocks[1].run_stock(TOKENS)
+    assert all("forward" not in vars(layer) for layer in model.layers)
+    assert [*model.modules()] == modules and [each.training for each in model.modules()] == modes
+
+
+def test_the_head_alone_is_the_stock_model_s(model):
+    read = model.blocks[-1].run_stock(TOKENS).read
+    assert torch.equal(model.blocks[-1].head(read.flatten(0, 1)).unflatten(0, read.shape[:2]), model(**TOKENS).logits)
+
+
+def test_a_layer_that_hands_on_more_than_hidden_states_is_seen(model, monkeypatch):
+    """Positive control of the comparison: blocks after the first are given something else."""
+    batch = {**TOKENS, "labels": TOKENS["input_ids"]}
+    assert check_cut(model, batch)
+    given = stock_run.with_hidden
+    monkeypatch.setattr(stock_run, "with_hidden", lambda hidden, args, kwargs: given(hidden * 1.001, args, kwargs))
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot be cut into blocks: their logits differ from the model's by"):
+        check_cut(model, batch)
+
+
+def test_a_part_of_another_block_is_seen(monkeypatch):
+    model = db.convert(LlamaForCausalLM(TEXT_CONFIGS["llama"]), 2)
+    owner = type(model).block_of_parameter
+    monkeypatch.setattr(type(model), "block_of_parameter", lambda self, name: 0 if "layers.2." in name else owner(self, name))
+    with pytest.raises(ValueError, match=r"block 1 reads backbone\.model\.layers\.2\.\S+, which shared='common' makes block 0's"):
+        check_cut(model, {**TOKENS, "labels": TOKENS["input_ids"]})
+
+
+# ---- which stock class
+
+
+@pytest.mark.parametrize("kind", [BertForMaskedLM, BertForSequenceClassification])
+def test_a_model_says_what_it_is_for(kind, tmp_path):
+    expected = {BertForMaskedLM: "fill-mask", BertForSequenceClassification: "text-classification"}[kind]
+    plain = kind(copy.deepcopy(BERT))  # (saved, it says its class)
+    plain.save_pretrained(tmp_path)
+    assert db.convert(plain, 2).task == db.convert(tmp_path, 2).task == expected
+    assert backbone_for(BERT, expected).plain_class is kind
+
+
+def test_a_config_alone_is_for_the_usual_task():
+    assert {name: db.convert(config, 2).task for name, config in TEXT_CONFIGS.items()} == dict.fromkeys(
+        TEXT_CONFIGS, "text-generation"
+    )
+    assert db.convert(BERT, 2).task == "fill-mask"
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "message"),
+    [
+        (BERT, {"task": "text-generation"}, "its tokens see those after them, and must not"),
+        (BERT, {"task": "text-classification", "preset": "paper"}, "preset='paper' must be 'recommended' for task 'text-cl"),
+        (BertConfig(**{**BERT.to_dict(), "is_decoder": True}), {"task": "text-generation", "preset": "paper"}, "AdaLN is known"),
+        (BertConfig(**{**BERT.to_dict(), "is_decoder": True}), {"task": "fill-mask"}, "do not see those after them, and must"),
+    ],
+)
+def test_a_task_that_an_architecture_cannot_do_is_refused(config, fields, message):
+    with pytest.raises(ValueError, match=message):
+        db.convert(config, 2, **fields)
+
+
+def test_parts_stand_before_the_layers_or_after_them():
+    found = parts_around(BertForSequenceClassification(BERT), "bert.encoder.layer")
+    assert found == (["bert.embeddings"], ["dropout", "classifier", "bert.pooler"])
+
