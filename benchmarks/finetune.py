@@ -14,7 +14,6 @@ cached in the output folder. BAdam needs its package (`pip install badam`).
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import time
 from pathlib import Path
@@ -24,12 +23,10 @@ import torch
 from finetune_tasks import Clothes, Novels, Task
 from peft import get_peft_model
 from quality_images import collate
-from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.models.base import BlockOutput
 
 RATES, LORA_RATES = (1e-3, 2e-3, 4e-3), (3e-3, 6e-3, 1e-2)
 
@@ -46,7 +43,6 @@ METHODS: dict[str, tuple[str, tuple[float, ...], dict]] = {
     "BAdam": ("badam", RATES, {"in_turn": True}),
     "last block only": ("last", RATES, {}),
     "blocks, local loss": ("blocks", RATES, {}),
-    "blocks, local loss, near the pretrained output": ("near", RATES[1:2], {"remove_unused_columns": False}),
     "blocks, local heads of the last layers": ("blocks", RATES[1:], {"local_head_layers": 1}),
     "blocks together, local loss": ("together", RATES, TOGETHER),
 }  # fmt: skip
@@ -70,24 +66,6 @@ class PeakMemory(TrainerCallback):
         self.total = max(self.total, self._memory.ledger().total)
 
 
-class Near:
-    """Of a model class: adds the distance of the active block's output from the pretrained block's on the same input."""
-
-    def training_output(self, block, x, cached=None):
-        hidden = self.entering(block, x, cached)
-        left = block.run(hidden, **x.attention)
-        with torch.no_grad():
-            goal = self.pretrained[0].blocks[block.index].run(hidden, **x.attention)
-        self.distance = F.mse_loss(left, goal) / goal.square().mean()
-        return BlockOutput(left, block.run_local_head(left, **x.attention))
-
-    def forward(self, *args, **kwargs):
-        result = super().forward(*args, **kwargs)
-        if self.training:
-            result.loss = result.loss + self.distance
-        return result
-
-
 def make(kind: str, task: Task, rate: float, options: dict, seed: int = 0, turns: int | None = None) -> Trainer:
     """A method's trainer.
 
@@ -95,7 +73,7 @@ def make(kind: str, task: Task, rate: float, options: dict, seed: int = 0, turns
         turns: updates of each parameter; None: the task's.
     """
     options = dict(options)
-    in_turn = options.pop("in_turn", kind in ("blocks", "near"))
+    in_turn = options.pop("in_turn", kind == "blocks")
     steps = (turns or task.updates) * (task.num_blocks if in_turn else 1)
     checkpointing = options.pop("activation_checkpointing", False)
     arguments = task.arguments(task.output / "run", steps, rate, activation_checkpointing=checkpointing, seed=seed)
@@ -105,11 +83,6 @@ def make(kind: str, task: Task, rate: float, options: dict, seed: int = 0, turns
         return _plain_trainer(kind, task, plain, arguments, rate, switch_every=min(50, turns or 50))
     heads = options.pop("local_head_layers", 0)
     model = db.convert(plain, task.num_blocks, local_head_layers=heads)
-    if kind == "near":
-        near = type("NearPretrained", (Near, type(model)), {})(model.config)
-        near.load_state_dict(model.state_dict())
-        near.pretrained = [copy.deepcopy(model).eval().requires_grad_(False)]
-        model = near
     options = {"train_shared": bool(task.head), "block_schedule": "random", **options}
     args = db.DiffusionBlocksTrainingArguments(**{**arguments, **options})
     collator = {"data_collator": collate} if isinstance(task, Clothes) else {}

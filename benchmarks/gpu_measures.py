@@ -19,9 +19,9 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, TrainerCallb
 import hf_diffusionblocks as db
 from gpu_common import Clock, Machine, Row, check, fastest
 from gpu_training import trainer_of
-from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.backbones.dit import DiTConfig
-from hf_diffusionblocks.diffusion.objectives import cross_entropy
+from hf_diffusionblocks.diffusion.objectives import chunked_sum, cross_entropy
+from hf_diffusionblocks.tasks import backbone_for
 
 NUM_BLOCKS, MIB = 4, 2**20
 WARM_UP, ROUNDS = 2, 3  #: rounds of steps in which every block moves once
@@ -135,7 +135,8 @@ def floor(schedule: str, size: Size, checkpointing: bool) -> float:
     """Time over an end-to-end step's, by multiplications a token: a backward pass counts as two forward ones."""
     config, architecture = size.config, backbone_for(size.config)
     with torch.device("meta"):
-        layers = architecture.make_plain(config).get_submodule(architecture.layers_path)
+        plain = architecture.make_plain(config)
+        layers = plain.get_submodule(architecture.layers_path(plain, architecture.num_layers(config)))
     matrices = sum(parameter.numel() for parameter in layers.parameters() if parameter.dim() > 1)
     layers = matrices + len(layers) * size.length * architecture.width(config)  # causal: scores and sums over half of them
     head, passes = config.vocab_size * architecture.width(config), 4 if checkpointing else 3
@@ -241,10 +242,13 @@ def readout_beside_plain(machine: Machine) -> Iterator[Row]:
     targets = batch["labels"][:, 1:].flatten()
 
     def ours() -> torch.Tensor:
-        return model.mean_of_rows(
-            lambda rows, targets: cross_entropy(block.read_out(rows).float(), targets).sum(),
-            [hidden[:, :-1].flatten(0, 1), targets], [block], None,
-        )  # fmt: skip
+        rows = [norm(hidden)[:, :-1].flatten(0, 1), targets]
+        with block.readout_on_device() as parameters:
+            total = chunked_sum(
+                lambda rows, targets: cross_entropy(block.head(rows).float(), targets).sum(), rows, parameters,
+                size.config.vocab_size,
+            )  # fmt: skip
+        return total / len(targets)
 
     def plain_head(kind: torch.dtype) -> torch.Tensor:
         rows = norm(hidden)[:, :-1].flatten(0, 1)

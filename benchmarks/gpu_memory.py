@@ -12,9 +12,9 @@ from transformers import GPT2Config
 
 import hf_diffusionblocks as db
 from gpu_common import Machine, Row, check
-from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.memory.ledger import measure_memory
 from hf_diffusionblocks.memory.scenarios import steps
+from hf_diffusionblocks.tasks import backbone_for
 from hf_diffusionblocks.memory.ways import (
     Way, Workload, formulations_for, ways_of_blocks, ways_of_stock_models, ways_of_streams,
 )  # fmt: skip
@@ -66,7 +66,7 @@ def measured(way: Way, case: Workload, machine: Machine) -> tuple[int, int]:
     return max(found)
 
 
-_BLOCKS = ways_of_blocks(workload(True).task, formulations_for(workload(True).task, backbone_for(GPT2Config())))
+_BLOCKS = ways_of_blocks(workload(True).task, formulations_for(workload(True).task, GPT2Config()))
 WAYS = {way.name: way for way in (*ways_of_stock_models(), *ways_of_streams(), *_BLOCKS)}
 
 

@@ -20,8 +20,8 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import hf_diffusionblocks as db
+from hf_diffusionblocks.tasks import backbone_for
 from gpu_common import DIT, GPT2, LLAMA, LOCAL, PAPER, VIT, Family, Machine, Row, check, deterministic, equal, within
-from hf_diffusionblocks.backbones.base import backbone_for
 
 STEPS, KILLED_AFTER, SAVED_EVERY = 8, 5, 2
 #: Name -> model, training arguments

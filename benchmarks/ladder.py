@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from block_variants import KeepsInput, pass_input_beside, remember_what_is_passed_on
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
@@ -28,15 +27,11 @@ class Row:
         fields: what `convert` is given; None is a plain model.
         layers: of the model.
         arguments: of the Trainer.
-        input_beside: whether the embedded input is added to what enters each block.
-        keeps_input: whether blocks are trained to keep their input, too.
     """
 
     fields: dict | None
     layers: int = LAYERS
     arguments: dict = field(default_factory=dict)
-    input_beside: bool = False
-    keeps_input: bool = False
 
 
 ROWS: dict[str, Row] = {
@@ -51,8 +46,6 @@ ROWS: dict[str, Row] = {
     "B=4, own loss, local head of one layer, in turn": Row(HEAD, arguments=IN_TURN),
     "B=2, own loss, local head of one layer": Row({**HEAD, "num_blocks": 2}, arguments=TOGETHER),
     "B=8, own loss, local head of one layer": Row({**HEAD, "num_blocks": 8}, arguments=TOGETHER),
-    "B=4, own loss, local head of one layer, input kept": Row(HEAD, arguments=TOGETHER, keeps_input=True),
-    "B=4, own loss, local head of one layer, input beside": Row(HEAD, arguments=TOGETHER, input_beside=True),
     "end to end, 12 layers": Row(None, layers=12),
     "B=6 of 12 layers, own loss, local head of one layer": Row({**HEAD, "num_blocks": 6}, layers=12, arguments=TOGETHER),
     "B=4, the paper's settings": Row(PAPER, arguments=IN_TURN),
@@ -63,12 +56,7 @@ def new_model(row: Row, source: PreTrainedConfig) -> PreTrainedModel:
     """A fresh model of a row; of blocks, what `convert` makes of a config."""
     if row.fields is None:
         return AutoModelForCausalLM.from_config(source)
-    model = db.convert(source, **{"num_blocks": 4, **row.fields})
-    if row.input_beside:
-        pass_input_beside(model)
-    if row.keeps_input:
-        remember_what_is_passed_on(model)
-    return model
+    return db.convert(source, **{"num_blocks": 4, **row.fields})
 
 
 def new_trainer(
@@ -87,5 +75,4 @@ def new_trainer(
     if row.fields is None:
         return plain(model=model, args=TrainingArguments(max_steps=updates, **arguments), train_dataset=rows)
     args = db.DiffusionBlocksTrainingArguments(updates_per_block=updates, **row.arguments, **arguments)
-    by_block = KeepsInput if row.keeps_input else db.DiffusionBlocksTrainer
-    return by_block(model=model, args=args, train_dataset=rows)
+    return db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=rows)

@@ -101,7 +101,7 @@ def measured(way: Way, workload: Workload, repetitions: int) -> tuple[db.Ledger,
 def report(model: str, workload: Workload, repetitions: int) -> tuple[str, dict[str, db.Ledger]]:
     """The table of a model, and its ledgers."""
     ledgers, counted, speed = {}, {}, {}
-    formulations = formulations_for(workload.task, workload.stock.architecture)
+    formulations = formulations_for(workload.task, workload.config)
     for way in (*ways_of_stock_models(), *ways_of_streams(), *ways_of_blocks(workload.task, formulations)):
         torch.manual_seed(0)
         ledgers[way.name], count, rate = measured(way, workload, repetitions)

@@ -29,8 +29,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Training
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.backbones.base import backbone_for
 from hf_diffusionblocks.models.causal_lm.task import plain_loss
+from hf_diffusionblocks.tasks import backbone_for
 
 BATCH, LENGTH, WIDTH = 16, 128, 96
 PRELUDE = CORE = CODA = 2

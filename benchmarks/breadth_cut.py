@@ -1,0 +1,104 @@
+"""Which architectures of Transformers can be cut into blocks: each tiny and random, a block a layer.
+
+    python benchmarks/breadth_cut.py --output benchmarks/results/breadth_cut.json
+
+`convert` compares logits and gradients with the stock model's, block by block, and refuses what differs. Here what it gives
+out has the stock model's logits bit for bit, too, as it is, saved and loaded, and as a plain model again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+
+import torch
+from tiny_models import CannotBuild, names_of, tiny_model
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+import hf_diffusionblocks as db
+from hf_diffusionblocks.models.verification import check_cut
+from hf_diffusionblocks.tasks import TASKS, backbone_for
+
+#: Mapping of Transformers -> task, and how many of its architectures are to be cut.
+MAPPINGS = {
+    "causal-lm": ("text-generation", 175),
+    "masked-lm": ("fill-mask", 45),
+    "sequence-classification": ("text-classification", 115),
+    "image-classification": ("image-classification", 37),
+}
+TOKENS = 8
+MASK = 5  #: a token of each vocabulary
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mapping", nargs="+", choices=[*MAPPINGS], default=[*MAPPINGS])
+    parser.add_argument("--names", nargs="+", help="only these architectures")
+    parser.add_argument("--output", type=Path, help="a JSON file of what was found")
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    found = {}
+    for mapping in arguments.mapping:
+        found[mapping] = {}
+        for name in names_of(mapping):
+            if not arguments.names or name in arguments.names:
+                found[mapping][name] = said = tried(mapping, name)
+                print(mapping, name, said, flush=True)
+        if arguments.output:
+            arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found))
+
+
+def tried(mapping: str, name: str) -> str:
+    """"cut", or what stands against it."""
+    try:
+        stock = tiny_model(mapping, name).eval()
+    except CannotBuild as error:
+        return f"not built: {error}"
+    try:
+        return whole(stock, MAPPINGS[mapping][0])
+    except Exception as error:  # (one model does not end the run)
+        lines = str(error).strip().splitlines() or [""]
+        return f"refused: {lines[0][:300]}" if isinstance(error, ValueError) else f"{type(error).__name__}: {lines[0][:300]}"
+
+
+def whole(stock: PreTrainedModel, task: str) -> str:
+    """What of a model that is cut differs from the stock one."""
+    fields = {"mask_token_id": MASK} if task == "fill-mask" else {}
+    num_layers = backbone_for(stock.config, task).num_layers(stock.config)
+    model = db.convert(stock, num_layers, task, **fields)
+    batch = TASKS[task].example(model.config.source_config, 2, TOKENS)
+    if not check_cut(model, batch):
+        return "not compared: the stock model does not run a plain batch"
+    if task == "fill-mask":  # (each block is a model of its own: together they are compared in `check_cut` alone)
+        return "cut"
+    inputs = model.stock_inputs(batch)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        expected = stock(**inputs).logits
+        model.save_pretrained(folder)
+        again = TASKS[task].auto_class.from_pretrained(folder)
+        for each, what in ((model, "as it is"), (again, "saved and loaded"), (model.to_plain(), "as a plain model")):
+            if not torch.equal(each(**inputs).logits, expected):
+                return f"differs: logits {what}"
+    return "cut"
+
+
+def table(found: dict[str, dict[str, str]]) -> str:
+    lines = ["| mapping | names | built | cut | aim |", "|---|---|---|---|---|"]
+    for mapping, names in found.items():
+        built = [said for said in names.values() if not said.startswith("not built")]
+        lines.append(f"| {mapping} | {len(names)} | {len(built)} | {built.count('cut')} | {MAPPINGS[mapping][1]} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
