@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
+from datasets import Dataset
 from families import CASES, grid, trainer_of
 from process_scenarios import GPT2, VIT
 from torch.nn import functional as F
@@ -35,6 +37,51 @@ def test_a_step_without_labels_moves_nothing(case, tmp_path):
     trainer.train()
     assert not moved(model, before)
     assert trainer.state.log_history[-1]["train_loss"] == 0
+
+
+@pytest.mark.parametrize(**grid(lambda case: case.trained and "labels" in case.rows()))
+def test_an_evaluation_without_labels_has_no_loss(case, tmp_path):
+    """Not one of 0, which every later one would have to beat: nothing is measured, as in the plain model."""
+    trainer = trainer_of(case.model(), case, tmp_path)
+    rows = [{**row, "labels": torch.full_like(torch.tensor(row["labels"]), -100)} for row in case.dataset()]
+    assert math.isnan(trainer.evaluate(rows)["eval_loss"])
+
+
+@pytest.mark.parametrize("case", [CASES["bert"], CASES["llama, masked"]], ids=["bert", "llama"])
+def test_padding_of_masked_text_is_not_counted_whatever_it_is_labelled(case, tmp_path):
+    rows = case.rows(16)
+    rows["attention_mask"] = torch.ones_like(rows["input_ids"])
+    rows["attention_mask"][:, 6:] = 0
+    found = []
+    for of_padding in (-100, 3):
+        labels = rows["labels"].masked_fill(rows["attention_mask"] == 0, of_padding)
+        trainer = trainer_of(case.model(), case, tmp_path, updates_per_block=1)
+        data = Dataset.from_dict({name: tensor.tolist() for name, tensor in {**rows, "labels": labels}.items()})
+        trainer.train_dataset = trainer.eval_dataset = data
+        found.append((trainer.train().training_loss, trainer.evaluate()["eval_loss"]))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("preset", ["recommended", "paper"])
+def test_shares_of_a_class_train_as_the_class_does(preset, tmp_path):
+    """The Trainer counts every share, and an image counts once."""
+    case, found = CASES[f"vit, {preset}"], []
+    rows = case.rows(16)
+    for labels in (rows["labels"], F.one_hot(rows["labels"], 5).float(), rows["labels"][:, None]):
+        trainer = trainer_of(case.model(), case, tmp_path, updates_per_block=1, gradient_accumulation_steps=2, optim="sgd")
+        trainer.train_dataset = trainer.eval_dataset = [
+            {"pixel_values": image, "labels": label} for image, label in zip(rows["pixel_values"], labels)
+        ]
+        found.append((trainer.train().training_loss, trainer.evaluate()["eval_loss"]))
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("labels", [torch.ones(2, 5), torch.ones(2), F.one_hot(torch.tensor([1, 2]), 5)], ids=str)
+def test_several_classes_of_an_image_are_refused(labels):
+    model = db.convert(VIT, 2)
+    with pytest.raises(ValueError, match="labels of shape .* must be class numbers, .*or shares of the classes that add up to 1"):
+        model(torch.ones(2, 1, 8, 8), labels=labels, block_index=0)
 
 
 # ---- what is frozen
@@ -81,6 +128,20 @@ def test_a_run_of_frozen_blocks_is_refused(tmp_path):
         trainer_of(model, TEXT, tmp_path).train()
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(**grid(lambda case: case.trained and len(case.blocks) > 1))
+def test_a_frozen_block_stays_as_it_is_and_the_others_train(case, schedule, tmp_path):
+    """Its readout is frozen, too: its turn has a loss, and moves nothing."""
+    model = case.model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(model.block_of_parameter(name) == case.last_block)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    trainer = trainer_of(model, case, tmp_path, updates_per_block=1, block_schedule=schedule, logging_steps=1)
+    trainer.train()
+    assert {model.block_of_parameter(name) for name in moved(model, before)} == {case.last_block}
+    assert {f"loss_block_{k}" for k in case.blocks} <= set().union(*trainer.state.log_history)
+
+
 # ---- optimizers
 
 
@@ -106,6 +167,39 @@ def test_an_optimizer_that_counts_steps_for_all_parameters_is_refused(tmp_path):
             trainer_with(optimizer, model, tmp_path)
 
 
+class StepsOfGroup(torch.optim.SGD):
+    """Counts in its groups, as fused optimizers do."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+        return super().step(closure)
+
+
+class StepsOfItself(torch.optim.SGD):
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [StepsOfGroup, StepsOfItself])
+def test_what_counts_steps_by_any_name_is_refused(kind, tmp_path):
+    """Before a step is taken: what gradients there are move nothing."""
+    model = db.convert(GPT2, 2)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(ValueError, match=f"optimizer={kind.__name__} must count steps by parameter, .* keeps 'step"):
+        trainer_with(kind(model.parameters(), lr=1.0), model, tmp_path)
+    args = db.DiffusionBlocksTrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True)
+    trainer = db.DiffusionBlocksTrainer(model, args, train_dataset=TEXT.dataset(), optimizer_cls_and_kwargs=(kind, {"lr": 1.0}))
+    with pytest.raises(ValueError, match=f"optimizer={kind.__name__} must count steps by parameter"):
+        trainer.train()
+    assert not moved(model, before)
+
+
 # ---- losses of one's own
 
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])
@@ -117,6 +211,15 @@ class ClassWeights(db.DiffusionBlocksTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         _, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss = F.cross_entropy(outputs.logits, inputs["labels"], weight=WEIGHTS)
+        return (loss, outputs) if return_outputs else loss
+
+
+class Penalty(db.DiffusionBlocksTrainer):
+    """On all parameters."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss = loss + sum(parameter.square().sum() for parameter in model.parameters())
         return (loss, outputs) if return_outputs else loss
 
 
@@ -147,6 +250,21 @@ def test_a_block_trains_on_a_loss_made_of_its_own_logits(schedule, tmp_path):
     F.cross_entropy(plain.train()(rows["pixel_values"]).logits, rows["labels"], weight=WEIGHTS).backward()
     for trained, start in zip(model.backbone.parameters(), plain.parameters()):
         torch.testing.assert_close(trained, start - 1e-2 * start.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_penalty_on_all_parameters_moves_a_block_in_its_own_step(schedule, tmp_path):
+    """Once, that is: what it asks of other blocks waits for theirs."""
+    models = [IMAGES.model(shared="per_block") for _ in range(2)]
+    start = copy.deepcopy(dict(models[0].named_parameters()))
+    for model, trainer_class in zip(models, (db.DiffusionBlocksTrainer, Penalty)):
+        trainer = image_trainer(trainer_class, model, tmp_path, schedule)
+        trainer.args.max_steps = 1
+        trainer.train()
+    stepped = {0, 1} if schedule == "together" else {trainer.active_block}
+    for (name, without), parameter in zip(models[0].named_parameters(), models[1].parameters()):
+        expected = without - 1e-2 * 2 * start[name] if models[0].block_of_parameter(name) in stepped else start[name]
+        torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

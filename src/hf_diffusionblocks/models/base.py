@@ -292,6 +292,10 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             return {}
         return {"sigma": torch.full((num_rows,), self.config.sigma_max)}
 
+    def counted_labels(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Labels by which the Trainer counts what the loss of a step is divided by: those that are not -100."""
+        return batch["labels"]
+
     def clean_input(self, batch: Mapping[str, torch.Tensor]) -> CleanInput:
         """x, of a batch as `forward` takes it."""
         raise NotImplementedError

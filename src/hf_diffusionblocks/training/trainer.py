@@ -132,6 +132,9 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         given = {"block_index": self.active_block, "generator": self.noise_generators(m, find_batch_size(inputs))}
         given |= self._together.entering(m) if self._together is not None else {}
         loss, outputs = super().compute_loss(model, {**inputs, **given}, True, num_items_in_batch)
+        for value in outputs.values():  # of a block that is frozen, whose step moves nothing
+            if torch.is_tensor(value):
+                value.requires_grad_()
         if self._together is not None:
             self._together.note(m, outputs)
         return (loss, outputs) if return_outputs else loss
@@ -141,6 +144,13 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             self._signature_columns = columns_to_keep(self.model, self._signature_columns)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
+        # The Trainer counts the labels of its batches; a model knows which of them have a loss.
+        counted = [
+            {**batch, "labels": self.model.counted_labels(batch)} if "labels" in batch else batch for batch in batch_samples
+        ]
+        return super()._get_num_items_in_batch(counted, device)
 
     def noise_generators(self, micro_batch: int, num_rows: int) -> list[torch.Generator]:
         """Of each row of a micro-batch of the step."""
@@ -171,6 +181,10 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
                 loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self.model.trained_block = None
+        for block, parameters in self._parameters.items():  # (an own loss may have a penalty on all parameters)
+            if block not in (None, self.active_block):
+                for parameter in parameters:
+                    parameter.grad = None
         # `loss` is already divided by the number of micro-batches.
         self._block_losses[self.active_block, 0] += loss
         self._block_losses[self.active_block, 1] += 1 / self.current_gradient_accumulation_steps

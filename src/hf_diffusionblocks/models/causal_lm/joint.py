@@ -114,7 +114,7 @@ class JointText(Formulation):
         nats = text_walk.losses(text, following)
         # Added up as a cross-entropy is, whose last bit it then has: each token's nats are those of its one class.
         total = F.nll_loss(-nats[:, None], following.clamp(max=0), reduction="mean" if num_items is None else "sum")
-        return total if num_items is None else total / num_counted(following, num_items)
+        return total if num_items is None else total / num_counted(following, num_items, self.model.training)
 
     def block_logits(self, text: Text) -> torch.Tensor:
         """Every block's at sigma_max, from keyed noise: `[N, B, S, V]`."""

@@ -181,7 +181,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         noise = [tensor for tensor in rows[1:] if tensor is not None]
         with block.readout_on_device() as parameters:
             total = chunked_sum(loss_of_rows, [rows.hidden, targets, *noise], parameters, self.config.vocab_size)
-        return total / num_counted(targets, num_items)
+        return total / num_counted(targets, num_items, self.training)
 
     def clean_input(self, batch: Mapping[str, torch.Tensor]) -> CleanInput:
         return self.clean(Text.of(batch))

@@ -115,6 +115,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
             ValueError: labels are missing for a block, or a block for training; or an argument is not of this formulation.
         """
         self.check_block_given(block_index, labels)
+        labels = None if labels is None else self._checked(labels, len(pixel_values))
         x = self._clean(pixel_values, interpolate_pos_encoding)
         noise = {"sigma": sigma, "noise": noise, "generator": generator}
         if block_index is None:
@@ -131,7 +132,23 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         """The cross-entropy of those that have a label: their mean, or, of a micro-batch, its part of the mean over the
         step's `num_items`."""
         total = F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORED)
-        return total / (len(labels) if labels.is_floating_point() and num_items is None else num_counted(labels, num_items))
+        return total / num_counted(self.counted_labels({"labels": labels}), num_items, self.training)
+
+    def counted_labels(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """One an image, also of shares."""
+        labels = batch["labels"]
+        return labels.argmax(-1) if labels.is_floating_point() else labels
+
+    def _checked(self, labels: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """Class numbers `[N]`, or shares of the classes."""
+        labels = labels[:, 0] if labels.shape == (num_rows, 1) else labels  # as the plain model has it
+        shape = (num_rows, self.config.num_labels) if labels.is_floating_point() else (num_rows,)
+        if labels.shape != shape or labels.is_floating_point() and _add_up_to_other_than_1(labels):
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} must be class numbers, [{num_rows}], or shares of the classes that add "
+                f"up to 1, [{num_rows}, {self.config.num_labels}]: several classes of an image at once are for the plain model"
+            )
+        return labels
 
     def clean_input(self, batch: Mapping[str, torch.Tensor]) -> CleanInput:
         return self._clean(batch["pixel_values"], batch.get("interpolate_pos_encoding", False))
@@ -172,3 +189,8 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
         return WalkClassifierOutput(
             logits=logits, probabilities=logits.float().softmax(-1), trajectory=trajectory, sigmas=sigmas
         )
+
+
+def _add_up_to_other_than_1(shares: torch.Tensor) -> bool:
+    on_cpu = shares.device.type == "cpu"  # (no wait for a device)
+    return on_cpu and bool(((shares.float().sum(-1) - 1).abs() > 1e-2).any())
