@@ -11,7 +11,9 @@ from datasets import Dataset
 from families import CASES, grid, trainer_of
 from process_scenarios import GPT2, VIT
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM, AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments,
+)  # fmt: skip
 
 import hf_diffusionblocks as db
 
@@ -198,6 +200,34 @@ def test_what_counts_steps_by_any_name_is_refused(kind, tmp_path):
     with pytest.raises(ValueError, match=f"optimizer={kind.__name__} must count steps by parameter"):
         trainer.train()
     assert not moved(model, before)
+
+
+# ---- another model
+
+OTHERS = {
+    "the plain one": None, "another preset": {"preset": "paper", "local_head_layers": None},
+    "with local heads": {"local_head_layers": 1}, "with own ends": {"shared": "per_block"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", OTHERS.values(), ids=OTHERS)
+def test_a_checkpoint_of_another_model_is_not_resumed(fields, tmp_path):
+    """Not even one without an optimizer, which would not fit: what is not loaded would train on as it is."""
+    saves = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True, "max_steps": 2}
+    if fields is None:
+        args = TrainingArguments(str(tmp_path), **saves, use_cpu=True, report_to=[], disable_tqdm=True)
+        Trainer(TEXT.plain(), args, train_dataset=TEXT.dataset()).train()
+    else:
+        trainer_of(TEXT.model(**fields), TEXT, tmp_path, **saves, block_schedule="random").train()
+    trainer = trainer_of(TEXT.model(), TEXT, tmp_path, max_steps=4, block_schedule="random")
+    with pytest.raises(ValueError, match="the checkpoint is of another model: it (lacks|has) "):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_model_that_is_made_later_is_refused(tmp_path):
+    args = db.DiffusionBlocksTrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(ValueError, match="model_init must be None"):
+        db.DiffusionBlocksTrainer(args=args, model_init=TEXT.model)
 
 
 # ---- losses of one's own

@@ -58,7 +58,12 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     args: DiffusionBlocksTrainingArguments
 
-    def __init__(self, model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments, **kwargs):
+    def __init__(
+        self, model: DiffusionBlocksPreTrainedModel | None = None, args: DiffusionBlocksTrainingArguments | None = None, **kwargs
+    ):
+        if not isinstance(args, DiffusionBlocksTrainingArguments):
+            raise TypeError(f"args={type(args).__name__} must be DiffusionBlocksTrainingArguments")
+        check_given_to_trainer(args, kwargs)
         if isinstance(model, torch.nn.Module) and has_adapters(model):
             raise ValueError(
                 f"model={type(model).__name__} has adapters (PEFT), and blocks are trained whole: merge_and_unload() them first. "
@@ -66,14 +71,11 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             )
         if not isinstance(model, DiffusionBlocksPreTrainedModel):
             raise TypeError(f"model={type(model).__name__} must be a DiffusionBlocks model: convert() makes one")
-        if not isinstance(args, DiffusionBlocksTrainingArguments):
-            raise TypeError(f"args={type(args).__name__} must be DiffusionBlocksTrainingArguments")
         if args.n_gpu > 1:  # the Trainer would wrap the model in DataParallel, whose threads would share one generator
             raise ValueError(
                 f"{args.n_gpu} devices in one process cannot be trained on: start one process each with `accelerate "
                 "launch`, or choose one with CUDA_VISIBLE_DEVICES"
             )
-        check_given_to_trainer(args, kwargs)
         args = copy.copy(args)  # the caller's stay as they are, for another model
         settle_schedule(model, args)
         together = args.block_schedule == "together"
@@ -296,3 +298,13 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         self._steps_of_run.check(folder)
         shards.check_shards(folder)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        # The Trainer goes on with weights that it has not loaded. (Tied ones are saved once.)
+        lacks = sorted(set(load_result.missing_keys) - set(self.model.all_tied_weights_keys))
+        if lacks or load_result.unexpected_keys:
+            says, name = ("lacks", lacks[0]) if lacks else ("has", min(load_result.unexpected_keys))
+            raise ValueError(
+                f"the checkpoint is of another model: it {says} {name}. Resume with the model that has written it, or start anew "
+                "from what from_pretrained() or convert() makes of its folder"
+            )
