@@ -86,6 +86,13 @@ def test_several_classes_of_an_image_are_refused(labels):
         model(torch.ones(2, 1, 8, 8), labels=labels, block_index=0)
 
 
+def test_another_kind_of_problem_set_on_the_config_is_refused_as_in_convert(tmp_path):
+    model = IMAGES.model()
+    model.config.problem_type = "multi_label_classification"
+    with pytest.raises(ValueError, match="problem_type='multi_label_classification' with num_labels=5 must be"):
+        trainer_of(model, IMAGES, tmp_path).train()
+
+
 # ---- what is frozen
 
 

@@ -54,11 +54,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
     copied_modules = ("noisy_labels",)
 
     def __init__(self, config: DiffusionBlocksConfig):
-        if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
-            raise ValueError(
-                f"problem_type={config.problem_type!r} with num_labels={config.num_labels} must be "
-                "'single_label_classification' with at least 2 labels: a block tells one class of several"
-            )
+        _check_problem(config)
         super().__init__(config)
         if self.formulation.modulated:
             self.label_embeddings = FixedTargets(config.num_labels, config.hidden_size)
@@ -141,6 +137,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
 
     def _checked(self, labels: torch.Tensor, num_rows: int) -> torch.Tensor:
         """Class numbers `[N]`, or shares of the classes."""
+        _check_problem(self.config)  # (which may have been set since)
         labels = labels[:, 0] if labels.shape == (num_rows, 1) else labels  # as the plain model has it
         shape = (num_rows, self.config.num_labels) if labels.is_floating_point() else (num_rows,)
         if labels.shape != shape or labels.is_floating_point() and _add_up_to_other_than_1(labels):
@@ -188,6 +185,14 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
             logits, trajectory, sigmas = self.formulation.trajectory(x, num_inference_steps, generator)
         return WalkClassifierOutput(
             logits=logits, probabilities=logits.float().softmax(-1), trajectory=trajectory, sigmas=sigmas
+        )
+
+
+def _check_problem(config: DiffusionBlocksConfig) -> None:
+    if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
+        raise ValueError(
+            f"problem_type={config.problem_type!r} with num_labels={config.num_labels} must be "
+            "'single_label_classification' with at least 2 labels: a block tells one class of several"
         )
 
 
