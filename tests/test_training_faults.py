@@ -137,6 +137,26 @@ def test_a_run_of_frozen_blocks_is_refused(tmp_path):
         trainer_of(model, TEXT, tmp_path).train()
 
 
+class Thaws(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            model.requires_grad_(True)
+
+
+@pytest.mark.parametrize("schedule, steps", [("random", {3}), ("together", {4})])
+def test_a_block_thawed_within_a_run_moves_in_its_own_steps(schedule, steps, tmp_path):
+    """By an optimizer that holds it: one of one's own."""
+    model = TEXT.model(shared="per_block")
+    block = model.block_parameters(0)
+    for parameter in block:
+        parameter.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    trainer = trainer_of(model, TEXT, tmp_path, [Thaws()], max_steps=6 if schedule == "together" else 8, block_schedule=schedule)
+    trainer.optimizer = optimizer
+    trainer.train()
+    assert {int(optimizer.state[parameter]["step"]) for parameter in block} == steps
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(**grid(lambda case: case.trained and len(case.blocks) > 1))
 def test_a_frozen_block_stays_as_it_is_and_the_others_train(case, schedule, tmp_path):

@@ -124,7 +124,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     @property
     def _parameters(self) -> dict[int | None, list[torch.nn.Parameter]]:
-        """Those that train, of each block, and of none."""
+        """Of each block that trains, and of none: those that are frozen just now, too."""
         return self._trained.of_block
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -272,7 +272,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             self._together.forget()
         self._trained = TrainedParameters(self.model, self.train_blocks, self.args.train_shared)
         with self._trained:
-            if not any(self._parameters.values()):
+            if not any(parameter.requires_grad for parameter in sum(self._parameters.values(), [])):
                 raise ValueError(f"no parameter of train_blocks={self.train_blocks} asks for gradients: all are frozen")
             result = super().train(*args, **kwargs)
         if self._ledgers:
