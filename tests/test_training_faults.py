@@ -229,6 +229,12 @@ def test_what_counts_steps_by_any_name_is_refused(kind, tmp_path):
     assert not moved(model, before)
 
 
+@pytest.mark.parametrize("name", ["dit", "bert, own", "vit, paper-own"])
+def test_noise_on_embeddings_that_would_miss_some_is_refused(name, tmp_path):
+    with pytest.raises(ValueError, match="neftune_noise_alpha=5.0 must be None for .* with shared="):
+        trainer_of(CASES[name].model(), CASES[name], tmp_path, neftune_noise_alpha=5.0)
+
+
 # ---- another model
 
 OTHERS = {

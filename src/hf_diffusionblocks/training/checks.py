@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.training_args import OptimizerNames
 
 from ..models.base import DiffusionBlocksPreTrainedModel
@@ -37,6 +37,16 @@ def check_given_to_trainer(args: DiffusionBlocksTrainingArguments, given: Mappin
     ):
         if given.get(name) is not None:
             raise ValueError(f"{name} must be None: {reason}")
+
+
+def check_neftune(model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments) -> None:
+    """Raise ValueError if noise on embeddings is asked for, and blocks have embeddings that the Trainer does not know."""
+    unknown = not isinstance(model.backbone, PreTrainedModel) or any(block.embeds_apart for block in model.blocks)
+    if args.neftune_noise_alpha is not None and unknown:
+        raise ValueError(
+            f"neftune_noise_alpha={args.neftune_noise_alpha} must be None for {type(model).__name__} with "
+            f"shared={model.config.shared!r}: it is for models of Transformers with one embedding, which all blocks start from"
+        )
 
 
 def blocks_to_train(model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments) -> list[int]:

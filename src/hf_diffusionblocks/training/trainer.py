@@ -23,8 +23,8 @@ from .block_evaluation import BlockEvaluation
 from .block_optimizer import learning_rate_curve, scheduler_by_block, split_by_block
 from .block_schedule import BlockSchedule
 from .checks import (
-    WithoutFullMask, blocks_to_train, check_counts, check_given_to_trainer, check_optimizer, check_processes,
-    columns_to_keep, settle_schedule,
+    WithoutFullMask, blocks_to_train, check_counts, check_given_to_trainer, check_neftune, check_optimizer,
+    check_processes, columns_to_keep, settle_schedule,
 )  # fmt: skip
 from .parallel import average_gradients, broadcast
 from .process_group import leave_at_exit
@@ -76,6 +76,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
                 f"{args.n_gpu} devices in one process cannot be trained on: start one process each with `accelerate "
                 "launch`, or choose one with CUDA_VISIBLE_DEVICES"
             )
+        check_neftune(model, args)
         args = copy.copy(args)  # the caller's stay as they are, for another model
         settle_schedule(model, args)
         together = args.block_schedule == "together"
