@@ -79,6 +79,24 @@ def test_shares_of_a_class_train_as_the_class_does(preset, tmp_path):
         assert other == pytest.approx(found[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("remove", [True, False])
+@pytest.mark.parametrize("name", ["label", "labels"])
+def test_classes_of_images_to_generate_may_be_called_labels(name, remove, tmp_path):
+    case, found = CASES["dit"], []
+    for called in ("class_labels", name):
+        trainer = trainer_of(case.model(), case, tmp_path, updates_per_block=1, remove_unused_columns=remove)
+        trainer.train_dataset = trainer.eval_dataset = case.dataset().rename_columns({"class_labels": called})
+        found.append((trainer.train().training_loss, trainer.evaluate()["eval_loss"]))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["gpt2, paper", "recurrent"])
+def test_texts_of_one_token_are_refused_by_name(name):
+    model = CASES[name].model()
+    with pytest.raises(ValueError, match="labels of one token a text must be of at least 2"):
+        model(torch.ones(2, 1, dtype=torch.long), labels=torch.ones(2, 1, dtype=torch.long), block_index=0)
+
+
 @pytest.mark.parametrize("labels", [torch.ones(2, 5), torch.ones(2), F.one_hot(torch.tensor([1, 2]), 5)], ids=str)
 def test_several_classes_of_an_image_are_refused(labels):
     model = db.convert(VIT, 2)

@@ -29,8 +29,13 @@ def check_given_to_trainer(args: DiffusionBlocksTrainingArguments, given: Mappin
     if args.label_smoothing_factor:
         raise ValueError(f"label_smoothing_factor={args.label_smoothing_factor} must be 0: a block has a loss of its own")
     optim = OptimizerNames(args.optim).value
-    if "layerwise" in optim:
-        raise ValueError(f"optim={optim!r} must not be layer-wise: it has no learning-rate schedule by block")
+    for kind, reason in (
+        ("layerwise", "layer-wise: it has no learning-rate schedule by block"),
+        ("lomo", "LOMO's: it moves parameters in the backward pass, which blocks share"),
+        ("schedule_free", "schedule-free: it counts the turns of all blocks as steps of each"),
+    ):
+        if kind in optim:
+            raise ValueError(f"optim={optim!r} must not be {reason}. 'adamw_torch' and the like can be taken")
     for name, reason in (
         ("compute_loss_func", "a block has a loss of its own"),
         ("model_init", "blocks are scheduled for the model that is given"),
@@ -102,7 +107,8 @@ def columns_to_keep(model: DiffusionBlocksPreTrainedModel, accepted: Sequence[st
     the stock model's, since a data set's `noise` or `sigma` is its own."""
     ours, stock = (signature(each.forward).parameters for each in (model, model.architecture.plain_class))
     of_data = {*stock, model.main_input_name}  # (which the stock model may call otherwise)
-    return [name for name in accepted if name not in ours or name in of_data]
+    labels = ["labels"] if WithClassLabels.is_for(model) else []
+    return [name for name in (*accepted, *labels) if name not in ours or name in of_data]
 
 
 def check_processes(trainer: Trainer) -> None:
@@ -159,6 +165,23 @@ def _numbers_of(optimizer: torch.optim.Optimizer) -> set[tuple[int, str, float]]
         for name, value in entries.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) or torch.is_tensor(value) and value.numel() == 1
     }
+
+
+class WithClassLabels:
+    """A collator for a model that is told classes: what data sets call `labels`, it calls `class_labels`."""
+
+    def __init__(self, collator: Callable[[list[dict]], dict]):
+        self.collator = collator
+
+    @staticmethod
+    def is_for(model: DiffusionBlocksPreTrainedModel) -> bool:
+        taken = signature(model.forward).parameters
+        return "class_labels" in taken and "labels" not in taken
+
+    def __call__(self, rows: list[dict]) -> dict:
+        batch = dict(self.collator(rows))
+        labels = batch.pop("labels", None)
+        return batch if labels is None else {"class_labels": labels, **batch}
 
 
 class WithoutFullMask:

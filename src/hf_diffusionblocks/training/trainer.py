@@ -23,7 +23,7 @@ from .block_evaluation import BlockEvaluation
 from .block_optimizer import learning_rate_curve, scheduler_by_block, split_by_block
 from .block_schedule import BlockSchedule
 from .checks import (
-    WithoutFullMask, blocks_to_train, check_counts, check_given_to_trainer, check_neftune, check_optimizer,
+    WithClassLabels, WithoutFullMask, blocks_to_train, check_counts, check_given_to_trainer, check_neftune, check_optimizer,
     check_processes, columns_to_keep, settle_schedule,
 )  # fmt: skip
 from .parallel import average_gradients, broadcast
@@ -92,7 +92,8 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         check_optimizer(self.optimizer, model)
         if args.torch_compile:
             model.compile_layers(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        self.data_collator = WithoutFullMask(self.data_collator)
+        collator = WithClassLabels(self.data_collator) if WithClassLabels.is_for(model) else self.data_collator
+        self.data_collator = WithoutFullMask(collator)
         learning_rate_curve(args, num_updates=1)  # complain before training
         self.block_schedule: BlockSchedule | None = None  # known once training knows its number of steps
         self.active_block = self.train_blocks[0]  #: the block that trains now
