@@ -161,6 +161,44 @@ class Thaws(TrainerCallback):
             model.requires_grad_(True)
 
 
+class KeepsFromMoving(TrainerCallback):
+    """By gradients of zero."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_callbacks_that_change_gradients_change_those_of_every_block(schedule, tmp_path):
+    model = TEXT.model()
+    before = copy.deepcopy(dict(model.named_parameters()))
+    arguments = {"updates_per_block": 1, "optim": "sgd", "block_schedule": schedule}
+    trainer = trainer_of(model, TEXT, tmp_path, [KeepsFromMoving()], **arguments)
+    trainer.args.weight_decay = 0.0
+    trainer.train()
+    assert not moved(model, before)
+
+
+class OwnSchedule(db.DiffusionBlocksTrainer):
+    def create_optimizer(self, model=None):
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-2)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
+        return self.lr_scheduler
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_an_optimizer_and_its_schedule_may_be_made_by_overrides(schedule, tmp_path):
+    plain, own = IMAGES.model(), IMAGES.model()
+    image_trainer(db.DiffusionBlocksTrainer, plain, tmp_path, schedule).train()
+    image_trainer(OwnSchedule, own, tmp_path, schedule).train()
+    assert all(map(torch.equal, plain.parameters(), own.parameters()))
+
+
 @pytest.mark.parametrize("schedule, steps", [("random", {3}), ("together", {4})])
 def test_a_block_thawed_within_a_run_moves_in_its_own_steps(schedule, steps, tmp_path):
     """By an optimizer that holds it: one of one's own."""

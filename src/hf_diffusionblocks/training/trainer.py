@@ -205,14 +205,17 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         """Parameters of the active block, and those of all blocks."""
         return self._parameters[self.active_block], self._parameters[None]
 
-    def _prepare_for_training(self, *args, **kwargs):
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         # A model that "owns placement and gradient reduction" is not wrapped in DDP, nor moved to the device.
         self._move_model_to_device(self.model, self.args.device)
+        self._schedule_blocks(max_steps)
         self.is_distributed_loading_by_transformers = True
         try:
-            return super()._prepare_for_training(*args, **kwargs)
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         finally:
             self.is_distributed_loading_by_transformers = False
+        check_counts(self.optimizer)  # whoever has made it
+        return prepared
 
     def _sync_replicated_trainable_parameters(self, model) -> None:
         if self.args.world_size > 1:  # as DDP does: all start from rank 0's weights, frozen ones and buffers, too
@@ -226,17 +229,19 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         optimizer = super().create_optimizer(model)
         if made_here:
             split_by_block(optimizer, self.model)
-            check_counts(optimizer)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """`lr_scheduler_type` over the updates of one block; each group advances with the updates of its block."""
-        self.block_schedule = BlockSchedule(self.args.block_schedule, self.train_blocks, num_training_steps, self.args.seed)
         if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = scheduler_by_block(self.args, optimizer, self.block_schedule)
+            self.lr_scheduler = scheduler_by_block(self.args, optimizer, self._schedule_blocks(num_training_steps))
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _schedule_blocks(self, num_steps: int) -> BlockSchedule:
+        self.block_schedule = BlockSchedule(self.args.block_schedule, self.train_blocks, num_steps, self.args.seed)
+        return self.block_schedule
 
     def _get_learning_rate(self) -> float:
         # Of the active block, before the step that is logged; `log` comes after it. The Trainer's is the first group's.
