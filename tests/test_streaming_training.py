@@ -141,9 +141,18 @@ def test_an_optimizer_that_looks_at_all_parameters_is_refused_on_the_device():
         def step(self):
             raise AssertionError
 
+    class Counts(torch.optim.SGD):  # each unit's part of a step would be one
+        def step(self, closure=None):
+            raise AssertionError
+
+    class AsItsBase(torch.optim.SGD):
+        pass
+
     backward(model.train(), tokens())
-    with pytest.raises(ValueError, match="with Other must be one of SGD"):
-        Other(model.parameters(), {}).step()
+    for optimizer in (Other(model.parameters(), {}), Counts(model.parameters())):
+        with pytest.raises(ValueError, match=f"with {type(optimizer).__name__} must be one of SGD"):
+            optimizer.step()
+    AsItsBase(model.parameters()).step()
     with pytest.raises(ValueError, match="optimizer_device='cpu' must be"):
         db.stream_layers(llama(), optimizer_device="cpu")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import unwrap
 
 import torch
 from torch import nn, optim
@@ -42,7 +43,7 @@ class StepsOnDevice:
         ours = [parameters for parameters in self._owned(optimizer) if parameters]
         if self._stepping or not ours:
             return
-        if not isinstance(optimizer, BY_PARAMETER):
+        if unwrap(type(optimizer).step) not in map(unwrap, (each.step for each in BY_PARAMETER)):
             allowed = ", ".join(dict.fromkeys(each.__name__ for each in BY_PARAMETER))
             raise ValueError(
                 f"optimizer_device='device' with {type(optimizer).__name__} must be one of {allowed}, which step "
