@@ -97,6 +97,14 @@ def test_texts_of_one_token_are_refused_by_name(name):
         model(torch.ones(2, 1, dtype=torch.long), labels=torch.ones(2, 1, dtype=torch.long), block_index=0)
 
 
+def test_what_a_block_cannot_take_of_a_batch_is_named():
+    ids = torch.ones(2, 8, dtype=torch.long)
+    with pytest.raises(ValueError, match="shift_labels must not be given with block_index.*: leave it out of the batch"):
+        TEXT.model()(ids, labels=ids, shift_labels=ids, block_index=0)
+    with pytest.raises(ValueError, match="shift_labels must not be given with block_index.*: leave it out of the batch"):
+        IMAGES.model()(**IMAGES.rows(), shift_labels=ids, block_index=0)
+
+
 @pytest.mark.parametrize("labels", [torch.ones(2, 5), torch.ones(2), F.one_hot(torch.tensor([1, 2]), 5)], ids=str)
 def test_several_classes_of_an_image_are_refused(labels):
     model = db.convert(VIT, 2)

@@ -119,7 +119,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksPreTrainedModel):
             if num_items_in_batch is not None:
                 stock["num_items_in_batch"] = num_items_in_batch
             return self.formulation.predict(x, labels=labels, **stock)
-        self.refuse(stock, "with block_index: a block gives its own logits, of its own loss")
+        self.refuse(stock, "with block_index, which has a loss of its own: leave it out of the batch")
         leaving, logits = self.formulation.train(self.blocks[block_index], x, labels, block_input, noise)
         loss = self.mean_loss(logits, labels, num_items_in_batch)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=(leaving.detach(),))
