@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,16 @@ def test_another_kind_of_problem_set_on_the_config_is_refused_as_in_convert(tmp_
     model.config.problem_type = "multi_label_classification"
     with pytest.raises(ValueError, match="problem_type='multi_label_classification' with num_labels=5 must be"):
         trainer_of(model, IMAGES, tmp_path).train()
+
+
+@pytest.mark.parametrize("count, tokens", [("all", 64), ("non_padding", 64)])
+def test_tokens_that_are_seen_are_counted_as_by_the_stock_trainer(count, tokens, tmp_path):
+    """By masks that hide nothing, too: a pad token may be part of the text."""
+    trainer = trainer_of(TEXT.model(), TEXT, tmp_path, max_steps=2, include_num_input_tokens_seen=count)
+    row = {"input_ids": [3] * 8, "labels": [3] * 8, "attention_mask": [1] * 8}
+    trainer.train_dataset, trainer.processing_class = [row] * 8, SimpleNamespace(pad_token_id=3)
+    trainer.train()
+    assert trainer.state.num_input_tokens_seen == tokens
 
 
 # ---- what is frozen
@@ -300,6 +311,14 @@ def test_noise_on_embeddings_that_would_miss_some_is_refused(name, tmp_path):
 
 
 # ---- another model
+
+
+def test_a_streamed_model_is_not_converted():
+    plain = AutoModelForCausalLM.from_config(GPT2)
+    with db.stream_layers(plain, device="cpu"), pytest.raises(ValueError, match=r"is streamed: call stop\(\) of its stream"):
+        db.convert(plain, 2)
+    db.convert(plain, 2)
+
 
 OTHERS = {
     "the plain one": None, "another preset": {"preset": "paper", "local_head_layers": None},

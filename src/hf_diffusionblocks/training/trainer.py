@@ -92,8 +92,10 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         check_optimizer(self.optimizer, model)
         if args.torch_compile:
             model.compile_layers(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        collator = WithClassLabels(self.data_collator) if WithClassLabels.is_for(model) else self.data_collator
-        self.data_collator = WithoutFullMask(collator)
+        if WithClassLabels.is_for(model):
+            self.data_collator = WithClassLabels(self.data_collator)
+        if args.include_num_input_tokens_seen != "non_padding":  # which counts by masks
+            self.data_collator = WithoutFullMask(self.data_collator)
         learning_rate_curve(args, num_updates=1)  # complain before training
         self.block_schedule: BlockSchedule | None = None  # known once training knows its number of steps
         self.active_block = self.train_blocks[0]  #: the block that trains now
