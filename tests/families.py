@@ -227,5 +227,10 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+def moved(model, before: dict) -> set[str]:
+    """Names of the parameters that are not what they were."""
+    return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+
+
 def reloaded(model, folder, **kwargs):
     return TASKS[model.task].auto_class.from_pretrained(folder, **kwargs)

@@ -120,6 +120,15 @@ def test_jobs_that_do_not_fit_are_refused(jobs, tmp_path):
     assert not output.exists()
 
 
+def test_of_the_plain_model_s_config_the_field_that_differs_is_named(jobs, tmp_path):
+    file = jobs[1] / "config.json"
+    config = json.loads(file.read_text())
+    config["source_config"]["pad_token_id"] = 7
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"differ: source_config.pad_token_id=.* in .*job0, 7 in .*job1"):
+        db.merge_blocks(jobs, tmp_path / "merged")
+
+
 def test_jobs_with_other_targets_are_refused(jobs, texts, tmp_path):
     torch.manual_seed(1)  # other fresh weights
     other = db.convert(CONFIGS["gpt2"], 2, resident_blocks=[1], **INDEPENDENT)

@@ -9,10 +9,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
-from streaming_models import MODELS, assert_same, backward, llama, text, tokens, weights, with_checkpointing
+from streaming_models import (
+    LENGTH, MODELS, VOCABULARY, assert_same, backward, gradients, llama, pair, text, tokens, weights, with_checkpointing,
+)  # fmt: skip
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import hf_diffusionblocks as db
+from hf_diffusionblocks.streaming import loss as streamed_loss
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, lora_dropout=0.1)
 
@@ -102,7 +105,27 @@ def test_adapters_added_after_streaming_train_the_same(tmp_path):
     assert_same(weights(stock.model), weights(later.model))
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd"])
+@pytest.mark.parametrize("num_items", [None, torch.tensor(0)], ids=["of the batch", "of the step"])
+def test_where_no_label_counts_logits_in_parts_have_the_stock_gradients(num_items, monkeypatch):
+    monkeypatch.setattr(streamed_loss, "PART_BYTES", 256)
+    stock, model = pair("llama")
+    db.stream_layers(model, device="cpu")
+    for each in (stock, model):
+        backward(each, {**tokens(), "labels": torch.full((2, LENGTH), -100), "num_items_in_batch": num_items})
+    assert_same(gradients(stock), gradients(model))
+    assert not any(gradient.any() for gradient in gradients(model).values())
+
+
+def test_a_label_out_of_the_vocabulary_is_an_error_where_logits_come_in_parts(monkeypatch):
+    monkeypatch.setattr(streamed_loss, "PART_BYTES", 256)
+    model = llama().train()
+    db.stream_layers(model, device="cpu")
+    for label in (-1, VOCABULARY):
+        with pytest.raises(RuntimeError, match=f"index {label} is out of bounds"):
+            model(**{**tokens(), "labels": torch.full((2, LENGTH), label)})
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"])
 def test_steps_on_the_device_are_those_on_the_host(optim, tmp_path):
     host = trained(tmp_path, True, optim=optim)
     device = trained(tmp_path, True, optim=optim, stream={"optimizer_device": "device"})
@@ -118,9 +141,18 @@ def test_an_optimizer_that_looks_at_all_parameters_is_refused_on_the_device():
         def step(self):
             raise AssertionError
 
+    class Counts(torch.optim.SGD):  # each unit's part of a step would be one
+        def step(self, closure=None):
+            raise AssertionError
+
+    class AsItsBase(torch.optim.SGD):
+        pass
+
     backward(model.train(), tokens())
-    with pytest.raises(ValueError, match="with Other must be one of SGD"):
-        Other(model.parameters(), {}).step()
+    for optimizer in (Other(model.parameters(), {}), Counts(model.parameters())):
+        with pytest.raises(ValueError, match=f"with {type(optimizer).__name__} must be one of SGD"):
+            optimizer.step()
+    AsItsBase(model.parameters()).step()
     with pytest.raises(ValueError, match="optimizer_device='cpu' must be"):
         db.stream_layers(llama(), optimizer_device="cpu")
 

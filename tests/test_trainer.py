@@ -79,6 +79,8 @@ def test_schedule_counts_the_updates_of_each_block(num_blocks, total_steps):
         ({}, {"compute_loss_func": lambda *_: 0}, "compute_loss_func must be None"),
         ({}, {"model_init": lambda: None}, "model_init must be None"),
         ({"optim": "galore_adamw_layerwise"}, {}, "optim='galore_adamw_layerwise' must not be layer-wise"),
+        ({"optim": "adalomo"}, {}, "optim='adalomo' must not be LOMO's"),
+        ({"optim": "schedule_free_radam"}, {}, "optim='schedule_free_radam' must not be schedule-free"),
     ],
 )
 def test_what_is_of_whole_models_is_refused(arguments, others, message, plain_model, tmp_path):

@@ -18,6 +18,7 @@ from .models.verification import check_cut
 from .presets import with_preset
 from .saving.checks import check_no_adapter_folder, check_no_adapters, check_weights, is_untied
 from .saving.resident import HUB_KWARGS, MODEL_KWARGS, NotLoaded, build, checked_blocks, hub_kwargs
+from .streaming import stream_of
 from .tasks import TASKS, backbone_for, backbone_named, task_of
 
 
@@ -64,6 +65,10 @@ def convert(
         return _convert_pretrained(source, num_blocks, task, resident_blocks, preset, fields, loading)
     if isinstance(source, nn.Module):
         check_no_adapters(source)
+        if stream_of(source) is not None:
+            raise ValueError(
+                f"source={type(source).__name__} is streamed: call stop() of its stream, convert it, and stream what that gives"
+            )
         check_weights(source, "blocks would have its codes without their scales")
     plain_config = source if isinstance(source, PreTrainedConfig) else _config_of(source)
     _check_plain(plain_config)

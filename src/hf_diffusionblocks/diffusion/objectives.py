@@ -27,11 +27,13 @@ LossOfRows = Callable[..., torch.Tensor]
 LEAST_LOG_PROBABILITY = -60.0
 
 
-def num_counted(targets: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor | int:
-    """What a summed loss is divided by: `num_items` of the step, or the targets that are not `IGNORED`; at least 1, so that
-    nothing to learn is no loss."""
+def num_counted(targets: torch.Tensor, num_items: torch.Tensor | int | None, training: bool) -> torch.Tensor | int:
+    """What a summed loss is divided by: `num_items` of the step, or the targets that are not `IGNORED`. In training at least 1,
+    so that nothing to learn is no loss; nothing to measure is no number, as in the plain model."""
     if num_items is None:
         num_items = (targets != IGNORED).sum()
+    if not training:
+        return num_items
     return num_items.clamp(min=1) if isinstance(num_items, torch.Tensor) else max(num_items, 1)
 
 

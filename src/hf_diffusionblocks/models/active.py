@@ -8,9 +8,9 @@ from torch import nn
 
 
 class TrainedParameters:
-    """The parameters that a run trains, by block; until it ends, those of other blocks ask for no gradients.
+    """The parameters of what a run trains, by block; until it ends, those of other blocks ask for no gradients.
 
-    What is frozen before the run, or by a callback in it, is left as it is. (A pass reaches no block but its own: nothing has
+    What is frozen or thawed before the run, or by a callback in it, is left as it is. (A pass reaches no block but its own: nothing has
     to be frozen from turn to turn.)
 
     Args:
@@ -27,7 +27,7 @@ class TrainedParameters:
     def __enter__(self) -> TrainedParameters:
         for name, parameter in self._model.named_parameters():
             owner = self._model.block_of_parameter(name)
-            if parameter.requires_grad and owner in self._owners:
+            if owner in self._owners:
                 self.of_block[owner].append(parameter)
             elif parameter.requires_grad:
                 self._set_aside.append(parameter)

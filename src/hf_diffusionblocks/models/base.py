@@ -321,6 +321,10 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         """What the stock model takes of a batch as `forward` takes it."""
         return {name: value for name, value in batch.items() if name != "labels"}
 
+    def counted_labels(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Labels by which the Trainer counts what the loss of a step is divided by: those that are not -100."""
+        return batch["labels"]
+
     @torch.no_grad()
     def passed_on(self, block: Block, batch: Mapping[str, Any], entering: torch.Tensor | None = None) -> torch.Tensor:
         """What leaves a block that does not train, `[N, S, D]`.

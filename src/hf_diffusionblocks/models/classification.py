@@ -95,11 +95,7 @@ class DiffusionBlocksClassifier(DiffusionBlocksPreTrainedModel):
     accepts_loss_kwargs = True  # the Trainer gives num_items_in_batch: every row of a step counts alike
 
     def __init__(self, config: DiffusionBlocksConfig):
-        if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
-            raise ValueError(
-                f"problem_type={config.problem_type!r} with num_labels={config.num_labels} must be "
-                "'single_label_classification' with at least 2 labels: a block tells one class of several"
-            )
+        _check_problem(config)
         super().__init__(config)
 
     def _classify(
@@ -108,12 +104,13 @@ class DiffusionBlocksClassifier(DiffusionBlocksPreTrainedModel):
     ) -> ImageClassifierOutput:  # fmt: skip
         """What `forward` does, of what the stock model takes."""
         self.check_block_given(block_index, labels)
+        labels = None if labels is None else self._checked(labels, len(next(iter(x.values()))))
         if block_index is None:
             self.refuse({**draws, "block_input": block_input}, "without block_index: it is of a block that trains")
             if num_items is not None:
                 stock["num_items_in_batch"] = num_items
             return self.formulation.predict(x, labels=labels, **stock)
-        self.refuse(stock, "with block_index: a block gives its own logits, of its own loss")
+        self.refuse(stock, "with block_index, which has a loss of its own: leave it out of the batch")
         leaving, logits = self.formulation.train(self.blocks[block_index], x, labels, block_input, draws)
         loss = self.mean_loss(logits, labels, num_items)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=(leaving.detach(),))
@@ -122,7 +119,24 @@ class DiffusionBlocksClassifier(DiffusionBlocksPreTrainedModel):
         """The cross-entropy of those that have a label: their mean, or, of a micro-batch, its part of the mean over the
         step's `num_items`."""
         total = F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORED)
-        return total / (len(labels) if labels.is_floating_point() and num_items is None else num_counted(labels, num_items))
+        return total / num_counted(self.counted_labels({"labels": labels}), num_items, self.training)
+
+    def counted_labels(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """One a row, also of shares."""
+        labels = batch["labels"]
+        return labels.argmax(-1) if labels.is_floating_point() else labels
+
+    def _checked(self, labels: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """Class numbers `[N]`, or shares of the classes."""
+        _check_problem(self.config)  # (which may have been set since)
+        labels = labels[:, 0] if labels.shape == (num_rows, 1) else labels  # as the plain model has it
+        shape = (num_rows, self.config.num_labels) if labels.is_floating_point() else (num_rows,)
+        if labels.shape != shape or labels.is_floating_point() and _add_up_to_other_than_1(labels):
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} must be class numbers, [{num_rows}], or shares of the classes that add "
+                f"up to 1, [{num_rows}, {self.config.num_labels}]: several classes of a row at once are for the plain model"
+            )
+        return labels
 
     def _predict(
         self, x: Mapping[str, Any], num_inference_steps: int | None = None, generator: torch.Generator | None = None
@@ -132,3 +146,16 @@ class DiffusionBlocksClassifier(DiffusionBlocksPreTrainedModel):
         return WalkClassifierOutput(
             logits=logits, probabilities=logits.float().softmax(-1), trajectory=trajectory, sigmas=sigmas
         )
+
+
+def _check_problem(config: DiffusionBlocksConfig) -> None:
+    if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
+        raise ValueError(
+            f"problem_type={config.problem_type!r} with num_labels={config.num_labels} must be "
+            "'single_label_classification' with at least 2 labels: a block tells one class of several"
+        )
+
+
+def _add_up_to_other_than_1(shares: torch.Tensor) -> bool:
+    on_cpu = shares.device.type == "cpu"  # (no wait for a device)
+    return on_cpu and bool(((shares.float().sum(-1) - 1).abs() > 1e-2).any())

@@ -101,10 +101,11 @@ def _check_configs(jobs: list[_Job]) -> None:
 
 
 def _compared(config: DiffusionBlocksConfig) -> dict:
-    """Its fields; but for `use_cache`, which the Trainer sets of the models that it has."""
+    """Its fields, and the plain model's; but for `use_cache`, which the Trainer sets of the models that it has."""
     fields = config.to_dict()
-    fields["source_config"].pop("use_cache", None)
-    return fields
+    plain = fields.pop("source_config")
+    plain.pop("use_cache", None)
+    return fields | {f"source_config.{name}": value for name, value in plain.items()}
 
 
 def _sources(jobs: list[_Job]) -> dict[int, _Job]:

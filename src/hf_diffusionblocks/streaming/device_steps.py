@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import unwrap
 
 import torch
 from torch import nn, optim
+from transformers import Adafactor
 
-#: Those that move each element by its own history: a step of some parameters is the same as a step of all.
-BY_ELEMENT = (
+#: Those that move each parameter by its own history: a step of some parameters is the same as a step of all.
+BY_PARAMETER = (
     optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax, optim.Adagrad, optim.Adadelta, optim.RMSprop,
-    optim.Rprop, optim.ASGD, optim.Adafactor,
+    optim.Rprop, optim.ASGD, optim.Adafactor, Adafactor,
 )  # fmt: skip
 
 
@@ -36,13 +38,13 @@ class StepsOnDevice:
         """A hook before each step: what is left for the step itself is what no unit owns.
 
         Raises:
-            ValueError: the optimizer does not move each element by itself, or is given a closure.
+            ValueError: the optimizer does not move each parameter by itself, or is given a closure.
         """
         ours = [parameters for parameters in self._owned(optimizer) if parameters]
         if self._stepping or not ours:
             return
-        if not isinstance(optimizer, BY_ELEMENT):
-            allowed = ", ".join(each.__name__ for each in BY_ELEMENT)
+        if unwrap(type(optimizer).step) not in map(unwrap, (each.step for each in BY_PARAMETER)):
+            allowed = ", ".join(dict.fromkeys(each.__name__ for each in BY_PARAMETER))
             raise ValueError(
                 f"optimizer_device='device' with {type(optimizer).__name__} must be one of {allowed}, which step "
                 "a layer at a time"

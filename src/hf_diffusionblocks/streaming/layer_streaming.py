@@ -43,7 +43,8 @@ def stream_layers(
         keep: layers that stay on the device, as a number of them, or as memory that they may take ("20GiB"). Their gradients,
             and what the optimizer has of them, are in host memory all the same.
         optimizer_device: where optimizers step, "host" or "device": a layer at a time there, with its optimizer state copied
-            beside, for hosts with few cores. It takes PyTorch's own optimizers that move each element by itself.
+            beside, for hosts with few cores. It takes optimizers of PyTorch that move each parameter by itself, and Transformers'
+            Adafactor.
 
     Raises:
         TypeError: model is no module.

@@ -112,6 +112,7 @@ class CrossEntropyInParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, ignore_index):
         counts = targets != ignore_index
+        weight[:, 0].gather(0, targets.masked_fill(~counts, 0))  # a target that is in no part is an error, as without parts
         normalizer = torch.full(targets.shape, -torch.inf, device=hidden.device)
         of_target = torch.zeros(targets.shape, device=hidden.device)
         for start, logits in _parts(hidden, weight, bias):
@@ -127,7 +128,7 @@ class CrossEntropyInParts(torch.autograd.Function):
         of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         of_bias = torch.empty_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         of_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        scale = (upstream * counts)[:, None]
+        scale = torch.where(counts, upstream, 0)[:, None]  # (upstream is infinite where no target counts)
         for start, logits in _parts(hidden, weight, bias):
             width = logits.shape[1]
             of_logits = logits.sub_(normalizer[:, None]).exp_().mul_(scale)

@@ -153,7 +153,7 @@ class AveragingTrainer(RunReports):
 
     def train(self, *args, **kwargs):
         if self.averages:
-            self.averages.follow([parameter for part in self._parameters.values() for parameter in part])
+            self.averages.follow([p for part in self._parameters.values() for p in part if p.requires_grad])
         return super().train(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs):

@@ -53,7 +53,7 @@ def scheduler_by_block(
 
     def curve_of_block(block: int | None) -> Callable[[int], float]:
         if block is None:  # any step may move it
-            return lambda step: curve(step * schedule.updates_per_block // schedule.total_steps)
+            return lambda step: curve(step * schedule.updates_per_block // max(schedule.total_steps, 1))
         return lambda step: curve(schedule.updates_before(step, block))
 
     return LambdaLR(optimizer, [curve_of_block(group.get("block")) for group in optimizer.param_groups])

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.training_args import OptimizerNames
 
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..saving.resident import checked_blocks
 from .arguments import DiffusionBlocksTrainingArguments
+from .together import without_gradients
 
 
 def check_given_to_trainer(args: DiffusionBlocksTrainingArguments, given: Mapping[str, Any]) -> None:
@@ -28,14 +29,29 @@ def check_given_to_trainer(args: DiffusionBlocksTrainingArguments, given: Mappin
     if args.label_smoothing_factor:
         raise ValueError(f"label_smoothing_factor={args.label_smoothing_factor} must be 0: a block has a loss of its own")
     optim = OptimizerNames(args.optim).value
-    if "layerwise" in optim:
-        raise ValueError(f"optim={optim!r} must not be layer-wise: it has no learning-rate schedule by block")
+    for kind, reason in (
+        ("layerwise", "layer-wise: it has no learning-rate schedule by block"),
+        ("lomo", "LOMO's: it moves parameters in the backward pass, which blocks share"),
+        ("schedule_free", "schedule-free: it counts the turns of all blocks as steps of each"),
+    ):
+        if kind in optim:
+            raise ValueError(f"optim={optim!r} must not be {reason}. 'adamw_torch' and the like can be taken")
     for name, reason in (
         ("compute_loss_func", "a block has a loss of its own"),
         ("model_init", "blocks are scheduled for the model that is given"),
     ):
         if given.get(name) is not None:
             raise ValueError(f"{name} must be None: {reason}")
+
+
+def check_neftune(model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments) -> None:
+    """Raise ValueError if noise on embeddings is asked for, and blocks have embeddings that the Trainer does not know."""
+    unknown = not isinstance(model.backbone, PreTrainedModel) or any(block.embeds_apart for block in model.blocks)
+    if args.neftune_noise_alpha is not None and unknown:
+        raise ValueError(
+            f"neftune_noise_alpha={args.neftune_noise_alpha} must be None for {type(model).__name__} with "
+            f"shared={model.config.shared!r}: it is for models of Transformers with one embedding, which all blocks start from"
+        )
 
 
 def blocks_to_train(model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments) -> list[int]:
@@ -91,7 +107,8 @@ def columns_to_keep(model: DiffusionBlocksPreTrainedModel, accepted: Sequence[st
     the stock model's, since a data set's `noise` or `sigma` is its own."""
     ours, stock = (signature(each.forward).parameters for each in (model, model.architecture.plain_class))
     of_data = {*stock, model.main_input_name}  # (which the stock model may call otherwise)
-    return [name for name in accepted if name not in ours or name in of_data]
+    labels = ["labels"] if WithClassLabels.is_for(model) else []
+    return [name for name in (*accepted, *labels) if name not in ours or name in of_data]
 
 
 def check_processes(trainer: Trainer) -> None:
@@ -124,14 +141,47 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: DiffusionBlo
 
 
 def check_counts(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError if an optimizer counts its steps for all parameters alike: each block's turn is a step of it."""
+    """Raise ValueError if an optimizer counts its steps for all parameters alike: each block's turn is a step of it. A step
+    without gradients tells, which leaves alone what counts by parameter. (Those that wait for a gradient go by name.)"""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # (of Accelerate's)
-    counted = sorted({"k", "d", "train_mode", "lr_max"} & set().union(*(group.keys() for group in optimizer.param_groups)))
+    counted = {"k", "d", "train_mode", "lr_max"} & set().union(*(group.keys() for group in optimizer.param_groups))
+    if not counted:
+        before = _numbers_of(optimizer)
+        with without_gradients([parameter for group in optimizer.param_groups for parameter in group["params"]]):
+            optimizer.step()
+        counted = {name for _, name, _ in _numbers_of(optimizer) - before}
     if counted:
         raise ValueError(
-            f"optimizer={type(optimizer).__name__} must count steps by parameter, as AdamW does, and keeps {counted[0]!r} for "
+            f"optimizer={type(optimizer).__name__} must count steps by parameter, as AdamW does, and keeps {min(counted)!r} for "
             "all of a group: every block's turn would be a step of the others"
         )
+
+
+def _numbers_of(optimizer: torch.optim.Optimizer) -> set[tuple[int, str, float]]:
+    """What an optimizer keeps beside the state of parameters: group (the last is itself), name, value."""
+    return {
+        (index, name, float(value))
+        for index, entries in enumerate([*optimizer.param_groups, vars(optimizer)])
+        for name, value in entries.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) or torch.is_tensor(value) and value.numel() == 1
+    }
+
+
+class WithClassLabels:
+    """A collator for a model that is told classes: what data sets call `labels`, it calls `class_labels`."""
+
+    def __init__(self, collator: Callable[[list[dict]], dict]):
+        self.collator = collator
+
+    @staticmethod
+    def is_for(model: DiffusionBlocksPreTrainedModel) -> bool:
+        taken = signature(model.forward).parameters
+        return "class_labels" in taken and "labels" not in taken
+
+    def __call__(self, rows: list[dict]) -> dict:
+        batch = dict(self.collator(rows))
+        labels = batch.pop("labels", None)
+        return batch if labels is None else {"class_labels": labels, **batch}
 
 
 class WithoutFullMask:

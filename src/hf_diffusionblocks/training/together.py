@@ -110,8 +110,10 @@ class TogetherSteps:
             trainer.average_gradients(own)
             limit = trainer.args.max_grad_norm
             self._norms.append(trainer.accelerator.clip_grad_norm_(own, limit if limit and limit > 0 else math.inf))
+            callbacks = trainer.callback_handler
+            trainer.control = callbacks.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control)
             trainer.optimizer.step()
-            trainer.control = trainer.callback_handler.on_optimizer_step(trainer.args, trainer.state, trainer.control)
+            trainer.control = callbacks.on_optimizer_step(trainer.args, trainer.state, trainer.control)
             for parameter in own:
                 parameter.grad = None
 

@@ -23,8 +23,8 @@ from .block_evaluation import BlockEvaluation
 from .block_optimizer import learning_rate_curve, scheduler_by_block, split_by_block
 from .block_schedule import BlockSchedule
 from .checks import (
-    WithoutFullMask, blocks_to_train, check_counts, check_given_to_trainer, check_optimizer, check_processes,
-    columns_to_keep, settle_schedule,
+    WithClassLabels, WithoutFullMask, blocks_to_train, check_counts, check_given_to_trainer, check_neftune, check_optimizer,
+    check_processes, columns_to_keep, settle_schedule,
 )  # fmt: skip
 from .parallel import average_gradients, broadcast
 from .process_group import leave_at_exit
@@ -58,7 +58,12 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     args: DiffusionBlocksTrainingArguments
 
-    def __init__(self, model: DiffusionBlocksPreTrainedModel, args: DiffusionBlocksTrainingArguments, **kwargs):
+    def __init__(
+        self, model: DiffusionBlocksPreTrainedModel | None = None, args: DiffusionBlocksTrainingArguments | None = None, **kwargs
+    ):
+        if not isinstance(args, DiffusionBlocksTrainingArguments):
+            raise TypeError(f"args={type(args).__name__} must be DiffusionBlocksTrainingArguments")
+        check_given_to_trainer(args, kwargs)
         if isinstance(model, torch.nn.Module) and has_adapters(model):
             raise ValueError(
                 f"model={type(model).__name__} has adapters (PEFT), and blocks are trained whole: merge_and_unload() them first. "
@@ -66,14 +71,12 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             )
         if not isinstance(model, DiffusionBlocksPreTrainedModel):
             raise TypeError(f"model={type(model).__name__} must be a DiffusionBlocks model: convert() makes one")
-        if not isinstance(args, DiffusionBlocksTrainingArguments):
-            raise TypeError(f"args={type(args).__name__} must be DiffusionBlocksTrainingArguments")
         if args.n_gpu > 1:  # the Trainer would wrap the model in DataParallel, whose threads would share one generator
             raise ValueError(
                 f"{args.n_gpu} devices in one process cannot be trained on: start one process each with `accelerate "
                 "launch`, or choose one with CUDA_VISIBLE_DEVICES"
             )
-        check_given_to_trainer(args, kwargs)
+        check_neftune(model, args)
         args = copy.copy(args)  # the caller's stay as they are, for another model
         settle_schedule(model, args)
         together = args.block_schedule == "together"
@@ -89,7 +92,10 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         check_optimizer(self.optimizer, model)
         if args.torch_compile:
             model.compile_layers(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        self.data_collator = WithoutFullMask(self.data_collator)
+        if WithClassLabels.is_for(model):
+            self.data_collator = WithClassLabels(self.data_collator)
+        if args.include_num_input_tokens_seen != "non_padding":  # which counts by masks
+            self.data_collator = WithoutFullMask(self.data_collator)
         learning_rate_curve(args, num_updates=1)  # complain before training
         self.block_schedule: BlockSchedule | None = None  # known once training knows its number of steps
         self.active_block = self.train_blocks[0]  #: the block that trains now
@@ -122,7 +128,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     @property
     def _parameters(self) -> dict[int | None, list[torch.nn.Parameter]]:
-        """Those that train, of each block, and of none."""
+        """Of each block that trains, and of none: those that are frozen just now, too."""
         return self._trained.of_block
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -132,6 +138,9 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         given = {"block_index": self.active_block, "generator": self.noise_generators(m, find_batch_size(inputs))}
         given |= self._together.entering(m) if self._together is not None else {}
         loss, outputs = super().compute_loss(model, {**inputs, **given}, True, num_items_in_batch)
+        for value in outputs.values():  # of a block that is frozen, whose step moves nothing
+            if torch.is_tensor(value):
+                value.requires_grad_()
         if self._together is not None:
             self._together.note(m, outputs)
         return (loss, outputs) if return_outputs else loss
@@ -141,6 +150,13 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             self._signature_columns = columns_to_keep(self.model, self._signature_columns)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
+        # The Trainer counts the labels of its batches; a model knows which of them have a loss.
+        counted = [
+            {**batch, "labels": self.model.counted_labels(batch)} if "labels" in batch else batch for batch in batch_samples
+        ]
+        return super()._get_num_items_in_batch(counted, device)
 
     def noise_generators(self, micro_batch: int, num_rows: int) -> list[torch.Generator]:
         """Of each row of a micro-batch of the step."""
@@ -171,6 +187,10 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
                 loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self.model.trained_block = None
+        for block, parameters in self._parameters.items():  # (an own loss may have a penalty on all parameters)
+            if block not in (None, self.active_block):
+                for parameter in parameters:
+                    parameter.grad = None
         # `loss` is already divided by the number of micro-batches.
         self._block_losses[self.active_block, 0] += loss
         self._block_losses[self.active_block, 1] += 1 / self.current_gradient_accumulation_steps
@@ -187,14 +207,17 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         """Parameters of the active block, and those of all blocks."""
         return self._parameters[self.active_block], self._parameters[None]
 
-    def _prepare_for_training(self, *args, **kwargs):
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         # A model that "owns placement and gradient reduction" is not wrapped in DDP, nor moved to the device.
         self._move_model_to_device(self.model, self.args.device)
+        self._schedule_blocks(max_steps)
         self.is_distributed_loading_by_transformers = True
         try:
-            return super()._prepare_for_training(*args, **kwargs)
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         finally:
             self.is_distributed_loading_by_transformers = False
+        check_counts(self.optimizer)  # whoever has made it
+        return prepared
 
     def _sync_replicated_trainable_parameters(self, model) -> None:
         if self.args.world_size > 1:  # as DDP does: all start from rank 0's weights, frozen ones and buffers, too
@@ -208,17 +231,19 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         optimizer = super().create_optimizer(model)
         if made_here:
             split_by_block(optimizer, self.model)
-            check_counts(optimizer)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """`lr_scheduler_type` over the updates of one block; each group advances with the updates of its block."""
-        self.block_schedule = BlockSchedule(self.args.block_schedule, self.train_blocks, num_training_steps, self.args.seed)
         if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = scheduler_by_block(self.args, optimizer, self.block_schedule)
+            self.lr_scheduler = scheduler_by_block(self.args, optimizer, self._schedule_blocks(num_training_steps))
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _schedule_blocks(self, num_steps: int) -> BlockSchedule:
+        self.block_schedule = BlockSchedule(self.args.block_schedule, self.train_blocks, num_steps, self.args.seed)
+        return self.block_schedule
 
     def _get_learning_rate(self) -> float:
         # Of the active block, before the step that is logged; `log` comes after it. The Trainer's is the first group's.
@@ -256,7 +281,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             self._together.forget()
         self._trained = TrainedParameters(self.model, self.train_blocks, self.args.train_shared)
         with self._trained:
-            if not any(self._parameters.values()):
+            if not any(parameter.requires_grad for parameter in sum(self._parameters.values(), [])):
                 raise ValueError(f"no parameter of train_blocks={self.train_blocks} asks for gradients: all are frozen")
             result = super().train(*args, **kwargs)
         if self._ledgers:
@@ -282,3 +307,13 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         self._steps_of_run.check(folder)
         shards.check_shards(folder)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        # The Trainer goes on with weights that it has not loaded. (Tied ones are saved once.)
+        lacks = sorted(set(load_result.missing_keys) - set(self.model.all_tied_weights_keys))
+        if lacks or load_result.unexpected_keys:
+            says, name = ("lacks", lacks[0]) if lacks else ("has", min(load_result.unexpected_keys))
+            raise ValueError(
+                f"the checkpoint is of another model: it {says} {name}. Resume with the model that has written it, or start anew "
+                "from what from_pretrained() or convert() makes of its folder"
+            )

@@ -40,6 +40,8 @@ class JointText(Formulation):
     def train(self, block: Block, text: Text, targets: torch.Tensor, noise: Mapping) -> tuple[torch.Tensor, ReadoutInput]:
         """What has left the block, and what tokens 1 to S-1 are read out from, `[N, S-1, D]` both."""
         self.model.refuse({"block_input": text.block_input}, "with preset='paper': a block starts from embeddings")
+        if not targets.shape[1]:
+            raise ValueError("labels of one token a text must be of at least 2: a block is trained on the tokens after the first")
         sigma = self.levels(block.index, targets, noise["sigma"], noise["generator"])
         z = self.corrupt(targets, sigma, noise["noise"], noise["generator"])
         hidden = self.run(block, text, z, sigma)
@@ -114,7 +116,7 @@ class JointText(Formulation):
         nats = text_walk.losses(text, following)
         # Added up as a cross-entropy is, whose last bit it then has: each token's nats are those of its one class.
         total = F.nll_loss(-nats[:, None], following.clamp(max=0), reduction="mean" if num_items is None else "sum")
-        return total if num_items is None else total / num_counted(following, num_items)
+        return total if num_items is None else total / num_counted(following, num_items, self.model.training)
 
     def block_logits(self, text: Text) -> torch.Tensor:
         """Every block's at sigma_max, from keyed noise: `[N, B, S, V]`."""

@@ -75,7 +75,7 @@ class LocalText(Formulation):
                 parameters,
                 self.model.config.vocab_size,
             )
-        return total / num_counted(targets, num_items)
+        return total / num_counted(targets, num_items, self.model.training)
 
     def _last_hidden(self, text: Text) -> torch.Tensor:
         """What the head reads, `[N, S, D]`."""

@@ -158,7 +158,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
             self.refuse({**draws, "block_input": block_input}, "without block_index: it is of a block that trains")
             stock |= {"use_cache": use_cache, "logits_to_keep": logits_to_keep}
             return self.formulation.predict(text, labels, num_items_in_batch, return_logits, text_walk, num_steps, **stock)
-        self.refuse({**stock, "num_steps": num_steps}, "with block_index: a block gives its own logits, of its own loss")
+        self.refuse({**stock, "num_steps": num_steps}, "with block_index, which has a loss of its own: leave it out of the batch")
         block, targets = self.blocks[block_index], labels[:, 1:]
         leaving, rows = self.formulation.train(block, text, targets, draws)
         loss = self._objective(block, rows, targets, num_items_in_batch)
@@ -183,7 +183,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         noise = [tensor for tensor in rows[1:] if tensor is not None]
         with block.readout_on_device() as parameters:
             total = chunked_sum(loss_of_rows, [rows.hidden, targets, *noise], parameters, self.config.vocab_size)
-        return total / num_counted(targets, num_items)
+        return total / num_counted(targets, num_items, self.training)
 
     def stock_inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return Text.of(batch).of_stock_model()

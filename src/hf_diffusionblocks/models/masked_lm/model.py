@@ -150,10 +150,15 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         masked = draw_masked(counts, maskable, generator)
         hidden = self.read(block, text.masked(masked, self.mask_token_id))
         weights = self._weights(block_index, text, masked, maskable)
-        items = num_counted(labels.masked_fill(~maskable, IGNORED), num_items_in_batch)
+        items = num_counted(labels.masked_fill(~maskable, IGNORED), num_items_in_batch, self.training)
         targets = labels.masked_fill(~masked, IGNORED)
         loss = self._weighted_sum(block, hidden, targets, weights, self._at_most(block_index, targets, mask_ratio)) / items
         return MaskedLMOutput(loss=loss, logits=self._all_logits(block, hidden) if return_logits else None)
+
+    def counted_labels(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """None of padding, whatever it is labelled."""
+        mask = batch.get("attention_mask")
+        return batch["labels"] if mask is None else batch["labels"].masked_fill(mask == 0, IGNORED)
 
     def _refuse_masked(self, text: MaskedText) -> None:
         if text.input_ids.device.type == "cpu" and bool(text.holds(self.mask_token_id).any()):  # (no wait for a device)
@@ -244,7 +249,8 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
             return MaskedLMOutput(logits=logits)
         counts, items = masked.sum(1), labelled.sum(1)
         items = torch.where(counts > 0, items, 0)
-        loss = (items / counts.clamp(min=1) * sums).sum() / num_counted(labels, items.sum() if num_items is None else num_items)
+        total = (items / counts.clamp(min=1) * sums).sum()
+        loss = total / num_counted(labels, items.sum() if num_items is None else num_items, self.training)
         return MaskedLMOutput(loss=loss.float(), logits=logits)
 
     def _masked_for_scoring(
