@@ -95,12 +95,14 @@ def run(job: tuple) -> None:
 @torch.no_grad()
 def written(model: PreTrainedModel, prompts: torch.Tensor, seed: int, steps: tuple) -> dict[str, torch.Tensor]:
     """By each way to search, and number of steps: what follows the prompts `[N, S]`."""
+    # (With a mask: `generate` would take spaces, which are token 0, for padding.)
+    given = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": LENGTH - PROMPT, "pad_token_id": 0}
     found = {}
     for count in steps:
         for search, arguments in SEARCHES.items():
             set_seed(seed)
             of_walk = {} if count is None else {"num_steps": count}
-            tokens = model.generate(prompts, max_new_tokens=LENGTH - PROMPT, pad_token_id=0, **arguments, **of_walk)
+            tokens = model.generate(prompts, **given, **arguments, **of_walk)
             found[search if count is None else f"{search}, T={count}"] = tokens[:, PROMPT:]
     return found
 
