@@ -1,10 +1,10 @@
 """Text into classes: who wrote these 128 tokens? Plain models of six layers and of two, to see what depth is worth.
 
-    python benchmarks/quality_text_classes.py --data ../shared/data/gutenberg --output outputs/quality_text_classes --seeds 0 1 2
+    python benchmarks/quality_text_classes.py --data ../shared/data/gutenberg --output outputs/quality_text_classes
 
-Twenty authors of novels; a byte-level BPE; a ModernBERT of width 64 that averages its tokens, from scratch. Accuracy on the last
-tenth of each work that was trained on, and on a work of each author of which nothing was. Models of blocks are one line more in
-`ROWS` each: what `convert` is given. Runs are cached in the output folder one by one.
+Twenty authors of novels; a byte-level BPE; a ModernBERT of width 64 that averages its tokens, from scratch. Accuracy on the
+last tenth of each work that was trained on, and on a work of each author of which nothing was. Models of blocks are one line
+more in `ROWS` each: what `convert` is given. Runs are cached in the output folder one by one.
 """
 
 from __future__ import annotations
@@ -113,8 +113,10 @@ def read(model: PreTrainedModel, split: str, rows: torch.Tensor, labels: torch.T
 
 def table(results: list[dict]) -> str:
     """Markdown; means and standard deviations over seeds."""
-    measures = {measure: name + unit for split, name in SPLITS.items() for measure, unit in ((split, ", %"), (f"{split}, nats", ", nats"))}
-    digits = {"seconds": 0} | {f"{split}, nats": 3 for split in SPLITS}
+    measures, digits = {}, {"seconds": 0}
+    for split, name in SPLITS.items():
+        measures |= {split: f"{name}, %", f"{split}, nats": f"{name}, nats"}
+        digits[f"{split}, nats"] = 3
     measures["seconds"] = "CPU seconds"
     lines = [f"|  | seeds | {' | '.join(measures.values())} |", "|---" * (2 + len(measures)) + "|"]
     for name in ROWS:
