@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 from gutenberg import works
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz"
 
@@ -31,3 +33,10 @@ def encode(texts: list[str]) -> torch.Tensor:
 def decode(numbers: torch.Tensor) -> str:
     """`[S]` -> text; a number beyond the alphabet is a mask, `_`."""
     return "".join((ALPHABET + "_")[k] for k in numbers.tolist())
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A token a character of [`ALPHABET`], without special ones."""
+    of_characters = Tokenizer(models.WordLevel({character: number for number, character in enumerate(ALPHABET)}))
+    of_characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=of_characters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,7 @@ def prepare(folder: Path, output: Path, vocab_size: int, train_bytes: int, eval_
         split: works(folder / f"{split}.parquet", size)
         for split, size in (("train", train_bytes), ("validation", eval_bytes))
     }
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    tokenizer.train_from_iterator(texts["train"], trainer)
+    tokenizer = byte_pairs(texts["train"], vocab_size)
     end = tokenizer.token_to_id(END)
     tokens = {
         split: torch.tensor([token for e in tokenizer.encode_batch(documents) for token in [end, *e.ids]])
@@ -39,6 +33,19 @@ def prepare(folder: Path, output: Path, vocab_size: int, train_bytes: int, eval_
     tokenizer.save(str(output / f"tokenizer-{vocab_size}.json"))
     torch.save({**tokens, "bytes_per_token": size / len(tokens["validation"])}, file)
     return file
+
+
+def byte_pairs(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE, trained."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
 
 
 def works(path: Path, size: int) -> list[str]:

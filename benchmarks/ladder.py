@@ -52,10 +52,10 @@ ROWS: dict[str, Row] = {
 }
 
 
-def new_model(row: Row, source: PreTrainedConfig) -> PreTrainedModel:
-    """A fresh model of a row; of blocks, what `convert` makes of a config."""
+def new_model(row: Row, source: PreTrainedConfig, plain: type = AutoModelForCausalLM) -> PreTrainedModel:
+    """A fresh model of a row, by this class of Transformers; of blocks, what `convert` makes of a config."""
     if row.fields is None:
-        return AutoModelForCausalLM.from_config(source)
+        return plain.from_config(source)
     return db.convert(source, **{"num_blocks": 4, **row.fields})
 
 

@@ -130,8 +130,11 @@ def num_logits(model: nn.Module) -> int | None:
     stock = _stock_inside(model)
     if not isinstance(stock, PreTrainedModel):  # of another library
         return None
-    head = stock.get_output_embeddings()
-    return stock.config.num_labels if head is None else stock.config.get_text_config().vocab_size
+    try:
+        has_head = stock.get_output_embeddings() is not None
+    except AttributeError:  # a job has not loaded it
+        has_head = True
+    return stock.config.get_text_config().vocab_size if has_head else stock.config.num_labels
 
 
 def _stock_inside(model: nn.Module) -> nn.Module:

@@ -1,0 +1,148 @@
+"""Text into classes: who wrote these 128 tokens? Plain models of six layers and of two, to see what depth is worth.
+
+    python benchmarks/quality_text_classes.py --data ../shared/data/gutenberg --output outputs/quality_text_classes
+
+Twenty authors of novels; a byte-level BPE; a ModernBERT of width 64 that averages its tokens, from scratch. Accuracy on the
+last tenth of each work that was trained on, and on a work of each author of which nothing was. Models of blocks are one line
+more in `ROWS` each: what `convert` is given. Runs are cached in the output folder one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from cached_runs import add_run_options, report, results_of
+from datasets import load_dataset
+from gutenberg import byte_pairs
+from ladder import Row, new_model, new_trainer
+from tokenizers import Tokenizer
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, ModernBertConfig, PreTrainedModel, set_seed
+from transformers.utils import logging
+
+AUTHORS, VOCAB, LENGTH, WIDTH, LAYERS, BATCH_SIZE = 20, 1000, 128, 64, 6, 32
+#: Characters: at most so many of a work, and at least so many of the one kept for the test; rows an author, at most.
+WORK, KEPT, TRAIN_ROWS, TEST_ROWS = 400_000, 130_000, 3000, 150
+ROWS: dict[str, Row] = {
+    "end to end, 6 layers": Row(None, layers=LAYERS),
+    "end to end, 2 layers": Row(None, layers=2),
+}
+SPLITS = {"parts": "unseen parts of known works", "works": "unseen works"}
+
+
+def prepare(folder: Path, output: Path) -> Path:
+    """A file of "train", "parts" and "works": tokens `[N, S]` and the numbers of their authors `[N]`."""
+    file = output / f"authors-{AUTHORS}-{VOCAB}.pt"
+    if not file.is_file():
+        data = load_dataset("parquet", data_files=str(folder / "train.parquet"), split="train").to_pandas()
+        names = sorted(data["author"].unique())[:AUTHORS]
+        texts = [_texts_of(data[data["author"] == name]) for name in names]
+        tokenizer = byte_pairs((text[:100_000] for author in texts for text in author["train"]), VOCAB)
+        limits = {"train": TRAIN_ROWS, "parts": TEST_ROWS, "works": TEST_ROWS}
+        torch.save({split: _rows_of(texts, split, tokenizer, limit) for split, limit in limits.items()}, file)
+    return file
+
+
+def _texts_of(of_author) -> dict[str, list[str]]:
+    """Split -> texts of one author."""
+    works = sorted(of_author.groupby("title")["text"].agg("\n".join), key=len)
+    kept = next(number for number, work in enumerate(works) if len(work) >= KEPT)
+    others = [work[:WORK] for number, work in enumerate(works) if number != kept]
+    ends = [len(work) * 9 // 10 for work in others]
+    return {
+        "train": [work[:end] for work, end in zip(others, ends)],
+        "parts": [work[end:] for work, end in zip(others, ends)],
+        "works": [works[kept][:WORK]],
+    }
+
+
+def _rows_of(texts: list[dict], split: str, tokenizer: Tokenizer, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As many of each author, if he has as many, from all over his texts."""
+    rows, labels = [], []
+    for label, author in enumerate(texts):
+        tokens = torch.tensor([token for text in tokenizer.encode_batch(author[split]) for token in text.ids])
+        cut = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
+        chosen = torch.randperm(len(cut), generator=torch.Generator().manual_seed(label))[:limit]
+        rows.append(cut[chosen])
+        labels.append(torch.full((len(chosen),), label))
+    return torch.cat(rows), torch.cat(labels)
+
+
+def plain_config(layers: int) -> ModernBertConfig:
+    ends = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
+    return ModernBertConfig(
+        num_hidden_layers=layers, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_attention_heads=2, vocab_size=VOCAB,
+        max_position_embeddings=LENGTH, num_labels=AUTHORS, classifier_pooling="mean", **ends,
+    )  # fmt: skip
+
+
+def run(job: tuple) -> None:
+    name, seed, settings, file = job
+    row = ROWS[name]
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    data = torch.load(settings["data"])
+    set_seed(seed)
+    model = new_model(row, plain_config(row.layers), AutoModelForSequenceClassification)
+    trainer = new_trainer(
+        model, row, [{"input_ids": tokens, "labels": label} for tokens, label in zip(*data["train"])], settings["updates"],
+        output_dir=settings["output"], per_device_train_batch_size=BATCH_SIZE, learning_rate=2e-3, weight_decay=0.01, seed=seed,
+    )  # fmt: skip
+    start = time.process_time()
+    trainer.train()
+    result = {"row": name, "seed": seed, "updates": settings["updates"], "seconds": time.process_time() - start}
+    model.eval()
+    for split in SPLITS:
+        result |= read(model, split, *data[split])
+    file.write_text(json.dumps(result))
+    print(json.dumps(result), flush=True)
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, split: str, rows: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Accuracy in %, and nats, which tell smaller differences."""
+    logits = torch.cat([model(input_ids=some).logits for some in rows.split(50)])
+    accuracy = 100 * (logits.argmax(-1) == labels).float().mean().item()
+    return {split: accuracy, f"{split}, nats": F.cross_entropy(logits, labels).item()}
+
+
+def table(results: list[dict]) -> str:
+    """Markdown; means and standard deviations over seeds."""
+    measures, digits = {}, {"seconds": 0}
+    for split, name in SPLITS.items():
+        measures |= {split: f"{name}, %", f"{split}, nats": f"{name}, nats"}
+        digits[f"{split}, nats"] = 3
+    measures["seconds"] = "CPU seconds"
+    lines = [f"|  | seeds | {' | '.join(measures.values())} |", "|---" * (2 + len(measures)) + "|"]
+    for name in ROWS:
+        if runs := [result for result in results if result["row"] == name]:
+            cells = (_cell([each[measure] for each in runs], digits.get(measure, 1)) for measure in measures)
+            lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float], digits: int) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and digits else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with Gutenberg's train.parquet")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the cached runs and the table")
+    parser.add_argument("--updates", type=int, default=2000, help="updates of every layer")
+    add_run_options(parser, ROWS)
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    settings = {"updates": options.updates, "output": str(options.output), "data": str(prepare(options.data, options.output))}
+    results = results_of(run, ROWS, options.rows, options.seeds, settings, options.output, options.processes)
+    report(results, table(results), options.updates, options.output)
+
+
+if __name__ == "__main__":
+    main()
