@@ -3,7 +3,8 @@
     python benchmarks/breadth_cut.py --output benchmarks/results/breadth_cut.json
 
 `convert` compares logits and gradients with the stock model's, block by block, and refuses what differs. Here what it gives
-out has the stock model's logits bit for bit, too, as it is, saved and loaded, and as a plain model again.
+out has the stock model's logits bit for bit, too, as it is, saved and loaded, and as a plain model again. With `--train`, as one
+block it ends ten steps of the Trainer with the stock Trainer's weights (SGD, to 2e-6), and generates what the stock model does.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 import torch
-from tiny_models import CannotBuild, names_of, tiny_model
-from transformers import PreTrainedModel
+from tiny_models import CannotBuild, names_of, seed, tiny_model
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
@@ -41,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mapping", nargs="+", choices=[*MAPPINGS], default=[*MAPPINGS])
     parser.add_argument("--names", nargs="+", help="only these architectures")
+    parser.add_argument("--train", action="store_true", help="also train each for ten steps")
     parser.add_argument("--output", type=Path, help="a JSON file of what was found")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
@@ -51,7 +53,10 @@ def main() -> None:
         found[mapping] = {}
         for name in names_of(mapping):
             if not arguments.names or name in arguments.names:
-                found[mapping][name] = said = tried(mapping, name)
+                said = tried(mapping, name)
+                if arguments.train and said == "cut":
+                    said = trained(mapping, name)
+                found[mapping][name] = said
                 print(mapping, name, said, flush=True)
         if arguments.output:
             arguments.output.write_text(json.dumps(found, indent=1) + "\n")
@@ -90,6 +95,34 @@ def whole(stock: PreTrainedModel, task: str) -> str:
             if not torch.equal(each(**inputs).logits, expected):
                 return f"differs: logits {what}"
     return "cut"
+
+
+def trained(mapping: str, name: str) -> str:
+    """"cut", if it also trains, and generates, as the stock model does; or what differs."""
+    stock, task = tiny_model(mapping, name), MAPPINGS[mapping][0]
+    fields = {"mask_token_id": MASK} if task == "fill-mask" else {}
+    model = db.convert(stock, 1, task, **fields)
+    if task == "text-generation":
+        prompt = torch.arange(20, 26)[None]
+        ours, theirs = (each.eval().generate(prompt, max_new_tokens=6, do_sample=False) for each in (model, stock))
+        if not torch.equal(ours, theirs):
+            return "differs: what it generates"
+    if task == "fill-mask":  # (which has a loss of its own)
+        return "cut"
+    rows = TASKS[task].example(stock.config, 20, TOKENS)
+    data = [{key: tensor[row] for key, tensor in rows.items()} for row in range(20)]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = dict(
+            output_dir=folder, per_device_train_batch_size=4, learning_rate=0.05, optim="sgd", max_grad_norm=0, report_to=[],
+            use_cpu=True, disable_tqdm=True, save_strategy="no", logging_strategy="no", max_steps=10,
+        )  # fmt: skip
+        seed(0)
+        Trainer(stock, TrainingArguments(**arguments), train_dataset=data).train()
+        seed(0)
+        db.DiffusionBlocksTrainer(model, db.DiffusionBlocksTrainingArguments(**arguments), train_dataset=data).train()
+    ends = dict(model.to_plain().named_parameters())
+    worst = max(float((ends[key] - parameter).abs().max()) for key, parameter in stock.named_parameters() if parameter.numel())
+    return "cut" if worst <= 2e-6 else f"differs: weights after ten steps, by {worst:.1e}"
 
 
 def table(found: dict[str, dict[str, str]]) -> str:

@@ -1,10 +1,10 @@
-"""Text into classes: who wrote these 128 tokens? Plain models of six layers and of two, to see what depth is worth.
+"""Text into classes: who wrote these 128 tokens? Plain models of six layers and of two, to see what depth is worth; and blocks.
 
     python benchmarks/quality_text_classes.py --data ../shared/data/gutenberg --output outputs/quality_text_classes
 
 Twenty authors of novels; a byte-level BPE; a ModernBERT of width 64 that averages its tokens, from scratch. Accuracy on the
-last tenth of each work that was trained on, and on a work of each author of which nothing was. Models of blocks are one line
-more in `ROWS` each: what `convert` is given. Runs are cached in the output folder one by one.
+last tenth of each work that was trained on, and on a work of each author of which nothing was. Runs are cached in the output
+folder one by one.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ WORK, KEPT, TRAIN_ROWS, TEST_ROWS = 400_000, 130_000, 3000, 150
 ROWS: dict[str, Row] = {
     "end to end, 6 layers": Row(None, layers=LAYERS),
     "end to end, 2 layers": Row(None, layers=2),
+    "recommended, B=3": Row({"task": "text-classification", "num_blocks": 3}, layers=LAYERS),
 }
 SPLITS = {"parts": "unseen parts of known works", "works": "unseen works"}
 
