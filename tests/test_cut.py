@@ -15,6 +15,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones import stock_run
 from hf_diffusionblocks.backbones.base import parts_around
+from hf_diffusionblocks.models import block as block_module
 from hf_diffusionblocks.models.verification import check_cut
 from hf_diffusionblocks.tasks import TASKS, backbone_for
 
@@ -38,6 +39,7 @@ REFUSED = {
     ("sequence-classification", "t5"): "their logits differ",  # the first layer hands on positions
     ("image-classification", "swin"): "cannot be cut into blocks",  # no head reads what has another width
     ("causal-lm", "xlnet"): "its tokens see those after them, and must not",
+    ("causal-lm", "bart"): "its own loss of a text is",  # of labels that are shifted before
 }
 
 
@@ -133,6 +135,13 @@ def test_a_layer_that_hands_on_more_than_hidden_states_is_seen(model, monkeypatc
     monkeypatch.setattr(stock_run, "with_hidden", lambda hidden, args, kwargs: given(hidden * 1.001, args, kwargs))
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot be cut into blocks: their logits differ from the model's by"):
         check_cut(model, batch)
+
+
+def test_a_head_that_reads_more_than_rows_is_seen(model, monkeypatch):
+    head_of = block_module.head_of
+    monkeypatch.setattr(block_module, "head_of", lambda *given: head_of(*given) * 1.01)
+    with pytest.raises(ValueError, match="read out row by row, its logits differ by 0.01 of the largest"):
+        check_cut(model, {**TOKENS, "labels": TOKENS["input_ids"]})
 
 
 def test_a_part_of_another_block_is_seen(monkeypatch):

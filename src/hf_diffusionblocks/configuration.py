@@ -248,7 +248,7 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         source = self.__dict__.get("source_config")
         if name.startswith("_") or name in NOT_OF_SOURCE or not isinstance(source, PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(source, name)
+        return getattr(source if hasattr(source, name) else source.get_text_config(), name)  # (of a composite, its text's)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # And what is set of a stock config's is set of the plain model's: `to_plain()` has it, then.

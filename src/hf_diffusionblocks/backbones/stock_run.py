@@ -152,11 +152,14 @@ class _LastHidden(BaseModelOutput):
             raise AttributeError(name)
 
 
-def head_of(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+def head_of(model: nn.Module, layers_path: str, rows: torch.Tensor) -> torch.Tensor:
     """What a stock model makes of rows `[R, D]` that have left it but for its head: `[R, V]`, soft caps and the like included."""
 
     def base(*args, **kwargs) -> _LastHidden:
         return _LastHidden(last_hidden_state=rows[None])
 
-    with standing_in(model.base_model, base):
+    with ExitStack() as stack:  # (some call what is in their base model, as its decoder)
+        *names, _ = layers_path.split(".")
+        for depth in range(len(names)):
+            stack.enter_context(standing_in(model.get_submodule(".".join(names[: depth + 1])), base))
         return model(input_ids=torch.zeros((1, len(rows)), dtype=torch.long, device=rows.device)).logits[0]

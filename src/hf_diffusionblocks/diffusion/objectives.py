@@ -102,7 +102,7 @@ def chunked_sum(
     Args:
         loss_of_rows: called with a chunk of each of `rows`, gives their summed loss.
         rows: tensors with the same first dimension R; gradients flow to the first.
-        parameters: all that `loss_of_rows` trains.
+        parameters: all that `loss_of_rows` may train.
         num_logits: logits a row, V.
     """
     if torch.is_grad_enabled():
@@ -130,6 +130,7 @@ class _ChunkedSum(torch.autograd.Function):
         rows, parameters = tensors[:num_tensors], tensors[num_tensors:]
         total = torch.zeros((), device=rows[0].device)
         of_hidden, of_parameters = [], [torch.zeros_like(each, dtype=_summed_in(each)) for each in parameters]
+        used = [False] * len(parameters)
         for hidden, *others in _chunks(rows, num_logits):
             hidden = hidden.detach().requires_grad_()
             if isinstance(hidden, FakeTensor) and len(of_hidden) > 1 and hidden.shape == of_hidden[-1].shape:
@@ -137,14 +138,18 @@ class _ChunkedSum(torch.autograd.Function):
                 continue
             with torch.enable_grad():
                 loss = loss_of_rows(hidden, *others)
-            own, *gradients = torch.autograd.grad(loss, [hidden, *parameters])
+            own, *gradients = torch.autograd.grad(loss, [hidden, *parameters], allow_unused=True)
             total += loss.detach()
             of_hidden.append(own)
-            for accumulated in of_parameters:
-                accumulated += gradients.pop(0)  # a head's is as large as the head: gone before the next chunk's is made
+            for number, accumulated in enumerate(of_parameters):
+                if (gradient := gradients.pop(0)) is not None:
+                    accumulated += gradient
+                    used[number] = True
+                del gradient  # a head's is as large as the head: gone before the next chunk's is made
             del loss
         ctx.save_for_backward(torch.cat(of_hidden) if of_hidden else torch.zeros_like(rows[0]))
-        ctx.of_parameters = of_parameters  # these become the parameters' gradients: no activations
+        # These become the parameters' gradients: no activations.
+        ctx.of_parameters = [each if is_used else None for each, is_used in zip(of_parameters, used)]
         ctx.dtypes = [parameter.dtype for parameter in parameters]
         ctx.num_other_rows = num_tensors - 1
         return total
@@ -155,7 +160,11 @@ class _ChunkedSum(torch.autograd.Function):
         # takes as `.grad` itself. It refuses a second pass by its own.
         of_parameters, ctx.of_parameters = ctx.of_parameters, None
         (of_hidden,) = ctx.saved_tensors
-        gradients = [of_parameters.pop(0).mul_(upstream).to(dtype) for dtype in ctx.dtypes]
+        gradients = []
+        for dtype in ctx.dtypes:
+            own = of_parameters.pop(0)
+            gradients.append(None if own is None else own.mul_(upstream).to(dtype))
+            del own
         return None, None, None, of_hidden.mul_(upstream), *[None] * ctx.num_other_rows, *gradients
 
 

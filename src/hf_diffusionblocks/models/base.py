@@ -48,6 +48,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
 
     task: ClassVar[str]  #: as in `pipeline(task)`
     FORMULATIONS: ClassVar[Mapping[str, type[Formulation]]]  #: by `config.preset`
+    reads_rows: ClassVar[bool] = False  #: whether tokens are read out by themselves, in parts
     sees_later_tokens: ClassVar[bool | None] = None  #: whether a token sees those after it; None: as the stock model has it
     copied_modules: ClassVar[tuple[str, ...]] = ()  #: lists of modules with a copy a block if it has its own
 

@@ -105,7 +105,7 @@ class Block:
     def head(self, rows: torch.Tensor) -> torch.Tensor:
         """`[R, D]` of `BlockOutput.read` to logits `[R, V]`, by all that the stock model does then."""
         with self._own_parts():
-            return head_of(self.model.backbone, rows)
+            return head_of(self.model.backbone, self.model.layers_path, rows)
 
     @contextmanager
     def _own_parts(self) -> Iterator[None]:

@@ -50,8 +50,12 @@ def check_cut(model: DiffusionBlocksPreTrainedModel, batch: Mapping[str, torch.T
             said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise ValueError(f"{_name(model)} cannot be cut into blocks: {said}") from error
         _compare(model, expected, found, names, of_stock, of_blocks)
+        if model.reads_rows:
+            _check_head(model, inputs, expected)
         if model.sees_later_tokens is not None:
             _check_order(model, inputs, expected)
+        if model.sees_later_tokens is False:
+            _check_loss(model, inputs, batch["labels"].to(model.device))
     return True
 
 
@@ -135,6 +139,32 @@ def _difference(found: torch.Tensor | None, expected: torch.Tensor | None, least
         return 0.0
     found, expected = found.detach(), expected.detach()
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=least))
+
+
+@torch.no_grad()
+def _check_head(model: DiffusionBlocksPreTrainedModel, inputs: dict[str, Any], expected: torch.Tensor) -> None:
+    """Whether rows that have left the model but for its head have its logits: losses are computed in parts."""
+    rows = model.backbone.base_model(**inputs).last_hidden_state.flatten(0, 1)
+    found = model.blocks[-1].head(rows).view(expected.shape)
+    if (difference := _difference(found, expected)) > _tolerance(expected):
+        raise ValueError(
+            f"{_name(model)} cannot be cut into blocks: read out row by row, its logits differ by {difference:.2g} of the largest"
+        )
+
+
+@torch.no_grad()
+def _check_loss(model: DiffusionBlocksPreTrainedModel, inputs: dict[str, Any], labels: torch.Tensor) -> None:
+    """Whether the stock model's loss is ours, of the token after each."""
+    try:
+        stock = model.backbone(**inputs, labels=labels).loss
+    except Exception as error:
+        raise ValueError(f"{_name(model)} cannot be cut for task {model.task!r}: its own loss says {error}") from error
+    ours = model.formulation.loss(inputs, labels)
+    if _difference(ours, stock) > max(1e-3, _tolerance(stock)):
+        raise ValueError(
+            f"{_name(model)} cannot be cut for task {model.task!r}: its own loss of a text is {stock:.3f}, and that of each next "
+            f"token {ours:.3f}. Labels that are shifted before are for other models"
+        )
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ class LocalText(Formulation):
                 "follows"
             )
         if labels is not None and return_logits is False:
-            return CausalLMOutputWithPast(loss=self._loss(text, labels, num_items))
+            return CausalLMOutputWithPast(loss=self.loss(text.of_stock_model(), labels, num_items))
         stock = self.model.asked_of_stock_model(stock)
         if labels is None and "use_cache" not in stock:
             stock["use_cache"] = None  # as the config says; nobody goes on from a text that is scored
@@ -64,9 +64,9 @@ class LocalText(Formulation):
             stock["num_items_in_batch"] = num_items
         return self.model.backbone(**{**text.of_stock_model(), **stock}, labels=labels)
 
-    def _loss(self, text: Text, labels: torch.Tensor, num_items) -> torch.Tensor:
-        """The mean cross-entropy, without ever holding all logits."""
-        rows, targets, last = self._last_hidden(text)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), self.model.blocks[-1]
+    def loss(self, inputs: Mapping, labels: torch.Tensor, num_items: torch.Tensor | int | None = None) -> torch.Tensor:
+        """The mean cross-entropy of what the stock model takes, without ever holding all logits."""
+        rows, targets, last = self._last_hidden(inputs)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), self.model.blocks[-1]
         labelled = rows_with_loss(targets, at_most=len(targets))
         with last.readout_on_device() as parameters:
             total = chunked_sum(
@@ -77,9 +77,9 @@ class LocalText(Formulation):
             )
         return total / num_counted(targets, num_items, self.model.training)
 
-    def _last_hidden(self, text: Text) -> torch.Tensor:
+    def _last_hidden(self, inputs: Mapping) -> torch.Tensor:
         """What the head reads, `[N, S, D]`."""
-        return self.model.backbone.base_model(**text.of_stock_model()).last_hidden_state
+        return self.model.backbone.base_model(**inputs).last_hidden_state
 
     def block_logits(self, text: Text) -> torch.Tensor:
         """Every block's, `[N, B, S, V]`."""
@@ -94,7 +94,7 @@ class LocalText(Formulation):
         """The cross-entropy: there is no diffusion to bound."""
         batch = {name: value.to(self.model.device) for name, value in batch.items()}
         targets = batch["labels"][:, 1:]
-        hidden = self._last_hidden(Text.of(batch))[:, :-1]
+        hidden = self._last_hidden(Text.of(batch).of_stock_model())[:, :-1]
         nats = [  # a sequence at a time, whose logits are there alone
             F.cross_entropy(self.model.blocks[-1].head(row).float(), target, ignore_index=IGNORED, reduction="sum").double()
             for row, target in zip(hidden, targets)

@@ -35,7 +35,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
 
     main_input_name = "input_ids"
     task = "text-generation"
-    sees_later_tokens = False
+    reads_rows, sees_later_tokens = True, False
     FORMULATIONS = {"recommended": LocalText, "paper": JointText}
     accepts_loss_kwargs = True  # the Trainer gives num_items_in_batch: every token of a step counts alike
 

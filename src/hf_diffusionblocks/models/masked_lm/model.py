@@ -47,7 +47,7 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
 
     main_input_name = "input_ids"
     task = "fill-mask"
-    sees_later_tokens = True
+    reads_rows, sees_later_tokens = True, True
     FORMULATIONS = dict.fromkeys(PRESETS, MaskedInput)
     accepts_loss_kwargs = True  # the Trainer gives num_items_in_batch: every token of a step counts alike
 
