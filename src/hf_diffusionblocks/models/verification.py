@@ -116,10 +116,15 @@ def _compare(model, expected, found, names, of_stock, of_blocks) -> None:
             f"{_name(model)} cannot be cut into blocks: their logits differ from the model's by {difference:.2g} of the largest. "
             "Layers that run twice, or hand on more than hidden states, cannot be told apart so"
         )
-    least = 1e-4 * max((float(each.abs().max()) for each in of_stock if each is not None and each.numel()), default=0.0)  # below, rounding
+    _compare_gradients(model, names, of_stock, of_blocks)
+
+
+def _compare_gradients(model, names, of_stock, of_blocks) -> None:
+    sizes = [float(each.abs().max()) for each in of_stock if each is not None and each.numel()]
+    least = 1e-4 * max(sizes, default=0.0)  # below, rounding
     differences = [_difference(mine, stock, least) for mine, stock in zip(of_blocks, of_stock)]
     worst = max(zip(differences, names), default=(0.0, ""))
-    if worst[0] > _tolerance(expected):
+    if worst[0] > TOLERANCE.get(model.dtype, TOLERANCE_OF_HALF):
         raise ValueError(
             f"{_name(model)} cannot be cut into blocks: their gradient of {worst[1]} differs from the model's by {worst[0]:.2g} "
             "of the largest. Layers that share parameters, or hand on more than hidden states, cannot train apart"
@@ -141,20 +146,25 @@ def _difference(found: torch.Tensor | None, expected: torch.Tensor | None, least
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=least))
 
 
-@torch.no_grad()
 def _check_head(model: DiffusionBlocksPreTrainedModel, inputs: dict[str, Any], expected: torch.Tensor) -> None:
-    """Whether rows that have left the model but for its head have its logits: losses are computed in parts."""
-    rows = model.backbone.base_model(**inputs).last_hidden_state.flatten(0, 1)
+    """Whether rows that have left the model but for its head have its logits, and what makes these is known to be the head:
+    losses are computed in parts."""
+    rows = model.backbone.base_model(**inputs).last_hidden_state.flatten(0, 1).detach()
     found = model.blocks[-1].head(rows).view(expected.shape)
+    names, watched = _watched(model)
+    with model.blocks[-1].readout_on_device() as known:
+        used = torch.autograd.grad(found.float().sum(), watched, allow_unused=True) if watched and found.requires_grad else ()
+        for name, parameter, gradient in zip(names, watched, used):
+            if gradient is not None and not any(parameter is each for each in known):
+                raise ValueError(f"{_name(model)} cannot be cut into blocks: its head reads {name}, which is no part of it")
     if (difference := _difference(found, expected)) > _tolerance(expected):
         raise ValueError(
             f"{_name(model)} cannot be cut into blocks: read out row by row, its logits differ by {difference:.2g} of the largest"
         )
 
 
-@torch.no_grad()
 def _check_loss(model: DiffusionBlocksPreTrainedModel, inputs: dict[str, Any], labels: torch.Tensor) -> None:
-    """Whether the stock model's loss is ours, of the token after each."""
+    """Whether the stock model's loss is ours, of the token after each, and so are its gradients."""
     try:
         stock = model.backbone(**inputs, labels=labels).loss
     except Exception as error:
@@ -165,6 +175,9 @@ def _check_loss(model: DiffusionBlocksPreTrainedModel, inputs: dict[str, Any], l
             f"{_name(model)} cannot be cut for task {model.task!r}: its own loss of a text is {stock:.3f}, and that of each next "
             f"token {ours:.3f}. Labels that are shifted before are for other models"
         )
+    names, watched = _watched(model)
+    if watched:
+        _compare_gradients(model, names, *(torch.autograd.grad(loss, watched, allow_unused=True) for loss in (stock, ours)))
 
 
 @torch.no_grad()
