@@ -185,6 +185,12 @@ def test_a_task_that_an_architecture_cannot_do_is_refused(config, fields, messag
         db.convert(config, 2, **fields)
 
 
+def test_what_stands_beside_the_base_model_is_its_head_wherever_it_is_made():
+    plain = tiny_model("causal-lm", "camembert")
+    assert [*dict(plain.named_children())][0] == "lm_head"
+    assert parts_around(plain, "roberta.encoder.layer") == (["roberta.embeddings"], ["lm_head"])
+
+
 def test_parts_stand_before_the_layers_or_after_them():
     found = parts_around(BertForSequenceClassification(BERT), "bert.encoder.layer")
     assert found == (["bert.embeddings"], ["dropout", "classifier", "bert.pooler"])
