@@ -139,9 +139,9 @@ def _said(config: PreTrainedConfig, *names: str) -> int:
 def parts_around(plain: nn.Module, layers_path: str) -> tuple[list[str], list[str]]:
     """Paths of what stands before a list of layers in a stock model, and after it, as all does that stands beside its base
     model. (What has buffers alone, as tables of rotary positions, is neither.)"""
-    before, after, module, prefix = [], [], plain, ""
-    for name in layers_path.split("."):
-        found = after if name == getattr(plain, "base_model_prefix", None) else before
+    before, after, module, prefix, names = [], [], plain, "", layers_path.split(".")
+    for name in names:
+        found = after if module is plain and len(names) > 1 else before
         for child_name, child in module.named_children():
             if child_name == name:
                 found = after

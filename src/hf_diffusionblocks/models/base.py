@@ -101,7 +101,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             )
 
     def _in_base(self, path: str) -> bool:
-        return path.startswith(f"{self.backbone.base_model_prefix}.")
+        return path.startswith(f"{self.layers_path.split('.')[0]}.")
 
     def _make_layer(self) -> nn.Module:
         """One more layer like the last, with no weights yet."""
@@ -191,6 +191,11 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     def layers(self) -> nn.ModuleList:
         """The stock model's, first to last."""
         return self.backbone.get_submodule(self.layers_path)
+
+    @property
+    def base(self) -> nn.Module:
+        """The stock model without its head."""
+        return self.backbone.get_submodule(self.layers_path.split(".")[0])
 
     # ---- which parameter belongs to which block
 

@@ -99,7 +99,7 @@ class Block:
     def run_stock(self, inputs: Mapping[str, Any], entering: torch.Tensor | None = None) -> BlockOutput:
         """What the block makes of what the stock model takes, by the stock model's forward but for its head."""
         with self.alone(entering) as run:
-            read = self.model.backbone.base_model(**inputs).last_hidden_state
+            read = self.model.base(**inputs).last_hidden_state
         return BlockOutput(run.leaving, read)
 
     def head(self, rows: torch.Tensor) -> torch.Tensor:

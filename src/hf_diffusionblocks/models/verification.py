@@ -149,7 +149,7 @@ def _difference(found: torch.Tensor | None, expected: torch.Tensor | None, least
 def _check_head(model: DiffusionBlocksPreTrainedModel, inputs: dict[str, Any], expected: torch.Tensor) -> None:
     """Whether rows that have left the model but for its head have its logits, and what makes these is known to be the head:
     losses are computed in parts."""
-    rows = model.backbone.base_model(**inputs).last_hidden_state.flatten(0, 1).detach()
+    rows = model.base(**inputs).last_hidden_state.flatten(0, 1).detach()
     found = model.blocks[-1].head(rows).view(expected.shape)
     names, watched = _watched(model)
     with model.blocks[-1].readout_on_device() as known:

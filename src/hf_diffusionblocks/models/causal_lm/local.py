@@ -79,7 +79,7 @@ class LocalText(Formulation):
 
     def _last_hidden(self, inputs: Mapping) -> torch.Tensor:
         """What the head reads, `[N, S, D]`."""
-        return self.model.backbone.base_model(**inputs).last_hidden_state
+        return self.model.base(**inputs).last_hidden_state
 
     def block_logits(self, text: Text) -> torch.Tensor:
         """Every block's, `[N, B, S, V]`."""
