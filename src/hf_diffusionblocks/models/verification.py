@@ -150,7 +150,11 @@ def _check_head(model: DiffusionBlocksPreTrainedModel, inputs: dict[str, Any], e
     """Whether rows that have left the model but for its head have its logits, and what makes these is known to be the head:
     losses are computed in parts."""
     rows = model.base(**inputs).last_hidden_state.flatten(0, 1).detach()
-    found = model.blocks[-1].head(rows).view(expected.shape)
+    try:
+        found = model.blocks[-1].head(rows).view(expected.shape)
+    except Exception as error:  # (a head that reads something beside, as several streams)
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{_name(model)} cannot be cut into blocks: read out row by row, its head says {said}") from error
     names, watched = _watched(model)
     with model.blocks[-1].readout_on_device() as known:
         used = torch.autograd.grad(found.float().sum(), watched, allow_unused=True) if watched and found.requires_grad else ()
