@@ -105,7 +105,8 @@ class StockRun:
             if self._entering is not None:
                 args, kwargs = with_hidden(self._entering, args, kwargs)
         output = forward(*args, **kwargs)
-        _OUTPUTS[self._kind] = _form(output)
+        if self._kind not in _OUTPUTS:
+            _OUTPUTS[self._kind] = _form(output)
         if index == self._block[-1]:
             self.leaving = hidden_of(output)
             for layer in self._local_head:
@@ -150,6 +151,11 @@ class _LastHidden(BaseModelOutput):
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
             raise AttributeError(name)
+
+
+def base_of(model: nn.Module, layers_path: str) -> nn.Module:
+    """A stock model without its head: what holds its layers. (`base_model` goes by a prefix, which may name nothing.)"""
+    return model.get_submodule(layers_path.split(".")[0])
 
 
 def head_of(model: nn.Module, layers_path: str, rows: torch.Tensor) -> torch.Tensor:

@@ -57,10 +57,7 @@ class Stock:
 
     def checkpoint_layers(self, model: nn.Module) -> None:
         """Have it compute the activations of its layers again in the backward pass, if it knows how to."""
-        if self.architecture:
-            self.architecture.checkpoint_layers(model)
-        elif model.supports_gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+        (self.architecture or Backbone(type(model))).checkpoint_layers(model)
 
     def batch(self, num_rows: int, sequence_length: int | None) -> dict[str, torch.Tensor]:
         """Random inputs and labels."""

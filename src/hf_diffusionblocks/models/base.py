@@ -14,7 +14,7 @@ from transformers import initialization as init
 
 from ..backbones.base import parts_around
 from ..backbones.modulation import AdaLNModulation, Modulation, SigmaEmbedding
-from ..backbones.stock_run import without_dropout
+from ..backbones.stock_run import base_of, without_dropout
 from ..configuration import DiffusionBlocksConfig
 from ..diffusion.randomness import Generators
 from ..diffusion.schedule import NoiseSchedule
@@ -195,7 +195,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     @property
     def base(self) -> nn.Module:
         """The stock model without its head."""
-        return self.backbone.get_submodule(self.layers_path.split(".")[0])
+        return base_of(self.backbone, self.layers_path)
 
     # ---- which parameter belongs to which block
 

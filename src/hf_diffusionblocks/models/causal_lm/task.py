@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ...backbones.stock_run import head_of
-from ...diffusion.objectives import chunked_sum, cross_entropy
-from ...tasks import LABEL_FREE_LOGITS, OF_TEXT, Generation, Task, a_step_a_block, backbone_for, gaussian_noise
+from ...tasks import LABEL_FREE_LOGITS, OF_TEXT, Generation, Task, a_step_a_block, gaussian_noise
+from ..plain_text import mean_cross_entropy
 from .command import TextOptions, generate
 from .model import DiffusionBlocksForCausalLM
 
@@ -19,16 +18,9 @@ def example(config: PreTrainedConfig, num_rows: int, sequence_length: int | None
 
 
 def plain_loss(model: PreTrainedModel, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of a plain model, read out in chunks as ours is: memory and time compare fairly."""
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-    backbone = backbone_for(model.config, DiffusionBlocksForCausalLM.task)
-    layers_path = backbone.layers_path(model, backbone.num_layers(model.config))
-
-    def loss_of_rows(hidden, targets):
-        return cross_entropy(head_of(model, layers_path, hidden).float(), targets).sum()
-
-    rows, head = [hidden, labels[:, 1:].flatten()], list(model.get_output_embeddings().parameters())
-    return chunked_sum(loss_of_rows, rows, head, model.config.get_text_config().vocab_size) / len(hidden)
+    """Mean cross-entropy of the token after each."""
+    targets, task = labels[:, 1:].flatten(), DiffusionBlocksForCausalLM.task
+    return mean_cross_entropy(model, task, targets, lambda hidden: hidden[:, :-1], **inputs, use_cache=False)
 
 
 TEXT_GENERATION = Task(

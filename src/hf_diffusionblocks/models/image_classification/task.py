@@ -14,9 +14,9 @@ IMAGE_SIZE = 224  #: where a config says none
 
 def example(config: PreTrainedConfig, num_rows: int, sequence_length: None) -> dict[str, torch.Tensor]:
     """Random images `[N, C, H, W]` and labels `[N]`."""
-    images = getattr(config, "vision_config", config)
-    size = _pair(getattr(images, "image_size", None) or IMAGE_SIZE)
-    images = torch.randn(num_rows, getattr(images, "num_channels", 3), *size)
+    seen = getattr(config, "vision_config", config)
+    size = _pair(getattr(seen, "image_size", None) or IMAGE_SIZE)
+    images = torch.randn(num_rows, getattr(seen, "num_channels", 3), *size)
     return {"pixel_values": images, "labels": torch.randint(config.num_labels, (num_rows,))}
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
-from ...backbones.stock_run import head_of
-from ...diffusion.objectives import chunked_sum, cross_entropy
 from ...presets import PRESETS
 from ...processors import load_tokenizer
-from ...tasks import OF_TEXT, Generation, Task, backbone_for, stock_class
+from ...tasks import OF_TEXT, Generation, Task, stock_class
 from ...whole_numbers import is_whole
+from ..plain_text import mean_cross_entropy
 from .command import MaskedTextOptions, generate
 from .model import DiffusionBlocksForMaskedLM
 
@@ -54,18 +53,10 @@ def example(config: PreTrainedConfig, num_rows: int, sequence_length: int | None
 
 
 def plain_loss(model: PreTrainedModel, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of half of a plain model's tokens, as if they were masked, read out in chunks as ours is."""
-    hidden = model.base_model(**inputs, is_causal=False).last_hidden_state
-    half = labels.shape[1] // 2
-    backbone = backbone_for(model.config, DiffusionBlocksForMaskedLM.task)
-    layers_path = backbone.layers_path(model, backbone.num_layers(model.config))
-
-    def loss_of_rows(hidden, targets):
-        return cross_entropy(head_of(model, layers_path, hidden).float(), targets).sum()
-
-    rows = [hidden[:, :half].flatten(0, 1), labels[:, :half].flatten()]
-    head = [p for module in model.children() if module is not model.base_model for p in module.parameters()]
-    return chunked_sum(loss_of_rows, rows, list(dict.fromkeys(head)), model.config.get_text_config().vocab_size) / len(rows[0])
+    """Mean cross-entropy of half of a plain model's tokens, as if they were masked."""
+    half, task = labels.shape[1] // 2, DiffusionBlocksForMaskedLM.task
+    targets = labels[:, :half].flatten()
+    return mean_cross_entropy(model, task, targets, lambda hidden: hidden[:, :half], **inputs, is_causal=False)
 
 
 #: Fields of the formulation, and their defaults.
