@@ -62,6 +62,17 @@ def check_arguments(
     model_args: ModelArguments, data_args: DataArguments, training_args: db.DiffusionBlocksTrainingArguments
 ) -> None:
     """What of them is of text. Raises ValueError naming the field, its value and what is allowed."""
+    check_sources(model_args, data_args)
+    if data_args.sequence_length < 2:
+        raise ValueError(f"sequence_length={data_args.sequence_length} must be at least 2")
+    if data_args.eval_nll_bound < 0:
+        raise ValueError(f"eval_nll_bound={data_args.eval_nll_bound} must be at least 0")
+    if data_args.eval_nll_bound and training_args.train_blocks is not None:
+        raise ValueError(f"eval_nll_bound={data_args.eval_nll_bound} needs all blocks: train_blocks must not be set")
+
+
+def check_sources(model_args: ModelArguments, data_args: common.DataArguments) -> None:
+    """What of them says where texts and tokens come from. Raises ValueError, too."""
     common.check_arguments(model_args, data_args)
     for name in ("train_file", "validation_file"):
         if (file := getattr(data_args, name)) and Path(file).suffix not in READERS:
@@ -69,21 +80,15 @@ def check_arguments(
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
     if model_args.vocab_size < smallest:
         raise ValueError(f"vocab_size={model_args.vocab_size} must be at least {smallest}: every byte, and {END}")
-    if data_args.sequence_length < 2:
-        raise ValueError(f"sequence_length={data_args.sequence_length} must be at least 2")
-    if data_args.eval_nll_bound < 0:
-        raise ValueError(f"eval_nll_bound={data_args.eval_nll_bound} must be at least 0")
-    if data_args.eval_nll_bound and training_args.train_blocks is not None:
-        raise ValueError(f"eval_nll_bound={data_args.eval_nll_bound} needs all blocks: train_blocks must not be set")
     overrides = [part.split("=")[0].strip() for part in (model_args.config_overrides or "").split(",")]
     if "vocab_size" in overrides:
         raise ValueError("config_overrides must not set vocab_size: it is the tokenizer's (see --vocab_size)")
 
 
-def check_length(config: PreTrainedConfig, length: int) -> None:
+def check_length(config: PreTrainedConfig, length: int, name: str = "sequence_length") -> None:
     longest = getattr(config, "max_position_embeddings", length)
     if length > longest:
-        raise ValueError(f"sequence_length={length} must be at most the model's max_position_embeddings={longest}")
+        raise ValueError(f"{name}={length} must be at most the model's max_position_embeddings={longest}")
 
 
 # ---- data

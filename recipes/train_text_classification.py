@@ -68,12 +68,14 @@ def prepare(
     training_args: db.DiffusionBlocksTrainingArguments,
 ) -> tuple[Trainer, str | None]:  # fmt: skip
     """The Trainer, and the checkpoint it resumes from. Everything the user can get wrong is found here."""
-    common.check_arguments(model_args, data_args)
+    text.check_sources(model_args, data_args)
+    if data_args.max_length < 2:
+        raise ValueError(f"max_length={data_args.max_length} must be at least 2")
     config = common.plain_config(model_args)
     fields = blocks_fields(model_args, blocks_args, TASK, config)
     common.check_blocks(fields, training_args)
     resume_from = common.checkpoint_to_resume(training_args)
-    text.check_length(config, data_args.max_length)
+    text.check_length(config, data_args.max_length, "max_length")
     common.check_model(model_args, config, TASK, fields, {"input_ids": torch.zeros(1, 2, dtype=torch.long, device="meta")})
 
     columns = ("text_column", "label_column")

@@ -65,13 +65,17 @@ def test_a_stock_model_goes_on_block_by_block_on_its_own_labels(data, tmp_path):
     [
         ([*BERT, "--label_column", "class"], "label_column='class' must be a column of the train data: text, label"),
         ([*BERT, "--preset", "paper"], "preset='paper' must be 'recommended' for task 'text-classification'"),
-        ([*BERT, "--max_length", "9999"], "max_position_embeddings=512"),
+        ([*BERT, "--max_length", "9999"], "max_length=9999 must be at most the model's max_position_embeddings=512"),
+        ([*BERT, "--max_length", "0"], "max_length=0 must be at least 2"),
+        ([*BERT, "--train_file", "{csv}"], r"train_file='\S+texts\.csv' must end in one of"),
+        ([*BERT, "--vocab_size", "9"], "vocab_size=9 must be at least 257"),
         (["--config_name", "vit"], "task='text-classification' must be 'image-classification'"),
     ],
 )
 def test_bad_input_is_one_line(options, message, data, tmp_path):
+    (csv := tmp_path / "texts.csv").write_text("text,label")
     with pytest.raises(SystemExit, match=f"^train_text_classification.py: error: .*{message}"):
-        run(data, tmp_path, *options)
+        run(data, tmp_path / "out", *(str(csv) if option == "{csv}" else option for option in options))
 
 
 def test_the_command_line_knows_it():
