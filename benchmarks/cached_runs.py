@@ -9,6 +9,17 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 
+def parser_of(
+    description: str, rows: Iterable[str], data: str, kept: str = "the cached runs and the table"
+) -> argparse.ArgumentParser:
+    """What these benchmarks are told: where `data` is, the folder of what is kept, and which runs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help=f"folder with {data}")
+    parser.add_argument("--output", type=Path, required=True, help=f"folder of {kept}")
+    add_run_options(parser, rows)
+    return parser
+
+
 def add_run_options(parser: argparse.ArgumentParser, rows: Iterable[str]) -> None:
     """Which runs, and how many at a time."""
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
@@ -39,6 +50,15 @@ def results_of(
         for _ in pool.imap(run, [job for job in wanted if not job[-1].is_file()]):
             pass
     return [json.loads(file.read_text()) for file in sorted(folder.glob(f"row*-updates{updates}.json"))]
+
+
+def run_and_report(
+    run: Callable[[tuple], None], rows: Iterable[str], table: Callable[[list[dict]], str], options: argparse.Namespace,
+    settings: dict,
+) -> None:  # fmt: skip
+    """Make the runs that [`parser_of`]'s options choose; keep and print the table of all that there are."""
+    results = results_of(run, rows, options.rows, options.seeds, settings, options.output, options.processes)
+    report(results, table(results), settings["updates"], options.output)
 
 
 def report(results: list[dict], table: str, updates: int, folder: Path) -> None:

@@ -10,14 +10,13 @@ varied the text is; so are the true continuations. Models and runs are cached in
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
-from cached_runs import add_run_options, report, results_of
+from cached_runs import parser_of, run_and_report
 from characters import ALPHABET, characters, decode, tokenizer
 from gutenberg import config_for
 from ladder import ROWS as LADDER
@@ -152,22 +151,18 @@ def _cell(values: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and validation.parquet")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the cached runs, the models and the table")
+    parser = parser_of(__doc__, ROWS, "train.parquet and validation.parquet", "the cached runs, the models and the table")
     parser.add_argument("--updates", type=int, default=800, help="updates of every layer")
     parser.add_argument("--judge_updates", type=int, default=2000)
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="at width 96; in inverse proportion to the width")
     parser.add_argument("--held_out", type=int, default=32768, help="characters to measure bits on")
-    add_run_options(parser, ROWS)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(options, name) for name in ("updates", "judge_updates", "learning_rate", "held_out")}
     settings |= {"output": str(options.output), "characters": str(characters(options.data, options.output))}
     settings["judge"] = options.output / f"judge-updates{options.judge_updates}"
     trained(JUDGE, JUDGE_WIDTH, options.judge_updates, 100, settings, settings["judge"])  # once, before runs share it
-    results = results_of(run, ROWS, options.rows, options.seeds, settings, options.output, options.processes)
-    report(results, table(results), options.updates, options.output)
+    run_and_report(run, ROWS, table, options, settings)
 
 
 if __name__ == "__main__":

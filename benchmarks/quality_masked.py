@@ -11,7 +11,6 @@ what the models that are trained here write.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from cached_runs import add_run_options, report, results_of
+from cached_runs import parser_of, run_and_report
 from characters import ALPHABET, characters
 from gutenberg import config_for
 from quality_text import Sequences
@@ -180,21 +179,17 @@ def _layers_a_step(row: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and validation.parquet")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the cached runs, the models and the table")
+    parser = parser_of(__doc__, ROWS, "train.parquet and validation.parquet", "the cached runs, the models and the table")
     parser.add_argument("--updates", type=int, default=3000, help="updates of every parameter")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--texts", type=int, default=2048, help="of the held-out works, to measure on")
-    add_run_options(parser, ROWS)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     settings = {
         "updates": options.updates, "learning_rate": options.learning_rate, "texts": options.texts,
         "output": str(options.output), "characters": characters(options.data, options.output),
     }  # fmt: skip
-    results = results_of(run, ROWS, options.rows, options.seeds, settings, options.output, options.processes)
-    report(results, table(results), options.updates, options.output)
+    run_and_report(run, ROWS, table, options, settings)
 
 
 if __name__ == "__main__":

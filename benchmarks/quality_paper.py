@@ -9,7 +9,6 @@ Each model is read on the test images at ten points of its run. Runs are cached 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cached_runs import add_run_options, report, results_of
+from cached_runs import parser_of, run_and_report
 from quality_images import collate, load_split
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
@@ -146,10 +145,7 @@ def _cell(values: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with Fashion-MNIST's train.parquet and test.parquet")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the cached runs, results.json and the table")
-    add_run_options(parser, dict.fromkeys(ROWS))
+    parser = parser_of(__doc__, ROWS, "Fashion-MNIST's train.parquet and test.parquet", "the cached runs, results.json and the table")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     data = options.output / "data.pt"
@@ -158,8 +154,7 @@ def main() -> None:
         fashion["train"] = tuple(each[:10_000] for each in fashion["train"])
         torch.save({"digits": load_digits(), "fashion": fashion}, data)
     settings = {"updates": TASKS["fashion"][2], "output": str(options.output), "data": str(data)}
-    results = results_of(run, ROWS, options.rows, options.seeds, settings, options.output, options.processes)
-    report(results, table(results), settings["updates"], options.output)
+    run_and_report(run, ROWS, table, options, settings)
 
 
 if __name__ == "__main__":

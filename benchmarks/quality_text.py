@@ -12,7 +12,6 @@ Runs are cached in the output folder one by one, so an interrupted benchmark goe
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -20,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from cached_runs import add_run_options, report, results_of
+from cached_runs import parser_of, run_and_report
 from characters import ALPHABET, characters
 from gutenberg import config_for
 from ladder import LAYERS, ROWS, new_model, new_trainer
@@ -142,19 +141,15 @@ def _mean(values: list[float], form: str = ".3f") -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and validation.parquet")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the cached runs and the table")
+    parser = parser_of(__doc__, ROWS, "train.parquet and validation.parquet")
     parser.add_argument("--updates", type=int, default=2000, help="updates of every layer")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--held_out", type=int, default=131072, help="characters to measure on")
-    add_run_options(parser, ROWS)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(options, name) for name in ("updates", "learning_rate", "held_out")}
     settings |= {"output": str(options.output), "characters": str(characters(options.data, options.output))}
-    results = results_of(run, ROWS, options.rows, options.seeds, settings, options.output, options.processes)
-    report(results, table(results), options.updates, options.output)
+    run_and_report(run, ROWS, table, options, settings)
 
 
 if __name__ == "__main__":

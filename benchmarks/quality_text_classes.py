@@ -9,14 +9,13 @@ folder one by one.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
-from cached_runs import add_run_options, report, results_of
+from cached_runs import parser_of, run_and_report
 from datasets import load_dataset
 from gutenberg import byte_pairs
 from ladder import Row, new_model, new_trainer
@@ -133,16 +132,12 @@ def _cell(values: list[float], digits: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with Gutenberg's train.parquet")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the cached runs and the table")
+    parser = parser_of(__doc__, ROWS, "Gutenberg's train.parquet")
     parser.add_argument("--updates", type=int, default=2000, help="updates of every layer")
-    add_run_options(parser, ROWS)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     settings = {"updates": options.updates, "output": str(options.output), "data": str(prepare(options.data, options.output))}
-    results = results_of(run, ROWS, options.rows, options.seeds, settings, options.output, options.processes)
-    report(results, table(results), options.updates, options.output)
+    run_and_report(run, ROWS, table, options, settings)
 
 
 if __name__ == "__main__":
