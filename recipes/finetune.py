@@ -67,8 +67,17 @@ class DataArguments:
     samples: int = option(2, "After training, continue that many prompts of the data, and print what comes.")
 
 
-def load_rows(source: str, name: str, split: str, text_field: str) -> Dataset:
-    """The rows of a file or hub id. Raises ValueError, naming the argument, if they are nothing to tune a model on."""
+def load_rows(source: str, name: str, split: str, text_field: str | None = None) -> Dataset:
+    """The rows of a file or hub id.
+
+    Args:
+        name: of the argument that names it.
+        split: of a hub id.
+        text_field: a column of texts that will do, too; None: none does.
+
+    Raises:
+        ValueError: they are nothing to tune a model on; names the argument.
+    """
     try:
         if Path(source).suffix in text.READERS:
             reader, options = text.READERS[Path(source).suffix]
@@ -77,10 +86,12 @@ def load_rows(source: str, name: str, split: str, text_field: str) -> Dataset:
             rows = load_dataset(source, split=split)
     except DatasetGenerationError as error:
         raise ValueError(f"{name}={source!r} cannot be read: {error.__cause__}") from None
-    if not any(columns <= {*rows.column_names} for columns in ({"messages"}, {"prompt", "completion"}, {text_field})):
+    forms = [{"messages"}, {"prompt", "completion"}, *([{text_field}] if text_field else [])]
+    if not any(columns <= {*rows.column_names} for columns in forms):
+        texts = f", or a column {text_field!r} (dataset_text_field)" if text_field else ""
         raise ValueError(
-            f"{name}={source!r} must have a column 'messages', columns 'prompt' and 'completion', or a column "
-            f"{text_field!r} (dataset_text_field); it has {', '.join(rows.column_names)}"
+            f"{name}={source!r} must have a column 'messages', or columns 'prompt' and 'completion'{texts}; it has "
+            f"{', '.join(rows.column_names)}"
         )
     return rows
 
@@ -111,7 +122,7 @@ def prepare(
     return trainer, [prompt_of(row, training_args.dataset_text_field) for row in shown], stream
 
 
-def prompt_of(row: dict, text_field: str) -> str | list[dict]:
+def prompt_of(row: dict, text_field: str | None = None) -> str | list[dict]:
     """A row without its answer: what the model is asked in use."""
     if "messages" in row:
         messages = row["messages"]

@@ -11,20 +11,14 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+from instructions import TEMPLATE, files, model  # noqa: F401  (fixtures)
 from peft import PeftModel
-from text_recipe_runs import paragraphs
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from hf_diffusionblocks.cli import train as train_verb
 from hf_diffusionblocks.recipes import finetune
-from hf_diffusionblocks.recipes.text import ModelArguments, trained_tokenizer
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|end|>"
-    "{% endgeneration %}{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 TRAINING = [
     "--max_steps", "3", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--max_length", "96",
     "--use_cpu", "--bf16", "false", "--disable_tqdm", "true", "--report_to", "none", "--save_strategy", "no",
@@ -33,44 +27,6 @@ ACCUMULATION = [
     "--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "2", "--max_grad_norm", "0.1",
     "--weight_decay", "0.1",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    """A stock Llama and its tokenizer, with a chat template."""
-    folder = tmp_path_factory.mktemp("llama")
-    tokenizer = trained_tokenizer(paragraphs(0, 60), ModelArguments(vocab_size=300), is_main=True)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    config = LlamaConfig(
-        num_hidden_layers=2, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48,
-        max_position_embeddings=256, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> dict[str, str]:
-    """Rows of every form."""
-    folder = tmp_path_factory.mktemp("instructions")
-    rows = [(name, text.strip()[: 10 + 9 * (number % 4)]) for number, (name, text) in enumerate(topics.items())][:24]
-    forms = {
-        "chats": [{"messages": chat((name, answer[:8]), ("More", answer[8:]))} for name, answer in rows],
-        "prompts": [{"prompt": f"{name}: ", "completion": answer} for name, answer in rows],
-        "texts": [{"text": f"{name}: {answer}"} for name, answer in rows],
-        "numbers": [{"number": number} for number in range(3)],
-    }
-    for form, made in forms.items():
-        (folder / f"{form}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
-    return {form: str(folder / f"{form}.jsonl") for form in forms} | {"nowhere": str(folder / "nowhere.jsonl")}
-
-
-def chat(*turns: tuple[str, str]) -> list[dict]:
-    return [
-        {"role": role, "content": said} for turn in turns for role, said in zip(("user", "assistant"), turn)
-    ]
 
 
 @pytest.fixture
@@ -172,7 +128,7 @@ BAD_INPUTS = {
     "no model": (["--data", "{chats}"], "required: --model"),
     "no such model": (["--model", "{nowhere}", "--data", "{chats}"], "nowhere"),
     "no such file": (["--model", "{model}", "--data", "{nowhere}"], "nowhere.jsonl"),
-    "no text": (["--model", "{model}", "--data", "{numbers}"], "must have a column 'messages', columns 'prompt' and"),
+    "no text": (["--model", "{model}", "--data", "{numbers}"], "must have a column 'messages', or columns 'prompt' and"),
     "rank without adapters": (["--model", "{model}", "--data", "{chats}", "--lora_r", "4"], "lora_r=4 needs lora"),
     "kept without streaming": (["--model", "{model}", "--data", "{chats}", "--keep", "2"], "keep='2' needs stream"),
     "completions of texts": (

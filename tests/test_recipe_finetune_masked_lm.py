@@ -1,0 +1,173 @@
+"""The recipe that tunes masked text on answers: what is masked and learned, from which models, streamed, in jobs, errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from instructions import TEMPLATE, files, model  # noqa: F401  (fixtures)
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+import hf_diffusionblocks as db
+from hf_diffusionblocks.cli import train as train_verb
+from hf_diffusionblocks.diffusion.objectives import IGNORED
+from hf_diffusionblocks.recipes import finetune_masked_lm
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+TRAINING = [
+    "--updates_per_block", "3", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--max_length", "96",
+    "--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--save_strategy", "no",
+]  # fmt: skip
+NAME, TEXT = next(iter(topics.items()))
+ANSWER = TEXT.strip()[:10]  #: of the first row
+MASK, END = "<|mask|>", "<|endoftext|>"
+
+
+@pytest.fixture
+def trainers(monkeypatch) -> list:
+    """The trainers of the runs."""
+    made, original = [], finetune_masked_lm.prepare
+
+    def prepare(*arguments):
+        trainer, resume_from = original(*arguments)
+        made.append(trainer)
+        return trainer, resume_from
+
+    monkeypatch.setattr(finetune_masked_lm, "prepare", prepare)
+    return made
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory, model) -> str:
+    """A masked model of two blocks, as the other recipe saves one."""
+    folder, tokenizer = tmp_path_factory.mktemp("masked"), AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"mask_token": MASK})
+    tokenizer.save_pretrained(folder)
+    db.convert(model, 2, "fill-mask", mask_token_id=tokenizer.mask_token_id).save_pretrained(folder)
+    return str(folder)
+
+
+def tune(output_dir: Path, *options: str) -> dict[str, float]:
+    return finetune_masked_lm.main([*TRAINING, *options, "--output_dir", str(output_dir)])
+
+
+def spelled(tokenizer, row: dict, learned: bool) -> str:
+    """The tokens that have a loss, or those that have none."""
+    chosen = [token for token, label in zip(row["input_ids"], row["labels"]) if (label != IGNORED) == learned]
+    return tokenizer.decode(chosen)
+
+
+def test_each_answer_of_a_chat_is_an_example_after_all_that_was_said_before(tmp_path, files, model, trainers, capsys):
+    tune(tmp_path, "--model", model, "--data", files["chats"])
+    tokenizer, (first, second) = trainers[0].processing_class, trainers[0].train_dataset.select([0, 1])
+    asked = f"<|user|>{NAME}<|end|><|assistant|>"
+    assert spelled(tokenizer, first, learned=False) == asked
+    assert spelled(tokenizer, first, learned=True) == f"{ANSWER[:8]}<|end|>{END}"
+    asked += f"{ANSWER[:8]}<|end|><|user|>More<|end|><|assistant|>"
+    assert spelled(tokenizer, second, learned=False) == asked
+    assert spelled(tokenizer, second, learned=True) == f"{ANSWER[8:]}<|end|>{END}"
+    assert f"\n{asked} -> " in capsys.readouterr().out  # a sample, when all is done
+
+
+def test_prompts_with_completions_and_shorter_answers_go_on_with_ends(tmp_path, files, model, trainers):
+    tune(tmp_path, "--model", model, "--data", files["prompts"])
+    tokenizer, rows = trainers[0].processing_class, trainers[0].train_dataset
+    assert spelled(tokenizer, rows[0], learned=False) == f"{NAME}: "
+    assert spelled(tokenizer, rows[0], learned=True) == f"{ANSWER}{END}"
+    short, *_, long = sorted(rows, key=lambda row: len(row["input_ids"]))
+    size, batch = len(short["input_ids"]), trainers[0].data_collator([short, long])
+    assert batch["input_ids"].shape == (2, len(long["input_ids"])) and size < len(long["input_ids"])
+    assert (batch["input_ids"][0, size:] == tokenizer.eos_token_id).all()
+    assert (batch["labels"][0, size:] == tokenizer.eos_token_id).all()
+
+
+def test_prompts_are_never_masked_and_answers_are(tmp_path, files, model, trainers):
+    """In all that the layers are shown; what is not masked is as it was."""
+    shown = []
+    tune(tmp_path, "--model", model, "--data", files["prompts"], "--num_blocks", "1", "--samples", "0")
+    trained, rows = trainers[0].model.train(), trainers[0].train_dataset.select(range(4))
+    batch = trainers[0].data_collator(list(rows))
+    hook = trained.base.register_forward_pre_hook(lambda _, args, given: shown.append(given["input_ids"]), with_kwargs=True)
+    for draw in range(20):
+        trained(**batch, block_index=0, generator=torch.Generator().manual_seed(draw))
+    hook.remove()
+    shown = torch.stack([each for each in shown if each.shape == batch["input_ids"].shape])  # (the head is shown rows)
+    masked, prompts = shown == trained.mask_token_id, batch["labels"] == IGNORED
+    assert len(shown) == 20 and not masked[:, prompts].any() and masked[:, ~prompts].any(0).all()
+    assert ((shown == batch["input_ids"]) | masked).all()
+
+
+def test_the_end_is_learned_also_where_it_is_the_padding(tmp_path, files, model):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    tune(tmp_path, "--model", model, "--data", files["prompts"], "--weight_decay", "0")
+    before = AutoModelForMaskedLM.from_pretrained(tmp_path).get_input_embeddings().weight
+    tune(tmp_path / "on", "--model", str(tmp_path), "--data", files["prompts"], "--weight_decay", "0")
+    after = AutoModelForMaskedLM.from_pretrained(tmp_path / "on").get_input_embeddings().weight
+    assert not torch.equal(before[tokenizer.eos_token_id], after[tokenizer.eos_token_id])
+
+
+def test_what_is_saved_loads_and_answers_prompts_of_several_lengths(tmp_path, files, masked):
+    metrics = tune(tmp_path, "--model", masked, "--data", files["chats"], "--eval_data", files["chats"])
+    made, tokenizer = AutoModelForMaskedLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert made.num_blocks == 2 and metrics["eval_loss"] > 0
+    assert tokenizer.mask_token_id == made.mask_token_id and tokenizer.chat_template == TEMPLATE
+    prompts = tokenizer(["A", "A longer prompt"], padding=True, padding_side="left", return_tensors="pt")
+    answers = made.generate(
+        prompts.input_ids, prompts.attention_mask, max_new_tokens=8, temperature=0, eos_token_id=tokenizer.eos_token_id,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert answers.shape == (2, prompts.input_ids.shape[1] + 8) and (answers != made.mask_token_id).all()
+
+
+def test_streamed_it_ends_with_the_same_weights_and_resumed_too(tmp_path, files, masked, trainers):
+    options = ["--model", masked, "--data", files["prompts"]]
+    tune(tmp_path / "plain", *options)
+    tune(tmp_path / "streamed", *options, "--stream", "--save_strategy", "steps", "--save_steps", "2")
+    tune(tmp_path / "streamed", *options, "--resume_from_checkpoint", str(tmp_path / "streamed" / "checkpoint-2"))
+    plain, *others = (trainer.model.state_dict() for trainer in trainers)
+    assert all(torch.equal(weight, other[name]) for other in others for name, weight in plain.items())
+
+
+def test_a_job_a_block_then_merged(tmp_path, files, masked, model):
+    for block in (0, 1):
+        job = ["--model", model, "--data", files["prompts"], "--num_blocks", "2", "--shared", "per_block"]
+        tune(tmp_path / str(block), *job, "--train_blocks", str(block))
+    db.merge_blocks([tmp_path / "0", tmp_path / "1"], tmp_path / "whole")
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "whole").config.training_report["updates_per_block"] == [3, 3]
+
+
+def test_what_is_too_long_is_left_out_and_said(tmp_path, files, model, trainers, caplog):
+    with caplog.at_level("WARNING", "hf_diffusionblocks"):
+        tune(tmp_path, "--model", model, "--data", files["prompts"], "--max_length", "32")
+    left = len(trainers[0].train_dataset)
+    assert 0 < left < 24 and f"{24 - left} of 24 answers of data are left out: longer than max_length=32" in caplog.text
+
+
+def test_the_command_finds_the_recipe():
+    assert train_verb.find_recipes()["finetune-masked-lm"] == finetune_masked_lm.__file__
+
+
+BAD_INPUTS = {
+    "no model": (["--data", "{chats}"], "required: --model"),
+    "no such model": (["--model", "{nowhere}", "--data", "{chats}"], "nowhere"),
+    "no such file": (["--model", "{model}", "--data", "{nowhere}"], "nowhere.jsonl"),
+    "texts": (["--model", "{model}", "--data", "{texts}"], "must have a column 'messages', or columns 'prompt' and"),
+    "cut already": (["--model", "{masked}", "--data", "{chats}", "--num_blocks", "1"], "num_blocks must not be given"),
+    "none fits": (["--model", "{model}", "--data", "{chats}", "--max_length", "3"], "an answer that fits max_length=3"),
+    "too long": (["--model", "{model}", "--data", "{chats}", "--max_length", "257"], "max_position_embeddings=256"),
+    "no such block": (["--model", "{masked}", "--data", "{chats}", "--train_blocks", "2"], "train_blocks"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS.keys())
+def test_bad_input_is_one_line_and_a_failure(tmp_path, files, model, masked, capsys, options, message):
+    options = [option.format(model=model, masked=masked, **files) for option in options]
+    with pytest.raises(SystemExit) as stop:
+        tune(tmp_path, *options)
+    printed = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
+    assert stop.value.code not in (0, None)
+    assert printed.startswith("finetune_masked_lm.py: error: ") and len(printed.splitlines()) == 1
+    assert message in printed
