@@ -61,6 +61,9 @@ class ModelArguments:
     end_to_end: bool = option(
         False, "Train the plain model with the stock Trainer instead; updates_per_block is then its max_steps."
     )
+    stream: bool = option(
+        False, "Keep weights, gradients and optimizer state in host memory; a layer or two at a time is on the device."
+    )
 
 
 @dataclass
@@ -268,6 +271,7 @@ def load_model(
     new_head: str | None = None,
 ) -> PreTrainedModel:
     """The plain model, or the DiffusionBlocks model if `fields` ([`blocks_fields`]) are given: what this job trains of it.
+    Streamed, if that is asked for.
 
     `new_head` is the path of a pretrained linear head that starts anew, although its shape fits.
     """
@@ -289,9 +293,10 @@ def load_model(
                 torch.nn.init.zeros_(head.bias)
     else:
         source = plain_class._from_config(config) if fields is None else config
-    if fields is None:
-        return source
-    return db.convert(source, task=task, resident_blocks=resident, **fields)
+    model = source if fields is None else db.convert(source, task=task, resident_blocks=resident, **fields)
+    if args.stream:
+        db.stream_layers(model, training_args.device)
+    return model
 
 
 class PlainTrainer(Trainer):

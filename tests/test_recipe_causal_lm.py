@@ -103,6 +103,14 @@ def test_one_block_a_job_then_merged(tmp_path, data, origin):
 
 
 @pytest.mark.parametrize("extra", [[], ["--end_to_end"]], ids=["blocks", "end_to_end"])
+def test_streamed_it_saves_the_same_weights(tmp_path, data, extra):
+    for name, streamed in (("held", []), ("streamed", ["--stream"])):
+        train_causal_lm.main([*MODEL, *TRAINING, *data, *extra, *streamed, "--output_dir", str(tmp_path / name)])
+    held, streamed = (load(tmp_path / name).state_dict() for name in ("held", "streamed"))
+    assert all(torch.equal(weight, streamed[name]) for name, weight in held.items())
+
+
+@pytest.mark.parametrize("extra", [[], ["--end_to_end"]], ids=["blocks", "end_to_end"])
 def test_pretrained_weights_and_tokenizer_are_kept(tmp_path, data, extra):
     train_causal_lm.main([*MODEL, *TRAINING, *data, "--end_to_end", "--output_dir", str(tmp_path / "plain")])
     options = ["--model_name_or_path", str(tmp_path / "plain"), "--output_dir", str(tmp_path / "trained")]

@@ -146,6 +146,15 @@ def test_what_is_too_long_is_left_out_and_said(tmp_path, files, model, trainers,
     assert 0 < left < 24 and f"{24 - left} of 24 answers of data are left out: longer than max_length=32" in caplog.text
 
 
+def test_the_config_that_comes_along_runs(tmp_path, files, model, trainers):
+    """With a smaller model, in fewer steps."""
+    config = Path(finetune_masked_lm.__file__).parent / "configs" / "finetune_masked_0.6b_8gb.yaml"
+    small = ["--model", model, "--data", files["chats"], "--max_length", "96", "--max_steps", "2", "--use_cpu"]
+    finetune_masked_lm.main(["--config", str(config), *small, "--output_dir", str(tmp_path)])
+    assert trainers[0].args.bf16 and next(trainers[0].model.parameters()).dtype == torch.float32
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path).num_blocks == 1
+
+
 def test_the_command_finds_the_recipe():
     assert train_verb.find_recipes()["finetune-masked-lm"] == finetune_masked_lm.__file__
 

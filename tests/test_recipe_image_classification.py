@@ -115,6 +115,14 @@ def test_end_to_end_takes_as_many_updates_as_a_block(tmp_path, digits, data):
 
 
 @pytest.mark.parametrize("extra", [[], ["--end_to_end"]], ids=["blocks", "end_to_end"])
+def test_streamed_it_saves_the_same_weights(tmp_path, data, extra):
+    for name, streamed in (("held", []), ("streamed", ["--stream"])):
+        train_image_classification.main([*MODEL, *TRAINING, *data, *extra, *streamed, "--output_dir", str(tmp_path / name)])
+    held, streamed = (load(tmp_path / name).state_dict() for name in ("held", "streamed"))
+    assert all(torch.equal(weight, streamed[name]) for name, weight in held.items())
+
+
+@pytest.mark.parametrize("extra", [[], ["--end_to_end"]], ids=["blocks", "end_to_end"])
 def test_pretrained_weights_are_kept_and_the_head_is_new(tmp_path, plain_model, data, extra):
     plain_model.save_pretrained(tmp_path / "plain")  # 5 labels, without an image processor
     options = ["--model_name_or_path", str(tmp_path / "plain"), "--output_dir", str(tmp_path / "trained")]

@@ -103,6 +103,15 @@ def test_a_fresh_model_of_classes(tmp_path, data):
     assert Image.open(tmp_path / "samples" / "final.png").size == (24, 24)  # three classes, thrice
 
 
+def test_streamed_it_saves_the_same_weights_and_samples(tmp_path, data):
+    for name, streamed in (("held", []), ("streamed", ["--stream"])):
+        run(*MODEL, *TRAINING, *data, "--label_column", "label", *streamed, "--output_dir", tmp_path / name)
+    held, streamed = (AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("held", "streamed"))
+    assert all(torch.equal(weight, streamed[name]) for name, weight in held.items())
+    held, streamed = ((tmp_path / name / "samples" / "final.png").read_bytes() for name in ("held", "streamed"))
+    assert held == streamed
+
+
 def test_images_are_cropped_and_scaled_and_measured(tmp_path, data, pictures):
     trainer = prepared(*MODEL, *TRAINING, *data, "--validation_split", 0, "--output_dir", tmp_path)
     rows = trainer.train_dataset[:]

@@ -116,6 +116,13 @@ def test_one_block_a_job_then_merged(tmp_path, data, plain, origin):
     assert whole.mask_token_id == AutoTokenizer.from_pretrained(jobs[0]).mask_token_id
 
 
+def test_streamed_it_saves_the_same_weights(tmp_path, data):
+    for name, options in (("held", []), ("streamed", ["--stream"])):
+        run(tmp_path / name, *MODEL, *TRAINING, *data, *options)
+    held, streamed = (load(tmp_path / name).state_dict() for name in ("held", "streamed"))
+    assert all(torch.equal(weight, streamed[name]) for name, weight in held.items())
+
+
 def test_resumed_run_ends_as_the_uninterrupted_one(tmp_path, data):
     options = [*MODEL, *TRAINING, *data, "--save_strategy", "steps", "--save_steps", "0.5"]
     run(tmp_path / "whole", *options)
