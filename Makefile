@@ -1,13 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check-gpu
+.PHONY: demo test docs check-gpu
 
 demo: .venv/installed
 	$(BIN)/python recipes/demo_digits.py --output_dir outputs/demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest tests -n 2
+
+docs: .venv/installed
+	$(BIN)/mkdocs build --strict
 
 check-gpu: .venv/installed
 	$(BIN)/python benchmarks/gpu.py --output outputs/check_gpu.json
