@@ -243,7 +243,7 @@ def readout_beside_plain(machine: Machine) -> Iterator[Row]:
 
     def ours() -> torch.Tensor:
         rows = [norm(hidden)[:, :-1].flatten(0, 1), targets]
-        with block.readout_on_device() as parameters:
+        with block.reading_out() as parameters:
             total = chunked_sum(
                 lambda rows, targets: cross_entropy(block.head(rows).float(), targets).sum(), rows, parameters,
                 size.config.vocab_size,

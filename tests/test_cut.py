@@ -138,8 +138,8 @@ def test_a_layer_that_hands_on_more_than_hidden_states_is_seen(model, monkeypatc
 
 
 def test_a_head_that_reads_more_than_rows_is_seen(model, monkeypatch):
-    head_of = block_module.head_of
-    monkeypatch.setattr(block_module, "head_of", lambda *given: head_of(*given) * 1.01)
+    head = block_module.Block.head
+    monkeypatch.setattr(block_module.Block, "head", lambda block, rows: head(block, rows) * 1.01)
     with pytest.raises(ValueError, match="read out row by row, its logits differ by 0.01 of the largest"):
         check_cut(model, {**TOKENS, "labels": TOKENS["input_ids"]})
 

@@ -158,14 +158,23 @@ def base_of(model: nn.Module, layers_path: str) -> nn.Module:
     return model.get_submodule(layers_path.split(".")[0])
 
 
-def head_of(model: nn.Module, layers_path: str, rows: torch.Tensor) -> torch.Tensor:
-    """What a stock model makes of rows `[R, D]` that have left it but for its head: `[R, V]`, soft caps and the like included."""
+@contextmanager
+def head_of(model: nn.Module, layers_path: str) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """While this runs, what it gives makes logits `[R, V]` of rows `[R, D]` that have left a stock model but for its head: by
+    all that the model does then, soft caps and the like included."""
+    rows: torch.Tensor | None = None
 
     def base(*args, **kwargs) -> _LastHidden:
         return _LastHidden(last_hidden_state=rows[None])
+
+    def head(given: torch.Tensor) -> torch.Tensor:
+        nonlocal rows
+        rows = given
+        return model(input_ids=torch.zeros((1, len(given)), dtype=torch.long, device=given.device)).logits[0]
 
     with ExitStack() as stack:  # (some call what is in their base model, as its decoder)
         *names, _ = layers_path.split(".")
         for depth in range(len(names)):
             stack.enter_context(standing_in(model.get_submodule(".".join(names[: depth + 1])), base))
-        return model(input_ids=torch.zeros((1, len(rows)), dtype=torch.long, device=rows.device)).logits[0]
+        yield head
+        rows = None

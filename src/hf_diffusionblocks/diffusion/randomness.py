@@ -61,8 +61,11 @@ def keyed_generators(
 ) -> list[torch.Generator]:
     """A generator for each row, a function of the key and the row's number alone. Kinds of devices draw other numbers from
     it: what is to be the same on all of them is drawn on the CPU."""
-    seeds = (np.random.SeedSequence([*key, row]).generate_state(1, np.uint64)[0] for row in rows)
-    return [torch.Generator(drawing_device(device)).manual_seed(int(seed)) for seed in seeds]
+    device, made = drawing_device(device), []
+    for row in rows:
+        seed = np.random.SeedSequence([*key, row]).generate_state(1, np.uint64)[0]
+        made.append(torch.Generator(device).manual_seed(int(seed)))
+    return made
 
 
 @contextmanager

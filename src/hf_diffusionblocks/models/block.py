@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -48,6 +48,7 @@ class Block:
         self.predecessors, self.prefixes = predecessors, tuple(prefixes)
         self._embeddings, self._readout = embeddings, readout
         self._sigma_embedding, self._local_head = sigma_embedding, local_head
+        self._head: Callable[[torch.Tensor], torch.Tensor] | None = None  # while rows are read out
 
     # ---- what it is
 
@@ -104,8 +105,15 @@ class Block:
 
     def head(self, rows: torch.Tensor) -> torch.Tensor:
         """`[R, D]` of `BlockOutput.read` to logits `[R, V]`, by all that the stock model does then."""
-        with self._own_parts():
-            return head_of(self.model.backbone, self.model.layers_path, rows)
+        if self._head is not None:
+            return self._head(rows)
+        with self._stock_head() as head:
+            return head(rows)
+
+    @contextmanager
+    def _stock_head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        with self._own_parts(), head_of(self.model.backbone, self.model.layers_path) as head:
+            yield head
 
     @contextmanager
     def _own_parts(self) -> Iterator[None]:
@@ -136,13 +144,19 @@ class Block:
         return self._part(self._readout)
 
     @contextmanager
-    def readout_on_device(self) -> Iterator[list[torch.Tensor]]:
-        """While this runs, what stands after the layers is where it computes, however often; gives its parameters there."""
+    def reading_out(self) -> Iterator[list[torch.Tensor]]:
+        """While this runs, what stands after the layers is in its place, and where it computes, however often it reads rows;
+        gives its parameters there."""
         with ExitStack() as there:
             parts = [self.readout_parts.get_submodule(path) for path in self.model.readout_paths]
             for part in parts:
                 there.enter_context(weights_on_device(part))
-            yield [parameter for part in parts for parameter in part.parameters()]
+            if self.model.formulation.runs_stock:
+                self._head = there.enter_context(self._stock_head())
+            try:
+                yield [parameter for part in parts for parameter in part.parameters()]
+            finally:
+                self._head = None
 
     def read_out(self, hidden: torch.Tensor, **conditions) -> torch.Tensor:
         """What has left a block, through final norm and head."""

@@ -28,8 +28,9 @@ def mean_cross_entropy(
     base = base_of(model, layers_path)
     hidden = scored(base(**inputs).last_hidden_state).flatten(0, 1)
     head = [parameter for module in model.children() if module is not base for parameter in module.parameters()]
-    total = chunked_sum(
-        lambda rows, targets: cross_entropy(head_of(model, layers_path, rows).float(), targets).sum(), [hidden, labels],
-        list(dict.fromkeys(head)), model.config.get_text_config().vocab_size,
-    )  # fmt: skip
+    with head_of(model, layers_path) as read:
+        total = chunked_sum(
+            lambda rows, targets: cross_entropy(read(rows).float(), targets).sum(), [hidden, labels],
+            list(dict.fromkeys(head)), model.config.get_text_config().vocab_size,
+        )  # fmt: skip
     return total / len(hidden)

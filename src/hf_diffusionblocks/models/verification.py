@@ -143,7 +143,7 @@ class _Comparison:
             found = last.head(rows).view(self._expected.shape)
         except Exception as error:  # (a head that reads something beside, as several streams)
             raise self._refused(f"read out row by row, its head says {type(error).__name__}: {error}") from error
-        with last.readout_on_device() as known:
+        with last.reading_out() as known:
             for name, parameter, gradient in zip(self._names, self._watched, self._gradients(found.float().sum())):
                 if gradient is not None and not any(parameter is each for each in known):
                     raise self._refused(f"its head reads {name}, which is no part of it")

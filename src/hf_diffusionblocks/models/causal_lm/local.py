@@ -68,7 +68,7 @@ class LocalText(Formulation):
         """The mean cross-entropy of what the stock model takes, without ever holding all logits."""
         rows, targets, last = self._last_hidden(inputs)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), self.model.blocks[-1]
         labelled = rows_with_loss(targets, at_most=len(targets))
-        with last.readout_on_device() as parameters:
+        with last.reading_out() as parameters:
             total = chunked_sum(
                 lambda rows, targets: cross_entropy(last.head(rows).float(), targets).sum(),
                 [rows[labelled], targets[labelled]],

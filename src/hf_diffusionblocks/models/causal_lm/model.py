@@ -181,7 +181,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
             return cross_entropy(self.formulation.logits(block, ReadoutInput(hidden, *noise)), targets).sum()
 
         noise = [tensor for tensor in rows[1:] if tensor is not None]
-        with block.readout_on_device() as parameters:
+        with block.reading_out() as parameters:
             total = chunked_sum(loss_of_rows, [rows.hidden, targets, *noise], parameters, self.config.vocab_size)
         return total / num_counted(targets, num_items, self.training)
 

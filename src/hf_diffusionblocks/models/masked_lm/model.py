@@ -205,7 +205,7 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
             return (weights * cross_entropy(self.logits(block, hidden).float(), targets)).sum()
 
         rows = [hidden.flatten(0, 1)[masked], targets.flatten()[masked], weights[masked // targets.shape[1]]]
-        with block.readout_on_device() as parameters:
+        with block.reading_out() as parameters:
             return chunked_sum(loss_of_rows, rows, parameters, self.config.vocab_size)
 
     def read(self, block: Block, text: MaskedText) -> torch.Tensor:
