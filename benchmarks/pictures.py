@@ -27,12 +27,12 @@ from hf_diffusionblocks.recipes.plots import plot_noise_partition, plot_walk
 ROWS = {
     "end to end": "end to end",
     "end to end, checkpointing": "end to end, checkpointing",
-    "recommended: all blocks in turn": "8 blocks in turn, losses of their own",
+    "recommended: all blocks together": "8 blocks together, losses of their own",
     "end to end, checkpointing, optimizer in the backward pass": "optimizer in the backward pass, checkpointing",
     "end to end, checkpointing, 8-bit AdamW (by formula)": "8-bit AdamW, checkpointing (by formula)",
+    "recommended: job, shared part frozen, around the earlier blocks": "a job of one of 8 blocks, own loss",
     "LoRA (r=16, attention), checkpointing": "LoRA, checkpointing",
     "QLoRA (r=16, attention), checkpointing (by formula)": "QLoRA, checkpointing (by formula)",
-    "recommended: job, shared part frozen, around the earlier blocks": "a job of one of 8 blocks, own loss",
     "FSDP2 with CPU offload, checkpointing (by formula)": "FSDP2 with CPU offload (by formula)",
     "streamed, everything trained": "streamed, everything trained",
     "streamed, LoRA (r=16, attention)": "streamed, LoRA",
@@ -86,7 +86,7 @@ def draw_memory(peaks: Mapping[str, Mapping[str, int]], file: Path) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(QUIET)
     axes.legend(frameon=False, fontsize=9, loc="lower right", labelcolor=INK)
-    axes.set_title("Llama-3.1-8B, 1 x 2048 tokens, bf16, AdamW", fontsize=11, color=INK, loc="left")
+    axes.set_title("Training Llama-3.1-8B, estimated: 1 x 2048 tokens, bf16, AdamW", fontsize=11, color=INK, loc="left")
     figure.savefig(file, metadata={"Date": None})
 
 
