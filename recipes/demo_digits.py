@@ -7,8 +7,8 @@
 3. Blocks that draw, each a denoiser of its own noise levels.
 
 Plain models stand beside each, as deep as all blocks and as deep as one. Parts 2 and 3 are the recipes
-`train_image_classification.py` and `train_image_generation.py`, started by `accelerate launch`; what they print goes to log files
-in the output folder. The models are then loaded in a new process, as anyone would load them.
+`train_image_classification.py` and `train_image_generation.py`, started by `accelerate launch`; what they print goes to log
+files in the output folder. The models are then loaded in a new process, as anyone would load them.
 """
 
 from __future__ import annotations
@@ -213,9 +213,8 @@ def report_classifiers(folder: Path) -> dict:
 
 def titles(layers: int, num_blocks: int) -> dict[str, str]:
     each = layers // num_blocks
-    return {
-        DEEP: f"end to end, {layers} layers", SHALLOW: f"end to end, {each} layers", BLOCKS: f"{num_blocks} blocks of {each} layers"
-    }  # fmt: skip
+    blocks = f"{num_blocks} blocks of {each} layers"
+    return {DEEP: f"end to end, {layers} layers", SHALLOW: f"end to end, {each} layers", BLOCKS: blocks}
 
 
 def plain_step(model, pixel_values, labels) -> int:

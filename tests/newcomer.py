@@ -74,7 +74,7 @@ def write_texts(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
         pairs = [{"prompt": text[:20], "chosen": text[20:], "rejected": text[30:]} for text in TEXTS]
         (folder / "preferences.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-        Dataset.from_dict({"text": TEXTS * 40, "label": [n % 2 for n in range(40)] * 40}).to_parquet(folder / f"{name}.parquet")
+        Dataset.from_dict({"text": TEXTS * 8, "label": [n % 2 for n in range(40)] * 8}).to_parquet(folder / f"{name}.parquet")
 
 
 def write_images(folder: Path) -> None:
