@@ -1,11 +1,10 @@
 """The pictures in docs/.
 
-    make demo && python benchmarks/pictures.py                # all three; a minute or two
-    python benchmarks/pictures.py memory                      # one of: partition, memory, walk
+    python benchmarks/pictures.py         # both
+    python benchmarks/pictures.py memory  # one of: partition, memory
 
 - `noise_partition.png`: how the noise is cut into four blocks, with the config's own defaults.
 - `memory_8b.svg`: what a training step of Llama-3.1-8B holds at its peak, by what `benchmarks/estimates.py` found.
-- `walk.png`: a walk from noise to a label, by the model that the demo trained.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from transformers import LlamaConfig
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.diffusion.schedule import NoiseSchedule
-from hf_diffusionblocks.recipes.plots import plot_noise_partition, plot_walk
+from hf_diffusionblocks.recipes.plots import plot_noise_partition
 
 #: Row of the estimate -> its name in the picture
 ROWS = {
     "end to end": "end to end",
     "end to end, checkpointing": "end to end, checkpointing",
-    "recommended: all blocks in turn": "8 blocks in turn, losses of their own",
+    "recommended: all blocks together": "8 blocks together, losses of their own",
     "end to end, checkpointing, optimizer in the backward pass": "optimizer in the backward pass, checkpointing",
     "end to end, checkpointing, 8-bit AdamW (by formula)": "8-bit AdamW, checkpointing (by formula)",
+    "recommended: job, shared part frozen, around the earlier blocks": "a job of one of 8 blocks, own loss",
     "LoRA (r=16, attention), checkpointing": "LoRA, checkpointing",
     "QLoRA (r=16, attention), checkpointing (by formula)": "QLoRA, checkpointing (by formula)",
-    "recommended: job, shared part frozen, around the earlier blocks": "a job of one of 8 blocks, own loss",
     "FSDP2 with CPU offload, checkpointing (by formula)": "FSDP2 with CPU offload (by formula)",
     "streamed, everything trained": "streamed, everything trained",
     "streamed, LoRA (r=16, attention)": "streamed, LoRA",
@@ -45,7 +44,6 @@ PARTS = {
     "activations and the rest": ("#30638e", ("activations", "logits", "rest")),
 }
 INK, MUTED, QUIET = "#22303c", "#66727e", "#c3ccd4"
-WALKS, STEPS = (0, 0.02, 0.05), 6  # images by how sure the first step is, from the least; steps of a walk
 
 
 def partition(folder: Path) -> None:
@@ -86,35 +84,14 @@ def draw_memory(peaks: Mapping[str, Mapping[str, int]], file: Path) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(QUIET)
     axes.legend(frameon=False, fontsize=9, loc="lower right", labelcolor=INK)
-    axes.set_title("Llama-3.1-8B, 1 x 2048 tokens, bf16, AdamW", fontsize=11, color=INK, loc="left")
+    axes.set_title("Training Llama-3.1-8B, estimated: 1 x 2048 tokens, bf16, AdamW", fontsize=11, color=INK, loc="left")
     figure.savefig(file, metadata={"Date": None})
-
-
-def walk(folder: Path, demo: Path) -> None:
-    import torch
-    from datasets import load_dataset
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-    if not (demo / "diffusionblocks").is_dir():
-        raise SystemExit(f"pictures.py: error: {demo} holds no trained model; `make demo` first")
-    test = load_dataset("parquet", data_files=str(demo / "test.parquet"), split="train")
-    images, labels = list(test["image"]), torch.tensor(test["label"])
-    processor = AutoImageProcessor.from_pretrained(demo / "diffusionblocks")
-    model = AutoModelForImageClassification.from_pretrained(demo / "diffusionblocks")
-    pixel_values = processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
-    first = model.predict(pixel_values, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0))
-    order = first.trajectory[:, 0].amax(-1).argsort()
-    chosen = [int(order[int(share * len(order))]) for share in WALKS]
-    generator = torch.Generator().manual_seed(0)
-    prediction = model.predict(pixel_values[chosen], num_inference_steps=STEPS, generator=generator)
-    plot_walk([images[i] for i in chosen], labels[chosen], prediction, model.config.id2label, folder / "walk.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = ["partition", "memory", "walk"]
+    every = ["partition", "memory"]
     parser.add_argument("pictures", nargs="*", default=every, help=f"of {', '.join(every)}; all, if none is named")
-    parser.add_argument("--demo", type=Path, default=Path("outputs/demo"), help="what `make demo` wrote")
     results = Path("benchmarks/results/estimates")
     parser.add_argument("--estimates", type=Path, default=results, help="what benchmarks/estimates.py wrote")
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the pictures")
@@ -123,8 +100,10 @@ def main() -> None:
         parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(every)}")
     rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "docs"})  # small files, the same every time
     for name in options.pictures:
-        given = {"partition": (), "memory": (options.estimates,), "walk": (options.demo,)}[name]
-        {"partition": partition, "memory": memory, "walk": walk}[name](options.output, *given)
+        if name == "partition":
+            partition(options.output)
+        else:
+            memory(options.output, options.estimates)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What each way to train reaches, and what it holds: the picture of docs/when_to_use.md, from the results beside this file.
+"""What each way to train reaches, and what it holds: the picture of docs/blocks.md, from the results beside this file.
 
     python benchmarks/quality_pictures.py
 """

@@ -1,13 +1,12 @@
-"""Pictures: how the noise is cut into blocks, and how a walk sharpens from noise to a label.
+"""Pictures: how the noise is cut into blocks.
 
 Figures are drawn without pyplot, so they need no display and leave no global state behind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,12 +16,10 @@ from hf_diffusionblocks.extras import from_extra
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from transformers.utils import ModelOutput
 
     from hf_diffusionblocks.diffusion.schedule import NoiseSchedule
 
-INK, MUTED, QUIET, RIGHT, WRONG = "#22303c", "#66727e", "#c3ccd4", "#2a9d6f", "#d1495b"
-MOST_CLASSES = 10  # bars in a panel that can still be read
+INK, MUTED, QUIET = "#22303c", "#66727e", "#c3ccd4"
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -115,75 +112,3 @@ def _draw_interval(axes: Axes, schedule: NoiseSchedule, block: int, color) -> No
     axes.barh(block, own[1] - own[0], left=own[0], height=0.62, color=color)
     for low, high in ((trained[0], own[0]), (own[1], trained[1])):
         axes.barh(block, high - low, left=low, height=0.62, facecolor="white", edgecolor=color, hatch="/////")
-
-
-# ---- the walk
-
-
-def plot_walk(
-    images: Sequence[Any],
-    labels: Sequence[int],
-    prediction: ModelOutput,
-    id2label: Mapping[int, str],
-    path: str | PathLike,
-) -> None:
-    """Draw images beside the class probabilities after each step of their walks from noise to a label.
-
-    Args:
-        images: N pictures, anything matplotlib's `imshow` takes (PIL images, arrays `[H, W]` or `[H, W, 3]`).
-        labels: their N true classes.
-        prediction: of the same images, `model.predict(pixel_values, num_inference_steps=T)`.
-        id2label: names of the classes, `model.config.id2label`.
-        path: of the picture; its suffix gives the format.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: there are not as many images as labels and walks.
-    """
-    trajectory = prediction.trajectory.float().cpu().numpy()
-    num_images, num_steps, num_classes = trajectory.shape
-    if not len(images) == len(labels) == num_images:
-        raise ValueError(f"images ({len(images)}), labels ({len(labels)}) and walks ({num_images}) must be as many")
-    shown = min(num_classes, MOST_CLASSES)
-    figure = _figure(max(6.5, 1.9 + 1.55 * num_steps), 0.75 + num_images * (0.45 + 0.125 * shown))
-    grid = figure.subplots(num_images, num_steps + 1, squeeze=False, width_ratios=[1.0] + [1.2] * num_steps)
-    for row, image, label, steps in zip(grid, images, labels, trajectory):
-        _draw_image(row[0], image, id2label[int(label)])
-        # With many classes, those that were ever likely, in the model's order.
-        classes = np.sort(np.argsort(-steps.max(0), kind="stable")[:shown])
-        for step, axes in enumerate(row[1:]):
-            _draw_probabilities(axes, steps[step], classes, int(label))
-            if step == 0:
-                axes.set_yticks(range(shown), [id2label[int(c)] for c in classes])
-                axes.tick_params(axis="y", labelsize=7, length=0)
-    for step, sigma in enumerate(prediction.sigmas[:-1].tolist()):
-        grid[0, step + 1].set_title(f"step {step + 1}, σ = {sigma:.3g}", fontsize=9, color=INK)
-    figure.suptitle(
-        "Walk from noise to a label. Green: the true class; red: a wrong one on top", x=0.01, ha="left",
-        fontsize=11, color=INK,
-    )  # fmt: skip
-    figure.savefig(path, dpi=150)
-
-
-def _draw_image(axes: Axes, image: Any, name: str) -> None:
-    axes.imshow(image, cmap="gray", interpolation="nearest")
-    axes.set_axis_off()
-    axes.set_title(name, fontsize=9, color=INK)
-
-
-def _draw_probabilities(axes: Axes, probabilities: np.ndarray, classes: np.ndarray, label: int) -> None:
-    top = int(probabilities.argmax())
-    colors = [RIGHT if c == label else WRONG if c == top else QUIET for c in classes]
-    axes.barh(range(len(classes)), probabilities[classes], color=colors, height=0.8)
-    if top in classes:
-        value = probabilities[top]
-        inside = value > 0.6
-        axes.text(
-            value + (-0.03 if inside else 0.03), list(classes).index(top), f"{value:.0%}", va="center", fontsize=7,
-            ha="right" if inside else "left", color="white" if inside else INK,
-        )  # fmt: skip
-    _bare(axes)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(len(classes) - 0.4, -0.6)  # the first class on top
-    axes.set_xticks([0, 0.5, 1], ["", "", ""])
-    axes.set_yticks([])

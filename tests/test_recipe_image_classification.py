@@ -268,17 +268,6 @@ def test_picture_of_the_partition(tmp_path, num_blocks):
     assert Image.open(tmp_path / "partition.png").size[0] > 1000
 
 
-def test_picture_of_a_walk(tmp_path, plain_config, batch):
-    plain_config.num_labels = 30  # more than a panel can show
-    model = db.convert(plain_config, num_blocks=2, preset="paper").eval()
-    prediction = model.predict(batch["pixel_values"], num_inference_steps=3)
-    images = batch["pixel_values"][:, 0].numpy()
-    plots.plot_walk(images, batch["labels"], prediction, model.config.id2label, tmp_path / "walk.png")
-    assert Image.open(tmp_path / "walk.png").size[0] > 900
-    with pytest.raises(ValueError, match=r"images \(2\)"):
-        plots.plot_walk(images[:2], batch["labels"], prediction, model.config.id2label, tmp_path / "walk.png")
-
-
 def test_pictures_without_matplotlib_say_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install hf-diffusionblocks\[recipes\]"):
