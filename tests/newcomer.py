@@ -74,6 +74,8 @@ def write_texts(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
         pairs = [{"prompt": text[:20], "chosen": text[20:], "rejected": text[30:]} for text in TEXTS]
         (folder / "preferences.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        chats = [[{"role": "user", "content": text[:20]}, {"role": "assistant", "content": text[20:]}] for text in TEXTS]
+        (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
         Dataset.from_dict({"text": TEXTS * 8, "label": [n % 2 for n in range(40)] * 8}).to_parquet(folder / f"{name}.parquet")
 
 
