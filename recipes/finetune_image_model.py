@@ -277,6 +277,8 @@ def prepare(
     transformer, stream = make_transformer(folder, index, model_args, training_args)
     images = CachedImages(cache, rows)
     trainer = ImageTrainer(transformer, training_args, images, objective, pipeline_class(index), args.caption_dropout)
+    if resume_from is not None:
+        trainer.check_checkpoint(resume_from)
     if calls:
         trainer.add_callback(Samples(trainer, folder, calls, encodings, sample_args.sample_every_n_steps))
     return trainer, resume_from, stream

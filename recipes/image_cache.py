@@ -51,11 +51,10 @@ def bucket_sizes(resolution: int, step: int, buckets: bool) -> list[tuple[int, i
     """Heights and widths of about `resolution` squared pixels, in multiples of `step`; the square alone without `buckets`."""
     square = resolution // step * step
     sizes = {(square, square)}
-    sides = range(step, int(resolution * MOST_LENGTHENED) + 1, step) if buckets else ()
-    for height in sides:
-        width = int(resolution**2 / height) // step * step
-        if width and max(height / width, width / height) <= MOST_LENGTHENED:
-            sizes.add((height, width))
+    for short in range(step, square, step) if buckets else ():
+        long = int(resolution**2 / short) // step * step
+        if long <= MOST_LENGTHENED * short:
+            sizes |= {(short, long), (long, short)}
     return sorted(sizes)
 
 

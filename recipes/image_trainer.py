@@ -13,7 +13,8 @@ from accelerate.utils import send_to_device
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3, compute_snr
 from diffusers.utils import make_image_grid
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
@@ -185,23 +186,36 @@ class ImageTrainer(AtomicCheckpoints):
         if self.averages and self.writes_checkpoint:
             self.averages.save(folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
+    def check_checkpoint(self, folder: str | Path) -> None:
+        """Raises ValueError if a checkpoint is not of what this run trains."""
         wanted = {name for name, each in self.transformer.named_parameters() if each.requires_grad}
-        if self.has_adapters:
-            state = load_file(folder / LORA_FILE)
-            set_peft_model_state_dict(self.transformer, {k.removeprefix("transformer."): v for k, v in state.items()})
-            found = {name.removeprefix("transformer.").replace(".weight", ".default.weight") for name in state}
-        else:
-            found = set()
-            for shard in sorted((folder / "transformer").glob("*.safetensors")):
-                state = load_file(shard)
-                self.transformer.load_state_dict(state, strict=False)
-                found |= set(state)
-        if lacks := sorted(wanted - found):
-            raise ValueError(f"resume_from_checkpoint={str(folder)!r} is not of what this run trains: it lacks {lacks[0]}")
+        found = set()
+        for file in _weight_files(folder, self.has_adapters):
+            with safe_open(file, framework="pt") as opened:
+                found |= {_own_name(name) if self.has_adapters else name for name in opened.keys()}
+        if differ := sorted(wanted ^ found if self.has_adapters else wanted - found):
+            raise ValueError(
+                f"resume_from_checkpoint={str(folder)!r} is not of what this run trains: it "
+                f"{'lacks' if differ[0] in wanted else 'has'} {differ[0]}"
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        for file in _weight_files(resume_from_checkpoint, self.has_adapters):
+            state = load_file(file)
+            if self.has_adapters:
+                state = {_own_name(name): tensor for name, tensor in state.items()}
+            self.transformer.load_state_dict(state, strict=False)
         if self.averages:
-            self.averages.load(folder)
+            self.averages.load(resume_from_checkpoint)
+
+
+def _weight_files(folder: str | Path, of_adapters: bool) -> list[Path]:
+    return sorted(Path(folder).glob(LORA_FILE if of_adapters else "transformer/*.safetensors"))
+
+
+def _own_name(name: str) -> str:
+    """Of an adapter's parameter, as the transformer has it: files leave the name of the adapter out."""
+    return name.removeprefix("transformer.").removesuffix(".weight") + ".default.weight"
 
 
 class Samples(TrainerCallback):

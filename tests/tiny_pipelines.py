@@ -46,12 +46,21 @@ def t5() -> transformers.PreTrainedModel:
     return transformers.T5EncoderModel(config)
 
 
-def kl(channels: int = 4, **fields: float) -> diffusers.AutoencoderKL:
-    """Halves height and width."""
+def kl(halvings: int = 1, **fields: float) -> diffusers.AutoencoderKL:
+    """Of four channels."""
     return diffusers.AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1, norm_num_groups=4, latent_channels=channels, sample_size=16, **fields,
+        block_out_channels=(8,) * (halvings + 1), down_block_types=("DownEncoderBlock2D",) * (halvings + 1),
+        up_block_types=("UpDecoderBlock2D",) * (halvings + 1), layers_per_block=1, norm_num_groups=4, latent_channels=4,
+        sample_size=16, **fields,
     )  # fmt: skip
+
+
+def gemma() -> transformers.PreTrainedModel:
+    config = transformers.Gemma2Config(
+        hidden_size=WIDTH, head_dim=16, intermediate_size=32, num_attention_heads=1, num_key_value_heads=1,
+        num_hidden_layers=1, vocab_size=VOCABULARY, attn_implementation="eager",
+    )  # fmt: skip
+    return transformers.Gemma2Model(config)
 
 
 def flux() -> diffusers.DiffusionPipeline:
@@ -102,15 +111,11 @@ def qwen() -> diffusers.DiffusionPipeline:
 
 
 def sana() -> diffusers.DiffusionPipeline:
-    config = transformers.Gemma2Config(
-        hidden_size=WIDTH, head_dim=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=2,
-        vocab_size=VOCABULARY, attn_implementation="eager",
-    )  # fmt: skip
     parts = {}
     for part in ("encoder", "decoder"):
         parts |= {
-            f"{part}_block_types": ("ResBlock", "EfficientViTBlock"), f"{part}_block_out_channels": (8, 8),
-            f"{part}_qkv_multiscales": ((), (5,)), f"{part}_layers_per_block": (1, 1),
+            f"{part}_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"), f"{part}_block_out_channels": (8, 8, 8),
+            f"{part}_qkv_multiscales": ((), (), (5,)), f"{part}_layers_per_block": (1, 1, 1),
         }  # fmt: skip
     return diffusers.SanaPipeline(
         scheduler=diffusers.DPMSolverMultistepScheduler(
@@ -120,7 +125,7 @@ def sana() -> diffusers.DiffusionPipeline:
             latent_channels=4, attention_head_dim=2, **parts, downsample_block_type="conv",
             upsample_block_type="interpolate", scaling_factor=0.41407,
         ),
-        text_encoder=transformers.Gemma2Model(config), tokenizer=tokenizer(300),
+        text_encoder=gemma(), tokenizer=tokenizer(300),
         transformer=diffusers.SanaTransformer2DModel(
             **HEADS, in_channels=4, out_channels=4, num_layers=3, num_cross_attention_heads=2, cross_attention_head_dim=16,
             cross_attention_dim=32, caption_channels=WIDTH, sample_size=32,
@@ -137,8 +142,20 @@ def dit() -> diffusers.DiffusionPipeline:
     )  # fmt: skip
 
 
+def lumina() -> diffusers.DiffusionPipeline:
+    """Its transformer is told the time backwards, and its output is turned round."""
+    return diffusers.Lumina2Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=kl(3, shift_factor=0.1, scaling_factor=0.3),
+        text_encoder=gemma(), tokenizer=tokenizer(256),
+        transformer=diffusers.Lumina2Transformer2DModel(
+            hidden_size=32, num_layers=2, num_refiner_layers=1, num_attention_heads=2, num_kv_heads=2, sample_size=8,
+            in_channels=4, multiple_of=16, cap_feat_dim=WIDTH, axes_dim_rope=(4, 4, 8), axes_lens=(300, 32, 32),
+        ),
+    )  # fmt: skip
+
+
 PIPELINES: dict[str, Callable[[], diffusers.DiffusionPipeline]] = {
-    "flux": flux, "sd3": sd3, "qwen": qwen, "sana": sana, "dit": dit,
+    "flux": flux, "sd3": sd3, "qwen": qwen, "sana": sana, "dit": dit, "lumina": lumina,
 }  # fmt: skip
 
 
