@@ -218,6 +218,16 @@ def fill_cache(
     return [read(file) for file in files]
 
 
+def add_adapters(transformer: torch.nn.Module, args: ModelArguments) -> None:
+    """As diffusers' scripts do: in float32, over a model that stays as it is."""
+    transformer.requires_grad_(False)
+    targets = args.lora_layers.replace(" ", "").split(",")
+    transformer.add_adapter(
+        LoraConfig(r=args.lora_r, lora_alpha=args.lora_r, init_lora_weights="gaussian", target_modules=targets)
+    )
+    cast_training_params(transformer, torch.float32)
+
+
 def make_transformer(
     folder: str, index: dict, model_args: ModelArguments, training_args: ImageTrainingArguments
 ) -> tuple[torch.nn.Module, db.LayerStream | None]:
@@ -227,14 +237,7 @@ def make_transformer(
         folder, subfolder="transformer", dtype=DTYPES[model_args.dtype], use_safetensors=True
     )
     if model_args.lora:
-        transformer.requires_grad_(False)
-        transformer.add_adapter(
-            LoraConfig(
-                r=model_args.lora_r, lora_alpha=model_args.lora_r, init_lora_weights="gaussian",
-                target_modules=model_args.lora_layers.replace(" ", "").split(","),
-            )
-        )  # fmt: skip
-        cast_training_params(transformer, torch.float32)
+        add_adapters(transformer, model_args)
     if training_args.gradient_checkpointing:  # (the Trainer would ask for it by a name of Transformers' models)
         transformer.enable_gradient_checkpointing()
         training_args.gradient_checkpointing = False

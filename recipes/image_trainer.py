@@ -177,9 +177,11 @@ class ImageTrainer(AtomicCheckpoints):
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         with nullcontext() if self.writes_checkpoint else self.averaged_weights():
             if self.has_adapters:
+                config = self.transformer.peft_config["default"].to_dict()
                 self._pipeline_class.save_lora_weights(
                     folder, transformer_lora_layers=get_peft_model_state_dict(self.transformer),
-                    transformer_lora_adapter_metadata=self.transformer.peft_config["default"].to_dict(),
+                    # (a set, which has another order in each process)
+                    transformer_lora_adapter_metadata=config | {"target_modules": sorted(config["target_modules"])},
                 )  # fmt: skip
             else:
                 self.transformer.save_pretrained(folder / "transformer")
