@@ -142,7 +142,6 @@ class ImageTrainingArguments(TrainingArguments):
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must be above 0 and below 1")
         self.remove_unused_columns = False
-        self.label_names = []
 
 
 def load_images(args: DataArguments) -> Dataset:
@@ -238,9 +237,6 @@ def make_transformer(
     )
     if model_args.lora:
         add_adapters(transformer, model_args)
-    if training_args.gradient_checkpointing:  # (the Trainer would ask for it by a name of Transformers' models)
-        transformer.enable_gradient_checkpointing()
-        training_args.gradient_checkpointing = False
     stream = None
     if model_args.stream:
         keep = model_args.keep or "0"

@@ -236,6 +236,8 @@ class WatchedPipeline:
                 self.pipe(**{self.takes: list(drawn)}, **options)
             except _Seen:
                 pass
+            except (AttributeError, LookupError) as error:
+                raise ValueError(f"{self.name} is not supported: {type(error).__name__}: {error}") from error
         if len(scheduler.seen) != 2 or len(passed) != 2 or not decoded:
             raise ValueError(f"{self.name} does not step from a scheduler to a VAE: it is not supported")
         return self._told(passed, outputs, scheduler.seen, decoded[0])

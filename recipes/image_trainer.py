@@ -41,6 +41,10 @@ class Denoiser(nn.Module):
     def forward(self, **inputs) -> torch.Tensor:
         return self.transformer(**inputs)[0]
 
+    def activation_checkpointing_enable(self, **kwargs) -> None:
+        """As the Trainer asks for it."""
+        self.transformer.enable_gradient_checkpointing()
+
 
 class Objective:
     """What a model learns, as its scheduler says: flow matching, or to tell noise, v or the image.
@@ -133,7 +137,7 @@ class ImageTrainer(AtomicCheckpoints):
         pipeline_class: type[diffusers.DiffusionPipeline], caption_dropout: float,
     ):  # fmt: skip
         self.objective, self._pipeline_class, self._caption_dropout = objective, pipeline_class, caption_dropout
-        self._micro_batch = 0, 0
+        self._micro_batch = -1, 0  # of which step the last one was, and its number there
         super().__init__(Denoiser(transformer), args, train_dataset=images, data_collator=images.collate)
         self.model_accepts_loss_kwargs = False  # the loss is a mean: over accumulated micro-batches, too
         self.averages = None if args.ema_decay is None else WeightAverages(self, in_host_memory=True)

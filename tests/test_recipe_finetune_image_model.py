@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_pipelines import PIPELINES, save_pipeline
+from transformers import Trainer
 
 from hf_diffusionblocks.cli import train as train_verb
 from hf_diffusionblocks.recipes import finetune_image_model as recipe
@@ -99,9 +100,10 @@ def same(ours: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool
 
 @pytest.mark.parametrize(("name", "tuned"), [*((name, []) for name in FAMILIES), ("flux", ["--lora"]), ("sana", ["--lora"])])
 def test_streaming_changes_nothing(tmp_path, options, name, tuned, capsys):
-    """Bit for bit, after five steps with accumulation, clipping, decay, dropped captions and averages."""
+    """Bit for bit, after five steps with accumulation, clipping, decay, dropped captions and averages; beside a run with the
+    Trainer's own switch of activation checkpointing."""
     given = [*options(name), *STEPS, *tuned, "--num_samples", "0"]
-    recipe.main([*given, "--output_dir", str(tmp_path / "plain")])
+    recipe.main([*given, "--activation_checkpointing", "--output_dir", str(tmp_path / "plain")])
     recipe.main([*given, "--stream", "--output_dir", str(tmp_path / "streamed")])
     assert "at most 2 on the device at once" in capsys.readouterr().out
     plain, streamed = (weights_in(tmp_path / part) for part in ("plain", "streamed"))
@@ -129,6 +131,12 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, options, name,
 
 def saved(folder: Path) -> list[Path]:
     return [*folder.glob("*.safetensors"), *folder.glob("transformer/*.safetensors")]
+
+
+@pytest.mark.parametrize("name", ["_save", "_load_from_checkpoint", "_get_train_sampler"])
+def test_an_overridden_method_has_the_stock_trainer_s_parameters(name):
+    ours, stock = (list(inspect.signature(getattr(each, name)).parameters) for each in (image_trainer.ImageTrainer, Trainer))
+    assert ours == stock
 
 
 IMAGES = """
