@@ -45,7 +45,6 @@ class Model:
     Args:
         make: builds it.
         family: says what it is called with.
-        text: tokens of a caption.
     """
 
     make: Callable[[], nn.Module]
@@ -91,11 +90,7 @@ MODELS = {
         "sd3",
     ),
 }  # fmt: skip
-#: Rows of a micro-batch, whether adapters alone are trained, layers that stay on the device.
-STEPS = [(rows, lora, 0) for lora in (True, False) for rows in (1, 4)]
-
-
-def followed(model: Model, rows: int, lora: bool, keep: int | str) -> tuple[Ledger, Costs, int]:
+def followed(model: Model, rows: int, lora: bool) -> tuple[Ledger, Costs, int]:
     """Ledger and costs of a micro-batch once the order of units is known; and parameters of the transformer."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     dtype = torch.bfloat16
@@ -111,9 +106,9 @@ def followed(model: Model, rows: int, lora: bool, keep: int | str) -> tuple[Ledg
                 if isinstance(value, torch.Tensor) and value.is_meta:
                     setattr(module, name, torch.empty_like(value, device="cpu"))
         latents, conditions = model.inputs(rows, dtype)
-    stream = db.stream_layers(transformer.train(), "cpu", keep=keep)
+    stream = db.stream_layers(transformer.train(), "cpu")
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
-    objective = Objective(scheduler, Habits(1e-3, 0.0, "as it is", ()), dtype, LossArguments())
+    objective = Objective(scheduler, Habits(("hidden_states", "timestep"), False, 1e-3, 0.0, "as it is", ()), dtype, LossArguments())
     denoiser, generator = Denoiser(transformer), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW([p for p in transformer.parameters() if p.requires_grad], fused=True)
 
@@ -131,32 +126,37 @@ def followed(model: Model, rows: int, lora: bool, keep: int | str) -> tuple[Ledg
     return ledger, Costs(**copied, trained=trained, operations=operations.total), size
 
 
-def table(name: str) -> tuple[str, dict]:
-    """Of a model: the table, and the numbers of each step."""
-    head = ["| model | trained | images | device, GiB | host, GiB | copied, GB | back, GB | 10^12 operations |", "|---" * 8 + "|"]
-    lines, found = [], {}
-    for rows, lora, keep in STEPS:
-        ledger, costs, size = followed(MODELS[name], rows, lora, keep)
-        what = "LoRA" if lora else "all"
-        found[f"{what}, {rows}"] = numbers(ledger, costs) | {"parameters": size}
-        cells = (ledger.total / 2**30, ledger.host / 2**30, costs.to_device / 1e9, costs.to_host / 1e9)
-        figures = " | ".join(f"{cell:.1f}" for cell in cells)
-        lines.append(f"| {name}, {size / 1e9:.1f}B | {what} | {rows} | {figures} | {costs.operations / 1e12:.0f} |")
-        print(lines[-1], flush=True)
-    return "\n".join([*head, *lines]), found
+def line(name: str, step: str, found: dict) -> str:
+    """A row of the table."""
+    costs = found["costs"]
+    cells = (found["device"] / 2**30, found["host"] / 2**30, costs["to_device"] / 1e9, costs["to_host"] / 1e9)
+    figures = " | ".join(f"{cell:.1f}" for cell in cells)
+    what, rows = step.split(", ")
+    return f"| {name}, {found['parameters'] / 1e9:.1f}B | {what} | {rows} | {figures} | {costs['operations'] / 1e12:.0f} |"
+
+
+HEAD = ["| model | trained | images | device, GiB | host, GiB | copied, GB | back, GB | 10^12 operations |", "|---" * 8 + "|"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for tables and numbers")
+    parser.add_argument("--output", type=Path, required=True, help="folder for tables and numbers; what is there stays")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--rows", nargs="*", type=int, default=[1, 4], help="images of a micro-batch")
     options = parser.parse_args()
     diffusers.utils.logging.set_verbosity_error()
     options.output.mkdir(parents=True, exist_ok=True)
     for name in options.models:
-        text, found = table(name)
-        (options.output / f"{name}.md").write_text(f"{text}\n")
-        (options.output / f"{name}.json").write_text(json.dumps(found) + "\n")
+        file = options.output / f"{name}.json"
+        found = json.loads(file.read_text()) if file.is_file() else {}
+        for lora, rows in ((lora, rows) for lora in (True, False) for rows in options.rows):
+            ledger, costs, size = followed(MODELS[name], rows, lora)
+            step = f"{'LoRA' if lora else 'all'}, {rows}"
+            found[step] = numbers(ledger, costs) | {"parameters": size}
+            print(line(name, step, found[step]), flush=True)
+            file.write_text(json.dumps(found) + "\n")
+        lines = [line(name, *each) for each in found.items()]
+        (options.output / f"{name}.md").write_text("\n".join([*HEAD, *lines]) + "\n")
 
 
 if __name__ == "__main__":

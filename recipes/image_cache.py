@@ -20,7 +20,8 @@ from PIL import ExifTags, Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hf_diffusionblocks.recipes.image_pipelines import PROBES, Habits, WatchedPipeline, join_rows, split_rows
+from hf_diffusionblocks.recipes.image_latents import PROBES
+from hf_diffusionblocks.recipes.image_pipelines import Habits, WatchedPipeline, join_rows, split_rows
 
 INDEX = "cache.json"
 FORMAT = 1
@@ -121,10 +122,20 @@ def read(path: Path) -> Any:
         return _filled(json.loads(file.metadata()["structure"]), file)
 
 
-def structure_of(path: Path) -> str:
-    """The same for all that have tensors of the same shapes in the same places."""
+def kind_of(path: Path) -> dict[str, Any]:
+    """Of a row, the same for all that can be in one batch: tensors of the same shapes, or lists of any, in the same places."""
     with safe_open(path, framework="pt") as file:
-        return file.metadata()["structure"]
+        return _alike(json.loads(file.metadata()["structure"]))["dict"]
+
+
+def _alike(structure: Any, listed: bool = False) -> Any:
+    if isinstance(structure, list):
+        return [_alike(each, listed) for each in structure]
+    if not isinstance(structure, dict):
+        return structure
+    if "tensor" in structure:
+        return "tensor" if listed else structure
+    return {name: _alike(each, listed or name == "list") for name, each in structure.items()}
 
 
 def _structure(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -190,7 +201,7 @@ class Cache:
                 if (had := found["made_with"].get(name)) != value:
                     which = "another model" if name == "fingerprint" else f"{name}={had!r}, not {value!r}"
                     raise ValueError(f"cache_dir={str(folder)!r} was made with {which}: name another folder, or remove it")
-            self.habits = Habits(**found["habits"] | {"per_row": tuple(found["habits"]["per_row"])})
+            self.habits = Habits(**{k: tuple(v) if isinstance(v, list) else v for k, v in found["habits"].items()})
 
     def path(self, row: Row) -> Path:
         return self.folder / f"{row.name}.safetensors"
@@ -220,16 +231,16 @@ class Cache:
             by_size[row.size].append(row)
         # Every call has the longest prompt and none in it: so embeddings that are padded to the longest are all as long.
         shortest_and_longest = ["" if pipeline.takes == "prompt" else 0, max((row.drawn for row in rows), key=pipeline.length)]
+        drawn = [shortest_and_longest[0]] * (PROBES - 2) + shortest_and_longest
         for size, some in by_size.items():
-            given = pipeline.options(size, **options)
-            drawn = [shortest_and_longest[0]] * (PROBES - 2) + shortest_and_longest
             if self.habits is None:
-                self._begin(pipeline.habits(drawn, given))
+                self._begin(pipeline.habits(drawn, pipeline.options(size, **options)))
+            given = pipeline.options(size, **options)
             latent_map = pipeline.latent_map(pipeline.watch(drawn, given))
             for start in range(0, len(some), batch_size):
                 chunk = some[start : start + batch_size]
                 call = pipeline.watch([*(row.drawn for row in chunk), *shortest_and_longest], given)
-                for row, conditions in zip(chunk, split_rows(call.conditions, self.habits.per_row, len(chunk) + 2)):
+                for row, conditions in zip(chunk, split_rows(call.passed.conditions, self.habits.per_row, len(chunk) + 2)):
                     latents = None
                     if row.number >= 0:
                         content = content_of(data[row.number][image_column])
@@ -280,11 +291,12 @@ class BucketSampler(torch.utils.data.Sampler):
     def __init__(self, images: CachedImages, batch_size: int, caption_dropout: float, seed: int):
         self._batch_size, self._dropout, self._seed, self._epoch = batch_size, caption_dropout, seed, 0
         cache, rows = images.cache, images.rows
-        self._kinds = [(structure_of(cache.path(row)), row.size) for row in rows]
+        kinds = [kind_of(cache.path(row)) for row in rows]
+        self._kinds = [(json.dumps(kind), row.size) for kind, row in zip(kinds, rows)]
         self._stays_alike = [True] * len(rows)
         if caption_dropout:
-            empty = {size: structure_of(cache.path(without_prompt(size))) for _, size in self._kinds}
-            self._stays_alike = [_conditions(kind) == _conditions(empty[size]) for kind, size in self._kinds]
+            empty = {row.size: kind_of(cache.path(without_prompt(row.size)))["conditions"] for row in rows}
+            self._stays_alike = [kind["conditions"] == empty[row.size] for kind, row in zip(kinds, rows)]
         self._length = len(self._order())  # (of any epoch)
 
     def set_epoch(self, epoch: int) -> None:
@@ -313,6 +325,3 @@ class BucketSampler(torch.utils.data.Sampler):
                 order.append(-1 - number if dropped[decides] else number)
         return order
 
-
-def _conditions(structure: str) -> dict[str, Any]:
-    return json.loads(structure)["dict"]["conditions"]

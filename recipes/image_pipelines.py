@@ -23,6 +23,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import nn
 
 from hf_diffusionblocks.recipes.image_folders import read_index, taken, transformer_class
+from hf_diffusionblocks.recipes.image_latents import PROBES, LatentMap, probes_like
 
 #: How a pipeline turns the transformer's output into what its scheduler is given.
 OUTPUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -30,7 +31,8 @@ OUTPUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "negative": lambda output: -output,
     "first half": lambda output: output.chunk(2, dim=1)[0],  # (the other half is a learned variance)
 }
-PROBES = 5  #: rows of latents that tell how the VAE's become the transformer's: see `LatentMap`
+#: What transformers call latents and timestep.
+NAMES = (("hidden_states", "timestep"), ("x", "t"))
 
 
 class _Seen(Exception):
@@ -42,69 +44,39 @@ class Habits:
     """What a pipeline does whatever the prompt and the size.
 
     Args:
-        time_scale, time_offset: the transformer's `timestep` is the scheduler's, times the one, plus the other.
+        names: what the transformer calls latents and timestep, one of `NAMES`.
+        listed: latents are a list of rows, each as a video of one frame, and so is the output.
+        time_scale, time_offset: the transformer's timestep is the scheduler's, times the one, plus the other.
         output: a name of `OUTPUTS`.
         per_row: conditions of which each row has its own; the others are common to all.
     """
 
+    names: tuple[str, str]
+    listed: bool
     time_scale: float
     time_offset: float
     output: str
     per_row: tuple[str, ...]
 
+    def run(
+        self, transformer: Callable[..., Any], latents: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, Any]
+    ) -> torch.Tensor:
+        """What a transformer makes of noisy latents, as the pipeline's scheduler would be given it.
 
-class LatentMap:
-    """How latents of the VAE become those of the transformer, at one size: in another order (packed into tokens), scaled
-    and shifted.
-
-    Args:
-        like: latents that the transformer is given, `[1, ...]`.
-        probes: what the VAE was given for rows of zeros, of ones, of the two digits of each place's number, and of noise.
-        noise: that row.
-
-    Raises:
-        ValueError: it is another map.
-    """
-
-    def __init__(self, like: torch.Tensor, probes: torch.Tensor, noise: torch.Tensor):
-        zero, one, high, low, noisy = probes.double()
-        base = digits_of(like)
-        self.shape = tuple(like.shape[1:])
-        self.vae_shape = tuple(probes.shape[1:])
-        self._shift, self._scale = zero, one - zero
-        places = [((digit - zero) / self._scale * base).round().nan_to_num(-1).long() for digit in (high, low)]
-        self._place = (places[0] * base + places[1]).flatten()
-        if sorted(self._place.tolist()) != list(range(like[0].numel())):
-            raise ValueError("its latents are not those of the VAE in another order, scaled and shifted")
-        if not torch.allclose(self(noisy[None].float())[0], noise, atol=1e-3, rtol=1e-3):
-            raise ValueError("its latents do not come back from the VAE's")
-
-    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
-        """Of the VAE `[N, *vae_shape]` -> of the transformer `[N, *shape]`, float32."""
-        scaled = ((latents.double().cpu() - self._shift) / self._scale).flatten(1)
-        placed = torch.empty_like(scaled)
-        placed[:, self._place] = scaled
-        return placed.reshape(-1, *self.shape).float()
-
-
-def digits_of(like: torch.Tensor) -> int:
-    """The base in which two digits count the numbers of a row."""
-    return int(like[0].numel() ** 0.5) + 1
-
-
-def probes_like(sample: torch.Tensor) -> torch.Tensor:
-    """Latents of `PROBES` rows that tell where each number goes, shaped as those of a pipeline."""
-    like = sample[:1].float()
-    number, base = torch.arange(like.numel()), digits_of(like)
-    rows = [0 * number, 1 + 0 * number, (number // base) / base, (number % base) / base]
-    noise = torch.randn(like.numel(), generator=torch.Generator().manual_seed(0))
-    return torch.stack([*(row.float() for row in rows), noise]).reshape(PROBES, *like.shape[1:]).to(sample.device)
+        Args:
+            timestep: the scheduler's, `[N]`.
+            conditions: of N rows.
+        """
+        hidden = rows_of(latents) if self.listed else latents
+        timestep = timestep * self.time_scale + self.time_offset
+        output = transformer(**{self.names[0]: hidden, self.names[1]: timestep}, **conditions)
+        return OUTPUTS[self.output](from_rows(output) if self.listed else output)
 
 
 class Call(NamedTuple):
     """What was seen of a call."""
 
-    conditions: dict[str, Any]  #: what the transformer is called with, beside latents and timestep
+    passed: _Pass  #: what the transformer was called with, the last time
     timesteps: list[tuple[float, float]]  #: the scheduler's, the transformer's
     output: str | None  #: a name of `OUTPUTS`
     sample: torch.Tensor  #: latents, as the scheduler has them
@@ -139,6 +111,7 @@ class WatchedPipeline:
         self.pipe.set_progress_bar_config(disable=True)
         self._takes_now = inspect.signature(self.pipe.__call__).parameters
         self.takes = taken(index)
+        self._unguided = 1.0  # a guidance_scale without effect
         self.pipe.scheduler = _watched_scheduler(self.pipe.scheduler)
         channels = config.get("in_channels"), config.get("out_channels")
         self._learned_variance = channels[1] is not None and channels[1] == 2 * channels[0]
@@ -149,11 +122,6 @@ class WatchedPipeline:
         """Its text encoders."""
         others = (self._transformer, self.pipe.vae)
         return [each for each in self.pipe.components.values() if isinstance(each, nn.Module) and each not in others]
-
-    @property
-    def takes_size(self) -> bool:
-        """Whether it can be told height and width."""
-        return "height" in self._takes_now
 
     def length(self, drawn: str | int) -> int:
         """Tokens of a prompt, by the tokenizer that makes most of it."""
@@ -168,7 +136,7 @@ class WatchedPipeline:
         """
         takes = self._takes_now
         default = takes["guidance_scale"].default if "guidance_scale" in takes else None
-        told = guidance_scale if self._transformer.config.get("guidance_embeds") else None if default is None else 1.0
+        told = guidance_scale if self._transformer.config.get("guidance_embeds") else None if default is None else self._unguided
         given = {
             "height": size[0], "width": size[1], "guidance_scale": told, "true_cfg_scale": 1.0, "num_inference_steps": 2,
             "use_resolution_binning": False,  # (sizes are what they are)
@@ -214,14 +182,14 @@ class WatchedPipeline:
             call = dict(signature.bind(self._transformer, *args, **kwargs).arguments)
             call.pop("self")
             call |= call.pop("kwargs", {})
-            hidden = call.pop("hidden_states", None)
-            if not isinstance(hidden, torch.Tensor) or "timestep" not in call:
-                raise ValueError(f"{self.name} calls its transformer without hidden_states and timestep: it is not supported")
-            passed.append((hidden, call.pop("timestep"), call))
-            generator = torch.Generator().manual_seed(len(outputs))
-            shape = (hidden.shape[0], hidden.shape[1] * (1 + self._learned_variance), *hidden.shape[2:])
-            outputs.append(torch.randn(shape, generator=generator).to(hidden))
-            return (outputs[-1],) if call.get("return_dict") is False else Transformer2DModelOutput(outputs[-1])
+            names = next((names for names in NAMES if set(names) <= set(call)), None)
+            if names is None:
+                raise ValueError(f"{self.name} calls its transformer without latents and timestep: it is not supported")
+            hidden, timestep = (call.pop(name) for name in names)
+            passed.append(_Pass(names, hidden, timestep, call))
+            outputs.append(self._output_like(passed[-1].latents, seed=len(outputs)))
+            output = rows_of(outputs[-1]) if isinstance(hidden, list) else outputs[-1]
+            return (output,) if call.get("return_dict") is False else Transformer2DModelOutput(output)
 
         decoded = []
 
@@ -238,14 +206,22 @@ class WatchedPipeline:
                 pass
             except (AttributeError, LookupError) as error:
                 raise ValueError(f"{self.name} is not supported: {type(error).__name__}: {error}") from error
+        if passed and len(passed[0].latents) == 2 * len(drawn) and options.get("guidance_scale") == 1.0:
+            self._unguided = 0.0  # (Z-Image counts from there)
+            return self.watch(drawn, options | {"guidance_scale": self._unguided})
         if len(scheduler.seen) != 2 or len(passed) != 2 or not decoded:
             raise ValueError(f"{self.name} does not step from a scheduler to a VAE: it is not supported")
         return self._told(passed, outputs, scheduler.seen, decoded[0])
 
-    def _told(self, passed: list, outputs: list, steps: list, decoded: torch.Tensor) -> Call:
+    def _output_like(self, latents: torch.Tensor, seed: int) -> torch.Tensor:
+        channels = latents.shape[1] * (1 + self._learned_variance)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(len(latents), channels, *latents.shape[2:], generator=generator).to(latents)
+
+    def _told(self, passed: list[_Pass], outputs: list, steps: list[_Step], decoded: torch.Tensor) -> Call:
         """Raises ValueError if levels, latents or outputs are not what we take them for."""
-        for (hidden, _, _), step in zip(passed, steps):
-            if hidden.shape != step.sample.shape or not torch.equal(hidden, step.sample.to(hidden)):
+        for each, step in zip(passed, steps):
+            if not torch.equal(each.latents, step.sample.to(each.latents)):
                 raise ValueError(f"{self.name} gives its transformer more than noisy latents: it is not supported")
         found = [
             name for name, made in OUTPUTS.items()
@@ -253,8 +229,9 @@ class WatchedPipeline:
         ]  # fmt: skip
         if not found:
             raise ValueError(f"{self.name} makes something else of the transformer's output: it is not supported")
-        times = [(step.timestep, float(timestep.flatten()[0])) for (_, timestep, _), step in zip(passed, steps)]
-        return Call(passed[-1][2] | {"return_dict": False}, times, found[0], steps[0].sample, steps[-1].given, decoded)
+        times = [(step.timestep, float(each.timestep.flatten()[0])) for each, step in zip(passed, steps)]
+        last = passed[-1]._replace(conditions=passed[-1].conditions | {"return_dict": False})
+        return Call(last, times, found[0], steps[0].sample, steps[-1].given, decoded)
 
     def habits(self, drawn: Sequence[str | int], options: dict[str, Any]) -> Habits:
         """What it does at any time, from calls of several rows and of two.
@@ -265,11 +242,13 @@ class WatchedPipeline:
         calls = self.watch(drawn, options), self.watch(drawn[-2:], options)
         (t1, passed1), (t0, passed0) = calls[0].timesteps
         scale = (passed1 - passed0) / (t1 - t0)
+        passed = calls[0].passed
         per_row = [
-            name for name in calls[0].conditions
-            if all(_rows(call.conditions[name]) == rows for call, rows in zip(calls, (PROBES, 2)))
+            name for name in passed.conditions
+            if all(_rows(call.passed.conditions[name]) == rows for call, rows in zip(calls, (PROBES, 2)))
         ]  # fmt: skip
-        return Habits(scale, passed0 - scale * t0, calls[0].output, tuple(per_row))
+        listed = isinstance(passed.hidden, list)
+        return Habits(passed.names, listed, scale, passed0 - scale * t0, calls[0].output, tuple(per_row))
 
     def latent_map(self, call: Call) -> LatentMap:
         """From a call of `PROBES` rows."""
@@ -328,7 +307,32 @@ def _rows(value: Any) -> int | None:
     return len(value) if isinstance(value, (list, tuple)) or (isinstance(value, torch.Tensor) and value.dim()) else None
 
 
+def rows_of(latents: torch.Tensor) -> list[torch.Tensor]:
+    """`[N, C, H, W]` -> N of `[C, 1, H, W]`."""
+    return list(latents.unsqueeze(2))
+
+
+def from_rows(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Back from [`rows_of`]."""
+    return torch.stack(list(rows)).squeeze(2)
+
+
+class _Pass(NamedTuple):
+    """Of a transformer."""
+
+    names: tuple[str, str]
+    hidden: torch.Tensor | list[torch.Tensor]
+    timestep: torch.Tensor
+    conditions: dict[str, Any]  #: beside these
+
+    @property
+    def latents(self) -> torch.Tensor:
+        return from_rows(self.hidden) if isinstance(self.hidden, list) else self.hidden
+
+
 class _Step(NamedTuple):
+    """Of a scheduler."""
+
     output: torch.Tensor
     timestep: float
     sample: torch.Tensor

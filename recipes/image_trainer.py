@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainingArguments
 from hf_diffusionblocks.diffusion.randomness import keyed_generators
 from hf_diffusionblocks.recipes.image_cache import BucketSampler, CachedImages
 from hf_diffusionblocks.recipes.image_folders import encoder_names
-from hf_diffusionblocks.recipes.image_pipelines import OUTPUTS, Habits, replaced
+from hf_diffusionblocks.recipes.image_pipelines import Habits, replaced
 from hf_diffusionblocks.training.averages import WeightAverages
 from hf_diffusionblocks.training.checkpoints import AtomicCheckpoints
 
@@ -38,7 +38,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.transformer = transformer
 
-    def forward(self, **inputs) -> torch.Tensor:
+    def forward(self, **inputs) -> torch.Tensor | list[torch.Tensor]:
         return self.transformer(**inputs)[0]
 
     def activation_checkpointing_enable(self, **kwargs) -> None:
@@ -79,7 +79,7 @@ class Objective:
         self._scheduler, self._prediction = DDPMScheduler.from_config(scheduler), prediction
 
     def __call__(
-        self, denoise: Callable[..., torch.Tensor], latents: torch.Tensor, conditions: dict[str, Any],
+        self, denoise: Callable[..., Any], latents: torch.Tensor, conditions: dict[str, Any],
         generator: torch.Generator,
     ) -> torch.Tensor:  # fmt: skip
         """The mean loss of rows, at levels and with noise that the generator draws.
@@ -91,10 +91,8 @@ class Objective:
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         draw = self._flow if self._is_flow else self._diffusion
         noisy, target, times, weights = draw(latents, noise, generator)
-        times = times * self._habits.time_scale + self._habits.time_offset
-        output = denoise(hidden_states=noisy.to(self.dtype), timestep=times, **conditions)
-        made = OUTPUTS[self._habits.output](output).float()
-        losses = (made - target).square().flatten(1).mean(1)
+        made = self._habits.run(denoise, noisy.to(self.dtype), times, conditions)
+        losses = (made.float() - target).square().flatten(1).mean(1)
         return (weights.to(losses) * losses).mean()
 
     def _flow(self, latents: torch.Tensor, noise: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, ...]:

@@ -323,12 +323,30 @@ def test_buckets_have_about_as_many_pixels_and_no_shape_is_far(resolution):
     assert min(height / width for height, width in sizes) == pytest.approx(0.5, abs=0.1)
 
 
-def test_a_pipeline_that_tells_time_backwards_is_understood(tmp_path, folders, options, trainers):
-    """Its loss beside the one that its own call implies: noise is taken away by the negative of the output."""
-    given = ["--max_steps", "1", "--num_samples", "0", "--resolution", "64", "--learning_rate", "0"]
-    recipe.main([*options("lumina"), *given, "--output_dir", str(tmp_path)])
-    habits = trainers[0].train_dataset.cache.habits
+@pytest.mark.parametrize(("name", "listed"), [("lumina", False), ("zimage", True)])
+def test_pipelines_that_tell_time_backwards_and_take_lists_are_understood(tmp_path, folders, options, trainers, name, listed):
+    """Noise is taken away by the negative of the output; rows of a list may be of any length."""
+    given = ["--max_steps", "3", "--num_samples", "1", "--resolution", "64", "--bucket_step", "32", "--caption_dropout", "0.3"]
+    recipe.main([*options(name), *given, "--stream", "--output_dir", str(tmp_path)])
+    (trainer,) = trainers
+    habits = trainer.train_dataset.cache.habits
     assert (habits.time_scale, habits.time_offset, habits.output) == (pytest.approx(-1e-3), 1.0, "negative")
+    assert habits.listed == listed
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folders[name])
+    pipe.set_progress_bar_config(disable=True)
+    call = samples_of(trainer)[0]._calls[0][0]
+    stock = pipe(**call, generator=torch.Generator().manual_seed(0)).images[0]
+    assert (np.asarray(stock) == np.asarray(trainer.images_at_start[0][0])).all()
+    row = trainer.train_dataset[0]
+    noisy, time = torch.randn(row["latents"].shape), torch.tensor([250.0])
+    with torch.no_grad():
+        made = habits.run(trainer.model.eval(), noisy, time, row["conditions"])
+        name = "cap_feats" if listed else "encoder_hidden_states"
+        given = [*row["conditions"][name]] if listed else row["conditions"][name]
+        hidden = [noisy[0][:, None]] if listed else noisy
+        mask = () if listed else (row["conditions"]["encoder_attention_mask"],)
+        expected = trainer.transformer(hidden, torch.tensor([0.75]), given, *mask, return_dict=False)[0]
+    torch.testing.assert_close(made, -(expected[0][:, 0][None] if listed else expected), rtol=1e-4, atol=1e-4)
 
 
 # ---- what cannot work
@@ -398,6 +416,18 @@ def test_bad_input_is_one_line_and_a_failure(tmp_path, bad, options, capsys, giv
     assert stop.value.code not in (0, None)
     assert printed.startswith("finetune_image_model.py: error: ") and len(printed.splitlines()) == 1
     assert message in printed
+
+
+@pytest.mark.parametrize("card", ["12gb", "16gb"])
+@pytest.mark.parametrize(("name", "family"), [("qwen_image", "qwen"), ("flux_dev", "flux"), ("sd35_large", "sd3")])
+def test_the_configs_that_come_along_run(tmp_path, options, trainers, name, family, card):
+    """With a smaller model, on smaller images, for a step."""
+    config = Path(recipe.__file__).parent / "configs" / f"finetune_{name}_{card}.yaml"
+    given = options(family)[: options(family).index(TRAINING[0])]
+    small = ["--use_cpu", "--dtype", "float32", "--max_steps", "1", "--num_samples", "0", "--output_dir", str(tmp_path)]
+    recipe.main(["--config", str(config), *given, *small])
+    (trainer,) = trainers
+    assert trainer.has_adapters == (card == "12gb") and len(saved(tmp_path)) == 1
 
 
 def test_the_command_finds_the_recipe():

@@ -154,8 +154,26 @@ def lumina() -> diffusers.DiffusionPipeline:
     )  # fmt: skip
 
 
+def zimage() -> diffusers.DiffusionPipeline:
+    """Its transformer takes a list of latents and a list of embeddings of any length."""
+    config = transformers.Qwen3Config(
+        hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
+        vocab_size=VOCABULARY,
+    )  # fmt: skip
+    reads = tokenizer(512)
+    reads.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae=kl(shift_factor=0.1, scaling_factor=0.3),
+        text_encoder=transformers.Qwen3Model(config), tokenizer=reads,
+        transformer=diffusers.ZImageTransformer2DModel(
+            dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, in_channels=4, cap_feat_dim=WIDTH,
+            axes_dims=[4, 4, 8], axes_lens=[600, 32, 32],
+        ),
+    )  # fmt: skip
+
+
 PIPELINES: dict[str, Callable[[], diffusers.DiffusionPipeline]] = {
-    "flux": flux, "sd3": sd3, "qwen": qwen, "sana": sana, "dit": dit, "lumina": lumina,
+    "flux": flux, "sd3": sd3, "qwen": qwen, "sana": sana, "dit": dit, "lumina": lumina, "zimage": zimage,
 }  # fmt: skip
 
 
