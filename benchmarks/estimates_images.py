@@ -107,13 +107,13 @@ def followed(model: Model, rows: int, lora: bool) -> tuple[Ledger, Costs, int]:
                     setattr(module, name, torch.empty_like(value, device="cpu"))
         latents, conditions = model.inputs(rows, dtype)
     stream = db.stream_layers(transformer.train(), "cpu")
-    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
-    objective = Objective(scheduler, Habits(("hidden_states", "timestep"), False, 1e-3, 0.0, "as it is", ()), dtype, LossArguments())
+    habits = Habits(("hidden_states", "timestep"), False, 1e-3, 0.0, "as it is", ())
+    objective = Objective({"_class_name": "FlowMatchEulerDiscreteScheduler"}, LossArguments())
     denoiser, generator = Denoiser(transformer), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW([p for p in transformer.parameters() if p.requires_grad], fused=True)
 
     def loss() -> torch.Tensor:
-        return objective(denoiser, latents, conditions, generator)
+        return objective(lambda noisy, times: habits.run(denoiser, noisy.to(dtype), times, conditions), latents, generator)
 
     with WithoutMemory(fake):
         loss().backward()

@@ -38,7 +38,7 @@ from hf_diffusionblocks.recipes.image_cache import (
 )  # fmt: skip
 from hf_diffusionblocks.recipes.image_folders import pipeline_class, pipeline_folder, read_index, taken, transformer_class
 from hf_diffusionblocks.recipes.image_pipelines import WatchedPipeline
-from hf_diffusionblocks.recipes.image_trainer import WEIGHTINGS, ImageTrainer, Objective, Samples
+from hf_diffusionblocks.recipes.image_trainer import WEIGHTINGS, ImageTrainer, Objective, Samples, check_checkpoint
 
 PROG = "finetune_image_model.py"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -168,7 +168,9 @@ def load_images(args: DataArguments) -> Dataset:
 def check_drawn(drawn: Sequence, takes: str, name: str) -> None:
     """Raises ValueError if these are not what the pipeline takes."""
     kind, called = (str, "texts") if takes == "prompt" else (int, "numbers of classes")
-    for each in drawn:
+    for number, each in enumerate(drawn):
+        if each is None or (isinstance(each, str) and not each.strip()):
+            raise ValueError(f"{name} is empty in row {number}: every image must have one")
         if not isinstance(each, kind) or isinstance(each, bool):
             raise ValueError(f"{name} must have {called}, not {each!r}: the pipeline takes {takes}")
 
@@ -227,6 +229,17 @@ def add_adapters(transformer: torch.nn.Module, args: ModelArguments) -> None:
     cast_training_params(transformer, torch.float32)
 
 
+def check_trained(folder: str, index: dict, args: ModelArguments, resume_from: str | None) -> None:
+    """Before any work: raises ValueError if there is nothing that adapters would be of, or a checkpoint is of other things."""
+    kind = transformer_class(index)
+    with torch.device("meta"):
+        transformer = kind.from_config(kind.load_config(folder, subfolder="transformer"))
+        if args.lora:
+            add_adapters(transformer, args)
+    if resume_from is not None:
+        check_checkpoint(resume_from, transformer)
+
+
 def make_transformer(
     folder: str, index: dict, model_args: ModelArguments, training_args: ImageTrainingArguments
 ) -> tuple[torch.nn.Module, db.LayerStream | None]:
@@ -258,7 +271,8 @@ def prepare(
             raise ValueError(f"lora must not be set: {index['_class_name']} loads no adapters")
         if args.caption_dropout and takes != "prompt":
             raise ValueError(f"caption_dropout={args.caption_dropout} must be 0: this transformer hides classes by itself")
-        scheduler = json.loads(Path(folder, "scheduler", "scheduler_config.json").read_text())
+        objective = Objective(json.loads(Path(folder, "scheduler", "scheduler_config.json").read_text()), loss_args)
+        check_trained(folder, index, model_args, resume_from)
 
         data = load_images(args)
         check_drawn(data[args.caption_column], takes, f"caption_column={args.caption_column!r}")
@@ -272,12 +286,11 @@ def prepare(
              "embedded_guidance": args.embedded_guidance},
         )  # fmt: skip
         encodings = fill_cache(cache, cached, data, calls, folder, model_args, args, training_args.device)
-    objective = Objective(scheduler, cache.habits, DTYPES[model_args.dtype], loss_args)
     transformer, stream = make_transformer(folder, index, model_args, training_args)
-    images = CachedImages(cache, rows)
-    trainer = ImageTrainer(transformer, training_args, images, objective, pipeline_class(index), args.caption_dropout)
-    if resume_from is not None:
-        trainer.check_checkpoint(resume_from)
+    trainer = ImageTrainer(
+        transformer, DTYPES[model_args.dtype], training_args, CachedImages(cache, rows), objective, pipeline_class(index),
+        args.caption_dropout,
+    )  # fmt: skip
     if calls:
         trainer.add_callback(Samples(trainer, folder, calls, encodings, sample_args.sample_every_n_steps))
     return trainer, resume_from, stream

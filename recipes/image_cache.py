@@ -80,11 +80,9 @@ def pixels(content: bytes, size: tuple[int, int]) -> torch.Tensor:
 
 
 def plan_rows(data: Dataset, image_column: str, column: str, sizes: Sequence[tuple[int, int]]) -> list[Row]:
-    """A row for each image. Raises ValueError if one cannot be read, or its prompt is missing."""
+    """A row for each image. Raises ValueError if one cannot be read."""
     rows = []
     for number, (value, drawn) in enumerate(zip(data[image_column], data[column])):
-        if drawn is None or (isinstance(drawn, str) and not drawn.strip()):
-            raise ValueError(f"caption_column={column!r} is empty in row {number}: every image must have one")
         try:
             content = content_of(value)
             image = Image.open(io.BytesIO(content))

@@ -136,7 +136,9 @@ class WatchedPipeline:
         """
         takes = self._takes_now
         default = takes["guidance_scale"].default if "guidance_scale" in takes else None
-        told = guidance_scale if self._transformer.config.get("guidance_embeds") else None if default is None else self._unguided
+        told = None if default is None else self._unguided
+        if self._transformer.config.get("guidance_embeds"):
+            told = guidance_scale
         given = {
             "height": size[0], "width": size[1], "guidance_scale": told, "true_cfg_scale": 1.0, "num_inference_steps": 2,
             "use_resolution_binning": False,  # (sizes are what they are)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import TrainerCallback, TrainingArguments
 from hf_diffusionblocks.diffusion.randomness import keyed_generators
 from hf_diffusionblocks.recipes.image_cache import BucketSampler, CachedImages
 from hf_diffusionblocks.recipes.image_folders import encoder_names
-from hf_diffusionblocks.recipes.image_pipelines import Habits, replaced
+from hf_diffusionblocks.recipes.image_pipelines import replaced
 from hf_diffusionblocks.training.averages import WeightAverages
 from hf_diffusionblocks.training.checkpoints import AtomicCheckpoints
 
@@ -51,16 +52,14 @@ class Objective:
 
     Args:
         scheduler: its config, with the name of its class.
-        habits: of the pipeline.
-        dtype: of latents that the transformer is given.
         loss: `weighting_scheme` and so on.
 
     Raises:
         ValueError: the scheduler's kind of noise is not known, or a weighting is of the other kind.
     """
 
-    def __init__(self, scheduler: dict[str, Any], habits: Habits, dtype: torch.dtype, loss):
-        self._habits, self.dtype, self._loss = habits, dtype, loss
+    def __init__(self, scheduler: dict[str, Any], loss):
+        self._loss = loss
         name, prediction = scheduler["_class_name"], scheduler.get("prediction_type", "epsilon")
         self._is_flow = name.startswith("FlowMatch") or prediction == "flow_prediction"
         if self._is_flow:
@@ -79,20 +78,18 @@ class Objective:
         self._scheduler, self._prediction = DDPMScheduler.from_config(scheduler), prediction
 
     def __call__(
-        self, denoise: Callable[..., Any], latents: torch.Tensor, conditions: dict[str, Any],
-        generator: torch.Generator,
-    ) -> torch.Tensor:  # fmt: skip
+        self, denoise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], latents: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
         """The mean loss of rows, at levels and with noise that the generator draws.
 
         Args:
-            denoise: the transformer.
+            denoise: from noisy latents and the scheduler's timesteps `[N]` to what the scheduler is given.
             latents: clean ones, `[N, ...]`, float32.
         """
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         draw = self._flow if self._is_flow else self._diffusion
         noisy, target, times, weights = draw(latents, noise, generator)
-        made = self._habits.run(denoise, noisy.to(self.dtype), times, conditions)
-        losses = (made.float() - target).square().flatten(1).mean(1)
+        losses = (denoise(noisy, times).float() - target).square().flatten(1).mean(1)
         return (weights.to(losses) * losses).mean()
 
     def _flow(self, latents: torch.Tensor, noise: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
@@ -126,15 +123,17 @@ class ImageTrainer(AtomicCheckpoints):
 
     Args:
         transformer: whole, or with adapters of diffusers' own `add_adapter`.
+        dtype: of latents that it is given.
         pipeline_class: whose `save_lora_weights` writes adapters.
         ema_decay: of averages of what trains; None: there are none.
     """
 
     def __init__(
-        self, transformer: nn.Module, args: TrainingArguments, images: CachedImages, objective: Objective,
+        self, transformer: nn.Module, dtype: torch.dtype, args: TrainingArguments, images: CachedImages, objective: Objective,
         pipeline_class: type[diffusers.DiffusionPipeline], caption_dropout: float,
     ):  # fmt: skip
-        self.objective, self._pipeline_class, self._caption_dropout = objective, pipeline_class, caption_dropout
+        self.objective, self.dtype = objective, dtype
+        self._pipeline_class, self._caption_dropout = pipeline_class, caption_dropout
         self._micro_batch = -1, 0  # of which step the last one was, and its number there
         super().__init__(Denoiser(transformer), args, train_dataset=images, data_collator=images.collate)
         self.model_accepts_loss_kwargs = False  # the loss is a mean: over accumulated micro-batches, too
@@ -148,7 +147,7 @@ class ImageTrainer(AtomicCheckpoints):
 
     @property
     def has_adapters(self) -> bool:
-        return bool(getattr(self.transformer, "peft_config", None))
+        return _has_adapters(self.transformer)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Have the model hold the averages of its weights, and then its own again; without averages, nothing changes."""
@@ -169,8 +168,14 @@ class ImageTrainer(AtomicCheckpoints):
         self._micro_batch = self.state.global_step, micro_batch
         key = self.args.seed, self.state.global_step, micro_batch
         (generator,) = keyed_generators(key, [self.args.process_index])
-        loss = self.objective(model, inputs["latents"], inputs["conditions"], generator)
+        loss = self.objective(partial(self.denoise, model, inputs["conditions"]), inputs["latents"], generator)
         return (loss, {}) if return_outputs else loss
+
+    def denoise(
+        self, model: Callable[..., Any], conditions: dict[str, Any], noisy: torch.Tensor, times: torch.Tensor
+    ) -> torch.Tensor:
+        """As an [`Objective`] wants it, with conditions of rows."""
+        return self.train_dataset.cache.habits.run(model, noisy.to(self.dtype), times, conditions)
 
     # ---- files
 
@@ -190,19 +195,6 @@ class ImageTrainer(AtomicCheckpoints):
         if self.averages and self.writes_checkpoint:
             self.averages.save(folder)
 
-    def check_checkpoint(self, folder: str | Path) -> None:
-        """Raises ValueError if a checkpoint is not of what this run trains."""
-        wanted = {name for name, each in self.transformer.named_parameters() if each.requires_grad}
-        found = set()
-        for file in _weight_files(folder, self.has_adapters):
-            with safe_open(file, framework="pt") as opened:
-                found |= {_own_name(name) if self.has_adapters else name for name in opened.keys()}
-        if differ := sorted(wanted ^ found if self.has_adapters else wanted - found):
-            raise ValueError(
-                f"resume_from_checkpoint={str(folder)!r} is not of what this run trains: it "
-                f"{'lacks' if differ[0] in wanted else 'has'} {differ[0]}"
-            )
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         for file in _weight_files(resume_from_checkpoint, self.has_adapters):
             state = load_file(file)
@@ -211,6 +203,24 @@ class ImageTrainer(AtomicCheckpoints):
             self.transformer.load_state_dict(state, strict=False)
         if self.averages:
             self.averages.load(resume_from_checkpoint)
+
+
+def check_checkpoint(folder: str | Path, transformer: nn.Module) -> None:
+    """Raises ValueError if a checkpoint is not of what is trained of a transformer."""
+    wanted = {name for name, each in transformer.named_parameters() if each.requires_grad}
+    has_adapters, found = _has_adapters(transformer), set()
+    for file in _weight_files(folder, has_adapters):
+        with safe_open(file, framework="pt") as opened:
+            found |= {_own_name(name) if has_adapters else name for name in opened.keys()}
+    if differ := sorted(wanted ^ found if has_adapters else wanted - found):
+        raise ValueError(
+            f"resume_from_checkpoint={str(folder)!r} is not of what this run trains: it "
+            f"{'lacks' if differ[0] in wanted else 'has'} {differ[0]}"
+        )
+
+
+def _has_adapters(transformer: nn.Module) -> bool:
+    return bool(getattr(transformer, "peft_config", None))
 
 
 def _weight_files(folder: str | Path, of_adapters: bool) -> list[Path]:
@@ -267,7 +277,7 @@ class Samples(TrainerCallback):
         device, was_training = trainer.args.device, transformer.training
         if self._pipeline is None:
             self._pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                self._folder, transformer=transformer, use_safetensors=True, dtype=trainer.objective.dtype,
+                self._folder, transformer=transformer, use_safetensors=True, dtype=trainer.dtype,
                 **dict.fromkeys(encoder_names(self._folder)),
             )  # fmt: skip
             self._pipeline.set_progress_bar_config(disable=True)

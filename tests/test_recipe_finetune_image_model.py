@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -155,7 +156,7 @@ def test_adapters_load_in_the_stock_pipeline_which_then_draws_what_the_recipe_dr
     """In a fresh process; and before the first step, the streamed model draws what the stock pipeline does: 0.0 apart."""
     jobs, drawn = [], {}
     for name in FAMILIES:
-        given = [*options(name), "--max_steps", "2", "--lora", "--lora_r", "3", "--num_samples", "1", "--learning_rate", "0.1"]
+        given = [*options(name), "--max_steps", "2", "--lora", "--lora_r", "4", "--num_samples", "1", "--learning_rate", "0.1"]
         recipe.main([*given, "--stream", "--output_dir", str(tmp_path / name)])
         (samples,) = samples_of(trainers[-1])
         ((call, _),) = samples._calls
@@ -164,8 +165,11 @@ def test_adapters_load_in_the_stock_pipeline_which_then_draws_what_the_recipe_dr
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     subprocess.run([sys.executable, "-c", IMAGES, tmp_path / "jobs.json"], check=True, capture_output=True, timeout=300)
     for name, folder, tuned, _ in jobs:
-        ours, stock = drawn[name], np.load(Path(tuned, "images.npy"))
-        assert (ours == stock).all() and (ours[0] != ours[1]).any()
+        ours, stock = drawn[name].astype(int), np.load(Path(tuned, "images.npy")).astype(int)
+        assert (ours[0] == stock[0]).all() and (ours[0] != ours[1]).mean() > 0.5
+        # (On a CPU, where weights lie in memory decides how sums of adapters are rounded: Sana and its own deep copy are 3e-6
+        # apart, which may take a pixel to its neighbour.)
+        assert np.abs(ours[1] - stock[1]).max() <= (1 if name == "sana" else 0)
 
 
 def test_a_tuned_transformer_loads_in_the_stock_pipeline(tmp_path, options, folders, trainers):
@@ -242,7 +246,7 @@ def test_the_loss_is_that_of_a_script_written_for_the_family(tmp_path, options, 
     (trainer,) = trainers
     row, seed = trainer.train_dataset[0], torch.Generator().manual_seed(5)
     with torch.no_grad():
-        ours = trainer.objective(trainer.model.eval(), row["latents"], row["conditions"], seed)
+        ours = trainer.objective(partial(trainer.denoise, trainer.model.eval(), row["conditions"]), row["latents"], seed)
         pipe = diffusers.DiffusionPipeline.from_pretrained(folders[name])
         size = (64, 64) if name == "sana" else (32, 32)
         image = Image.open(Path(data, "0.png")).resize(size, Image.Resampling.LANCZOS)

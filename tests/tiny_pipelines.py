@@ -157,8 +157,8 @@ def lumina() -> diffusers.DiffusionPipeline:
 def zimage() -> diffusers.DiffusionPipeline:
     """Its transformer takes a list of latents and a list of embeddings of any length."""
     config = transformers.Qwen3Config(
-        hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
-        vocab_size=VOCABULARY,
+        hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=16, vocab_size=VOCABULARY,
     )  # fmt: skip
     reads = tokenizer(512)
     reads.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
