@@ -35,7 +35,7 @@ class LatentMap:
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
         """Of the VAE `[N, *vae_shape]` -> of the transformer `[N, *shape]`, float32."""
-        scaled = ((latents.double().cpu() - self._shift) / self._scale).flatten(1)
+        scaled = ((latents.cpu().double() - self._shift) / self._scale).flatten(1)
         placed = torch.empty_like(scaled)
         placed[:, self._place] = scaled
         return placed.reshape(-1, *self.shape).float()
