@@ -3,7 +3,7 @@
     python benchmarks/pictures_finetuning_images.py --data train.parquet --output outputs/words
 
 Fashion-MNIST, with the name of the class as caption. The transformer and the text encoders have random weights; the VAE is
-trained here first. Ten minutes or so on a core. A column is a caption; rows are the recipe's own grids as training goes on.
+trained here first. A quarter of an hour on a busy core. A column is a caption; rows are the recipe's own grids as training goes on.
 """
 
 from __future__ import annotations
@@ -91,15 +91,17 @@ def main() -> None:
     untrained_flux(trained_vae(pixels, options.vae_steps)).save_pretrained(options.output / "flux")
     finetune_image_model.main([
         "--model", str(options.output / "flux"), "--data", str(options.output / "images"), "--stream", "--dtype", "float32",
-        "--resolution", str(SIDE), "--bucket_step", str(SIDE), "--max_sequence_length", "16", "--max_steps", str(options.steps),
-        "--per_device_train_batch_size", "32", "--learning_rate", "2e-3", "--lr_scheduler_type", "cosine", "--ema_decay", "0.99",
-        "--warmup_steps", "50", "--sample_prompts", *SHOWN, "--sample_every_n_steps", str(options.steps // 3),
+        "--resolution", str(SIDE), "--bucket_step", str(SIDE), "--max_sequence_length", "16",
+        "--max_steps", str(options.steps), "--per_device_train_batch_size", "32", "--learning_rate", "2e-3",
+        "--lr_scheduler_type", "cosine", "--ema_decay", "0.99", "--warmup_steps", "50",
+        "--sample_prompts", *SHOWN, "--sample_every_n_steps", str(options.steps // 3),
         "--sample_steps", "12", "--cache_batch_size", "64", "--save_strategy", "no", "--logging_steps", "50", "--use_cpu",
         "--disable_tqdm", "true", "--output_dir", str(options.output / "tuned"),
     ])  # fmt: skip
     grids = [Image.open(file) for file in sorted((options.output / "tuned" / "samples").iterdir(), key=order)]
     rows = [tile for grid in grids for tile in tiles(grid)]
-    make_image_grid(rows, len(grids), len(SHOWN)).resize((len(SHOWN) * 96, len(grids) * 96)).save(options.output / "words.png")
+    picture = make_image_grid(rows, len(grids), len(SHOWN)).resize((len(SHOWN) * 96, len(grids) * 96)).convert("L")
+    picture.save(options.output / "words.png", optimize=True)
 
 
 def order(file: Path) -> tuple[bool, str]:

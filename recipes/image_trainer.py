@@ -97,7 +97,7 @@ class Objective:
         drawn = compute_density_for_timestep_sampling(
             loss.weighting_scheme, len(latents), loss.logit_mean, loss.logit_std, loss.mode_scale, generator=generator
         )
-        index = (drawn * len(schedule.timesteps)).long()
+        index = (drawn * len(schedule.timesteps)).long().clamp(max=len(schedule.timesteps) - 1)
         times, sigmas = (each[index].to(latents.device) for each in (schedule.timesteps, schedule.sigmas))
         level = sigmas.view(-1, *[1] * (latents.dim() - 1))
         weights = compute_loss_weighting_for_sd3(loss.weighting_scheme, sigmas)
