@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Picture
+from tiny_pipelines import save_pipeline
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config,
@@ -60,6 +61,7 @@ def make_hub(cache: Path) -> None:
     images = {**layers, "image_size": 8, "patch_size": 4}
     ViTForImageClassification(ViTConfig(**images)).save_pretrained(vit := snapshot(cache, "google/vit-base-patch16-224"))
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(vit)
+    save_pipeline("qwen", snapshot(cache, "Qwen/Qwen-Image"))
     llama = LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
         vocab_size=128256, max_position_embeddings=131072, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
@@ -93,6 +95,15 @@ def write_images(folder: Path) -> None:
             picture.save(of_label / f"{n}.png")
 
 
+def write_captioned(folder: Path) -> None:
+    """Two pictures of colour, and what they show."""
+    folder.mkdir()
+    for name in ("mouse", "owl"):
+        Picture.new("RGB", (64, 64), "gray" if name == "mouse" else "brown").save(folder / f"{name}.png")
+    lines = [{"file_name": f"{name}.png", "text": f"a {name}"} for name in ("mouse", "owl")]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 class Newcomer:
     """Types what is to be typed, in a folder that looks like a checkout with data beside.
 
@@ -105,6 +116,7 @@ class Newcomer:
         make_hub(self.hub)
         write_texts(self.folder)
         write_images(self.folder / "images")
+        write_captioned(self.folder / "captioned")
         for name in ("recipes", "benchmarks", "docs", "tests", "src", "setup.cfg"):
             (self.folder / name).symlink_to(ROOT / name)
         (self.folder / ".venv").symlink_to(Path(sys.prefix))
