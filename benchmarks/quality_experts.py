@@ -37,7 +37,7 @@ STEPS, SAMPLES = 30, 2000
 FIRST_NEW_CLASS, TUNING_IMAGES, VALIDATION_IMAGES = 5, 5000, 2000
 PRETRAINING_UPDATES, PRETRAINING_RATE = 3000, 2e-3
 #: Rates tried. Runs of 3 U in all take longer, and try two of them, or what was best for U.
-ADAPTER_RATES, COPY_RATES, FRESH_RATES = (5e-3, 1e-2, 2e-2), (2e-3, 4e-3, 8e-3), (4e-3,)
+ADAPTER_RATES, COPY_RATES, FRESH_RATES = (5e-3, 1e-2, 2e-2), (4e-3, 8e-3, 1.6e-2), (4e-3,)
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ ROWS: dict[str, Row] = {
     "three adapters of rank 8, U/3 each": Row(EXPERTS, 1 / 3, ADAPTER_RATES, RANK),
     "three adapters of rank 8, U each": Row(EXPERTS, 1, ADAPTER_RATES[:2], RANK),
     "one copy, U": Row(1, 1, COPY_RATES),
-    "one copy, 3 U": Row(1, 3, COPY_RATES[1:]),
+    "one copy, 3 U": Row(1, 3, COPY_RATES[:2]),
     "three copies, U/3 each": Row(EXPERTS, 1 / 3, COPY_RATES),
-    "three copies, U each": Row(EXPERTS, 1, COPY_RATES[1:]),
+    "three copies, U each": Row(EXPERTS, 1, COPY_RATES[:2]),
     "one adapter of rank 24, 3 U": Row(1, 3, ADAPTER_RATES[1:2], EXPERTS * RANK),
     "one from scratch, 2 U": Row(1, 2, FRESH_RATES, fresh=True),
     "one from scratch, 6 U": Row(1, 6, FRESH_RATES, fresh=True),
