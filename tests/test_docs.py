@@ -57,7 +57,7 @@ def test_links_lead_somewhere(page):
 def test_pages_are_short():
     words = {page.name: len(page.read_text().split()) for page in PAGES}
     assert words["README.md"] <= 1100
-    assert sum(words.values()) <= 13_000, words
+    assert sum(words.values()) <= 14_000, words
     assert len((ROOT / "docs" / "glossary.md").read_text().splitlines()) <= 20
 
 
