@@ -27,7 +27,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 import torch
 from breadth_check import WITH_DROPOUT, Result, check
 from tiny_diffusers import NAMES as DIFFUSERS
-from tiny_models import MAPPINGS, names_of
+from tiny_models import names_of
 from transformers.utils import logging
 
 #: Architectures that have to be exact, with two units there, nothing on the host and enough moved, in each mapping.

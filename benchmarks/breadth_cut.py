@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def tried(mapping: str, name: str, trains: bool = False) -> str:
-    """"cut", or what stands against it."""
+    """Says "cut", or what stands against it."""
     try:
         stock = tiny_model(mapping, name).eval()
     except CannotBuild as error:
@@ -97,7 +97,7 @@ def whole(stock: PreTrainedModel, task: str) -> str:
 
 
 def trained(mapping: str, name: str) -> str:
-    """"cut", if it also trains, and generates, as the stock model does; or what differs."""
+    """Says "cut", if it also trains, and generates, as the stock model does; or what differs."""
     stock, task = tiny_model(mapping, name), MAPPINGS[mapping][0]
     fields = {"mask_token_id": MASK} if task == "fill-mask" else {}
     model = db.convert(stock, 1, task, **fields)

@@ -90,6 +90,8 @@ MODELS = {
         "sd3",
     ),
 }  # fmt: skip
+
+
 def followed(model: Model, rows: int, lora: bool) -> tuple[Ledger, Costs, int]:
     """Ledger and costs of a micro-batch once the order of units is known; and parameters of the transformer."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)

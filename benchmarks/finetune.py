@@ -6,7 +6,8 @@ Tasks: a GPT-2 or Llama (8 layers, width 128) trained end to end on 20 authors o
 tokens), fine-tuned on works of Jonathan Swift, who is not among them (256,000 tokens), and read on another work of his; a ViT (6
 layers, width 64) trained on five classes of Fashion-MNIST, fine-tuned with a new head on 8,000 images of the other five. Each
 parameter gets 250 updates, so a method that trains B blocks in turn takes B times the steps (and moves what blocks share, where
-that is trained, in all of them), and no parameter meets a row twice when blocks are trained one after another. What is read is the *whole* model. Every method at the best of its learning rates.
+that is trained, in all of them), and no parameter meets a row twice when blocks are trained one after another. What is read is the
+*whole* model. Every method at the best of its learning rates.
 Memory: the peak of the largest step, by the ledger. (BAdam's float32 copies, for half precision, are not counted.) Runs are
 cached in the output folder. BAdam needs its package (`pip install badam`).
 """
@@ -176,7 +177,8 @@ def main() -> None:
     for method, result in results.items():
         share = 100 * (start - result["loss"]) / gain
         print(
-            f"| {method} | {result['rate']:g} | {result['loss']:.4f}{result['spread']} | {share:.0f} % | {result['bytes'] / 2**20:,.1f} | "
+            f"| {method} | {result['rate']:g} | {result['loss']:.4f}{result['spread']} | {share:.0f} % | "
+            f"{result['bytes'] / 2**20:,.1f} | "
             f"{result['seconds']:.0f} |"
         )
 

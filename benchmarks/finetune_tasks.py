@@ -128,9 +128,7 @@ class Novels(Task):
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=VOCAB, special_tokens=[END], show_progress=False, initial_alphabet=alphabet
-        )
+        trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[END], show_progress=False, initial_alphabet=alphabet)
         tokenizer.train_from_iterator(texts["pretraining"], trainer)
         streams = {
             name: torch.tensor([token for e in tokenizer.encode_batch(documents) for token in [0, *e.ids]])

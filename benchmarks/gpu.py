@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import transformers
 
-import gpu_common  # first: it sets what has to be set before CUDA starts
+import gpu_common  # noqa: F401  first: it sets what has to be set before CUDA starts
 import gpu_checks, gpu_streaming, gpu_training, gpu_memory, gpu_measures  # noqa: E401, F401  each registers its checks
 from gpu_common import CHECKS, Check, Machine, Row
 

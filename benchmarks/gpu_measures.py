@@ -162,9 +162,7 @@ def steps_beside_end_to_end(machine: Machine, name: str, subject: tuple[str, boo
     yield Row(f"steps: {name}, end to end", f"{1000 * base.seconds:.1f} ms{peak}")
     for schedule, arguments in SCHEDULES.items():
         before = machine.allocated()
-        found = measured(
-            size.blocks(machine), size, machine, before, activation_checkpointing=checkpointing, **arguments
-        )
+        found = measured(size.blocks(machine), size, machine, before, activation_checkpointing=checkpointing, **arguments)
         ratio, least = found.seconds / base.seconds, floor(schedule, size, checkpointing)
         said = f"{ratio:.2f}x, floor {least:.2f}x"
         if machine.is_gpu:

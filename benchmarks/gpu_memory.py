@@ -14,7 +14,6 @@ import hf_diffusionblocks as db
 from gpu_common import Machine, Row, check
 from hf_diffusionblocks.memory.ledger import measure_memory
 from hf_diffusionblocks.memory.scenarios import steps
-from hf_diffusionblocks.tasks import backbone_for
 from hf_diffusionblocks.memory.ways import (
     Way, Workload, formulations_for, ways_of_blocks, ways_of_stock_models, ways_of_streams,
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """Checks of `benchmarks/gpu.py` that train: killed and resumed, with blocks in host memory, without waiting for the device.
 
-    python benchmarks/gpu_training.py FOLDER DEVICE NAME   # what the first of them kills
+python benchmarks/gpu_training.py FOLDER DEVICE NAME   # what the first of them kills
 """
 
 from __future__ import annotations

@@ -20,8 +20,7 @@ def prepare(folder: Path, output: Path, vocab_size: int, train_bytes: int, eval_
     if file.is_file():
         return file
     texts = {
-        split: works(folder / f"{split}.parquet", size)
-        for split, size in (("train", train_bytes), ("validation", eval_bytes))
+        split: works(folder / f"{split}.parquet", size) for split, size in (("train", train_bytes), ("validation", eval_bytes))
     }
     tokenizer = byte_pairs(texts["train"], vocab_size)
     end = tokenizer.token_to_id(END)
@@ -61,9 +60,7 @@ def works(path: Path, size: int) -> list[str]:
     return chosen
 
 
-def config_for(
-    family: str, layers: int, width: int, vocab_size: int, length: int, head_size: int = 32
-) -> PreTrainedConfig:
+def config_for(family: str, layers: int, width: int, vocab_size: int, length: int, head_size: int = 32) -> PreTrainedConfig:
     """A GPT-2 or Llama without dropout."""
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     if family == "gpt2":

@@ -115,8 +115,10 @@ def report(model: str, workload: Workload, repetitions: int) -> tuple[str, dict[
     if torch.cuda.is_available():
         columns["max_memory_allocated"] = {name: f"{each.allocated / MIB:,.0f}" for name, each in ledgers.items()}
     columns["steps/s"] = speed
-    size = f"{workload.batch_size} x {workload.sequence_length} tokens" if workload.sequence_length else (
-        f"{workload.batch_size} images"
+    size = (
+        f"{workload.batch_size} x {workload.sequence_length} tokens"
+        if workload.sequence_length
+        else (f"{workload.batch_size} images")
     )
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     title = f"{model}, B={workload.num_blocks}, {size}, float32, AdamW, {where}"

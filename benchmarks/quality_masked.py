@@ -15,7 +15,6 @@ import json
 import math
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from cached_runs import parser_of, run_and_report
@@ -164,7 +163,8 @@ def _over(runs: list[dict], end_to_end: dict[int, dict]) -> str:
         return f"{statistics.mean(over):+.1f} ± {statistics.stdev(over):.1f} %"
     ours, theirs = runs[0], end_to_end[runs[0]["seed"]]
     differences = torch.tensor(ours["of texts"]) - torch.tensor(theirs["of texts"])
-    return f"{100 * differences.mean() / theirs['bits']:+.1f} ± {100 * _standard_error(differences.tolist()) / theirs['bits']:.1f} %"
+    share = 100 / theirs["bits"]
+    return f"{share * differences.mean():+.1f} ± {share * _standard_error(differences.tolist()):.1f} %"
 
 
 def _standard_error(values: list[float]) -> float:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -145,7 +144,9 @@ def _cell(values: list[float]) -> str:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, ROWS, "Fashion-MNIST's train.parquet and test.parquet", "the cached runs, results.json and the table")
+    parser = parser_of(
+        __doc__, ROWS, "Fashion-MNIST's train.parquet and test.parquet", "the cached runs, results.json and the table"
+    )
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     data = options.output / "data.pt"

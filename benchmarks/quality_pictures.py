@@ -1,6 +1,6 @@
 """What each way to train reaches, and what it holds: the picture of docs/blocks.md, from the results beside this file.
 
-    python benchmarks/quality_pictures.py
+python benchmarks/quality_pictures.py
 """
 
 from __future__ import annotations
@@ -105,9 +105,7 @@ def draw(file: Path) -> None:
         for memory, value, name, kind, side in panel.points():
             axes.plot(memory, value, "o", color=COLOURS[kind], markersize=7)
             away, across, along = SIDES[side]
-            axes.annotate(
-                name, (memory, value), away, textcoords="offset points", fontsize=9, color=INK, ha=across, va=along
-            )
+            axes.annotate(name, (memory, value), away, textcoords="offset points", fontsize=9, color=INK, ha=across, va=along)
         axes.set_title(panel.title, fontsize=10, color=INK, loc="left")
         axes.set_ylabel(panel.label, fontsize=9, color=MUTED)
         axes.set_xlim(0, 1.25)

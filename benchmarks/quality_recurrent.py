@@ -212,7 +212,15 @@ def _mean_and_error(of_texts: list[float]) -> list[float]:
 
 def table(results: list[dict]) -> str:
     """Markdown; of blocks a cell has, in this order: all walks; half of them; the histogram; one noise."""
-    heads = ["", "seed", *(f"K = {runs}" for runs in RUNS), "bound", "CPU seconds", "memory of a step", "layers an update, with gradient"]
+    heads = [
+        "",
+        "seed",
+        *(f"K = {runs}" for runs in RUNS),
+        "bound",
+        "CPU seconds",
+        "memory of a step",
+        "layers an update, with gradient",
+    ]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in ROWS:
         lines += [f"| {row} | {result['seed']} | {' | '.join(cells(result))} |" for result in results if result["row"] == row]

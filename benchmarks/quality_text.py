@@ -16,7 +16,6 @@ import json
 import math
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from cached_runs import parser_of, run_and_report

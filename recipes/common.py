@@ -52,7 +52,8 @@ class ModelArguments:
         None, "Hub id or folder of a plain pretrained model. Its weights are kept; a head of other labels is new."
     )
     config_name: str | None = option(
-        None, "For fresh weights: hub id, folder or JSON file of a plain config, or a bare model type (vit, llama, "
+        None,
+        "For fresh weights: hub id, folder or JSON file of a plain config, or a bare model type (vit, llama, "
         "dit-transformer-2d).",
     )
     config_overrides: str | None = option(
@@ -237,9 +238,7 @@ def load_data(
         for split in SPLITS:
             found = data[split].column_names if split in data else [getattr(args, name)]
             if getattr(args, name) not in found:
-                raise ValueError(
-                    f"{name}={getattr(args, name)!r} must be a column of the {split} data: {', '.join(found)}"
-                )
+                raise ValueError(f"{name}={getattr(args, name)!r} must be a column of the {split} data: {', '.join(found)}")
     if "validation" not in data and args.validation_split:
         if len(data["train"]) < 2:
             raise ValueError(

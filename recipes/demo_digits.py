@@ -200,7 +200,7 @@ def report_classifiers(folder: Path) -> dict:
         BLOCKS: trained["memory"]["activations saved for backward"] + trained["memory"]["gradients"]
     }
     print(f"""
-2. Blocks that classify: a fresh ViT, {trained['updates_per_block'][0]} updates of every layer
+2. Blocks that classify: a fresh ViT, {trained["updates_per_block"][0]} updates of every layer
 
                                           test accuracy   activations and gradients of a step""")
     for name, title in titles(models[BLOCKS].config.num_hidden_layers, models[BLOCKS].config.num_blocks).items():
@@ -254,7 +254,7 @@ def report_drawing(folder: Path, classifier) -> None:
             "bytes": memory["activations saved for backward"] + memory["gradients"],
         }  # fmt: skip
     print(f"""
-3. Blocks that draw: a fresh DiT, {model.config.training_report['updates_per_block'][0]} updates of every layer
+3. Blocks that draw: a fresh DiT, {model.config.training_report["updates_per_block"][0]} updates of every layer
 
                              held-out loss   drawn as asked   seconds of {len(asked)} drawings   activations and gradients""")
     for name, title in titles(model.config.num_hidden_layers, model.config.num_blocks).items():
@@ -274,12 +274,12 @@ def what_next(folder: Path) -> str:
     command = python.with_name("diffusionblocks")
     return f"""
 Pictures
-  {folder / 'draw' / BLOCKS / 'samples' / 'final.png'}: drawn by blocks; beside it, by plain models
-  {folder / 'noise_partition.png'}: how the noise is cut into blocks
+  {folder / "draw" / BLOCKS / "samples" / "final.png"}: drawn by blocks; beside it, by plain models
+  {folder / "noise_partition.png"}: how the noise is cut into blocks
 
 Try next
-  {command} generate {folder / 'draw' / BLOCKS} --class_labels 3 5 --output grid.png
-  {command} estimate --model {folder / 'classify' / DEEP} --num-blocks 3 --batch-size 32
+  {command} generate {folder / "draw" / BLOCKS} --class_labels 3 5 --output grid.png
+  {command} estimate --model {folder / "classify" / DEEP} --num-blocks 3 --batch-size 32
   {python} recipes/finetune.py --help
   README.md: both doors, in three lines each, and when not to use them"""
 

@@ -82,7 +82,9 @@ class MaskedDiffusionLM(TemplateLM):
 
     # ---- likelihood
 
-    def _loglikelihood_tokens(self, requests: Sequence[tuple], disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple], disable_tqdm: bool = False, **kwargs
+    ) -> list[tuple[float, bool]]:
         pairs = [self._fitted(context, answer) for _, context, answer in requests]
         order = sorted(range(len(pairs)), key=lambda index: -sum(map(len, pairs[index])))
         found: list = [None] * len(pairs)
@@ -144,7 +146,10 @@ class MaskedDiffusionLM(TemplateLM):
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)
             parts += [(number, tokens[at : at + self.max_length]) for at in range(0, len(tokens), self.max_length)]
-        values, totals = self._loglikelihood_tokens([(None, [], part) for _, part in parts], disable_tqdm), [0.0] * len(requests)
+        values, totals = (
+            self._loglikelihood_tokens([(None, [], part) for _, part in parts], disable_tqdm),
+            [0.0] * len(requests),
+        )
         for (number, _), (value, _) in zip(parts, values):
             totals[number] += value
         return totals

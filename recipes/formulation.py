@@ -23,9 +23,7 @@ def blocks_fields(
     return with_preset(given.pop("preset", "recommended"), task, start, given, backbone_for(config, task))
 
 
-def denoiser_fields(
-    args: ModelArguments, blocks_args: BlocksArguments, task: str, config: PreTrainedConfig
-) -> dict[str, Any]:
+def denoiser_fields(args: ModelArguments, blocks_args: BlocksArguments, task: str, config: PreTrainedConfig) -> dict[str, Any]:
     """As [`blocks_fields`], of a task whose plain model is a model of one block: that is what end_to_end gives."""
     fields = blocks_fields(replace(args, end_to_end=False), blocks_args, task, config)
     return fields | {"num_blocks": 1, "layers_per_block": None} if args.end_to_end else fields

@@ -322,4 +322,3 @@ class BucketSampler(torch.utils.data.Sampler):
                 decides = number if self._stays_alike[number] else batches[index][0]
                 order.append(-1 - number if dropped[decides] else number)
         return order
-

@@ -35,7 +35,8 @@ END = "<|endoftext|>"
 @dataclass
 class ModelArguments(common.ModelArguments):
     tokenizer_name: str | None = option(
-        None, "Hub id or folder of the tokenizer. Default: the pretrained model's; for fresh weights, a byte-level BPE "
+        None,
+        "Hub id or folder of the tokenizer. Default: the pretrained model's; for fresh weights, a byte-level BPE "
         "trained on the training text.",
     )
     vocab_size: int = option(4096, "Most tokens of the tokenizer that is trained; the model's vocabulary follows it.")
@@ -242,9 +243,7 @@ def trained_tokenizer(texts: Iterable[str], args: ModelArguments, is_main: bool)
         tokenizer.train_from_iterator((text or "" for text in texts), trainer)
         made = [tokenizer.to_str()]
     (made,) = broadcast_object_list(made)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(made), bos_token=END, eos_token=END, pad_token=END
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(made), bos_token=END, eos_token=END, pad_token=END)
 
 
 def fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, args: ModelArguments) -> None:
@@ -255,8 +254,7 @@ def fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase,
         config.pad_token_id = None  # another vocabulary's may lie outside this one
     elif len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"tokenizer_name={args.tokenizer_name!r} has {len(tokenizer)} tokens, but the model knows "
-            f"{config.vocab_size}"
+            f"tokenizer_name={args.tokenizer_name!r} has {len(tokenizer)} tokens, but the model knows {config.vocab_size}"
         )
     # Llama does not train the embedding of its padding, and the end token is to be trained.
     if config.pad_token_id == tokenizer.eos_token_id:

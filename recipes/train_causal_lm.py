@@ -39,9 +39,7 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "labels": labels}
 
 
-PACKED = Format(
-    text.load_data, partial(text.pack, num_given=1), collate, partial(text.evaluation_text, num_given=1)
-)
+PACKED = Format(text.load_data, partial(text.pack, num_given=1), collate, partial(text.evaluation_text, num_given=1))
 
 
 class PlainTextTrainer(text.TextTrainer, common.PlainTrainer):
@@ -74,9 +72,7 @@ def prepare(
 
 def main(args: Sequence[str] | None = None) -> dict[str, float]:
     """Run the recipe with a command line (None: `sys.argv[1:]`); bad input exits with one line on standard error."""
-    return common.run(
-        prepare, (ModelArguments, DataArguments), args, PROG, description=__doc__.splitlines()[0]
-    )
+    return common.run(prepare, (ModelArguments, DataArguments), args, PROG, description=__doc__.splitlines()[0])
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ PROG = "train_image_classification.py"
 @dataclass
 class ModelArguments(common.ModelArguments):
     image_processor_name: str | None = option(
-        None, "Hub id or folder of the image processor. Default: the pretrained model's, or else one that resizes to "
+        None,
+        "Hub id or folder of the image processor. Default: the pretrained model's, or else one that resizes to "
         "the config's image_size and normalizes with mean and deviation 0.5.",
     )
 
@@ -167,7 +168,13 @@ def prepare(
     labels = find_labels(data, data_args.label_column)
     own_labels = list(config.id2label.values()) if model_args.model_name_or_path else []
     labels, is_new = settle_labels(config, labels, own_labels)
-    if is_new and own_labels and fields is not None and not training_args.train_shared and fields.get("shared", "common") == "common":
+    if (
+        is_new
+        and own_labels
+        and fields is not None
+        and not training_args.train_shared
+        and fields.get("shared", "common") == "common"
+    ):
         raise ValueError("train_shared=False must be True: the labels are new, so the classifier is to be trained")
     data = data.with_transform(make_transform(processor, channels, labels, data_args))
     training_args.remove_unused_columns = False  # the transform needs the columns that the model does not know
@@ -183,9 +190,7 @@ def prepare(
 
 def main(args: Sequence[str] | None = None) -> dict[str, float]:
     """Run the recipe with a command line (None: `sys.argv[1:]`); bad input exits with one line on standard error."""
-    return common.run(
-        prepare, (ModelArguments, DataArguments), args, PROG, description=__doc__.splitlines()[0]
-    )
+    return common.run(prepare, (ModelArguments, DataArguments), args, PROG, description=__doc__.splitlines()[0])
 
 
 if __name__ == "__main__":

@@ -142,9 +142,7 @@ def name_classes(config: DiTConfig, labels: dict[str | int, str], is_new: bool) 
         numbers = all(isinstance(value, int) for value in labels)
         class_of = {value: value if numbers else index for index, value in enumerate(labels)}
         if beyond := [labels[value] for value, k in class_of.items() if not 0 <= k < config.num_embeds_ada_norm]:
-            raise ValueError(
-                f"labels {beyond} are beyond the model's num_embeds_ada_norm={config.num_embeds_ada_norm} classes"
-            )
+            raise ValueError(f"labels {beyond} are beyond the model's num_embeds_ada_norm={config.num_embeds_ada_norm} classes")
         config.id2label = config.id2label | {k: labels[value] for value, k in class_of.items()}
     config.label2id = {name: index for index, name in config.id2label.items()}
     return class_of
@@ -203,9 +201,7 @@ def prepare(
         each.id2label, each.label2id = config.id2label, config.label2id
     trainer = common.make_trainer(db.DiffusionBlocksTrainer, model, data_args, training_args, inputs)
     trainer.add_callback(
-        db.SampleImages(
-            trainer, samples.sample_every_n_steps, sample_labels(class_of), guidance_scale=samples.guidance_scale
-        )
+        db.SampleImages(trainer, samples.sample_every_n_steps, sample_labels(class_of), guidance_scale=samples.guidance_scale)
     )
     return trainer, resume_from
 

@@ -51,9 +51,7 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "labels": input_ids.clone()}
 
 
-PACKED = Format(
-    text.load_data, partial(text.pack, num_given=0), collate, partial(text.evaluation_text, num_given=0)
-)
+PACKED = Format(text.load_data, partial(text.pack, num_given=0), collate, partial(text.evaluation_text, num_given=0))
 
 
 def set_mask(tokenizer: PreTrainedTokenizerBase, mask_token_id: int | None) -> None:
@@ -108,9 +106,7 @@ def prepare(
 
 def main(args: Sequence[str] | None = None) -> dict[str, float]:
     """Run the recipe with a command line (None: `sys.argv[1:]`); bad input exits with one line on standard error."""
-    return common.run(
-        prepare, (ModelArguments, DataArguments), args, PROG, description=__doc__.splitlines()[0]
-    )
+    return common.run(prepare, (ModelArguments, DataArguments), args, PROG, description=__doc__.splitlines()[0])
 
 
 if __name__ == "__main__":

@@ -161,7 +161,9 @@ CASES = {
     "gpt2, masked": Case(TEXT_CONFIGS["gpt2"], {"task": "fill-mask"}, trained=False),
     "bert, classes": Case(BertConfig(**{**BERT.to_dict(), "num_labels": 5}), CLASSES),
     "llama, classes": Case(LlamaConfig(**LLAMA, pad_token_id=0, num_labels=5), {**CLASSES, "local_head_layers": 1}),
-    "modernbert, classes, own": Case(ModernBertConfig(**{**MODERNBERT.to_dict(), "num_labels": 5}), {**CLASSES, "shared": "per_block"}, trained=False),
+    "modernbert, classes, own": Case(
+        ModernBertConfig(**{**MODERNBERT.to_dict(), "num_labels": 5}), {**CLASSES, "shared": "per_block"}, trained=False
+    ),
     "point": Case(point_family.TinyConfig()),
     "point, own": Case(point_family.TinyConfig(), {"shared": "per_block"}, trained=False),
 }

@@ -52,6 +52,4 @@ def files(tmp_path_factory) -> dict[str, str]:
 
 
 def chat(*turns: tuple[str, str]) -> list[dict]:
-    return [
-        {"role": role, "content": said} for turn in turns for role, said in zip(("user", "assistant"), turn)
-    ]
+    return [{"role": role, "content": said} for turn in turns for role, said in zip(("user", "assistant"), turn)]

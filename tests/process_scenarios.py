@@ -1,7 +1,7 @@
 """What test_processes.py runs, in one process and under `accelerate launch` in several.
 
-    accelerate launch ... process_scenarios.py OUTPUT NAME...
-    accelerate launch ... process_scenarios.py OUTPUT --saving NAME
+accelerate launch ... process_scenarios.py OUTPUT NAME...
+accelerate launch ... process_scenarios.py OUTPUT --saving NAME
 """
 
 from __future__ import annotations

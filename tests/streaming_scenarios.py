@@ -1,6 +1,6 @@
 """What test_streaming_processes.py launches in two processes: stock and streamed training.
 
-    python streaming_scenarios.py FOLDER
+python streaming_scenarios.py FOLDER
 """
 
 from __future__ import annotations

@@ -21,12 +21,12 @@ def test_a_block_owns_its_layers_and_no_others():
     for layer in range(12):
         owner = model.block_of_parameter(f"backbone.transformer.h.{layer}.ln_1.weight")
         assert owner == next(k for k in range(3) if layer in model.block_layers(k))
-    assert [model.blocks[k].layers[0] is model.backbone.transformer.h[first] for k, first in enumerate((0, 2, 10))] == [True] * 3
+    assert [model.blocks[k].layers[0] is model.backbone.transformer.h[first] for k, first in enumerate((0, 2, 10))] == [
+        True
+    ] * 3
 
 
-@pytest.mark.parametrize(
-    "preset, predecessors", [("recommended", [[], [0], [0, 1]]), ("paper", [[], [], []])]
-)
+@pytest.mark.parametrize("preset, predecessors", [("recommended", [[], [0], [0, 1]]), ("paper", [[], [], []])])
 def test_which_blocks_run_before_it(preset, predecessors):
     assert [list(block.predecessors) for block in model_of(preset=preset).blocks] == predecessors
 

@@ -112,9 +112,7 @@ def test_what_precedes_the_task_is_for_accelerate(recipe_saw):
 @pytest.mark.parametrize("where", ["before", "after"])
 def test_accelerate_config(where, recipe_saw, tmp_path):
     file = tmp_path / "accelerate.yaml"
-    file.write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nmixed_precision: bf16\nuse_cpu: true\n"
-    )
+    file.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nmixed_precision: bf16\nuse_cpu: true\n")
     option = ["--accelerate_config", str(file)]
     main(["train", *(option if where == "before" else []), "fake-task", "--a", *(option if where == "after" else [])])
     assert recipe_saw() == [["--a"], "bf16"]

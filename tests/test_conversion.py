@@ -67,9 +67,7 @@ def test_from_a_folder(plain_model, batch, tmp_path):
     model = db.convert(tmp_path, num_blocks=2, preset="recommended", local_head_layers=0)
     assert model.config.base_model is None  # a hub id would be kept; a local path means nothing to others
     with torch.no_grad():
-        assert torch.equal(
-            model(pixel_values=batch["pixel_values"]).logits, plain_model(batch["pixel_values"]).logits
-        )
+        assert torch.equal(model(pixel_values=batch["pixel_values"]).logits, plain_model(batch["pixel_values"]).logits)
 
 
 def test_pickled_weights_are_not_loaded(plain_model, tmp_path):

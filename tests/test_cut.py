@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from families import BERT, TEXT_CONFIGS, watching
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones import stock_run
@@ -24,10 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import breadth_cut  # noqa: E402
 from tiny_models import tiny_model  # noqa: E402
 
-#: What each is in for: soft caps and windows, shared keys and values, buffers that are not saved, experts, states instead of attention, two norms, layers
-#: that return several things, towers of images, an encoder before the decoder, rows that say how a batch is padded.
+#: What each is in for: soft caps and windows, shared keys and values, buffers that are not saved, experts, states instead of
+#: attention, two norms, layers that return several things, towers of images, an encoder before the decoder, rows that say how a
+#: batch is padded.
 SAMPLE = [
-    ("causal-lm", "gemma2"), ("causal-lm", "gemma4_text"), ("causal-lm", "falcon_h1"), ("causal-lm", "gpt_oss"), ("causal-lm", "mamba"),
+    ("causal-lm", "gemma2"), ("causal-lm", "gemma4_text"), ("causal-lm", "falcon_h1"), ("causal-lm", "gpt_oss"),
+    ("causal-lm", "mamba"),
     ("causal-lm", "openai-gpt"), ("causal-lm", "gemma3"), ("causal-lm", "phi3"), ("masked-lm", "deberta-v2"),
     ("masked-lm", "roberta"), ("sequence-classification", "bart"), ("sequence-classification", "distilbert"),
     ("sequence-classification", "qwen3"), ("image-classification", "dinov2"), ("image-classification", "beit"),
@@ -148,7 +157,9 @@ def test_a_part_of_another_block_is_seen(monkeypatch):
     model = db.convert(LlamaForCausalLM(TEXT_CONFIGS["llama"]), 2)
     owner = type(model).block_of_parameter
     monkeypatch.setattr(type(model), "block_of_parameter", lambda self, name: 0 if "layers.2." in name else owner(self, name))
-    with pytest.raises(ValueError, match=r"block 1 reads backbone\.model\.layers\.2\.\S+, which shared='common' makes block 0's"):
+    with pytest.raises(
+        ValueError, match=r"block 1 reads backbone\.model\.layers\.2\.\S+, which shared='common' makes block 0's"
+    ):
         check_cut(model, {**TOKENS, "labels": TOKENS["input_ids"]})
 
 
@@ -176,7 +187,11 @@ def test_a_config_alone_is_for_the_usual_task():
     [
         (BERT, {"task": "text-generation"}, "its tokens see those after them, and must not"),
         (BERT, {"task": "text-classification", "preset": "paper"}, "preset='paper' must be 'recommended' for task 'text-cl"),
-        (BertConfig(**{**BERT.to_dict(), "is_decoder": True}), {"task": "text-generation", "preset": "paper"}, "AdaLN is known"),
+        (
+            BertConfig(**{**BERT.to_dict(), "is_decoder": True}),
+            {"task": "text-generation", "preset": "paper"},
+            "AdaLN is known",
+        ),
         (BertConfig(**{**BERT.to_dict(), "is_decoder": True}), {"task": "fill-mask"}, "do not see those after them, and must"),
     ],
 )
@@ -194,4 +209,3 @@ def test_what_stands_beside_the_base_model_is_its_head_wherever_it_is_made():
 def test_parts_stand_before_the_layers_or_after_them():
     found = parts_around(BertForSequenceClassification(BERT), "bert.encoder.layer")
     assert found == (["bert.embeddings"], ["dropout", "classifier", "bert.pooler"])
-

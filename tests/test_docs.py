@@ -16,7 +16,15 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHORTER = {
     r"accelerate launch recipes/train_|diffusionblocks train (?!finetune)|recipes/jobs.sh": ["--updates_per_block", "2"],
     r"accelerate launch recipes/finetune_image_model": [
-        "--max_steps", "2", "--use_cpu", "--resolution", "64", "--bucket_step", "16", "--sample_steps", "2",
+        "--max_steps",
+        "2",
+        "--use_cpu",
+        "--resolution",
+        "64",
+        "--bucket_step",
+        "16",
+        "--sample_steps",
+        "2",
     ],
     r"accelerate launch recipes/finetune|diffusionblocks train finetune": ["--max_steps", "2", "--use_cpu"],
 }

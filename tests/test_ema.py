@@ -171,9 +171,7 @@ def test_parameters_in_bf16_are_averaged_in_float32(tmp_path):
 def test_averages_of_jobs_are_merged(tmp_path):
     found = {}
     for block in range(2):
-        trainer = trainer_of_scenario(
-            made(GPT2, INDEPENDENT, [block]), GPT2, tmp_path / str(block), {"ema_decay": DECAY}
-        )
+        trainer = trainer_of_scenario(made(GPT2, INDEPENDENT, [block]), GPT2, tmp_path / str(block), {"ema_decay": DECAY})
         trainer.train()
         trainer.save_model()
         found |= averages(trainer)

@@ -96,9 +96,7 @@ def test_the_largest_block_is_among_those_that_are_followed():
 
 def test_what_is_too_large_to_allocate_is_estimated():
     """8 blocks of a layer of 2 GiB: 4 GiB of activations, on a machine of any size."""
-    config = LlamaConfig(
-        num_hidden_layers=8, hidden_size=8192, intermediate_size=24576, num_attention_heads=64, vocab_size=320
-    )
+    config = LlamaConfig(num_hidden_layers=8, hidden_size=8192, intermediate_size=24576, num_attention_heads=64, vocab_size=320)
     estimate = db.estimate_memory(config, num_blocks=8, batch_size=2, sequence_length=512, preset="paper")
     plain = estimate.ledgers["end to end"]
     layer = 4 * (4 * 8192**2 + 3 * 8192 * 24576 + 2 * 8192)

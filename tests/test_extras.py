@@ -68,7 +68,8 @@ MISSING = {
     "SampleImages": ("db.SampleImages", "diffusers"),
     "DiffusionBlocksImagePipeline": ("db.DiffusionBlocksImagePipeline", "diffusers"),
     "plots": (
-        "from hf_diffusionblocks.recipes import plots; plots.plot_noise_partition(db.NoiseSchedule(2), '')", "matplotlib"
+        "from hf_diffusionblocks.recipes import plots; plots.plot_noise_partition(db.NoiseSchedule(2), '')",
+        "matplotlib",
     ),
 }
 #: Runs each of these, and writes how it ended, as JSON.

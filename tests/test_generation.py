@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from itertools import product
 
 import pytest
@@ -54,7 +54,7 @@ def plain_model(family: str):
     return randomized(AutoModelForCausalLM.from_config(FAMILIES[family])).eval()
 
 
-@lru_cache(maxsize=None)
+@cache
 def converted(family: str, formulation: str) -> db.DiffusionBlocksForCausalLM:
     """Two blocks, every parameter (AdaLN included) away from its start; shared by tests, none of which changes it."""
     return randomized(db.convert(plain_model(family), num_blocks=2, **FORMULATIONS[formulation])).eval()
@@ -163,9 +163,7 @@ def test_a_recommended_model_generates_what_the_plain_model_does(ids, family, se
     outputs = []
     for either in (model, plain):
         set_seed(0)
-        outputs.append(
-            either.generate(ids, max_new_tokens=NEW, return_dict_in_generate=True, output_logits=True, **search)
-        )
+        outputs.append(either.generate(ids, max_new_tokens=NEW, return_dict_in_generate=True, output_logits=True, **search))
     own, expected = outputs
     assert torch.equal(own.sequences, expected.sequences)
     assert all(map(torch.equal, own.logits, expected.logits))

@@ -221,7 +221,7 @@ def test_a_walk_asks_the_network_that_was_trained(plain_model, batch):
 def test_walk_with_one_step_a_block_runs_no_layer_in_vain(model, batch):
     runs = count_layer_runs(model)
     model.predict(batch["pixel_values"])
-    assert runs == {layer: 1 for layer in range(4)}
+    assert runs == dict.fromkeys(range(4), 1)
 
 
 def test_a_recommended_model_s_trajectory_is_its_blocks_in_turn(plain_model, batch):

@@ -255,7 +255,9 @@ def test_other_models_of_diffusers_are_refused(tmp_path):
     )  # fmt: skip
     unet.save_pretrained(tmp_path)
     for source in (unet, tmp_path):
-        with pytest.raises(ValueError, match="UNet2DModel cannot be cut into blocks, and must be .*DiTTransformer2DModel.*U-Net"):
+        with pytest.raises(
+            ValueError, match="UNet2DModel cannot be cut into blocks, and must be .*DiTTransformer2DModel.*U-Net"
+        ):
             db.convert(source, 2)
 
 

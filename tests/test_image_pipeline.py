@@ -237,7 +237,7 @@ def test_a_pipeline_on_the_hub_is_downloaded_whole(gray, tmp_path, monkeypatch):
 
 
 def test_sampling_in_the_memory_of_a_layer_or_two(pipe):
-    """"The device" is the CPU: a copy is a copy."""
+    """ "The device" is the CPU: a copy is a copy."""
     expected = pipe([0, 1], T, 2.0, sampler="heun", output_type="pt").images
     with db.stream_layers(pipe.transformer, "cpu") as stream:
         assert torch.equal(pipe.to("cpu")([0, 1], T, 2.0, sampler="heun", output_type="pt").images, expected)

@@ -72,8 +72,7 @@ def test_a_failed_job_fails_the_whole_by_name_and_the_others_are_trained(faked):
     assert failed.returncode == 1
     assert failed.stderr.splitlines() == [
         "block 1: recipe.py: error: out of luck (out/block-1/log.txt)",
-        "jobs.sh: error: of the 3 blocks in out these are not done: 1. Nothing is merged; start them again, and they "
-        "go on",
+        "jobs.sh: error: of the 3 blocks in out these are not done: 1. Nothing is merged; start them again, and they go on",
     ]
     assert [call.split()[2] for call in calls(faked)] == ["train"] * 3
 

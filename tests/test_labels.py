@@ -101,7 +101,9 @@ def test_what_a_block_cannot_take_of_a_batch_is_named():
 @pytest.mark.parametrize("labels", [torch.ones(2, 5), torch.ones(2), F.one_hot(torch.tensor([1, 2]), 5)], ids=str)
 def test_several_classes_of_an_image_are_refused(labels):
     model = db.convert(VIT, 2)
-    with pytest.raises(ValueError, match="labels of shape .* must be class numbers, .*or shares of the classes that add up to 1"):
+    with pytest.raises(
+        ValueError, match="labels of shape .* must be class numbers, .*or shares of the classes that add up to 1"
+    ):
         model(torch.ones(2, 1, 8, 8), labels=labels, block_index=0)
 
 

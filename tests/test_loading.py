@@ -64,9 +64,9 @@ def test_convert_passes_on_where_and_how_to_load(gpt2, monkeypatch):
 
 def test_convert_from_a_subfolder_in_another_dtype(gpt2):
     source = GPT2LMHeadModel.from_pretrained(gpt2)
-    for resident in (None, [1]):
+    for blocks in (None, [1]):
         model = db.convert(
-            gpt2.parent, 2, resident_blocks=resident, subfolder="gpt2", dtype=torch.bfloat16, attn_implementation="eager"
+            gpt2.parent, 2, resident_blocks=blocks, subfolder="gpt2", dtype=torch.bfloat16, attn_implementation="eager"
         )
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
         assert model.backbone.config._attn_implementation == "eager"

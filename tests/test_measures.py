@@ -126,24 +126,19 @@ def test_perplexity_is_of_the_continuations_given_their_prompts(tokenizer, judge
 
 def test_without_prompts_a_text_stands_at_the_beginning_of_a_sequence(tokenizer, judge):
     expected = nats(judge, tokenizer, "<s>", "c d e").mean().exp().item()
-    assert db.generation_measures(["c d e"], tokenizer, judge)["generative_perplexity"] == pytest.approx(
-        expected, rel=1e-5
-    )
+    assert db.generation_measures(["c d e"], tokenizer, judge)["generative_perplexity"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_without_a_beginning_token_the_first_token_is_not_scored(judge):
     tokenizer = make_tokenizer()
     expected = nats(judge, tokenizer, "c", "d e").mean().exp().item()
-    assert db.generation_measures(["c d e"], tokenizer, judge)["generative_perplexity"] == pytest.approx(
-        expected, rel=1e-5
-    )
+    assert db.generation_measures(["c d e"], tokenizer, judge)["generative_perplexity"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_padding_is_never_counted(tokenizer, judge):
     texts, prompts = ["c d e f g h a b", "a", "b c", "h"], ["a b", "g", "a b c d e", ""]
     alone, together = (
-        db.generation_measures(texts, tokenizer, judge, prompts, batch_size=size)["generative_perplexity"]
-        for size in (1, 4)
+        db.generation_measures(texts, tokenizer, judge, prompts, batch_size=size)["generative_perplexity"] for size in (1, 4)
     )
     assert together == pytest.approx(alone, rel=1e-5)
 
@@ -163,9 +158,7 @@ def test_bfloat16_judge_s_logits_are_summed_up_in_float32(tokenizer, judge):
     with torch.no_grad():
         logits = judge.bfloat16()(torch.tensor([[0, 2, 3]])).logits[0, :2]
     expected = F.cross_entropy(logits.float(), torch.tensor([2, 3])).exp().item()
-    assert db.generation_measures(["a b"], tokenizer, judge)["generative_perplexity"] == pytest.approx(
-        expected, rel=1e-6
-    )
+    assert db.generation_measures(["a b"], tokenizer, judge)["generative_perplexity"] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("judge_class", [BertForMaskedLM, BertLMHeadModel, BertForSequenceClassification, BertModel, T5Model])

@@ -131,9 +131,7 @@ def test_a_ledger_prints_parts_and_sums():
 def test_the_head_has_one_gradient():
     """The readout's chunks leave theirs in what becomes `.grad`: at the peak, one more is there at most (a chunk's)."""
     way = WAYS["recommended: job, own embeddings and head, around the earlier blocks"]
-    config = LlamaConfig(
-        num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=30011
-    )
+    config = LlamaConfig(num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=30011)
     peak = ledger_of(way, Workload(config, 4, 1, 24)).peak
     head = 30011 * 32 * 4
     assert peak.gradients + peak.rest < 2.2 * head

@@ -41,7 +41,9 @@ def test_the_wheel_of_the_sdist_has_all_that_is_no_code(installed):
     package = installed / "hf_diffusionblocks"
     for folder in ("recipes", "model_cards", "src/hf_diffusionblocks"):
         there = package / folder.removeprefix("src/hf_diffusionblocks")
-        files = (each for each in (ROOT / folder).rglob("*") if each.is_file() and each.suffix in (".py", ".yaml", ".md", ".sh"))
+        files = (
+            each for each in (ROOT / folder).rglob("*") if each.is_file() and each.suffix in (".py", ".yaml", ".md", ".sh")
+        )
         missing = [each.name for each in files if not (there / each.relative_to(ROOT / folder)).is_file()]
         assert not missing
 

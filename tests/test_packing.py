@@ -55,9 +55,7 @@ def test_bytes_of_all_tokens_are_those_of_the_text(tokenizer):
 def test_special_tokens_of_a_tokenizer_are_kept_and_not_doubled(tokenizer):
     rules = copy.deepcopy(tokenizer.backend_tokenizer)
     rules.post_processor = TemplateProcessing(single="! $A", special_tokens=[("!", 1)])  # as Llama's begins a text
-    packer = Packer(
-        PreTrainedTokenizerFast(tokenizer_object=rules, eos_token="<|endoftext|>"), "text", 10**6, num_given=1
-    )
+    packer = Packer(PreTrainedTokenizerFast(tokenizer_object=rules, eos_token="<|endoftext|>"), "text", 10**6, num_given=1)
     packer({"text": ["yield<|endoftext|>", "yield"]})
     yields = tokenizer("yield")["input_ids"]
     assert packer.tokens == [1, *yields, 0, 1, *yields, 0]

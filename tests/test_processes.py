@@ -24,6 +24,7 @@ SCRIPT = Path(__file__).parent / "process_scenarios.py"
 MULTIPLE = "--multi_gpu"
 LAUNCH = "accelerate.commands.launch --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
 
+
 def launch(processes: int, *arguments: str, options: str = MULTIPLE) -> subprocess.Popen:
     command = [sys.executable, "-m", *LAUNCH.split(), *options.split(), "--num_processes", str(processes), *arguments]
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)

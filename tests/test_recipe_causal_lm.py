@@ -235,7 +235,8 @@ BAD_INPUTS = {
     "not text": ([*MODEL, *TRAIN, "--text_column", "id"], "text_column='id' must hold text, in the train data it"),
     "one document": ([*MODEL, "--train_file", "{short}"], "validation_split=0.1 of 1 row of data cannot be set aside"),
     "too little text": (
-        [*MODEL, "--train_file", "{short}", "--validation_split", "0"], "the train data has too little text for one"
+        [*MODEL, "--train_file", "{short}", "--validation_split", "0"],
+        "the train data has too little text for one",
     ),
     "too long": (
         [*MODEL, *TRAIN, "--sequence_length", "25"],
@@ -247,16 +248,19 @@ BAD_INPUTS = {
     "no tokenizer": ([*MODEL, *TRAIN, "--tokenizer_name", "{folder}"], "{folder} has no tokenizer"),
     "blocks of the plain": ([*MODEL, *TRAIN, "--end_to_end", "--train_blocks", "0"], "must not be set with end_to_end"),
     "bound of a block": (
-        [*MODEL, *TRAIN, "--eval_nll_bound", "1", "--train_blocks", "0", "--train_shared", "false"], "needs all blocks"
+        [*MODEL, *TRAIN, "--eval_nll_bound", "1", "--train_blocks", "0", "--train_shared", "false"],
+        "needs all blocks",
     ),
     "a job that moves what is shared": (
-        [*MODEL, *TRAIN, "--train_blocks", "0"], "train_shared=True with train_blocks=[0] of 2 blocks: separate jobs"
+        [*MODEL, *TRAIN, "--train_blocks", "0"],
+        "train_shared=True with train_blocks=[0] of 2 blocks: separate jobs",
     ),
     "no such block": ([*MODEL, *TRAIN, "--train_blocks", "2"], "train_blocks=[2] must be a list of different blocks of 0..1"),
     "averages of the plain": ([*MODEL, *TRAIN, "--end_to_end", "--ema_decay", "0.9"], "ema_decay=0.9 must not be set with"),
     "bound of the plain": ([*MODEL, *TRAIN, "--end_to_end", "--eval_nll_bound", "1"], "must be 0 with end_to_end"),
     "bound of nothing": (
-        [*MODEL, *TRAIN, "--validation_split", "0", "--eval_nll_bound", "1"], "eval_nll_bound=1 needs validation data"
+        [*MODEL, *TRAIN, "--validation_split", "0", "--eval_nll_bound", "1"],
+        "eval_nll_bound=1 needs validation data",
     ),
     "negative bound": ([*MODEL, *TRAIN, "--eval_nll_bound", "-1"], "eval_nll_bound=-1 must be at least 0"),
     "width zero": ([*LLAMA, "hidden_size=0", *TRAIN], "config_overrides='hidden_size=0' makes no model that runs"),

@@ -106,9 +106,7 @@ def test_preset(tmp_path, data, preset):
 
 
 def test_end_to_end_takes_as_many_updates_as_a_block(tmp_path, digits, data):
-    metrics = train_image_classification.main(
-        [*MODEL, *TRAINING, *data, "--end_to_end", "--output_dir", str(tmp_path)]
-    )
+    metrics = train_image_classification.main([*MODEL, *TRAINING, *data, "--end_to_end", "--output_dir", str(tmp_path)])
     assert type(load(tmp_path)) is ViTForImageClassification
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 4
     assert metrics["eval_accuracy"] == accuracy(tmp_path, digits / "test.parquet")
@@ -152,9 +150,7 @@ def test_resumed_run_ends_as_the_uninterrupted_one(tmp_path, data, extra):
     train_image_classification.main([*options, "--output_dir", str(tmp_path / "whole")])
     half = "checkpoint-2" if extra else "checkpoint-4"
     shutil.copytree(tmp_path / "whole" / half, tmp_path / "resumed" / half)
-    train_image_classification.main(
-        [*options, "--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint", "last"]
-    )
+    train_image_classification.main([*options, "--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint", "last"])
     whole, resumed = (load(tmp_path / name).state_dict() for name in ("whole", "resumed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 

@@ -35,8 +35,8 @@ def data(tmp_path_factory):
 def run(data, output_dir, *options) -> dict[str, float]:
     return train_text_classification.main([
         "--train_file", str(data), "--validation_file", str(data), "--updates_per_block", "60", "--learning_rate", "0.005",
-        "--per_device_train_batch_size", "16", "--use_cpu", "--report_to", "none", "--disable_tqdm", "True", "--save_strategy", "no",
-        "--output_dir", str(output_dir), *options,
+        "--per_device_train_batch_size", "16", "--use_cpu", "--report_to", "none", "--disable_tqdm", "True",
+        "--save_strategy", "no", "--output_dir", str(output_dir), *options,
     ])  # fmt: skip
 
 

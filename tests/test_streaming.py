@@ -113,8 +113,11 @@ def test_a_model_in_bfloat16_stays_so(model):
         backward(each, tokens())
     assert_same(gradients(model), gradients(stock))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert stream.copied["to_host"] == sum(model.get_submodule(n).get_parameter(p).nbytes for n in stream.units
-                                           for p, _ in model.get_submodule(n).named_parameters())
+    assert stream.copied["to_host"] == sum(
+        model.get_submodule(n).get_parameter(p).nbytes
+        for n in stream.units
+        for p, _ in model.get_submodule(n).named_parameters()
+    )
 
 
 def test_a_weight_that_moves_between_forward_and_backward_is_an_error_as_in_a_stock_model(model):
@@ -321,7 +324,7 @@ def dispatched(model):
     ],
 )
 def test_what_cannot_be_streamed_is_named(make, arguments, message, model):
-    with pytest.raises(ValueError, match=message.replace('"', '.')):
+    with pytest.raises(ValueError, match=message.replace('"', ".")):
         db.stream_layers(make(model), **{"device": "cpu", **arguments})
     if isinstance(make(llama()), type(model)):
         assert type(model).__mro__[1].__name__ != "StreamedModel"  # nothing has begun

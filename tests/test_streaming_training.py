@@ -89,7 +89,16 @@ class MasksGradients(TrainerCallback):
         {"label_smoothing_factor": 0.1},
     ],
     ids=[
-        "plain", "bf16", "tied, bf16", "lora", "lora, bf16", "reentrant", "own loss", "masked", "adafactor", "label smoothing",
+        "plain",
+        "bf16",
+        "tied, bf16",
+        "lora",
+        "lora, bf16",
+        "reentrant",
+        "own loss",
+        "masked",
+        "adafactor",
+        "label smoothing",
     ],
 )
 def test_the_stock_trainer_trains_the_same(how, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,13 @@ def test_each_is_called_in_a_run_that_saves_resumes_and_pushes(plain_config, tmp
         trainer.args.push_to_hub = True
         trainer.train(resume_from_checkpoint=resume)
     assert called == set(overridden())
+
+
+def test_the_code_is_formatted_and_has_no_lint():
+    """`ruff format` mends the first; its settings are in pyproject.toml."""
+    for command in (["check"], ["format", "--check"]):
+        folders = ["src", "recipes", "tests", "benchmarks", "model_cards", "docs/site"]
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, *folders], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout

@@ -52,8 +52,8 @@ def test_embedded_tokens_train_as_tokens_do(tmp_path):
     models = [made(GPT2, {**CARRIED, "shared": "common"}).double() for _ in range(2)]
     embed = models[0].get_input_embeddings().weight.detach().clone()
     texts = [{"inputs_embeds": embed[row["input_ids"]], "labels": row["labels"]} for row in data(GPT2)]
-    for model, rows in zip(models, (texts, None)):
-        trained(model, GPT2, tmp_path, {**TOGETHER, "train_shared": False}, dataset=rows)
+    for model, dataset in zip(models, (texts, None)):
+        trained(model, GPT2, tmp_path, {**TOGETHER, "train_shared": False}, dataset=dataset)
     assert_same(*models, tolerance=1e-12)
 
 
@@ -148,7 +148,10 @@ def test_a_trainer_trains_again(schedule, tmp_path):
     trainer = trained(made(GPT2, CARRIED), GPT2, tmp_path, {"block_schedule": schedule})
     before = copy.deepcopy(trainer.model.state_dict())
     trainer.train()
-    assert not torch.equal(before["backbone.transformer.h.0.mlp.c_fc.weight"], trainer.model.state_dict()["backbone.transformer.h.0.mlp.c_fc.weight"])
+    assert not torch.equal(
+        before["backbone.transformer.h.0.mlp.c_fc.weight"],
+        trainer.model.state_dict()["backbone.transformer.h.0.mlp.c_fc.weight"],
+    )
 
 
 def test_averages_move_with_their_parameters(tmp_path):

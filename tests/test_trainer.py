@@ -32,9 +32,7 @@ def make_trainer(model, folder, callbacks=None, **arguments) -> db.DiffusionBloc
         "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True, **arguments,
     }  # fmt: skip
     args = db.DiffusionBlocksTrainingArguments(output_dir=str(folder), **arguments)
-    return db.DiffusionBlocksTrainer(
-        model=model, args=args, train_dataset=Images(), eval_dataset=Images(), callbacks=callbacks
-    )
+    return db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=Images(), eval_dataset=Images(), callbacks=callbacks)
 
 
 class StepRecorder(TrainerCallback):
@@ -129,9 +127,7 @@ def test_learning_rate_runs_on_each_block_s_own_updates(plain_model, tmp_path):
 
 
 def test_logged_learning_rate_is_the_active_block_s(plain_model, tmp_path):
-    recorder = train_and_record(
-        db.convert(plain_model, num_blocks=2, preset="paper"), tmp_path, updates_per_block=2
-    )
+    recorder = train_and_record(db.convert(plain_model, num_blocks=2, preset="paper"), tmp_path, updates_per_block=2)
     logged = [entry["learning_rate"] for entry in recorder.trainer.state.log_history if "learning_rate" in entry]
     assert logged == pytest.approx([0.01, 0.01, 0.005, 0.005])  # each block's first and second update
 

@@ -115,7 +115,9 @@ def test_a_block_thawed_within_a_run_moves_in_its_own_steps(schedule, steps, tmp
     for parameter in block:
         parameter.requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters())
-    trainer = trainer_of(model, TEXT, tmp_path, [Thaws()], max_steps=6 if schedule == "together" else 8, block_schedule=schedule)
+    trainer = trainer_of(
+        model, TEXT, tmp_path, [Thaws()], max_steps=6 if schedule == "together" else 8, block_schedule=schedule
+    )
     trainer.optimizer = optimizer
     trainer.train()
     assert {int(optimizer.state[parameter]["step"]) for parameter in block} == steps

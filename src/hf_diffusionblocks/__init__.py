@@ -7,7 +7,7 @@ from importlib import import_module
 
 from transformers import AutoConfig
 
-from ._version import __version__
+from ._version import __version__ as __version__
 from . import families  # noqa: F401  registers architectures and tasks
 from .configuration import DiffusionBlocksConfig
 from .conversion import convert

@@ -123,7 +123,9 @@ class DiffusionBlocksConfig(PreTrainedConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         """As in Transformers, without the fields that the formulation has not."""
-        return {name: value for name, value in super().to_diff_dict().items() if value is not None or name not in OF_FORMULATIONS}
+        return {
+            name: value for name, value in super().to_diff_dict().items() if value is not None or name not in OF_FORMULATIONS
+        }
 
     def __post_init__(self, **kwargs):
         self._check_before_reading()
@@ -306,6 +308,4 @@ def check_known(names: Iterable[str]) -> None:
     """Raise ValueError if one of these is not a field that a user sets."""
     unknown = sorted(set(names) - USER_FIELDS.keys())
     if unknown:
-        raise ValueError(
-            f"{', '.join(unknown)}: not a field of DiffusionBlocksConfig; fields are {', '.join(USER_FIELDS)}"
-        )
+        raise ValueError(f"{', '.join(unknown)}: not a field of DiffusionBlocksConfig; fields are {', '.join(USER_FIELDS)}")

@@ -163,9 +163,7 @@ def _checked(model: DiffusionBlocksPreTrainedModel) -> DiffusionBlocksPreTrained
     return model
 
 
-def _convert_pretrained(
-    source, num_blocks, task, resident_blocks, preset, fields, loading
-) -> DiffusionBlocksPreTrainedModel:
+def _convert_pretrained(source, num_blocks, task, resident_blocks, preset, fields, loading) -> DiffusionBlocksPreTrainedModel:
     hub = hub_kwargs(loading)
     plain_config = read_config(source, **hub)
     _check_plain(plain_config)
@@ -209,9 +207,7 @@ def plain_part(config: DiffusionBlocksConfig, resident_blocks: Sequence[int] | N
 
 def _check_plain(config: PreTrainedConfig) -> None:
     if isinstance(config, DiffusionBlocksConfig):
-        raise ValueError(
-            f"source is a DiffusionBlocks model already (num_blocks={config.num_blocks}): convert the plain model"
-        )
+        raise ValueError(f"source is a DiffusionBlocks model already (num_blocks={config.num_blocks}): convert the plain model")
 
 
 def _config(

@@ -96,9 +96,7 @@ class Decoder(PiecewiseBackbone):
         normed = getattr(layer, self.attention_norm_name)(hidden)
         return normed if modulation is None else modulate(normed, modulation.attention_shift, modulation.attention_scale)
 
-    def run_layer(
-        self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention
-    ) -> torch.Tensor:
+    def run_layer(self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention) -> torch.Tensor:
         attend, mlp = getattr(layer, self.attention_name), getattr(layer, self.mlp_name)
         attended = attend(self.normed(layer, hidden, modulation), **attention)[0]
         if modulation is None:

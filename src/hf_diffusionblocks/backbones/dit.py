@@ -100,9 +100,7 @@ class DiTBackbone(PiecewiseBackbone):
                 linear.initial_std = INITIALIZER_RANGE
         return plain
 
-    def load_plain(
-        self, plain_class: type[nn.Module], source: str | PathLike, config: DiTConfig, **loading
-    ) -> nn.Module:
+    def load_plain(self, plain_class: type[nn.Module], source: str | PathLike, config: DiTConfig, **loading) -> nn.Module:
         if "attn_implementation" in loading:
             raise ValueError(
                 f"attn_implementation={loading['attn_implementation']!r} must not be given for a {self.plain_name}: "

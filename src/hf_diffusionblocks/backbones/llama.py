@@ -21,9 +21,7 @@ class LlamaBackbone(Decoder):
     def positions(self, plain: PreTrainedModel, hidden: torch.Tensor, position_ids: torch.Tensor) -> dict:
         return {"position_embeddings": plain.model.rotary_emb(hidden, position_ids=position_ids)}
 
-    def keys_and_values(
-        self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, position_embeddings
-    ):
+    def keys_and_values(self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, position_embeddings):
         attention, normed = layer.self_attn, self.normed(layer, hidden, modulation)
         shape = (*hidden.shape[:-1], -1, attention.head_dim)
         keys = self.key_norm(attention, attention.k_proj(normed).view(shape)).transpose(1, 2)

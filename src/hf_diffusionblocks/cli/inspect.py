@@ -176,7 +176,9 @@ def block_table(description: dict) -> str:
 
 def _block_row(part: dict, level: str | None) -> tuple[str, ...]:
     layers = f"{part['layers'][0]}-{part['layers'][-1]}" if "layers" in part else ""
-    intervals = ["({:.4g}, {:.4g}]".format(*part[key]) if key in part else "" for key in ((level, f"training_{level}") if level else ())]
+    intervals = [
+        "({:.4g}, {:.4g}]".format(*part[key]) if key in part else "" for key in ((level, f"training_{level}") if level else ())
+    ]
     return (str(part["block"]), layers, *intervals, f"{part['parameters']:,}", part["file"], f"{part['bytes']:,}")
 
 

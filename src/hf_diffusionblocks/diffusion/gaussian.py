@@ -1,6 +1,7 @@
 """The Gaussian process: how a target is noised, how a network that undoes it is conditioned, how a sampler steps back.
 
-Pure functions of tensors. `N` is the batch, `D` the width of the target. Sources: EDM (arXiv 2206.00364), table 1; DiffusionBlocks (arXiv 2506.14202), appendix.
+Pure functions of tensors. `N` is the batch, `D` the width of the target. Sources: EDM (arXiv 2206.00364), table 1;
+DiffusionBlocks (arXiv 2506.14202), appendix.
 """
 
 from __future__ import annotations

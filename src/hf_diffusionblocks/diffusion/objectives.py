@@ -108,9 +108,7 @@ def chunked_sum(
     if torch.is_grad_enabled():
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         return _ChunkedSum.apply(loss_of_rows, num_logits, len(rows), *rows, *trained)
-    return sum(
-        (loss_of_rows(*chunk) for chunk in _chunks(rows, num_logits)), start=torch.zeros((), device=rows[0].device)
-    )
+    return sum((loss_of_rows(*chunk) for chunk in _chunks(rows, num_logits)), start=torch.zeros((), device=rows[0].device))
 
 
 def rows_per_chunk(num_rows: int, num_logits: int, device: torch.device) -> int:

@@ -56,9 +56,7 @@ def check_generators(generator: Generators, num_rows: int) -> None:
         raise ValueError(f"{len(generator)} generators must be {num_rows}, one a row, or one for all")
 
 
-def keyed_generators(
-    key: Sequence[int], rows: Sequence[int], device: torch.device | str = "cpu"
-) -> list[torch.Generator]:
+def keyed_generators(key: Sequence[int], rows: Sequence[int], device: torch.device | str = "cpu") -> list[torch.Generator]:
     """A generator for each row, a function of the key and the row's number alone. Kinds of devices draw other numbers from
     it: what is to be the same on all of them is drawn on the CPU."""
     device, made = drawing_device(device), []

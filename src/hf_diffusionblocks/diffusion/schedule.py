@@ -52,9 +52,7 @@ class NoiseSchedule:
             ends = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64)
             self._mass_below_min, self._mass_below_max = self._normal_cdf(ends).tolist()
             #: `[B+1]` ascending float64; the first is sigma_min and the last sigma_max, exactly.
-            self.boundaries: torch.Tensor = self.quantile(
-                torch.arange(num_blocks + 1, dtype=torch.float64) / num_blocks
-            )
+            self.boundaries: torch.Tensor = self.quantile(torch.arange(num_blocks + 1, dtype=torch.float64) / num_blocks)
         if not bool((self.boundaries.diff() > 0).all()):
             raise ValueError(
                 f"p_mean={p_mean}, p_std={p_std} leave some of {num_blocks} blocks no probability inside "

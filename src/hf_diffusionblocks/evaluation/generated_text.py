@@ -90,16 +90,13 @@ def _tokens_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list
 
 
 @torch.no_grad()
-def _perplexity(
-    judge: PreTrainedModel, contexts: list[list[int]], tokens: list[list[int]], batch_size: int
-) -> float:
+def _perplexity(judge: PreTrainedModel, contexts: list[list[int]], tokens: list[list[int]], batch_size: int) -> float:
     config = judge.config.get_text_config()
     longest, known = (getattr(config, name, math.inf) for name in ("max_position_embeddings", "vocab_size"))
     for index, (context, text) in enumerate(zip(contexts, tokens)):
         if len(context) + len(text) > longest:
             raise ValueError(
-                f"texts[{index}] and its prompt have {len(context) + len(text)} tokens: the judge reads at most "
-                f"{longest}"
+                f"texts[{index}] and its prompt have {len(context) + len(text)} tokens: the judge reads at most {longest}"
             )
         if (most := max(context + text, default=0)) >= known:
             raise ValueError(f"texts[{index}] has token {most}, and the judge knows {known} tokens: is the tokenizer its own?")

@@ -52,9 +52,7 @@ def gradient_bytes(parameters: Iterable[torch.nn.Parameter]) -> int:
     return sum(p.grad.nbytes for p in parameters if p.grad is not None)
 
 
-def state_tensors(
-    optimizer: torch.optim.Optimizer, without: Collection[torch.nn.Parameter] = ()
-) -> Iterator[torch.Tensor]:
+def state_tensors(optimizer: torch.optim.Optimizer, without: Collection[torch.nn.Parameter] = ()) -> Iterator[torch.Tensor]:
     """The tensors of an optimizer's state, but for some parameters'."""
     for parameter, state in optimizer.state.items():
         if parameter not in without:

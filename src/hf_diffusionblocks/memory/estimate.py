@@ -61,8 +61,10 @@ class MemoryEstimate:
     @property
     def _title(self) -> str:
         workload = self.workload
-        size = f"{workload.batch_size} images" if workload.sequence_length is None else (
-            f"{workload.batch_size} x {workload.sequence_length} tokens"
+        size = (
+            f"{workload.batch_size} images"
+            if workload.sequence_length is None
+            else (f"{workload.batch_size} x {workload.sequence_length} tokens")
         )
         layers, blocks = workload.stock.num_layers, workload.num_blocks
         return ", ".join([

@@ -229,9 +229,7 @@ def _make_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parame
 # ---- without memory
 
 
-def _built(
-    make: Callable[[], PreTrainedModel], dtype: torch.dtype, fake_mode: FakeTensorMode | None
-) -> PreTrainedModel:
+def _built(make: Callable[[], PreTrainedModel], dtype: torch.dtype, fake_mode: FakeTensorMode | None) -> PreTrainedModel:
     if fake_mode is None:
         return make().to(dtype).train()
     with torch.device("meta"):

@@ -10,8 +10,8 @@ from torch import nn
 class TrainedParameters:
     """The parameters of what a run trains, by block; until it ends, those of other blocks ask for no gradients.
 
-    What is frozen or thawed before the run, or by a callback in it, is left as it is. (A pass reaches no block but its own: nothing has
-    to be frozen from turn to turn.)
+    What is frozen or thawed before the run, or by a callback in it, is left as it is. (A pass reaches no block but its own:
+    nothing has to be frozen from turn to turn.)
 
     Args:
         model: whose parameters.

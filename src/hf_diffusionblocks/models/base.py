@@ -96,8 +96,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         if config.local_head_layers:
             # The last block has none: it reads out as the stock model does.
             self.local_heads = nn.ModuleList(
-                nn.ModuleList(self._make_layer() for _ in range(config.local_head_layers))
-                for _ in range(self.num_blocks - 1)
+                nn.ModuleList(self._make_layer() for _ in range(config.local_head_layers)) for _ in range(self.num_blocks - 1)
             )
 
     def _in_base(self, path: str) -> bool:
@@ -241,9 +240,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             if module is not self and hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False
 
-    def run_layer(
-        self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention
-    ) -> torch.Tensor:
+    def run_layer(self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention) -> torch.Tensor:
         """One layer by itself, checkpointed where gradient checkpointing is on; as in [`PiecewiseBackbone.run_layer`]."""
 
         def run(hidden: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:

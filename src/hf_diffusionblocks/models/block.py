@@ -173,9 +173,7 @@ class Block:
         """The clean input is conditioned on sigma_min, whatever the noise level of the target."""
         return self.modulations(torch.full((1,), self.model.config.sigma_min, device=self.model.device))
 
-    def run(
-        self, hidden: torch.Tensor, modulations: Sequence[Modulation | None] | None = None, **attention
-    ) -> torch.Tensor:
+    def run(self, hidden: torch.Tensor, modulations: Sequence[Modulation | None] | None = None, **attention) -> torch.Tensor:
         """`[N, S, D]` through its layers, modulated or (None) as they are; `attention` as in [`PiecewiseBackbone.run_layer`].
 
         Raises:

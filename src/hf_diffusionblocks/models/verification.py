@@ -160,7 +160,8 @@ class _Comparison:
         sees = _difference(changed[:, :-1], self._expected[:, :-1]) > self._tolerance
         if sees != self._model.sees_later_tokens:
             raise self._refused(
-                f"its tokens {'see' if sees else 'do not see'} those after them, and must{' not' if sees else ''}", self._for_task
+                f"its tokens {'see' if sees else 'do not see'} those after them, and must{' not' if sees else ''}",
+                self._for_task,
             )
 
     def check_loss(self, labels: torch.Tensor) -> None:
@@ -172,8 +173,8 @@ class _Comparison:
         ours = self._model.formulation.loss(self._inputs, labels)
         if _difference(ours, stock) > max(1e-3, _tolerance(stock.dtype)):
             raise self._refused(
-                f"its own loss of a text is {stock:.3f}, and that of each next token {ours:.3f}. Labels that are shifted before are "
-                "for other models",
+                f"its own loss of a text is {stock:.3f}, and that of each next token {ours:.3f}. Labels that are shifted before "
+                "are for other models",
                 self._for_task,
             )
         self._compare(self._gradients(stock), self._gradients(ours))

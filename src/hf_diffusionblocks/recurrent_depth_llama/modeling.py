@@ -208,9 +208,7 @@ class RecurrentDepthLlamaForCausalLM(RecurrentDepthLlamaPreTrainedModel, Generat
                 raise ValueError(f"{name}={asked} must be False: a layer of the core has as many as there are runs")
         if use_cache is None and labels is not None:
             use_cache = False  # nobody goes on from a text that is scored
-        outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, num_steps
-        )
+        outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, num_steps)
         logits, loss = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)), None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)

@@ -98,9 +98,7 @@ class SavedByBlock(PreTrainedModel):
             )
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path, *args, resident_blocks: Sequence[int] | None = None, **kwargs
-    ):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, resident_blocks: Sequence[int] | None = None, **kwargs):
         """As in Transformers; a local folder is checked first, so that a damaged shard is named.
 
         Args:

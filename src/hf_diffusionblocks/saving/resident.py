@@ -119,9 +119,7 @@ def load(
             _untie(model, target)
     model.load_state_dict(weights, strict=False)
     model.provenance = index.provenance
-    if model.can_generate() and cached_file(
-        source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub
-    ):
+    if model.can_generate() and cached_file(source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub):
         model.generation_config = GenerationConfig.from_pretrained(source, **hub)
     return model.eval()
 

@@ -84,9 +84,7 @@ def find_rest(model: nn.Module, taken: Sequence[nn.Module]) -> dict[str, nn.Modu
     return {path: module for path, module in parts if path in found or any(id(p) in moving for p in module.parameters())}
 
 
-def _with_own_parameters(
-    module: nn.Module, path: str, inside: set[int], around: set[int]
-) -> Iterator[tuple[str, nn.Module]]:
+def _with_own_parameters(module: nn.Module, path: str, inside: set[int], around: set[int]) -> Iterator[tuple[str, nn.Module]]:
     if id(module) in inside:
         return
     if path and id(module) not in around and any(p is not None for p in module._parameters.values()):

@@ -123,9 +123,7 @@ class WeightAverages(TrainerCallback):
         with safe_open(path, framework="pt") as file:
             loaded = {name: file.get_tensor(name) for name in file.keys()}
             updates = json.loads(file.metadata()["updates"])
-        shapes, expected = (
-            {(name, *tensor.shape) for name, tensor in each.items()} for each in (loaded, self._parameters)
-        )
+        shapes, expected = ({(name, *tensor.shape) for name, tensor in each.items()} for each in (loaded, self._parameters))
         if shapes != expected:
             name, *shape = min(shapes ^ expected)
             has = "lacks" if (name, *shape) in expected else "has"

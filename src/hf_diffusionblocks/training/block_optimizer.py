@@ -45,9 +45,7 @@ def learning_rate_curve(args: TrainingArguments, num_updates: int) -> Callable[[
     return scheduler.lr_lambdas[0]
 
 
-def scheduler_by_block(
-    args: TrainingArguments, optimizer: torch.optim.Optimizer, schedule: BlockSchedule
-) -> LambdaLR:
+def scheduler_by_block(args: TrainingArguments, optimizer: torch.optim.Optimizer, schedule: BlockSchedule) -> LambdaLR:
     """A scheduler whose groups advance with the updates of their blocks; of what is shared, with the run."""
     curve = learning_rate_curve(args, schedule.updates_per_block)
 

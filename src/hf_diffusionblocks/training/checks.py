@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, Trainer
 from transformers.training_args import OptimizerNames

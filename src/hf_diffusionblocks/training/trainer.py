@@ -59,7 +59,10 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
     args: DiffusionBlocksTrainingArguments
 
     def __init__(
-        self, model: DiffusionBlocksPreTrainedModel | None = None, args: DiffusionBlocksTrainingArguments | None = None, **kwargs
+        self,
+        model: DiffusionBlocksPreTrainedModel | None = None,
+        args: DiffusionBlocksTrainingArguments | None = None,
+        **kwargs,
     ):
         if not isinstance(args, DiffusionBlocksTrainingArguments):
             raise TypeError(f"args={type(args).__name__} must be DiffusionBlocksTrainingArguments")

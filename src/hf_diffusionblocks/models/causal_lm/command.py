@@ -31,9 +31,7 @@ class TextOptions:
     )
 
 
-def generate(
-    source: str, options: TextOptions, seed: int | None, load: Callable[[], DiffusionBlocksForCausalLM]
-) -> None:
+def generate(source: str, options: TextOptions, seed: int | None, load: Callable[[], DiffusionBlocksForCausalLM]) -> None:
     """Print the prompt and what follows, by the model's `generate`.
 
     Args:

@@ -42,7 +42,9 @@ class WalkGeneration(GenerationMixin):
             self.backbone.generation_config = self.generation_config
             return self.backbone.generate(*args, **kwargs)
         if kwargs.get("assistant_model") is not None:
-            raise _refusal(f"assistant_model={type(kwargs['assistant_model']).__name__}", "a walk makes one token a row at a time")
+            raise _refusal(
+                f"assistant_model={type(kwargs['assistant_model']).__name__}", "a walk makes one token a row at a time"
+            )
         return super().generate(*args, **kwargs)
 
     def _prepare_generation_config(self, *args, **kwargs):
@@ -64,9 +66,7 @@ class WalkGeneration(GenerationMixin):
         # Sampling controls act inside the walk, where they still can: its last logits are next to a point mass.
         steps = model_kwargs.get("num_steps", getattr(generation_config, "num_steps", None))
         model_kwargs["text_walk"] = TextWalk(self, logits_processor, generation_config.do_sample, steps)
-        return super()._sample(
-            input_ids, LogitsProcessorList(), stopping_criteria, generation_config, *args, **model_kwargs
-        )
+        return super()._sample(input_ids, LogitsProcessorList(), stopping_criteria, generation_config, *args, **model_kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids, *args, inputs_embeds: torch.Tensor | None = None, text_walk: TextWalk | None = None, **kwargs

@@ -41,7 +41,9 @@ class JointText(Formulation):
         """What has left the block, and what tokens 1 to S-1 are read out from, `[N, S-1, D]` both."""
         self.model.refuse({"block_input": text.block_input}, "with preset='paper': a block starts from embeddings")
         if not targets.shape[1]:
-            raise ValueError("labels of one token a text must be of at least 2: a block is trained on the tokens after the first")
+            raise ValueError(
+                "labels of one token a text must be of at least 2: a block is trained on the tokens after the first"
+            )
         sigma = self.levels(block.index, targets, noise["sigma"], noise["generator"])
         z = self.corrupt(targets, sigma, noise["noise"], noise["generator"])
         hidden = self.run(block, text, z, sigma)

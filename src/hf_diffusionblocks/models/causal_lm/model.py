@@ -158,7 +158,9 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
             self.refuse({**draws, "block_input": block_input}, "without block_index: it is of a block that trains")
             stock |= {"use_cache": use_cache, "logits_to_keep": logits_to_keep}
             return self.formulation.predict(text, labels, num_items_in_batch, return_logits, text_walk, num_steps, **stock)
-        self.refuse({**stock, "num_steps": num_steps}, "with block_index, which has a loss of its own: leave it out of the batch")
+        self.refuse(
+            {**stock, "num_steps": num_steps}, "with block_index, which has a loss of its own: leave it out of the batch"
+        )
         block, targets = self.blocks[block_index], labels[:, 1:]
         leaving, rows = self.formulation.train(block, text, targets, draws)
         loss = self._objective(block, rows, targets, num_items_in_batch)

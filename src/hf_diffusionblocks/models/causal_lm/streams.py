@@ -127,9 +127,7 @@ class Streams:
 
     def _mask(self, hidden: torch.Tensor, explicit: bool = False) -> torch.Tensor | None:
         attention_mask, position_ids, past = self._mask_arguments
-        return self.architecture.causal_mask(
-            self.model.backbone, hidden, attention_mask, position_ids, past, explicit=explicit
-        )
+        return self.architecture.causal_mask(self.model.backbone, hidden, attention_mask, position_ids, past, explicit=explicit)
 
     def _positions(self, position_ids: torch.Tensor) -> dict:
         return self.architecture.positions(self.model.backbone, self._hidden, position_ids)

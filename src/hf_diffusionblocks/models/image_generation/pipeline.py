@@ -135,7 +135,7 @@ class DiffusionBlocksImagePipeline(DiffusionPipeline):
             def on_step(step: int, z: torch.Tensor) -> torch.Tensor:
                 progress.update()
                 if callback_on_step_end is not None:
-                    given = {name: z for name in callback_on_step_end_tensor_inputs}
+                    given = dict.fromkeys(callback_on_step_end_tensor_inputs, z)
                     z = _latents_of(callback_on_step_end(self, step, sigmas[step], given), z)
                 if self._interrupt:
                     raise EndOfSampling(z)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-from ...backbones.dit import DiTBackbone, DiTConfig
+from ...backbones.dit import DiTConfig
 from ...presets import PRESETS
 from ...tasks import Generation, Task, gaussian_noise
 from .command import ImageOptions, generate

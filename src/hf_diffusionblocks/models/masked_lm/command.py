@@ -55,9 +55,7 @@ class Drafts(TextDiffusionStreamer):
         self.decode_kwargs = of_text
 
 
-def generate(
-    source: str, options: MaskedTextOptions, seed: int | None, load: Callable[[], DiffusionBlocksForMaskedLM]
-) -> None:
+def generate(source: str, options: MaskedTextOptions, seed: int | None, load: Callable[[], DiffusionBlocksForMaskedLM]) -> None:
     """Print the prompt and what follows, by the model's `generate`; or, if it holds mask tokens, the text of `infill`.
 
     Args:

@@ -253,9 +253,7 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         loss = total / num_counted(labels, items.sum() if num_items is None else num_items, self.training)
         return MaskedLMOutput(loss=loss.float(), logits=logits)
 
-    def _masked_for_scoring(
-        self, text: MaskedText, labels: torch.Tensor
-    ) -> tuple[MaskedText, torch.Tensor, torch.Tensor]:
+    def _masked_for_scoring(self, text: MaskedText, labels: torch.Tensor) -> tuple[MaskedText, torch.Tensor, torch.Tensor]:
         """A text that hides what its labels ask for, which tokens count, and which could have; bool, `[N, S]`."""
         labelled, given = (labels != IGNORED) & text.attended, text.holds(self.mask_token_id)
         whole = ~given.any(1, keepdim=True)
