@@ -1,13 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test docs check-gpu
+.PHONY: demo test test-docs docs check-gpu
 
 demo: .venv/installed
 	$(BIN)/python recipes/demo_digits.py --output_dir outputs/demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest tests -n 2
+
+test-docs: .venv/installed
+	TYPE_ALL_DOCS=1 $(BIN)/python -m pytest tests/test_docs.py -n 2
 
 docs: .venv/installed
 	$(BIN)/mkdocs build --strict

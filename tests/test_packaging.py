@@ -86,8 +86,9 @@ def test_the_site_builds_with_every_link_in_its_place(tmp_path):
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=[file.stem for file in NOTEBOOKS])
-def test_notebooks_run_as_they_stand(file, tmp_path):
+def test_notebooks_run_as_they_stand(file, tmp_path, monkeypatch):
     """And end as what is stored in them: sizes, counts and equalities."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # (two test processes share the cores)
     stored = nbformat.read(file, 4)
     found = nbformat.read(file, 4)
     NotebookClient(found, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()

@@ -8,7 +8,7 @@ from pathlib import Path
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
-OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]+\)")
+OUTSIDE = re.compile(r"\[([^\]]+)\]\((\.\./|benchmarks/|recipes/)[^)]+\)")
 
 
 def on_files(files: Files, config) -> Files:
