@@ -61,6 +61,21 @@ def run_and_report(
     report(results, table(results), settings["updates"], options.output)
 
 
+def table_of(
+    columns: Sequence[str], rows: Iterable[str], results: list[dict], cells: Callable[[str, list[dict]], Sequence[str]]
+) -> list[str]:
+    """Markdown: a line for each row that has runs, which are one a seed.
+
+    Args:
+        cells: from a row's name and its runs.
+    """
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        if runs := [result for result in results if result["row"] == row]:
+            lines.append(f"| {' | '.join(cells(row, runs))} |")
+    return lines
+
+
 def report(results: list[dict], table: str, updates: int, folder: Path) -> None:
     """Keep all results as JSON beside their table, and print it."""
     (folder / "results.json").write_text("[\n " + ",\n ".join(map(json.dumps, results)) + "\n]\n")

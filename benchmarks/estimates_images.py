@@ -23,9 +23,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.memory.costs import Costs, Operations
-from hf_diffusionblocks.memory.ledger import Ledger, measure_memory
-from hf_diffusionblocks.memory.scenarios import WithoutMemory
+from hf_diffusionblocks.memory.costs import Costs
+from hf_diffusionblocks.memory.ledger import Ledger
+from hf_diffusionblocks.memory.scenarios import Step, streamed_step
 from hf_diffusionblocks.recipes.finetune_image_model import LossArguments, ModelArguments, add_adapters
 from hf_diffusionblocks.recipes.image_pipelines import Habits
 from hf_diffusionblocks.recipes.image_trainer import Denoiser, Objective
@@ -117,15 +117,7 @@ def followed(model: Model, rows: int, lora: bool) -> tuple[Ledger, Costs, int]:
     def loss() -> torch.Tensor:
         return objective(lambda noisy, times: habits.run(denoiser, noisy.to(dtype), times, conditions), latents, generator)
 
-    with WithoutMemory(fake):
-        loss().backward()
-        optimizer.zero_grad()
-        before = stream.copied
-        with Operations() as operations:
-            ledger = measure_memory(transformer, optimizer, loss)
-    copied = {way: number - before[way] for way, number in stream.copied.items()}
-    trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
-    return ledger, Costs(**copied, trained=trained, operations=operations.total), size
+    return *streamed_step(Step(transformer, optimizer, loss, stream=stream), fake), size
 
 
 def line(name: str, step: str, found: dict) -> str:

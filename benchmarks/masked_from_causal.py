@@ -66,11 +66,11 @@ class Row:
     rank: int = 0
 
 
-BASE = "causal, shifted, at once, 2e-3"
+BASE = "causal, in place, at once, 2e-3"
 ROWS: dict[str, Row] = {
     "fresh, in place": Row(causal=False),
-    "causal, in place, at once, 2e-3": Row(),
-    BASE: Row(shifted=True),
+    BASE: Row(),
+    "causal, shifted, at once, 2e-3": Row(shifted=True),
     "causal, in place, at once, 1e-3": Row(rate=1e-3),
     "causal, shifted, at once, 1e-3": Row(shifted=True, rate=1e-3),
     "fresh, shifted": Row(causal=False, shifted=True),

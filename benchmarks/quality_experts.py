@@ -27,7 +27,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from cached_runs import file_of, parser_of, report, results_of
+from cached_runs import file_of, parser_of, report, results_of, table_of
 from copied_blocks import copy_to_every_block
 from generation_metrics import frechet_distance, held_out_losses, in_batches, precision_and_recall, trained_classifier
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -279,14 +279,8 @@ def table(results: list[dict], floor: float) -> str:
         f"Fashion-MNIST, classes 5 to 9; U = {results[0]['updates']} updates of {BATCH} images; {SAMPLES} samples of {STEPS} "
         f"Euler steps on the Karras grid. The Frechet distance of as many training images is {floor:.1f}.",
         "",
-        f"| {' | '.join(COLUMNS)} |",
-        "|---" * len(COLUMNS) + "|",
     ]
-    for name in ROWS:
-        runs = [result for result in results if result["row"] == name]
-        if runs:
-            lines.append(f"| {' | '.join(_cells(name, runs))} |")
-    return "\n".join(lines)
+    return "\n".join(lines + table_of(COLUMNS, ROWS, results, _cells))
 
 
 def _cells(name: str, runs: list[dict]) -> list[str]:

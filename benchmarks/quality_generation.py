@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from cached_runs import add_run_options, report, results_of
+from cached_runs import add_run_options, report, results_of, table_of
 from copied_blocks import copy_to_every_block
 from generation_metrics import (
     frechet_distance, held_out_losses, in_batches, precision_and_recall, trained_classifier,
@@ -177,14 +177,8 @@ def table(results: list[dict], seconds: dict, floor: float) -> str:
         f"Fashion-MNIST, {updates} updates of {BATCH} images for every parameter; {samples} samples of {STEPS} Euler steps. "
         f"The Frechet distance of as many training images is {floor:.1f}.",
         "",
-        f"| {' | '.join(COLUMNS)} |",
-        "|---" * len(COLUMNS) + "|",
     ]
-    for row in ROWS:
-        runs = [result for result in results if result["row"] == row]
-        if runs:
-            lines.append(f"| {' | '.join(_cells(row, runs, seconds.get(row, {})))} |")
-    return "\n".join(lines)
+    return "\n".join(lines + table_of(COLUMNS, ROWS, results, lambda row, runs: _cells(row, runs, seconds.get(row, {}))))
 
 
 COLUMNS = (

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cached_runs import add_run_options, results_of
+from cached_runs import add_run_options, results_of, table_of
 from datasets import load_dataset
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 from transformers.utils import logging
@@ -119,15 +119,13 @@ def table(results: list[dict], updates: int) -> str:
         f"Test accuracy in %, {updates} updates of 64 images for every parameter; ViT {LAYERS} layers, width 64, "
         f"patch 4, B={BLOCKS}.",
         "",
-        f"| | seeds | {' | '.join(READINGS)} |",
-        "|---|---|" + "---|" * len(READINGS),
     ]
-    for row in ROWS:
-        runs = [result for result in results if result["row"] == row]
-        if runs:
-            cells = (_cell([100 * r[reading] for r in runs if reading in r]) for reading in READINGS)
-            lines.append(f"| {row} | {len(runs)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(lines + table_of(("", "seeds", *READINGS), ROWS, results, _cells))
+
+
+def _cells(row: str, runs: list[dict]) -> list[str]:
+    read = (_cell([100 * run[reading] for run in runs if reading in run]) for reading in READINGS)
+    return [row, str(len(runs)), *read]
 
 
 def _cell(values: list[float]) -> str:

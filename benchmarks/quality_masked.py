@@ -17,7 +17,7 @@ import statistics
 import time
 
 import torch
-from cached_runs import parser_of, run_and_report
+from cached_runs import parser_of, run_and_report, table_of
 from characters import ALPHABET, characters
 from gutenberg import config_for
 from quality_text import Sequences
@@ -131,12 +131,8 @@ COLUMNS = (
 def table(results: list[dict]) -> str:
     """Markdown. Of one seed, `±` is the standard error over texts (what a row is over end to end: of paired ones); of several,
     the standard deviation over seeds."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     end_to_end = {result["seed"]: result for result in results if result["row"] == END_TO_END}
-    for row in ROWS:
-        if runs := [result for result in results if result["row"] == row]:
-            lines.append(f"| {' | '.join(_cells(row, runs, end_to_end))} |")
-    return "\n".join(lines)
+    return "\n".join(table_of(COLUMNS, ROWS, results, lambda row, runs: _cells(row, runs, end_to_end)))
 
 
 def _cells(row: str, runs: list[dict], end_to_end: dict[int, dict]) -> list[str]:

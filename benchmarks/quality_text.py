@@ -18,7 +18,7 @@ import statistics
 import time
 
 import torch
-from cached_runs import parser_of, run_and_report
+from cached_runs import parser_of, run_and_report, table_of
 from characters import ALPHABET, characters
 from gutenberg import config_for
 from ladder import LAYERS, ROWS, new_model, new_trainer
@@ -104,11 +104,7 @@ COLUMNS = (
 
 def table(results: list[dict]) -> str:
     """Markdown; means over seeds."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    for name in ROWS:
-        if runs := [result for result in results if result["row"] == name]:
-            lines.append(f"| {' | '.join(_cells(name, runs, results))} |")
-    return "\n".join(lines)
+    return "\n".join(table_of(COLUMNS, ROWS, results, lambda name, runs: _cells(name, runs, results)))
 
 
 def _cells(name: str, runs: list[dict], results: list[dict]) -> list[str]:

@@ -28,7 +28,7 @@ from hf_diffusionblocks.cli.arguments import parse
 from hf_diffusionblocks.diffusion.objectives import IGNORED
 from hf_diffusionblocks.diffusion.randomness import draw, keyed_generators
 from hf_diffusionblocks.extras import from_extra
-from hf_diffusionblocks.models.masked_lm.bound import sampled_bound
+from hf_diffusionblocks.models.masked_lm.bound import ScoredTexts
 from hf_diffusionblocks.processors import load_tokenizer
 from hf_diffusionblocks.recipes import common, text
 from hf_diffusionblocks.recipes.common import option
@@ -77,8 +77,7 @@ class MaskedDiffusionLM(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        tokens = self.tokenizer(string, add_special_tokens=add_special_tokens is not False)["input_ids"]
-        return tokens[:-1] if tokens[-1:] == [self.eot_token_id] else tokens  # (BERT's tokenizer closes a text)
+        return text.opened(string, self.tokenizer, with_special_tokens=add_special_tokens is not False)
 
     # ---- likelihood
 
@@ -116,10 +115,12 @@ class MaskedDiffusionLM(TemplateLM):
         """The bound of each answer, `[N]`."""
         tokens, attended = batch["input_ids"].cpu(), batch["attention_mask"].bool().cpu()
         keys, total = [zlib.crc32(row[of].numpy().tobytes()) for row, of in zip(tokens, attended)], 0.0
+        scored = ScoredTexts.of(self.model, batch)
         for sample in range(self.num_samples):  # (each from a key of its own: how much a batch is padded does not tell)
             generators = keyed_generators([self.seed, sample], keys)
             uniform = draw(torch.rand, (len(keys),), generators, dtype=torch.float64)
-            total += sampled_bound(self.model, batch, (sample + uniform) / self.num_samples, generators) / self.num_samples
+            share = (sample + uniform) / self.num_samples
+            total += scored.sampled_bound(self.model, share, generators) / self.num_samples
         return total
 
     @torch.no_grad()

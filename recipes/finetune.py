@@ -38,9 +38,7 @@ class ModelArguments(ModelConfig):
 
     model: str = field(kw_only=True, metadata={"help": "Hub id or folder of the model to tune, with its tokenizer."})
     lora: bool = option(False, "Train LoRA adapters, and leave the model as it is; lora_r and the like say which.")
-    stream: bool = option(
-        False, "Keep weights, gradients and optimizer state in host memory; a layer or two at a time is on the device."
-    )
+    stream: bool = option(False, common.STREAM)
     keep: str | None = option(
         None, "With stream: how many layers stay on the device, or as many as fit into a budget such as 20GiB."
     )
@@ -50,8 +48,7 @@ class ModelArguments(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         self.model_name_or_path, self.use_peft = self.model, self.lora
-        if self.keep is not None and not self.stream:
-            raise ValueError(f"keep={self.keep!r} needs stream: without it, all layers stay on the device")
+        common.check_keep(self.keep, self.stream)
         of_lora = [each for each in fields(ModelConfig) if each.name.startswith(("lora_", "use_rslora", "use_dora"))]
         for each in of_lora:
             if (value := getattr(self, each.name)) != each.default and not self.lora:
@@ -113,8 +110,7 @@ def prepare(
     )  # fmt: skip
     stream = None
     if model_args.stream:
-        keep = model_args.keep or "0"
-        stream = db.stream_layers(model, training_args.device, keep=int(keep) if keep.isdigit() else keep)
+        stream = common.stream_keeping(model, model_args.keep, training_args.device)
     trainer = SFTTrainer(
         model, args=training_args, train_dataset=data, eval_dataset=eval_data, peft_config=get_peft_config(model_args)
     )
@@ -156,12 +152,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
     metrics = common.train(trainer, resume_from)
     trainer.create_model_card(dataset_name=None if Path(data_args.data).exists() else data_args.data)
     print_samples(trainer, prompts)
-    if stream is not None:
-        to_device, to_host = (number / 1e9 for number in stream.copied.values())
-        trainer.accelerator.print(
-            f"\nstreamed: {len(stream.units)} units, at most {stream.peak_units} on the device at once; "
-            f"{to_device:.3g} GB copied there, {to_host:.3g} GB back"
-        )
+    common.print_stream(trainer, stream)
     return metrics
 
 

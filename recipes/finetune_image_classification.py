@@ -36,9 +36,7 @@ class ModelArguments:
     model: str = field(metadata={"help": "Hub id or folder of an image classifier, with its image processor."})
     lora: bool = option(False, "Train LoRA adapters and the classifier, and leave the rest as it is.")
     lora_r: int = option(16, "Rank of the adapters; their scale is twice as much over the rank.")
-    stream: bool = option(
-        False, "Keep weights, gradients and optimizer state in host memory; a layer or two at a time is on the device."
-    )
+    stream: bool = option(False, common.STREAM)
 
 
 def prepare(

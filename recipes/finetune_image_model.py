@@ -55,9 +55,7 @@ class ModelArguments:
     lora_layers: str = option(
         "to_k,to_q,to_v,to_out.0", "With lora: which matrices have an adapter, as ends of their names in the transformer."
     )
-    stream: bool = option(
-        False, "Keep weights, gradients and optimizer state in host memory; a layer or two at a time is on the device."
-    )
+    stream: bool = option(False, common.STREAM)
     keep: str | None = option(
         None, "With stream: how many layers stay on the device, or as many as fit into a budget such as 8GB."
     )
@@ -67,8 +65,7 @@ class ModelArguments:
             raise ValueError(f"dtype={self.dtype!r} must be {' or '.join(map(repr, DTYPES))}")
         if self.lora_r < 1:
             raise ValueError(f"lora_r={self.lora_r} must be at least 1")
-        if self.keep is not None and not self.stream:
-            raise ValueError(f"keep={self.keep!r} needs stream: without it, all layers stay on the device")
+        common.check_keep(self.keep, self.stream)
 
 
 @dataclass
@@ -252,8 +249,7 @@ def make_transformer(
         add_adapters(transformer, model_args)
     stream = None
     if model_args.stream:
-        keep = model_args.keep or "0"
-        stream = db.stream_layers(transformer, training_args.device, keep=int(keep) if keep.isdigit() else keep)
+        stream = common.stream_keeping(transformer, model_args.keep, training_args.device)
     return transformer, stream
 
 
@@ -306,12 +302,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
     except common.BAD_INPUT as error:
         sys.exit(f"{PROG}: error: {' '.join(str(error).split())}")
     metrics = common.train(trainer, resume_from)
-    if stream is not None:
-        to_device, to_host = (number / 1e9 for number in stream.copied.values())
-        trainer.accelerator.print(
-            f"\nstreamed: {len(stream.units)} units, at most {stream.peak_units} on the device at once; "
-            f"{to_device:.3g} GB copied there, {to_host:.3g} GB back"
-        )
+    common.print_stream(trainer, stream)
     return metrics
 
 

@@ -49,9 +49,7 @@ class ModelArguments:
     """Which model is tuned."""
 
     model: str = field(metadata={"help": "Hub id or folder of the model to tune, with its tokenizer."})
-    stream: bool = option(
-        False, "Keep weights, gradients and optimizer state in host memory; a layer or two at a time is on the device."
-    )
+    stream: bool = option(False, common.STREAM)
 
 
 @dataclass
@@ -81,16 +79,10 @@ def examples_of(row: dict) -> Iterator[dict]:
 def encoded(example: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """`input_ids` of prompt and answer, and `labels`, which are -100 in the prompt."""
     written = maybe_apply_chat_template(example, tokenizer)
-    prompt = opened(written["prompt"], tokenizer, with_special_tokens=not is_conversational(example))
+    prompt = text.opened(written["prompt"], tokenizer, with_special_tokens=not is_conversational(example))
     answer, end = tokenizer(written["completion"], add_special_tokens=False)["input_ids"], text.end_token_id(tokenizer)
     answer = answer if end in answer else [*answer, end]
     return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
-
-
-def opened(prompt: str, tokenizer: PreTrainedTokenizerBase, with_special_tokens: bool) -> list[int]:
-    """The tokens of a prompt, which goes on: without what a tokenizer closes texts with."""
-    tokens = tokenizer(prompt, add_special_tokens=with_special_tokens)["input_ids"]
-    return tokens[:-1] if with_special_tokens and tokens[-1:] == [text.end_token_id(tokenizer)] else tokens
 
 
 def encode(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -180,7 +172,7 @@ class PrintAnswers(TrainerCallback):
             if is_chat:
                 prompt = processing_class.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
             room = getattr(model.config, "max_position_embeddings", None) or self.num_tokens * 100
-            tokens = opened(prompt, processing_class, not is_chat)[-(room - self.num_tokens) :]
+            tokens = text.opened(prompt, processing_class, not is_chat)[-(room - self.num_tokens) :]
             tokens = torch.tensor([tokens], device=args.device)
             made = model.generate(
                 tokens, max_new_tokens=self.num_tokens, eos_token_id=end, temperature=0,

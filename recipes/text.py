@@ -213,6 +213,12 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
 
+def opened(prompt: str, tokenizer: PreTrainedTokenizerBase, with_special_tokens: bool) -> list[int]:
+    """The tokens of a prompt, which goes on: without what a tokenizer closes texts with."""
+    tokens = tokenizer(prompt, add_special_tokens=with_special_tokens)["input_ids"]
+    return tokens[:-1] if with_special_tokens and tokens[-1:] == [end_token_id(tokenizer)] else tokens
+
+
 def named_tokenizer(args: ModelArguments, resume_from: str | None, ends: Sequence[str]) -> PreTrainedTokenizerBase | None:
     """The tokenizer that is asked for, the pretrained model's, or that of the run that goes on; None: train one.
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 import torch
 from text_recipe_runs import paragraphs
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import hf_diffusionblocks as db
 from hf_diffusionblocks.recipes.text import ModelArguments, trained_tokenizer
 
 TEMPLATE = (
@@ -49,6 +51,16 @@ def files(tmp_path_factory) -> dict[str, str]:
     for form, made in forms.items():
         (folder / f"{form}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     return {form: str(folder / f"{form}.jsonl") for form in forms} | {"nowhere": str(folder / "nowhere.jsonl")}
+
+
+def save_masked(model: str, folder: Path, num_blocks: int) -> db.DiffusionBlocksForMaskedLM:
+    """The plain model as a masked one, saved with a tokenizer that has a mask token, as the recipe saves one."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
+    tokenizer.save_pretrained(folder)
+    made = db.convert(model, num_blocks, "fill-mask", mask_token_id=tokenizer.mask_token_id)
+    made.save_pretrained(folder)
+    return made
 
 
 def chat(*turns: tuple[str, str]) -> list[dict]:

@@ -108,12 +108,12 @@ class Newcomer:
     """Types what is to be typed, in a folder that looks like a checkout with data beside.
 
     Args:
+        hub: of [`make_hub`].
         home: an empty folder.
     """
 
-    def __init__(self, home: Path):
-        self.hub, self.folder = home / "hub", home / "checkout"
-        make_hub(self.hub)
+    def __init__(self, hub: Path, home: Path):
+        self.hub, self.folder = hub, home / "checkout"
         write_texts(self.folder)
         write_images(self.folder / "images")
         write_captioned(self.folder / "captioned")

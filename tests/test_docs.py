@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from newcomer import ROOT, Newcomer
+from newcomer import ROOT, Newcomer, make_hub
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -124,8 +124,14 @@ def looks_like(printed: str, shown: str, any_numbers: bool = False) -> bool:
     return all(re.search(pattern(line), lines) for line in shown.splitlines() if line.strip())
 
 
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Path:
+    make_hub(cache := tmp_path_factory.mktemp("hub"))
+    return cache
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_what_is_typed_runs(page, tmp_path):
+def test_what_is_typed_runs(page, hub, tmp_path):
     """In the page's order, in one folder. Python that imports the package is whole; other Python is a part of something.
 
     `make test` types all of README, and of a page what it begins with; `make test-docs` types everything.
@@ -136,7 +142,7 @@ def test_what_is_typed_runs(page, tmp_path):
         if language == "":
             assert looks_like(printed, text, any_numbers=is_short), f"{text}\nis not in\n{printed}"
         elif language == "bash" or "import hf_diffusionblocks" in text:
-            newcomer = newcomer or Newcomer(tmp_path)
+            newcomer = newcomer or Newcomer(hub, tmp_path)
             typed = commands(text) if language == "bash" else [text]
             printed = "".join((type_command if language == "bash" else run_python)(newcomer, each) for each in typed)
             is_short = language == "python" and shortened(text) != text

@@ -7,11 +7,9 @@ from functools import partial
 
 import pytest
 import torch
-from instructions import model  # noqa: F401  (a fixture)
+from instructions import model, save_masked
 from lm_eval.api.instance import Instance
-from transformers import AutoTokenizer
 
-import hf_diffusionblocks as db
 from hf_diffusionblocks.recipes import evaluate_masked_lm
 from hf_diffusionblocks.recipes.evaluate_masked_lm import MaskedDiffusionLM
 
@@ -31,11 +29,8 @@ metric_list: [{{metric: acc}}]
 
 @pytest.fixture(scope="module")
 def masked(tmp_path_factory, model) -> str:
-    folder, tokenizer = tmp_path_factory.mktemp("masked"), AutoTokenizer.from_pretrained(model)
-    tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
-    tokenizer.save_pretrained(folder)
+    made = save_masked(model, folder := tmp_path_factory.mktemp("masked"), 1)
     torch.manual_seed(0)
-    made = db.convert(model, 1, "fill-mask", mask_token_id=tokenizer.mask_token_id)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))  # so that contexts tell

@@ -177,4 +177,3 @@ def head_of(model: nn.Module, layers_path: str) -> Iterator[Callable[[torch.Tens
         for depth in range(len(names)):
             stack.enter_context(standing_in(model.get_submodule(".".join(names[: depth + 1])), base))
         yield head
-        rows = None

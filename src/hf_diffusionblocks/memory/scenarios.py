@@ -51,6 +51,11 @@ def ledger_of(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = N
 def followed_stream(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = None) -> tuple[Ledger, Costs]:
     """Of a streamed model: the ledger of a micro-batch once the order of its units is known, and what it costs."""
     (step,) = steps(way, workload, fake_mode)
+    return streamed_step(step, fake_mode)
+
+
+def streamed_step(step: Step, fake_mode: FakeTensorMode | None = None) -> tuple[Ledger, Costs]:
+    """The same of a step of a streamed model. With a fake mode, its tensors have sizes and no memory."""
     with nullcontext() if fake_mode is None else WithoutMemory(fake_mode):
         step.loss().backward()
         step.optimizer.zero_grad()

@@ -86,10 +86,8 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksClassifier):
         Raises:
             ValueError: labels are missing for a block, or a block for training; or an argument is not of this formulation.
         """
-        x, draws = (
-            _stock_inputs(pixel_values, interpolate_pos_encoding),
-            {"sigma": sigma, "noise": noise, "generator": generator},
-        )
+        x = _stock_inputs(pixel_values, interpolate_pos_encoding)
+        draws = {"sigma": sigma, "noise": noise, "generator": generator}
         return self._classify(x, labels, block_index, block_input, draws, num_items_in_batch, stock)
 
     def block_logits(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:

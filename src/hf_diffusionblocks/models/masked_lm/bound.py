@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 
 from ...diffusion.likelihood import LikelihoodTerms
 from ...diffusion.masking import draw_masked
 from ...diffusion.objectives import IGNORED
-from ...diffusion.randomness import Generators, draw
+from ...diffusion.randomness import Generators
 from ..base import DiffusionBlocksPreTrainedModel
 from .text import MaskedText
 
 
 def likelihood_terms(
-    model: DiffusionBlocksPreTrainedModel, batch: Mapping[str, torch.Tensor], num_samples: int, generator: Generators
+    model: DiffusionBlocksPreTrainedModel, batch: Mapping[str, torch.Tensor], num_samples: int, generator: torch.Generator
 ) -> LikelihoodTerms:
     """With l of L labels masked, l uniform on 1..L and the set uniform, a text costs at most
     `E[(L / l) * sum over masked of -ln p(token | z)]` (LLaDA, arXiv 2502.09992, equation 14), each term by the block that
@@ -23,47 +24,48 @@ def likelihood_terms(
 
     Args:
         num_samples: counts l a text, stratified over 1..L.
-        generator: of counts and sets; or one a text, N of them.
+        generator: of counts and sets.
 
     Raises:
         ValueError: a token that has a label is MASK.
     """
-    batch = {name: value.to(model.device) for name, value in batch.items()}
-    num_texts, total = len(batch["labels"]), 0.0
+    scored = ScoredTexts.of(model, batch)
+    num_texts, total = len(scored.labels), 0.0
     for sample in range(num_samples):
-        uniform = draw(torch.rand, (num_texts,), generator, dtype=torch.float64)
-        total += sampled_bound(model, batch, (sample + uniform) / num_samples, generator) / num_samples
+        uniform = torch.rand(num_texts, generator=generator, dtype=torch.float64)
+        total += scored.sampled_bound(model, (sample + uniform) / num_samples, generator) / num_samples
     zeros = torch.zeros(num_texts, dtype=torch.float64)
-    return LikelihoodTerms(_maskable(batch).sum(1).double().cpu(), 0.0, zeros, total.cpu())
+    return LikelihoodTerms(scored.maskable.sum(1).double().cpu(), 0.0, zeros, total.cpu())
 
 
-def sampled_bound(
-    model: DiffusionBlocksPreTrainedModel, batch: Mapping[str, torch.Tensor], share: torch.Tensor, generator: Generators
-) -> torch.Tensor:
-    """The bound of each text by one set of masks, in nats, `[N]` float64.
+class ScoredTexts(NamedTuple):
+    """Whole texts, on the model's device, and which of their tokens are scored."""
 
-    Args:
-        batch: on the model's device.
-        share: `[N]`, of 0 to 1: where in 1..L the count of masks lies.
-        generator: of the sets; or one a text, N of them.
+    text: MaskedText
+    labels: torch.Tensor  #: `[N, S]`
+    maskable: torch.Tensor  #: bool, `[N, S]`
 
-    Raises:
-        ValueError: a token that has a label is MASK.
-    """
-    names = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
-    text, labels, maskable = MaskedText(*(batch.get(name) for name in names)), batch["labels"], _maskable(batch)
-    if bool((text.holds(model.mask_token_id) & maskable).any()):
-        raise ValueError(f"input_ids hold mask_token_id={model.mask_token_id} where labels are scored: give whole texts")
-    most = maskable.sum(1)
-    counts = torch.minimum((share.to(most.device) * most).long() + 1, most)
-    masked = draw_masked(counts, maskable, generator)
-    sums = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
-    for block, rows, hidden in model.answers(text.masked(masked, model.mask_token_id)):
-        sums[rows] = model.sums_of_rows(block, hidden, labels[rows], masked[rows])
-    return most / counts.clamp(min=1) * sums
+    @classmethod
+    def of(cls, model: DiffusionBlocksPreTrainedModel, batch: Mapping[str, torch.Tensor]) -> ScoredTexts:
+        """Raises ValueError if a token that has a label is MASK."""
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        text, labels = MaskedText(*(batch.get(name) for name in MaskedText._fields)), batch["labels"]
+        maskable = (labels != IGNORED) & text.attended
+        if bool((text.holds(model.mask_token_id) & maskable).any()):
+            raise ValueError(f"input_ids hold mask_token_id={model.mask_token_id} where labels are scored: give whole texts")
+        return cls(text, labels, maskable)
 
+    def sampled_bound(self, model: DiffusionBlocksPreTrainedModel, share: torch.Tensor, generator: Generators) -> torch.Tensor:
+        """The bound of each text by one set of masks, in nats, `[N]` float64.
 
-def _maskable(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    attended = batch.get("attention_mask")
-    labelled = batch["labels"] != IGNORED
-    return labelled if attended is None else labelled & attended.bool()
+        Args:
+            share: `[N]`, of 0 to 1: where in 1..L the count of masks lies.
+            generator: of the sets; or one a text, N of them.
+        """
+        most = self.maskable.sum(1)
+        counts = torch.minimum((share.to(most.device) * most).long() + 1, most)
+        masked = draw_masked(counts, self.maskable, generator)
+        sums = torch.zeros(len(most), dtype=torch.float64, device=most.device)
+        for block, rows, hidden in model.answers(self.text.masked(masked, model.mask_token_id)):
+            sums[rows] = model.sums_of_rows(block, hidden, self.labels[rows], masked[rows])
+        return most / counts.clamp(min=1) * sums
