@@ -29,8 +29,8 @@ from hf_diffusionblocks.models.causal_lm.task import plain_loss
 #: Task -> its rows
 TASKS = {
     "characters": ("end to end, 8 layers", "B=4, own loss, local head of one layer"),
-    "masked text": ("end to end, 6 layers", "B=3 of 2 layers (paper)"),
-    "images": ("end to end, 6 layers", "B=3 of 2 layers, own ends"),
+    "masked text": ("end to end, 6 layers", "B=3 of 2 layers (paper)", "B=3 of 6 layers"),
+    "images": ("end to end, 6 layers", "B=3 of 2 layers, own ends", "B=2 of 3 layers, own ends", "B=3 of 6 layers"),
 }
 
 
