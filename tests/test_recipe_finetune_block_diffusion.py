@@ -9,8 +9,9 @@ import pytest
 import torch
 from instructions import files, model  # noqa: F401  (fixtures)
 from refusals import refusal
+from tiny_block_diffusion import block_diffusion_config
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer, DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, TrainingArguments
+from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion, TrainingArguments
 
 from hf_diffusionblocks.cli import train as train_verb
 from hf_diffusionblocks.recipes import finetune_block_diffusion
@@ -25,27 +26,12 @@ TRAINING = [
 ]  # fmt: skip
 
 
-def config_of(vocab_size: int, canvas_length: int, **text) -> DiffusionGemmaConfig:
-    sizes = {
-        "vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 16, "global_head_dim": 16, "sliding_window": 8, "num_experts": 2,
-        "top_k_experts": 1, "moe_intermediate_size": 32, "max_position_embeddings": 128, "initializer_range": 0.2,
-        "layer_types": ["sliding_attention", "full_attention"], "pad_token_id": END, "eos_token_id": END, "bos_token_id": END,
-    }  # fmt: skip
-    vision = {
-        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
-        "head_dim": 8, "patch_size": 4,
-    }  # fmt: skip
-    tokens = {"image_token_id": vocab_size - 1, "boi_token_id": vocab_size - 2, "eoi_token_id": vocab_size - 3}
-    return DiffusionGemmaConfig(text_config=sizes | text, vision_config=vision, canvas_length=canvas_length, **tokens)
-
-
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory, model) -> str:
     """A block diffusion model with a tokenizer that has a chat template."""
     folder, tokenizer = tmp_path_factory.mktemp("writer"), AutoTokenizer.from_pretrained(model)
     torch.manual_seed(0)
-    made = DiffusionGemmaForBlockDiffusion(config_of(len(tokenizer), CANVAS))
+    made = DiffusionGemmaForBlockDiffusion(block_diffusion_config(len(tokenizer), CANVAS))
     made.generation_config.update(max_denoising_steps=2, eos_token_id=END, pad_token_id=END)
     made.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -115,7 +101,7 @@ def test_the_loss_is_cross_entropy_of_all_tokens_of_the_step():
 def test_the_model_s_own_sampler_writes_what_was_learned(tmp_path):
     """Two prompts, of different lengths, an answer each; before it has learned, it writes others."""
     torch.manual_seed(0)
-    tuned = DiffusionGemmaForBlockDiffusion(config_of(16, 4))
+    tuned = DiffusionGemmaForBlockDiffusion(block_diffusion_config(16, 4))
     prompts, written = [[2], [5, 5, 2]], [[3, 4, 5, 6], [7, 8, 9, 10]]
     rows = [{"input_ids": prompt, "labels": answer} for prompt, answer in zip(prompts, written)] * 16
     asked = Collate(END)(rows[:2])
@@ -200,7 +186,7 @@ BAD_INPUTS = {
     "of another kind": (["--model", "{model}", "--data", "{chats}"], "has model_type='llama', and must have 'diffusion_gemma'"),
     "texts": (["--model", "{writer}", "--data", "{texts}"], "must have a column 'messages', or columns 'prompt' and"),
     "none fits": (["--model", "{writer}", "--data", "{chats}", "--max_length", "3"], "an answer that fits max_length=3"),
-    "too long": (["--model", "{writer}", "--data", "{chats}", "--max_length", "129"], "max_position_embeddings=128"),
+    "too long": (["--model", "{writer}", "--data", "{chats}", "--max_length", "1025"], "max_position_embeddings=1024"),
     "keep": (["--model", "{writer}", "--data", "{chats}", "--keep", "2"], "keep='2' needs stream"),
     "dtype": (["--model", "{writer}", "--data", "{chats}", "--dtype", "int8"], "dtype='int8' must be one of fp32"),
     "share": (["--model", "{writer}", "--data", "{chats}", "--self_conditioning", "2"], "self_conditioning=2.0 must be from 0"),
