@@ -51,20 +51,24 @@ def tokenize(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_l
     Raises:
         ValueError: there is none.
     """
-
-    def of_batch(batch: dict[str, list]) -> dict[str, list]:
-        split = [dict(zip(batch, values)) for values in zip(*batch.values())]
-        made = [tokens_of(example, tokenizer) for row in split for example in examples_of(row)]
-        return {"prompt": [prompt for prompt, _ in made], "answer": [answer for _, answer in made]}
-
     features = Features({"prompt": TOKENS, "answer": TOKENS})
-    made = rows.map(of_batch, batched=True, remove_columns=rows.column_names, features=features, desc=f"tokenizing {name}")
+    made = rows.map(
+        _tokens_of_batch, batched=True, remove_columns=rows.column_names, features=features, desc=f"tokenizing {name}",
+        fn_kwargs={"tokenizer": tokenizer},
+    )  # fmt: skip
     kept = made.filter(lambda row: len(row["prompt"]) + len(row["answer"]) <= max_length)
     if left_out := len(made) - len(kept):
         logger.warning(f"{left_out} of {len(made)} answers of {name} are left out: longer than max_length={max_length}")
     if not len(kept):
         raise ValueError(f"{name} must have an answer that fits max_length={max_length}, and has none")
     return kept
+
+
+def _tokens_of_batch(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+    """(No closure: `datasets` could not tell whether it has changed since its results were cached.)"""
+    split = [dict(zip(batch, values)) for values in zip(*batch.values())]
+    made = [tokens_of(example, tokenizer) for row in split for example in examples_of(row)]
+    return {"prompt": [prompt for prompt, _ in made], "answer": [answer for _, answer in made]}
 
 
 def prompt_tokens(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
