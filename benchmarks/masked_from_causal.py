@@ -83,6 +83,7 @@ ROWS: dict[str, Row] = {
     "three adapters, rank 8, a third of the updates each": Row(rate=5e-3, updates=UPDATES // 3, experts=EXPERTS, rank=RANK),
     "three copies, all updates each": Row(experts=EXPERTS),
     "three adapters, rank 8, all updates each": Row(rate=5e-3, experts=EXPERTS, rank=RANK),
+    "one copy, 3,000 updates": Row(updates=EXPERTS * UPDATES),
 }  # fmt: skip
 
 

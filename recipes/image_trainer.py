@@ -46,6 +46,8 @@ class Denoiser(nn.Module):
         """As the Trainer asks for it."""
         self.transformer.enable_gradient_checkpointing()
 
+    gradient_checkpointing_enable = activation_checkpointing_enable  #: its name before Transformers 5.23
+
 
 class Objective:
     """What a model learns, as its scheduler says: flow matching, or to tell noise, v or the image.

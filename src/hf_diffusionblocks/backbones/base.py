@@ -80,11 +80,6 @@ class Backbone:
         """Give one module of this architecture fresh weights, as the stock model does."""
         plain._init_weights(module)
 
-    def checkpoint_layers(self, plain: nn.Module) -> None:
-        """Have the stock model compute the activations of its layers again in the backward pass."""
-        if plain.supports_gradient_checkpointing:
-            plain.activation_checkpointing_enable()
-
     def largest_step(self, config: PreTrainedConfig) -> dict[str, Any]:
         """What the stock model's `forward` is told for a training step that holds as much as any, where steps differ."""
         return {}

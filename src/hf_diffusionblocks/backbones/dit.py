@@ -141,9 +141,6 @@ class DiTBackbone(PiecewiseBackbone):
             table = get_2d_sincos_pos_embed(width, math.isqrt(patches), base_size=patch_embed.base_size, output_type="pt")
         init.copy_(patch_embed.pos_embed, table.float()[None])
 
-    def checkpoint_layers(self, plain: nn.Module) -> None:
-        plain.enable_gradient_checkpointing()
-
     # ---- sizes
 
     def num_layers(self, config: DiTConfig) -> int:

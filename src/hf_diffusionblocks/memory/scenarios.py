@@ -21,6 +21,7 @@ from ..conversion import convert
 from ..diffusion.objectives import reading_out_as_on
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..streaming import LayerStream, stream_layers
+from ..streaming.layers import switch_checkpointing
 from .costs import Costs, Operations
 from .ledger import Ledger, measure_memory
 from .stock import layer_paths
@@ -107,7 +108,7 @@ def _stock_step(way: Way, workload: Workload, fake_mode) -> Iterator[Step]:
 
     model = _built(make, workload.dtype, fake_mode)
     if way.checkpointing:
-        stock.checkpoint_layers(model)
+        switch_checkpointing(model, on=True)
     optimizer, batch = _optimizer(model), workload.batch()
     if way.in_backward:
         trained = optimizer.param_groups[0]["params"]

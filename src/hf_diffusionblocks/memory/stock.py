@@ -55,10 +55,6 @@ class Stock:
             return self.architecture.make_plain(self.config)
         return STOCK_CLASSES[self.task_name].from_config(self.config)
 
-    def checkpoint_layers(self, model: nn.Module) -> None:
-        """Have it compute the activations of its layers again in the backward pass, if it knows how to."""
-        (self.architecture or Backbone(type(model))).checkpoint_layers(model)
-
     def batch(self, num_rows: int, sequence_length: int | None) -> dict[str, torch.Tensor]:
         """Random inputs and labels."""
         if self.task:

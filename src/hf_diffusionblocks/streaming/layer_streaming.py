@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from .checks import check_device, check_model, check_parameter, check_processes
 from .device_steps import StepsOnDevice
-from .layers import find_layers, find_rest, named_layers
+from .layers import find_layers, find_rest, named_layers, switch_checkpointing
 from .lending import LentUnit, StreamedModel, enter, leave
 from .stream import Stream
 from .units import Unit
@@ -269,14 +269,8 @@ def _in_host_memory(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def _set_checkpointing(model: nn.Module, on: bool) -> bool:
     """Switch a model's own activation checkpointing, if it has any; gives whether it was on before."""
     before = _is_checkpointed(model)
-    if on and not before:
-        if getattr(model, "supports_gradient_checkpointing", False):
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        elif getattr(model, "_supports_gradient_checkpointing", False):  # of diffusers
-            model.enable_gradient_checkpointing()
-    if not on and before:
-        off = getattr(model, "activation_checkpointing_disable", None) or getattr(model, "disable_gradient_checkpointing")
-        off()
+    if on != before:
+        switch_checkpointing(model, on)
     return before
 
 

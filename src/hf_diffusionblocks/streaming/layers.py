@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 #: Of the parameters' bytes, what has to move at least; small parts beyond it stay on the device.
@@ -107,3 +108,14 @@ def _tables(model: nn.Module) -> list[nn.Module]:
 
 def _num_bytes(module: nn.Module) -> int:
     return sum(p.nbytes for p in module.parameters())
+
+
+def switch_checkpointing(model: nn.Module, on: bool) -> None:
+    """Switch the activation checkpointing of a model of Transformers or diffusers, if it has any."""
+    if not any(getattr(model, name, False) for name in ("supports_gradient_checkpointing", "_supports_gradient_checkpointing")):
+        return
+    name = "enable" if on else "disable"
+    # Transformers called it gradient checkpointing before 5.23, as diffusers does.
+    switches = (f"activation_checkpointing_{name}", f"gradient_checkpointing_{name}", f"{name}_gradient_checkpointing")
+    switch = next(getattr(model, switch) for switch in switches if hasattr(model, switch))
+    switch(*([{"use_reentrant": False}] if on and isinstance(model, PreTrainedModel) else []))
