@@ -19,7 +19,6 @@ from hf_diffusionblocks.diffusion import objectives as losses
 from hf_diffusionblocks.diffusion.gaussian import precondition
 from hf_diffusionblocks.diffusion.randomness import PositionNoise
 from hf_diffusionblocks.memory.activations import SavedActivations
-from hf_diffusionblocks.models.causal_lm.text import ReadoutInput, Text
 
 
 # ---- conversion (test_lossless.py has more)
@@ -91,8 +90,8 @@ def test_noisy_tokens_are_scaled_by_c_in_and_stand_at_the_target_s_position(ids)
 
 def test_sigma_is_drawn_for_every_sequence(plain, ids):
     model, rows = make(plain, p_mean=-0.5), []
-    levels = model.formulation.levels
-    model.formulation.levels = lambda *args: rows.append(levels(*args)) or rows[-1]
+    run = model.formulation.run
+    model.formulation.run = lambda *args: rows.append(args[-1]) or run(*args)
     model(ids, labels=ids, block_index=1)
     (sigma,) = rows
     assert [row.unique().numel() for row in sigma] == [1, 1, 1] and sigma.unique().numel() == 3
@@ -101,10 +100,10 @@ def test_sigma_is_drawn_for_every_sequence(plain, ids):
 def test_edm_readout_at_sigma_max_is_the_network_s_own_head(plain, ids):
     model = make(plain)
     given = {"sigma": torch.full((3,), 80.0), "noise": draw()["noise"], "generator": None}
-    hidden, (_, z, sigma) = model.formulation.train(model.blocks[1], Text(ids), ids[:, 1:], given)
+    hidden, (_, z, sigma) = model.formulation.train(model.blocks[1], {"input_ids": ids}, ids[:, 1:], None, given)
     network = model.architecture.read_out(model.backbone, hidden)
-    c_skip_part = 0.25 / (80.0**2 + 0.25) * model.architecture.head(model.backbone, z) / 0.5
-    assert torch.allclose(model.logits(1, ReadoutInput(hidden, z, sigma)), network + c_skip_part, atol=1e-3)
+    c_skip_part = 0.25 / (80.0**2 + 0.25) * model.backbone.lm_head(z) / 0.5
+    assert torch.allclose(model.logits(1, hidden, z, sigma), network + c_skip_part, atol=1e-3)
 
 
 def test_targets_are_unit_vectors_of_the_embeddings_or_a_fixed_table(plain):
@@ -216,8 +215,7 @@ def test_no_more_than_a_chunk_of_logits_is_ever_held(monkeypatch):
         model = db.convert(config, num_blocks=2).train()
         ids = torch.randint(vocab, (4, 64))
         sizes = []
-        read = model.formulation.logits
-        monkeypatch.setattr(model.formulation, "logits", lambda *args: sizes.append(read(*args).nbytes) or read(*args))
+        model.backbone.lm_head.register_forward_hook(lambda head, args, logits: sizes.append(logits.nbytes))
         with SavedActivations(model.parameters()) as saved:
             loss = model(ids, labels=ids, block_index=0).loss
         kept.append(saved.bytes)

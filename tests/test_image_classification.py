@@ -66,7 +66,7 @@ def test_a_step_draws_a_sigma_of_its_block_and_noise_for_every_row(plain_model, 
     """The same loss as from the draws made by hand, in this order, from the same generator."""
     model = randomized(db.convert(plain_model, num_blocks=2, preset="paper"))
     generator = torch.Generator().manual_seed(3)
-    sigma = model.blocks[block_index].draw_levels((6,), generator)
+    sigma = model.draw_levels(block_index, (6,), None, generator)
     noise = torch.randn(6, 32, generator=generator)
     assert sigma.unique().numel() == noise.unique(dim=0).shape[0] == 6
     model.eval()

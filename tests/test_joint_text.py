@@ -22,9 +22,8 @@ def noisy_through_all(model, block_index: int, ids, mask=None) -> list[torch.Ten
     block, outputs = model.blocks[block_index], []
     clean_modulations, noisy_modulations = block.clean_modulations(), block.modulations(sigma)
     for realisation in ("apart", "together"):
-        hidden = block.embed({"input_ids": ids, "position_ids": positions})
-        streams = Streams(model, hidden, Text(ids, None, mask, positions), kept, CleanKeys())
-        hidden = streams.enter(block, hidden)
+        streams = Streams(model, Text(ids, None, mask, positions), kept, CleanKeys())
+        hidden = streams.enter(block)
         noisy = streams.embed_noisy(block, z)
         if realisation == "together":
             joined = [join(c, n, LENGTH, LENGTH) for c, n in zip(clean_modulations, noisy_modulations)]

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from .modulation import Modulation, modulate
+from .modulation import Modulation
 from .base import PiecewiseBackbone, may_look
 
 
@@ -94,7 +94,9 @@ class Decoder(PiecewiseBackbone):
     def normed(self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:
         """What enters a layer's attention."""
         normed = getattr(layer, self.attention_norm_name)(hidden)
-        return normed if modulation is None else modulate(normed, modulation.attention_shift, modulation.attention_scale)
+        if modulation is None:
+            return normed
+        return torch.addcmul(modulation.attention_shift, normed, modulation.attention_scale)
 
     def run_layer(self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention) -> torch.Tensor:
         attend, mlp = getattr(layer, self.attention_name), getattr(layer, self.mlp_name)
@@ -104,15 +106,9 @@ class Decoder(PiecewiseBackbone):
             return hidden + mlp(getattr(layer, self.mlp_norm_name)(hidden))
         hidden = torch.addcmul(hidden, modulation.attention_gate, attended)
         normed = getattr(layer, self.mlp_norm_name)(hidden)
-        normed = modulate(normed, modulation.mlp_shift, modulation.mlp_scale)
+        normed = torch.addcmul(modulation.mlp_shift, normed, modulation.mlp_scale)
         return torch.addcmul(hidden, modulation.mlp_gate, mlp(normed))
-
-    def final_norm(self, plain: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        return plain.get_submodule(self.final_norm_path)(hidden)
-
-    def head(self, plain: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        return plain.lm_head(hidden)
 
     def read_out(self, plain: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., D]` -> `[..., V]`."""
-        return self.head(plain, self.final_norm(plain, hidden))
+        return plain.lm_head(plain.get_submodule(self.final_norm_path)(hidden))

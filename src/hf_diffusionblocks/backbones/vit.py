@@ -6,7 +6,7 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit.modeling_vit import ViTLayer
 
-from .modulation import Modulation, modulate
+from .modulation import Modulation
 from .base import PiecewiseBackbone
 
 
@@ -27,7 +27,7 @@ class ViTBackbone(PiecewiseBackbone):
     def run_layer(self, layer: ViTLayer, hidden: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:
         normed = layer.layernorm_before(hidden)
         if modulation is not None:
-            normed = modulate(normed, modulation.attention_shift, modulation.attention_scale)
+            normed = torch.addcmul(modulation.attention_shift, normed, modulation.attention_scale)
         attended = layer.dropout(layer.attention(normed)[0])
         if modulation is not None:
             attended = modulation.attention_gate * attended
@@ -35,7 +35,7 @@ class ViTBackbone(PiecewiseBackbone):
 
         normed = layer.layernorm_after(hidden)
         if modulation is not None:
-            normed = modulate(normed, modulation.mlp_shift, modulation.mlp_scale)
+            normed = torch.addcmul(modulation.mlp_shift, normed, modulation.mlp_scale)
         transformed = layer.dropout(layer.mlp(normed))
         if modulation is not None:
             transformed = modulation.mlp_gate * transformed

@@ -14,7 +14,7 @@ from transformers import initialization as init
 
 from ..backbones.base import parts_around
 from ..backbones.modulation import AdaLNModulation, Modulation, SigmaEmbedding
-from ..backbones.stock_run import base_of, without_dropout
+from ..backbones.stock_run import without_dropout
 from ..configuration import DiffusionBlocksConfig
 from ..diffusion.randomness import Generators
 from ..diffusion.schedule import NoiseSchedule
@@ -122,6 +122,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             predecessors=range(k if formulation.passes_on else 0),
             embeddings=self.sharing.embeddings(k),
             readout=self.sharing.readout(k),
+            own_paths=self.sharing.own_paths(k),
             sigma_embedding=f"sigma_embeddings.{self.sharing.copy(k)}" if formulation.modulated else None,
             local_head=f"local_heads.{k}" if has_head else None,
             prefixes=prefixes,
@@ -161,7 +162,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         if self.config.local_head_layers:
             last_layers = plain.get_submodule(self.layers_path)[-self.config.local_head_layers :]
             for block in self.blocks[:-1]:
-                if block.is_loaded:
+                if block.index in self.resident_blocks:
                     self.local_heads[block.index].load_state_dict(last_layers.state_dict())
         frozen = {name for name, parameter in plain.named_parameters() if not parameter.requires_grad}
         parts = [self.backbone, *(each for name in self.sharing.own_modules for each in getattr(self, name))]
@@ -190,11 +191,6 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     def layers(self) -> nn.ModuleList:
         """The stock model's, first to last."""
         return self.backbone.get_submodule(self.layers_path)
-
-    @property
-    def base(self) -> nn.Module:
-        """The stock model without its head."""
-        return base_of(self.backbone, self.layers_path)
 
     # ---- which parameter belongs to which block
 
@@ -243,13 +239,13 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     def run_layer(self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention) -> torch.Tensor:
         """One layer by itself, checkpointed where gradient checkpointing is on; as in [`PiecewiseBackbone.run_layer`]."""
 
-        def run(hidden: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:
-            with weights_on_device(layer):  # of which modulated ones are called part by part
-                return self._run_layer(layer, hidden, modulation, **attention)
-
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(run, hidden, modulation)
-        return run(hidden, modulation)
+            return self._gradient_checkpointing_func(partial(self._run_there, layer, **attention), hidden, modulation)
+        return self._run_there(layer, hidden, modulation, **attention)
+
+    def _run_there(self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention) -> torch.Tensor:
+        with weights_on_device(layer):  # of which modulated ones are called part by part
+            return self._run_layer(layer, hidden, modulation, **attention)
 
     def compile_layers(self, **kwargs) -> None:
         """Have layers compiled as they first run: one graph for all layers of all blocks, since they are alike.
@@ -271,9 +267,9 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
 
     def refuse(self, stock: Mapping[str, Any], where: str) -> None:
         """Raise ValueError if something is asked of the stock model that only it can give."""
-        asked = [name for name, value in stock.items() if value is not None and value is not False]
-        if asked:
-            raise ValueError(f"{asked[0]} must not be given {where}")
+        for name, value in stock.items():
+            if value is not None and value is not False:
+                raise ValueError(f"{name} must not be given {where}")
 
     # ---- the clean input through blocks
 
@@ -304,7 +300,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             ValueError: given ones are of another shape, or outside of the config's range.
         """
         if sigma is None:
-            return self.blocks[block_index].draw_levels(shape, generator)
+            return self.noise_schedule.sample(block_index, shape, generator, self.device).to(self.device, torch.float32)
         low, high = self.config.sigma_min, self.config.sigma_max
         slack = 1e-6  # of float32
         if sigma.shape != shape or not bool(((sigma >= low * (1 - slack)) & (sigma <= high * (1 + slack))).all()):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ...configuration import DiffusionBlocksConfig
 from ...diffusion.likelihood import LikelihoodTerms
-from ...diffusion.objectives import chunked_sum, cross_entropy, num_counted, rows_with_loss
+from ...diffusion.objectives import chunked_cross_entropy, num_counted
 from ...diffusion.randomness import Generators
 from ...streaming import weights_on_device
 from ..base import DiffusionBlocksPreTrainedModel
@@ -22,7 +23,7 @@ from ..targets import FixedTargets
 from .generation import WalkGeneration
 from .joint import JointText
 from .local import LocalText
-from .text import ReadoutInput, Text
+from .text import Text
 from .walk import TextWalk
 
 
@@ -152,43 +153,43 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         if inputs_embeds is not None and self.blocks[-1].embeds_apart:
             raise ValueError("inputs_embeds must be None with shared='per_block': each block embeds tokens by itself")
         self.check_block_given(block_index, labels)
-        text = Text(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, block_input)
+        x = self.stock_inputs({
+            "input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask,
+            "position_ids": position_ids, "past_key_values": past_key_values,
+        })  # fmt: skip
         draws = {"sigma": sigma, "noise": noise, "generator": generator}
         if block_index is None:
             self.refuse({**draws, "block_input": block_input}, "without block_index: it is of a block that trains")
             stock |= {"use_cache": use_cache, "logits_to_keep": logits_to_keep}
-            return self.formulation.predict(text, labels, num_items_in_batch, return_logits, text_walk, num_steps, **stock)
+            return self.formulation.predict(x, labels, num_items_in_batch, return_logits, text_walk, num_steps, **stock)
         self.refuse(
             {**stock, "num_steps": num_steps}, "with block_index, which has a loss of its own: leave it out of the batch"
         )
         block, targets = self.blocks[block_index], labels[:, 1:]
-        leaving, rows = self.formulation.train(block, text, targets, draws)
-        loss = self._objective(block, rows, targets, num_items_in_batch)
-        logits = self.logits(block_index, rows) if return_logits else None
+        leaving, rows = self.formulation.train(block, x, targets, block_input, draws)
+        loss = self.mean_loss(block, rows, targets, num_items_in_batch)
+        logits = self.logits(block_index, *rows) if return_logits else None
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=(leaving.detach(),))
 
     # ---- one block
 
-    def logits(self, block_index: int, rows: ReadoutInput) -> torch.Tensor:
+    def logits(self, block_index: int, *rows: torch.Tensor) -> torch.Tensor:
         """Logits `[N, S-1, V]` of one block, from rows `[N, S-1, ...]`."""
-        return self.formulation.logits(self.blocks[block_index], rows.flat()).unflatten(0, rows.hidden.shape[:2])
+        flat = [each.flatten(0, 1) for each in rows]
+        return self.formulation.logits(self.blocks[block_index], *flat).unflatten(0, rows[0].shape[:2])
 
-    def _objective(self, block: Block, rows: ReadoutInput, targets: torch.Tensor, num_items) -> torch.Tensor:
-        """The mean cross-entropy of labelled tokens, read out in chunks."""
-        targets = targets.flatten()
-        labelled = rows_with_loss(targets, at_most=len(targets))
-        rows, targets = rows.flat().where(labelled), targets[labelled]
-
-        def loss_of_rows(hidden, targets, *noise):
-            return cross_entropy(self.formulation.logits(block, ReadoutInput(hidden, *noise)), targets).sum()
-
-        noise = [tensor for tensor in rows[1:] if tensor is not None]
-        with block.reading_out() as parameters:
-            total = chunked_sum(loss_of_rows, [rows.hidden, targets, *noise], parameters, self.config.vocab_size)
+    def mean_loss(self, block: Block, rows: Sequence[torch.Tensor], targets: torch.Tensor, num_items) -> torch.Tensor:
+        """The mean cross-entropy of labelled tokens, read out in chunks of rows `[N, S-1, ...]`."""
+        rows, targets = [each.flatten(0, 1) for each in rows], targets.flatten()
+        vocab_size = self.backbone.config.get_text_config().vocab_size
+        with block.reading_out() as (head, parameters):
+            read = head if self.formulation.runs_stock else partial(self.formulation.logits, block)
+            total = chunked_cross_entropy(read, rows, targets, parameters, vocab_size)
         return total / num_counted(targets, num_items, self.training)
 
     def stock_inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return Text.of(batch).of_stock_model()
+        given = {name: value for name, value in batch.items() if value is not None and name in Text._fields}
+        return {"use_cache": False, **given}
 
     # ---- what the blocks say
 
@@ -206,7 +207,9 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
     ) -> torch.Tensor:
         """Label-free logits of every block, `[N, B, S, V]`: through its local head, if it has one; the paper's at sigma_max,
         from the walk's (keyed) starting noise, where only block 0 has been trained."""
-        return self.formulation.block_logits(Text(input_ids, None, attention_mask, position_ids))
+        return self.formulation.block_logits(
+            self.stock_inputs({"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids})
+        )
 
     @torch.no_grad()
     def trajectory(
@@ -222,5 +225,5 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
             raise ValueError(f"preset={self.config.preset!r} must be 'paper': no other walks to a token")
         last = torch.tensor([input_ids.shape[1] - 1], device=self.device)
         positions = None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # as generate's
-        text = Text(input_ids, None, attention_mask, positions)
+        text = Text(input_ids, attention_mask=attention_mask, position_ids=positions)
         return self.formulation.new_walk(num_steps).trajectory(text, last)[:, 0]

@@ -98,36 +98,25 @@ class Streams:
 
     Args:
         model: whose layers run.
-        hidden: any hidden states of the clean tokens `[N, S, D]`, for their shape, dtype and device.
         text: the clean tokens.
         kept: `[Q]`, the clean tokens (of the S) that have a noisy one.
         cache: keys and values of clean tokens: the P earlier ones', and soon these'.
     """
 
-    def __init__(
-        self,
-        model: DiffusionBlocksPreTrainedModel,
-        hidden: torch.Tensor,
-        text: Text,
-        kept: torch.Tensor,
-        cache,
-    ):
+    def __init__(self, model: DiffusionBlocksPreTrainedModel, text: Text, kept: torch.Tensor, cache):
         self.model, self.architecture, self.cache, self.kept = model, model.architecture, cache, kept
-        self.num_clean = hidden.shape[1]
-        self._position_ids, self._hidden = text.positioned()["position_ids"], hidden
+        self._inputs, self._hidden = text.positioned(), text.shape_in(model.dtype)
+        self._position_ids, self.num_clean = self._inputs["position_ids"], self._hidden.shape[1]
         self.noisy_position_ids = self._position_ids[:, kept] + 1
         self._prelude_output: torch.Tensor | None = None
-        past = cache if hasattr(cache, "get_seq_length") else None
-        self._mask_arguments = (text.attention_mask, text.position_ids, past)
         # Masks are made before anything runs: they count the tokens that the cache holds now. One row of an explicit
         # mask serves the whole batch where rows do not differ.
-        one_row = hidden if text.attention_mask is not None or len(self._position_ids) > 1 else hidden[:1]
-        self._explicit_mask = self._mask(one_row, explicit=True)
-        self._clean_mask = self._mask(hidden) if self.num_clean > 1 else self._explicit_mask
-
-    def _mask(self, hidden: torch.Tensor, explicit: bool = False) -> torch.Tensor | None:
-        attention_mask, position_ids, past = self._mask_arguments
-        return self.architecture.causal_mask(self.model.backbone, hidden, attention_mask, position_ids, past, explicit=explicit)
+        differ = text.attention_mask is not None or len(self._position_ids) > 1
+        past = cache if hasattr(cache, "get_seq_length") else None
+        asked = (text.attention_mask, text.position_ids, past)
+        make = self.architecture.causal_mask
+        self._explicit_mask = make(model.backbone, self._hidden if differ else self._hidden[:1], *asked, explicit=True)
+        self._clean_mask = make(model.backbone, self._hidden, *asked) if self.num_clean > 1 else self._explicit_mask
 
     def _positions(self, position_ids: torch.Tensor) -> dict:
         return self.architecture.positions(self.model.backbone, self._hidden, position_ids)
@@ -156,19 +145,21 @@ class Streams:
             **self._positions(torch.cat([self._position_ids, self.noisy_position_ids], 1)),
         }
 
-    def enter(self, block: Block, embedded: torch.Tensor) -> torch.Tensor:
-        """Embedded clean tokens `[N, S, D]`, on to the block's first layer. What the prelude makes of them, noisy tokens are
+    def enter(self, block: Block) -> torch.Tensor:
+        """Clean tokens `[N, S, D]`, as they enter the block's first layer. What the prelude makes of them, noisy tokens are
         told, too."""
-        for layer in self.architecture.prelude(block.embedding_parts):
+        parts = block.embedding_parts
+        embedded = self.architecture.embed(parts, **self._inputs)
+        for layer in self.architecture.prelude(parts):
             embedded = self.model.run_layer(layer, embedded, None, **self._clean_attention)
         self._prelude_output = embedded
-        return self.architecture.enter(block.embedding_parts, embedded)
+        return self.architecture.enter(parts, embedded)
 
     def embed_noisy(self, block: Block, embeds: torch.Tensor) -> torch.Tensor:
         """`c_in z` `[N, Q, D]`, as tokens at their positions that enter the block's first layer; once clean ones have entered
         theirs."""
         return self.architecture.embed_noisy(
-            block.embedding_parts, embeds, self.noisy_position_ids, self._prelude_output, self.kept
+            block.embedding_parts, embeds.to(self._hidden.dtype), self.noisy_position_ids, self._prelude_output, self.kept
         )
 
     def run_clean(self, block: Block, hidden: torch.Tensor, modulations) -> None:

@@ -145,11 +145,10 @@ class _Run:
 
     def __init__(self, plan: TextWalk, text: Text, kept: torch.Tensor):
         self.plan, self.model, self.kept = plan, plan.model, kept
-        self.inputs, shape = text.positioned(), text.shape_in(plan.model.dtype)
-        self.dtype, (self.num_rows, self.num_tokens) = shape.dtype, shape.shape[:2]
+        self.num_rows, self.num_tokens = text.tokens.shape[:2]
         # (Not an empty cache: with one, Transformers does not look for packed texts.)
         cache = CleanKeys() if text.past_key_values is None else text.past_key_values
-        self.streams = Streams(self.model, shape, text, kept, cache)
+        self.streams = Streams(self.model, text, kept, cache)
         self.positions = self.streams.noisy_position_ids.expand(self.num_rows, -1).flatten()
         if plan.sample:
             self.noise = NoiseSource(len(self.positions), 0, torch.default_generator, self.positions.device)
@@ -160,7 +159,7 @@ class _Run:
 
     def _entering(self, block: Block) -> torch.Tensor:
         if self._embedded is None or block.embeds_apart:
-            self._embedded = self.streams.enter(block, block.embed(self.inputs))
+            self._embedded = self.streams.enter(block)
         return self._embedded
 
     def advance_to(self, block_index: int) -> None:
@@ -189,7 +188,7 @@ class _Run:
         return self.noisy(block, z, level, plan.noisy_modulations[step])
 
     def _embed_noisy(self, block: Block, z: torch.Tensor, level: WalkLevel) -> torch.Tensor:
-        embeds = (level.c.input * z).to(self.dtype).unflatten(0, (self.num_rows, len(self.kept)))
+        embeds = (level.c.input * z).unflatten(0, (self.num_rows, len(self.kept)))
         return self.streams.embed_noisy(block, embeds)
 
     def noisy(self, block: Block, z: torch.Tensor, level: WalkLevel, modulations) -> torch.Tensor:
