@@ -24,7 +24,7 @@ def noisy_through_all(model, block_index: int, ids, mask=None) -> list[torch.Ten
     for realisation in ("apart", "together"):
         streams = Streams(model, Text(ids, None, mask, positions), kept, CleanKeys())
         hidden = streams.enter(block)
-        noisy = streams.embed_noisy(block, z)
+        noisy = streams.embed_noisy(block, z, torch.ones(1))
         if realisation == "together":
             joined = [join(c, n, LENGTH, LENGTH) for c, n in zip(clean_modulations, noisy_modulations)]
             outputs.append(streams.run_together(block, hidden, noisy, joined))
@@ -92,8 +92,8 @@ def test_a_noisy_token_sees_no_other_noisy_token(plain, joint, ids, block_index)
 def test_a_walk_asks_the_network_that_was_trained(plain, joint, ids, monkeypatch):
     """At every level, of the z that the walk has come to: what it is told is what a training step would compute."""
     model, asked = make(plain, **joint), []
-    read = model.formulation.read_out
-    monkeypatch.setattr(model.formulation, "read_out", lambda *args: asked.append(args[:3]) or read(*args))
+    read = model.formulation.logits
+    monkeypatch.setattr(model.formulation, "logits", lambda *args: asked.append(args[:3]) or read(*args))
     model(ids)
     followed = Text(torch.cat([ids, ids[:, :1]], 1))  # one token more, so that the last one has a next
     for (block, hidden, z), level in zip(asked, model.noise_schedule.inference_sigmas(2)):
@@ -109,7 +109,7 @@ def test_a_walk_is_scored_in_chunks(plain, joint, ids, num_items, monkeypatch):
     model = make(plain, **joint)
     mask, labels = torch.ones_like(ids), ids.clone()
     mask[1, :4], labels[1, :4], labels[0, 6:] = 0, -100, -100
-    made, read = [], model.formulation.read_out
+    made, read = [], model.formulation.logits
 
     def watched(*args):
         assert not [logits for logits, _ in made if logits() is not None]
@@ -122,6 +122,6 @@ def test_a_walk_is_scored_in_chunks(plain, joint, ids, num_items, monkeypatch):
             return model(ids, attention_mask=mask, labels=labels, num_items_in_batch=num_items, **kwargs).loss.item()
 
     expected = loss()
-    monkeypatch.setattr(model.formulation, "read_out", watched)
+    monkeypatch.setattr(model.formulation, "logits", watched)
     assert loss(return_logits=False) == pytest.approx(expected, rel=1e-6)
     assert [rows for _, rows in made] == [8, 8, 8, 6] * 2  # of 30, at both levels

@@ -174,12 +174,6 @@ class PiecewiseBackbone(Backbone):
         raise NotImplementedError
 
 
-def may_look(plain: nn.Module, attention_mask: torch.Tensor | None) -> bool:
-    """Whether Transformers may look if a mask hides anything, to leave it out where not: a training step would wait for an
-    accelerator to say so."""
-    return attention_mask is None or attention_mask.device.type == "cpu" or not plain.training
-
-
 class Parts(nn.Module):
     """Copies of some of a stock model's parts under their own paths, for a block that shares them with no other."""
 

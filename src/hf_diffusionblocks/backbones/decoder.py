@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from .modulation import Modulation
-from .base import PiecewiseBackbone, may_look
+from .base import PiecewiseBackbone
 
 
 class Decoder(PiecewiseBackbone):
@@ -37,13 +37,12 @@ class Decoder(PiecewiseBackbone):
     ) -> torch.Tensor:
         """Tokens `[N, S]` (or their embeddings) at positions `[N or 1, S]` -> `[N, S, D]`."""
 
-    def prelude(self, plain: nn.Module) -> Sequence[nn.Module]:
-        """Layers that clean tokens alone run through, before the layers that are cut into blocks."""
-        return ()
-
-    def enter(self, plain: nn.Module, prelude_output: torch.Tensor) -> torch.Tensor:
-        """Clean tokens `[N, S, D]`, as they enter the first layer."""
-        return prelude_output
+    def enter(
+        self, plain: nn.Module, embedded: torch.Tensor, run: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the prelude makes of embedded clean tokens `[N, S, D]`, if there are layers that these alone run through, before
+        those that are cut into blocks; and what enters the first of these. `run` runs a layer."""
+        return embedded, embedded
 
     def embed_noisy(
         self, plain: nn.Module, embeds: torch.Tensor, position_ids: torch.Tensor, prelude_output: torch.Tensor,
@@ -68,10 +67,6 @@ class Decoder(PiecewiseBackbone):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values `[N, heads, S, head width]` a layer computes, and nothing else of it."""
 
-    def cache_slot(self, layer: nn.Module) -> int:
-        """Where in a cache a layer's keys and values are."""
-        return getattr(layer, self.attention_name).layer_idx
-
     def causal_mask(
         self,
         plain: PreTrainedModel,
@@ -86,9 +81,12 @@ class Decoder(PiecewiseBackbone):
         Args:
             position_ids: those that the caller gave, which may restart and so mark packed texts, or None.
         """
+        # Transformers may look if a mask hides anything, to leave it out where not: a training step would wait for an
+        # accelerator to say so.
+        may_look = attention_mask is None or attention_mask.device.type == "cpu" or not plain.training
         return create_causal_mask(
             config=plain.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=past_key_values,
-            position_ids=position_ids, allow_is_causal_skip=not explicit and may_look(plain, attention_mask),
+            position_ids=position_ids, allow_is_causal_skip=not explicit and may_look,
         )  # fmt: skip
 
     def normed(self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:

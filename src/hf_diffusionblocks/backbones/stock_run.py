@@ -18,19 +18,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 _OUTPUTS: dict[type[nn.Module], Any] = {}
 
 
-def stand_in(until: ExitStack, forwards: Mapping[nn.Module, Callable]) -> None:
-    """Until a stack closes, these are what calls of modules run."""
+def alter(until: ExitStack, model: nn.Module, parts: Mapping[str, nn.Module], forwards: Mapping[nn.Module, Callable]) -> None:
+    """Until a stack closes, a model has these modules, by path, and these forwards are what calls of modules run."""
+    for path, part in parts.items():
+        until.callback(model.set_submodule, path, model.get_submodule(path))
+        model.set_submodule(path, part)
     for module, forward in forwards.items():
         before = vars(module).get("forward")
         module.forward = forward
         until.callback(*(delattr, module, "forward") if before is None else (setattr, module, "forward", before))
-
-
-def put_in_place(until: ExitStack, model: nn.Module, parts: Mapping[str, nn.Module]) -> None:
-    """Until a stack closes, a model has these modules, by path."""
-    for path, part in parts.items():
-        until.callback(model.set_submodule, path, model.get_submodule(path))
-        model.set_submodule(path, part)
 
 
 @contextmanager
@@ -74,11 +70,11 @@ class StockRun:
 
     def __enter__(self) -> StockRun:
         with ExitStack() as until:
-            put_in_place(until, self._model, self._parts)
             if self._block.start > 0:
                 until.callback(self._until_block.close)
                 self._until_block.enter_context(without_dropout(self._model))
-            stand_in(until, {layer: partial(self._run, k, layer.forward) for k, layer in enumerate(self._layers)})
+            forwards = {layer: partial(self._run, k, layer.forward) for k, layer in enumerate(self._layers)}
+            alter(until, self._model, self._parts, forwards)
             self._until_end = until.pop_all()
         return self
 
@@ -169,8 +165,10 @@ def head_of(
         rows = given
         return model(input_ids=torch.zeros((1, len(given)), dtype=torch.long, device=given.device)).logits[0]
 
-    with ExitStack() as until:  # (some call what is in their base model, as its decoder)
-        put_in_place(until, model, parts or {})
-        *names, _ = layers_path.split(".")
-        stand_in(until, {model.get_submodule(".".join(names[: depth + 1])): base for depth in range(len(names))})
+    module, forwards = model, {}
+    for name in layers_path.split(".")[:-1]:  # (some call what is in their base model, as its decoder)
+        module = module.get_submodule(name)
+        forwards[module] = base
+    with ExitStack() as until:
+        alter(until, model, parts or {}, forwards)
         yield head

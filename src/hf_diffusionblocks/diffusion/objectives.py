@@ -36,16 +36,13 @@ def num_counted(targets: torch.Tensor, num_items: torch.Tensor | int | None, tra
     return num_items.clamp(min=1) if isinstance(num_items, torch.Tensor) else max(num_items, 1)
 
 
-def _loss_and_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The summed cross-entropy, and its gradient `[R, V]`."""
     total, ignored = torch.logsumexp(logits, -1, keepdim=True), targets == IGNORED
     targets = targets.masked_fill(ignored, 0)
     nats = (total - logits.gather(-1, targets[:, None]))[:, 0].masked_fill(ignored, 0)
     gradient = (logits - total).clamp_(min=LEAST_LOG_PROBABILITY).exp_()
     gradient[torch.arange(len(targets), device=targets.device), targets] -= 1
-    weights = torch.ones_like(nats) if weights is None else weights
     return (weights * nats).sum(), gradient.mul_(weights.masked_fill(ignored, 0)[:, None])
 
 
@@ -96,19 +93,19 @@ def chunked_cross_entropy(
         targets: `[R]`; `IGNORED` has no loss.
         parameters: all that `read` may train.
         num_logits: logits a row, V.
-        weights: of the rows, `[R]`; None: all weigh 1.
+        weights: of the rows, `[R]` float32; None: all weigh 1.
         at_most: how many rows can have a target, where that is known to be fewer than all.
     """
     scored = rows_with_loss(targets, len(targets) if at_most is None else at_most)
-    weights = None if weights is None else weights[scored]
+    weights = torch.ones(len(scored), device=targets.device) if weights is None else weights[scored]
     rows, targets = [each[scored] for each in rows], targets[scored]
+    size = rows_per_chunk(len(targets), num_logits, targets.device)
     if torch.is_grad_enabled():
         trained = [parameter for parameter in parameters if parameter.requires_grad]
-        return _ChunkedCrossEntropy.apply(read, targets, weights, num_logits, len(rows), *rows, *trained)
+        return _ChunkedCrossEntropy.apply(read, targets, weights, size, len(rows), *rows, *trained)
     total = torch.zeros((), device=targets.device)
-    for chunk in chunks(len(targets), num_logits, targets.device):
-        nats = F.cross_entropy(read(*(each[chunk] for each in rows)).float(), targets[chunk], reduction="none")
-        total += (nats if weights is None else weights[chunk] * nats).sum()
+    for target, weight, *chunk in zip(*[each.split(size) for each in (targets, weights, *rows)]):
+        total += (weight * F.cross_entropy(read(*chunk).float(), target, reduction="none")).sum()
     return total
 
 
@@ -126,21 +123,21 @@ def chunks(num_rows: int, num_logits: int, device: torch.device) -> list[slice]:
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, read: ReadOut, targets, weights, num_logits: int, num_rows_given: int, *tensors: torch.Tensor):
-        (hidden, *others), parameters = tensors[:num_rows_given], tensors[num_rows_given:]
-        total, of_hidden = torch.zeros((), device=hidden.device), []
+    def forward(ctx, read: ReadOut, targets, weights, size: int, num_rows_given: int, *tensors: torch.Tensor):
+        rows, parameters = tensors[:num_rows_given], tensors[num_rows_given:]
+        total, of_hidden = torch.zeros((), device=targets.device), []
         # In bfloat16 a sum of many chunks would lose what is small beside it.
         of_parameters = [torch.zeros_like(each, dtype=torch.promote_types(each.dtype, torch.float32)) for each in parameters]
         used = [False] * len(parameters)
-        for chunk in chunks(len(targets), num_logits, targets.device):
-            part = hidden[chunk].detach().requires_grad_()
-            if isinstance(part, FakeTensor) and len(of_hidden) > 1 and part.shape == of_hidden[-1].shape:
-                of_hidden.append(torch.empty_like(part))  # `estimate_memory`: it holds what the chunk before held
+        for target, weight, hidden, *others in zip(*[each.split(size) for each in (targets, weights, *rows)]):
+            hidden = hidden.detach().requires_grad_()
+            if isinstance(hidden, FakeTensor) and len(of_hidden) > 1 and hidden.shape == of_hidden[-1].shape:
+                of_hidden.append(torch.empty_like(hidden))  # `estimate_memory`: it holds what the chunk before held
                 continue
             with torch.enable_grad():
-                logits = read(part, *[each[chunk] for each in others]).float()
-            loss, upstream = _loss_and_gradient(logits.detach(), targets[chunk], weights if weights is None else weights[chunk])
-            own, *gradients = torch.autograd.grad(logits, [part, *parameters], upstream, allow_unused=True)
+                logits = read(hidden, *others).float()
+            loss, upstream = _loss_and_gradient(logits.detach(), target, weight)
+            own, *gradients = torch.autograd.grad(logits, [hidden, *parameters], upstream, allow_unused=True)
             total += loss
             of_hidden.append(own)
             del logits, upstream
@@ -149,11 +146,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     accumulated += gradient
                     used[number] = True
                 del gradient  # a head's is as large as the head: gone before the next chunk's is made
-        ctx.save_for_backward(torch.cat(of_hidden) if of_hidden else torch.zeros_like(hidden))
+        ctx.save_for_backward(torch.cat(of_hidden))
         # These become the parameters' gradients: no activations.
         ctx.of_parameters = [each if is_used else None for each, is_used in zip(of_parameters, used)]
         ctx.dtypes = [parameter.dtype for parameter in parameters]
-        ctx.num_others = len(others)
+        ctx.num_others = len(rows) - 1
         return total
 
     @staticmethod

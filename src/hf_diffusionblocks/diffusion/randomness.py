@@ -49,9 +49,9 @@ def check_generators(generator: Generators, num_rows: int) -> None:
     """
     if generator is None or isinstance(generator, torch.Generator):
         return
-    several = isinstance(generator, (list, tuple))
-    if not several or [own for own in generator if not isinstance(own, torch.Generator)]:
-        raise TypeError(f"generator={generator!r} must be a torch.Generator, or a list of them, one a row")
+    for own in generator if isinstance(generator, (list, tuple)) else [None]:
+        if not isinstance(own, torch.Generator):
+            raise TypeError(f"generator={generator!r} must be a torch.Generator, or a list of them, one a row")
     if len(generator) != num_rows:
         raise ValueError(f"{len(generator)} generators must be {num_rows}, one a row, or one for all")
 

@@ -101,7 +101,7 @@ class Block:
         """While this runs, what stands after the layers is in its place, and where it computes, however often it reads rows;
         gives what [`head`] does (or [`read_out`], where blocks run piece by piece), and the parameters there."""
         model = self.model
-        parts = [self.readout_parts.get_submodule(path) for path in model.readout_paths]
+        parts = [*map(self.readout_parts.get_submodule, model.readout_paths)]
         runs_stock = model.formulation.runs_stock
         stock = head_of(model.backbone, model.layers_path, self._own_parts()) if runs_stock else nullcontext(self.read_out)
         with weights_on_device(*parts), stock as head:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ...diffusion.gaussian import Preconditioning, corrupt, precondition
+from ...diffusion.gaussian import corrupt, precondition
 from ...diffusion.likelihood import LikelihoodTerms
 from ...diffusion.objectives import IGNORED, num_counted
 from ..block import Block
@@ -59,17 +59,14 @@ class JointText(Formulation):
         model = self.model
         streams = Streams(model, text.without_last(), torch.arange(z.shape[1], device=z.device), CleanKeys())
         streams.run_clean(block, streams.enter(block), block.clean_modulations())
-        c_in = precondition(sigma, model.config.sigma_data).input[..., None]
-        return streams.run_noisy(block, streams.embed_noisy(block, c_in * z), block.modulations(sigma[:, 0]))
+        return streams.run_noisy(block, streams.embed_noisy(block, z, sigma), block.modulations(sigma[:, 0]))
 
     def logits(self, block: Block, hidden: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """`[R, V]` of p(token | before, z), float32."""
-        return self.read_out(block, hidden, z, precondition(sigma[:, None], self.model.config.sigma_data))
-
-    def read_out(self, block: Block, hidden: torch.Tensor, z: torch.Tensor, c: Preconditioning) -> torch.Tensor:
-        """The head on `(c_skip z + c_out F) / sigma_data`; at sigma_max, where c_out is sigma_data and c_skip nothing, it
-        reads F as the plain model does."""
+        """`[R, V]` of p(token | before, z), float32, of `[R, D]` and levels `[R]`, or `[1]`: the head on
+        `(c_skip z + c_out F) / sigma_data`; at sigma_max, where c_out is sigma_data and c_skip nothing, it reads F as the plain
+        model does."""
         parts, sigma_data = block.readout_parts, self.model.config.sigma_data
+        c = precondition(sigma[:, None], sigma_data)
         normed = parts.get_submodule(self.model.architecture.final_norm_path)(hidden)
         estimate = c.skip / sigma_data * z + c.out / sigma_data * normed
         return parts.lm_head(estimate.to(normed.dtype)).float()

@@ -7,12 +7,13 @@ reads its keys and values. Sources: DiffusionBlocks (arXiv 2506.14202), appendix
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from types import SimpleNamespace
 
 import torch
 
 from ...backbones.modulation import Modulation
+from ...diffusion.gaussian import precondition
 from ...streaming import weights_on_device
 from ..base import DiffusionBlocksPreTrainedModel
 from ..block import Block
@@ -105,8 +106,10 @@ class Streams:
 
     def __init__(self, model: DiffusionBlocksPreTrainedModel, text: Text, kept: torch.Tensor, cache):
         self.model, self.architecture, self.cache, self.kept = model, model.architecture, cache, kept
-        self._inputs, self._hidden = text.positioned(), text.shape_in(model.dtype)
-        self._position_ids, self.num_clean = self._inputs["position_ids"], self._hidden.shape[1]
+        self._text, self._position_ids, tokens = text, text.positions, text.tokens
+        self.num_clean = tokens.shape[1]
+        #: hidden states of no width, for their shape, dtype and device
+        self._hidden = torch.empty((*tokens.shape[:2], 0), dtype=model.dtype, device=tokens.device)
         self.noisy_position_ids = self._position_ids[:, kept] + 1
         self._prelude_output: torch.Tensor | None = None
         # Masks are made before anything runs: they count the tokens that the cache holds now. One row of an explicit
@@ -118,12 +121,9 @@ class Streams:
         self._explicit_mask = make(model.backbone, self._hidden if differ else self._hidden[:1], *asked, explicit=True)
         self._clean_mask = make(model.backbone, self._hidden, *asked) if self.num_clean > 1 else self._explicit_mask
 
-    def _positions(self, position_ids: torch.Tensor) -> dict:
-        return self.architecture.positions(self.model.backbone, self._hidden, position_ids)
-
     @cached_property
     def _clean_positions(self) -> dict:
-        return self._positions(self._position_ids)
+        return self.architecture.positions(self.model.backbone, self._hidden, self._position_ids)
 
     @cached_property
     def _clean_attention(self) -> dict:
@@ -134,32 +134,33 @@ class Streams:
         return {
             "attention_mask": noisy_mask(self._explicit_mask, self.kept),
             "past_key_values": StreamsCache(self.cache, num_clean=0),
-            **self._positions(self.noisy_position_ids),
+            **self.architecture.positions(self.model.backbone, self._hidden, self.noisy_position_ids),
         }
 
     @cached_property
     def _joint_attention(self) -> dict:
+        positions = torch.cat([self._position_ids, self.noisy_position_ids], 1)
         return {
             "attention_mask": streams_mask(self._explicit_mask, self.kept),
             "past_key_values": StreamsCache(self.cache, self.num_clean),
-            **self._positions(torch.cat([self._position_ids, self.noisy_position_ids], 1)),
+            **self.architecture.positions(self.model.backbone, self._hidden, positions),
         }
 
     def enter(self, block: Block) -> torch.Tensor:
         """Clean tokens `[N, S, D]`, as they enter the block's first layer. What the prelude makes of them, noisy tokens are
         told, too."""
-        parts = block.embedding_parts
-        embedded = self.architecture.embed(parts, **self._inputs)
-        for layer in self.architecture.prelude(parts):
-            embedded = self.model.run_layer(layer, embedded, None, **self._clean_attention)
-        self._prelude_output = embedded
-        return self.architecture.enter(parts, embedded)
+        parts, text = block.embedding_parts, self._text
+        embedded = self.architecture.embed(parts, text.input_ids, text.inputs_embeds, self._position_ids)
+        run = partial(self.model.run_layer, modulation=None, **self._clean_attention)
+        self._prelude_output, entering = self.architecture.enter(parts, embedded, run)
+        return entering
 
-    def embed_noisy(self, block: Block, embeds: torch.Tensor) -> torch.Tensor:
-        """`c_in z` `[N, Q, D]`, as tokens at their positions that enter the block's first layer; once clean ones have entered
-        theirs."""
+    def embed_noisy(self, block: Block, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """`c_in z` of z `[N, Q, D]`, as tokens at their positions that enter the block's first layer; once clean ones have
+        entered theirs. Levels are `[N, Q]`, or `[1]`."""
+        embeds = (precondition(sigma, self.model.config.sigma_data).input[..., None] * z).to(self._hidden.dtype)
         return self.architecture.embed_noisy(
-            block.embedding_parts, embeds.to(self._hidden.dtype), self.noisy_position_ids, self._prelude_output, self.kept
+            block.embedding_parts, embeds, self.noisy_position_ids, self._prelude_output, self.kept
         )
 
     def run_clean(self, block: Block, hidden: torch.Tensor, modulations) -> None:
@@ -169,7 +170,7 @@ class Streams:
             hidden = self.model.run_layer(layer, hidden, modulation, **self._clean_attention)
         with weights_on_device(last):
             keys, values = self.architecture.keys_and_values(last, hidden, modulations[-1], **self._clean_positions)
-        self.cache.update(keys, values, self.architecture.cache_slot(last))
+        self.cache.update(keys, values, getattr(last, self.architecture.attention_name).layer_idx)
 
     def run_noisy(self, block: Block, hidden: torch.Tensor, modulations) -> torch.Tensor:
         """Noisy tokens `[N, Q, D]` through a block that the clean ones have run through."""

@@ -31,17 +31,13 @@ class Text(NamedTuple):
         """S."""
         return self.tokens.shape[1]
 
-    def shape_in(self, dtype: torch.dtype) -> torch.Tensor:
-        """Hidden states of no width, for their shape, dtype and device."""
-        return torch.empty((*self.tokens.shape[:2], 0), dtype=dtype, device=self.tokens.device)
-
-    def positioned(self) -> dict[str, torch.Tensor | None]:
-        """What embeds these tokens: with their positions."""
-        position_ids, tokens = self.position_ids, self.tokens
-        if position_ids is None:
-            past = 0 if self.past_key_values is None else self.past_key_values.get_seq_length()
-            position_ids = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
-        return {"input_ids": self.input_ids, "inputs_embeds": self.inputs_embeds, "position_ids": position_ids}
+    @property
+    def positions(self) -> torch.Tensor:
+        """`[N or 1, S]`, of these tokens."""
+        if self.position_ids is not None:
+            return self.position_ids
+        past, tokens = 0 if self.past_key_values is None else self.past_key_values.get_seq_length(), self.tokens
+        return torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
 
     def without_last(self) -> Text:
         """All tokens but the last, which is no context of any target."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch.nn import functional as F
 from transformers import LogitsProcessorList
 
 from ...diffusion.categorical import hard_bridge
-from ...diffusion.gaussian import Preconditioning, euler_step, precondition
+from ...diffusion.gaussian import euler_step
 from ...diffusion.objectives import rows_per_chunk
 from ...diffusion.randomness import NoiseSource, PositionNoise
 from ...diffusion.samplers import walk
@@ -18,13 +16,6 @@ from ..base import DiffusionBlocksPreTrainedModel
 from ..block import Block
 from .streams import CleanKeys, Streams, join
 from .text import Text
-
-
-class WalkLevel(NamedTuple):
-    """A level of a walk, and what depends on it alone."""
-
-    sigma: torch.Tensor  #: `[1]` float32
-    c: Preconditioning
 
 
 class TextWalk:
@@ -58,10 +49,9 @@ class TextWalk:
         self.targets = model.target_vectors()
         self.sigmas = model.noise_schedule.inference_sigmas(num_steps or model.config.num_inference_steps)
         self.blocks = [model.blocks[k] for k in model.noise_schedule.block_of(self.sigmas[:-1]).tolist()]
-        levels = self.sigmas.to(model.device, torch.float32).split(1)
-        self.levels = [WalkLevel(level, precondition(level, model.config.sigma_data)) for level in levels]
+        self.levels = self.sigmas.to(model.device, torch.float32).split(1)
         self.clean_modulations = [block.clean_modulations() for block in model.blocks]
-        self.noisy_modulations = [block.modulations(level.sigma) for block, level in zip(self.blocks, self.levels)]
+        self.noisy_modulations = [block.modulations(level) for block, level in zip(self.blocks, self.levels)]
         self._joint_modulations = {}
 
     def joint_modulations(self, step: int) -> list:
@@ -125,11 +115,11 @@ class TextWalk:
     def block_logits(self, text: Text) -> torch.Tensor:
         """Every block's logits at sigma_max, from keyed noise: `[N, B, S, V]`."""
         run, first = _Run(self, text, torch.arange(text.num_tokens, device=self.model.device)), self.levels[0]
-        z = first.sigma * run.noise.normal(self.targets.shape[-1])
+        z = first * run.noise.normal(self.targets.shape[-1])
         logits = []
         for block in self.model.blocks:
             run.advance_to(block.index + 1)
-            hidden = run.noisy(block, z, first, block.modulations(first.sigma))
+            hidden = run.noisy(block, z, first, block.modulations(first))
             logits.append(run.read(block, hidden.flatten(0, 1), z, first))
         return torch.stack(logits).unflatten(1, (run.num_rows, text.num_tokens)).transpose(0, 1)
 
@@ -187,17 +177,16 @@ class _Run:
         self.advance_to(block.index + 1)
         return self.noisy(block, z, level, plan.noisy_modulations[step])
 
-    def _embed_noisy(self, block: Block, z: torch.Tensor, level: WalkLevel) -> torch.Tensor:
-        embeds = (level.c.input * z).unflatten(0, (self.num_rows, len(self.kept)))
-        return self.streams.embed_noisy(block, embeds)
+    def _embed_noisy(self, block: Block, z: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        return self.streams.embed_noisy(block, z.unflatten(0, (self.num_rows, len(self.kept))), level)
 
-    def noisy(self, block: Block, z: torch.Tensor, level: WalkLevel, modulations) -> torch.Tensor:
+    def noisy(self, block: Block, z: torch.Tensor, level: torch.Tensor, modulations) -> torch.Tensor:
         """Noisy tokens through a block, `[N, Q, D]`."""
         return self.streams.run_noisy(block, self._embed_noisy(block, z, level), modulations)
 
-    def read(self, block: Block, hidden: torch.Tensor, z: torch.Tensor, level: WalkLevel) -> torch.Tensor:
+    def read(self, block: Block, hidden: torch.Tensor, z: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """Logits `[R, V]` from what left a block, `[R, D]`, controls applied."""
-        return self.plan.controlled(self.model.formulation.read_out(block, hidden, z, level.c))
+        return self.plan.controlled(self.model.formulation.logits(block, hidden, z, level))
 
 
 def _drawn_bridge(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
