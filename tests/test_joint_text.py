@@ -9,8 +9,8 @@ import torch
 from families import WIDTH
 from text_models import BLOCKS, LENGTH, block_logits, draw, ids, joint, layer_of, make, plain, text_config  # noqa: F401
 
-from hf_diffusionblocks.models.causal_lm.streams import CleanKeys, Streams, join
-from hf_diffusionblocks.models.causal_lm.text import Text
+from hf_diffusionblocks.diffusion import objectives
+from hf_diffusionblocks.models.causal_lm.streams import CleanKeys, Streams, Text, join
 
 
 def noisy_through_all(model, block_index: int, ids, mask=None) -> list[torch.Tensor]:
@@ -106,6 +106,7 @@ def test_a_walk_asks_the_network_that_was_trained(plain, joint, ids, monkeypatch
 @pytest.mark.parametrize("num_items", [None, 7])
 def test_a_walk_is_scored_in_chunks(plain, joint, ids, num_items, monkeypatch):
     """The same loss, of padded and partly labelled texts, a quarter of the logits at a time; each is gone by the next."""
+    monkeypatch.setattr(objectives, "WHOLE", 0)
     model = make(plain, **joint)
     mask, labels = torch.ones_like(ids), ids.clone()
     mask[1, :4], labels[1, :4], labels[0, 6:] = 0, -100, -100

@@ -18,6 +18,8 @@ IGNORED = -100  #: target of a row that has no loss, everywhere in Transformers
 #: cache; an accelerator's are many enough that adding up gradients of a head after each, as large as the head, costs little.
 CPU_CHUNK, ACCELERATOR_CHUNK = 2**25, 2**28
 MIN_CHUNKS = 4
+#: So few bytes of logits are read out at once: nothing is won by their parts.
+WHOLE = 2**18
 
 #: `(hidden [R, ...], *other rows) -> logits [R, V]`
 ReadOut = Callable[..., torch.Tensor]
@@ -111,6 +113,8 @@ def chunked_cross_entropy(
 
 def rows_per_chunk(num_rows: int, num_logits: int, device: torch.device) -> int:
     """How many rows are read out at a time on a device."""
+    if 4 * num_rows * num_logits <= WHOLE:
+        return max(1, num_rows)
     most = CPU_CHUNK if _as_on_cpu(device) else ACCELERATOR_CHUNK
     return max(1, min(most // (4 * num_logits), -(-num_rows // MIN_CHUNKS)))
 

@@ -15,8 +15,7 @@ from ...diffusion.objectives import IGNORED, num_counted
 from ..block import Block
 from ..formulation import Formulation
 from . import bound
-from .streams import CleanKeys, Streams
-from .text import Text
+from .streams import CleanKeys, Streams, Text
 from .walk import TextWalk
 
 

@@ -14,8 +14,7 @@ from ...diffusion.samplers import walk
 from ...whole_numbers import check_whole
 from ..base import DiffusionBlocksPreTrainedModel
 from ..block import Block
-from .streams import CleanKeys, Streams, join
-from .text import Text
+from .streams import CleanKeys, Streams, Text, join
 
 
 class TextWalk:

@@ -57,7 +57,7 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         super().__init__(config)
         self.mask_token_id: int = config.mask_token_id
         #: of the stock model's `forward` (not all know of token types, positions or a cache)
-        self._arguments = signature(self.backbone.forward).parameters.keys()
+        self._arguments = frozenset(signature(self.backbone.forward).parameters)
         self.post_init()
 
     @classmethod
