@@ -29,7 +29,7 @@ from transformers.utils import import_utils
 from transformers.utils.import_utils import is_fake_tensor
 
 import hf_diffusionblocks
-from hf_diffusionblocks.models.active import trained_parameters
+from hf_diffusionblocks.training.checks import trained_parameters
 
 
 class MadeUpBackend(_DummyBackendModule):

@@ -7,7 +7,7 @@ import torch
 from process_scenarios import GPT2, VIT
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.models.active import trained_parameters
+from hf_diffusionblocks.training.checks import trained_parameters
 from hf_diffusionblocks.saving.shards import Provenance
 
 

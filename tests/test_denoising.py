@@ -8,10 +8,9 @@ from scipy import stats
 from torch.nn import functional as F
 
 from hf_diffusionblocks import NoiseSchedule
-from hf_diffusionblocks.diffusion.categorical import hard_bridge, soft_bridge
 from hf_diffusionblocks.diffusion.gaussian import edm_loss_weight, euler_step, precondition
 from hf_diffusionblocks.diffusion.randomness import NoiseSource, PositionNoise
-from hf_diffusionblocks.diffusion.samplers import walk
+from hf_diffusionblocks.diffusion.samplers import hard_bridge, soft_bridge, walk
 
 PRIOR = torch.tensor([0.5, 0.3, 0.15, 0.05])
 

@@ -1,4 +1,5 @@
-"""From pure noise at sigma_max down the inference levels: the walk to a categorical target, and the flow to a point.
+"""From pure noise at sigma_max down the inference levels: the walk to a categorical target, one of V known vectors, which
+logits become a point among by a bridge; and the flow to a point.
 
 They know no model: a denoiser is any function of z.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.nn import functional as F
 
 from .gaussian import euler_step
 from .randomness import Noise
@@ -59,3 +61,13 @@ def flow_on(
         return z_next
     slope, slope_next = (z - estimate) / sigma, (z_next - denoise(z_next, sigma_next)) / sigma_next
     return z + (sigma_next - sigma) * (slope + slope_next) / 2
+
+
+def soft_bridge(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The expected target under softmax(logits), `[N, D]`: the posterior mean. Shrinks where the model is unsure."""
+    return logits.float().softmax(-1) @ targets.float()
+
+
+def hard_bridge(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The most likely target, `[N, D]`."""
+    return F.embedding(logits.argmax(-1), targets).float()

@@ -21,9 +21,24 @@ from ..diffusion.schedule import NoiseSchedule
 from ..saving.pretrained import SavedByBlock
 from ..streaming import weights_on_device
 from .block import Block
-from .formulation import Formulation
-from .sharing import SHARINGS
+from .sharing import Sharing
 from .targets import FixedTargets
+
+
+class Formulation:
+    """What a block is shown, and how it is read out: `config.preset` of one task, as an object. Its subclasses have the methods
+    that their task's model calls.
+
+    Args:
+        model: whose blocks.
+    """
+
+    modulated: ClassVar[bool] = False  #: whether sigma modulates the layers (AdaLN)
+    passes_on: ClassVar[bool] = False  #: whether what leaves a block is what the next starts from
+    runs_stock: ClassVar[bool] = False  #: whether the stock model's own forward runs a block; else it runs piece by piece
+
+    def __init__(self, model: DiffusionBlocksPreTrainedModel):
+        self.model = model
 
 
 class DiffusionBlocksPreTrainedModel(SavedByBlock):
@@ -70,7 +85,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         around = parts_around(self.backbone, self.layers_path)
         #: of the stock model, what reads a block out: what it has after its layers, or, where it runs itself, its head
         self.readout_paths = [path for path in around[1] if not (formulation.runs_stock and self._in_base(path))]
-        self.sharing = SHARINGS[config.shared](self.num_blocks, around, embeds_later=not formulation.passes_on)
+        self.sharing = Sharing(config.shared == "per_block", self.num_blocks, around, embeds_later=not formulation.passes_on)
         self.resident_blocks = list(range(self.num_blocks))  #: blocks that are loaded: all, unless asked for some
         self._make_parts(config, formulation.modulated)
         self.tie_within_blocks()
@@ -177,9 +192,9 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     def tie_within_blocks(self) -> None:
         """Say which weights are tied, of the blocks that are loaded; Transformers ties them if
         `config.tie_word_embeddings`."""
-        ties = self.sharing.ties(self.resident_blocks, getattr(self.backbone, "_tied_weights_keys", None) or {})
-        if ties is not None:
-            self._tied_weights_keys = ties
+        if self.sharing.own_modules:  # (else the stock model says it itself)
+            stock = getattr(self.backbone, "_tied_weights_keys", None) or {}
+            self._tied_weights_keys = self.sharing.ties(self.resident_blocks, stock)
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.backbone.get_output_embeddings() if isinstance(self.backbone, PreTrainedModel) else None

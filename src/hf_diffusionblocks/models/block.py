@@ -33,7 +33,7 @@ class Block:
         predecessors: blocks whose clean output is its input: they run before it, without gradient.
         embeddings, readout: paths of what holds the modules that embed its input, and that read it out: the stock model,
             or parts of its own.
-        own_paths: of each part of its own: its path, and those of the stock model's modules that it has copies of.
+        own_paths: of the stock model's modules that it has copies of, and of these.
         sigma_embedding: path of what embeds sigma for its layers; None where nothing modulates them.
         local_head: path of the layers of its local head, if it has one.
         prefixes: how the names of its parameters begin.
@@ -41,7 +41,7 @@ class Block:
 
     def __init__(
         self, model: nn.Module, index: int, layers: range, predecessors: range, embeddings: str, readout: str,
-        own_paths: Sequence[tuple[str, Sequence[str]]], sigma_embedding: str | None, local_head: str | None,
+        own_paths: Mapping[str, str], sigma_embedding: str | None, local_head: str | None,
         prefixes: Sequence[str],
     ):  # fmt: skip
         self.model, self.index, self.layer_indices = model, index, layers
@@ -109,7 +109,7 @@ class Block:
 
     def _own_parts(self) -> dict[str, nn.Module]:
         """By the paths of the stock model's."""
-        return {path: self.model.get_submodule(f"{own}.{path}") for own, paths in self._own_paths for path in paths}
+        return {path: self.model.get_submodule(own) for path, own in self._own_paths.items()}
 
     # ---- its ways in and out, piece by piece
 

@@ -15,9 +15,8 @@ from transformers.utils import ModelOutput
 from ..backbones.stock_run import without_dropout
 from ..configuration import DiffusionBlocksConfig
 from ..diffusion.objectives import IGNORED, num_counted
-from .base import DiffusionBlocksPreTrainedModel
+from .base import DiffusionBlocksPreTrainedModel, Formulation
 from .block import Block
-from .formulation import Formulation
 
 
 @dataclass

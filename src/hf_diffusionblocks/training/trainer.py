@@ -13,7 +13,6 @@ from transformers.utils import logging
 
 from ..diffusion.randomness import keyed_generators
 from ..memory.ledger import Ledger
-from ..models.active import trained_parameters
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..saving import shards
 from ..saving.checks import has_adapters
@@ -23,7 +22,7 @@ from .block_evaluation import BlockEvaluation
 from .block_schedule import BlockSchedule, learning_rate_curve, scheduler_by_block, split_by_block
 from .checks import (
     WithClassLabels, WithoutFullMask, blocks_to_train, check_counts, check_given_to_trainer, check_neftune, check_optimizer,
-    check_processes, columns_to_keep, settle_schedule,
+    check_processes, columns_to_keep, settle_schedule, trained_parameters,
 )  # fmt: skip
 from .parallel import average_gradients, broadcast
 from .process_group import leave_at_exit

@@ -12,8 +12,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ...diffusion.gaussian import corrupt, precondition
 from ...diffusion.likelihood import LikelihoodTerms
 from ...diffusion.objectives import IGNORED, num_counted
+from ..base import Formulation
 from ..block import Block
-from ..formulation import Formulation
 from . import bound
 from .streams import CleanKeys, Streams, Text
 from .walk import TextWalk

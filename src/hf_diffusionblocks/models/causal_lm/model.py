@@ -18,9 +18,8 @@ from ...diffusion.likelihood import LikelihoodTerms
 from ...diffusion.objectives import IGNORED, chunked_cross_entropy, num_counted
 from ...diffusion.randomness import Generators
 from ...streaming import weights_on_device
-from ..base import DiffusionBlocksPreTrainedModel
+from ..base import DiffusionBlocksPreTrainedModel, Formulation
 from ..block import Block
-from ..formulation import Formulation
 from ..targets import FixedTargets
 from .generation import WalkGeneration
 from .joint import JointText

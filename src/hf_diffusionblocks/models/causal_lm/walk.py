@@ -6,11 +6,10 @@ import torch
 from torch.nn import functional as F
 from transformers import LogitsProcessorList
 
-from ...diffusion.categorical import hard_bridge
 from ...diffusion.gaussian import euler_step
 from ...diffusion.objectives import rows_per_chunk
 from ...diffusion.randomness import NoiseSource, PositionNoise
-from ...diffusion.samplers import walk
+from ...diffusion.samplers import hard_bridge, walk
 from ...whole_numbers import check_whole
 from ..base import DiffusionBlocksPreTrainedModel
 from ..block import Block

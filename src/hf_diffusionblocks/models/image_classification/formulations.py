@@ -9,14 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from ...diffusion.categorical import soft_bridge
 from ...diffusion.gaussian import corrupt, precondition
 from ...diffusion.objectives import IGNORED
 from ...diffusion.randomness import NoiseSource
-from ...diffusion.samplers import walk
+from ...diffusion.samplers import soft_bridge, walk
 from ...whole_numbers import whole
+from ..base import Formulation
 from ..block import Block
-from ..formulation import Formulation
 
 
 class NoisyLabelToken(nn.Module):

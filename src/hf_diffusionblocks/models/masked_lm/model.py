@@ -20,9 +20,8 @@ from ...diffusion.masking import MaskingSchedule, draw_counts, draw_masked
 from ...diffusion.objectives import IGNORED, chunked_cross_entropy, chunks, num_counted
 from ...diffusion.randomness import Generators, keyed_generators
 from ...presets import PRESETS
-from ..base import DiffusionBlocksPreTrainedModel
+from ..base import DiffusionBlocksPreTrainedModel, Formulation
 from ..block import Block
-from ..formulation import Formulation
 from .bound import likelihood_terms
 from .generation import UnmaskingGeneration
 from .text import MaskedText
