@@ -24,13 +24,12 @@ def noisy_through_all(model, block_index: int, ids, mask=None) -> list[torch.Ten
     for realisation in ("apart", "together"):
         streams = Streams(model, Text(ids, None, mask, positions), kept, CleanKeys())
         hidden = streams.enter(block)
-        noisy = streams.embed_noisy(block, z, torch.ones(1))
         if realisation == "together":
             joined = [join(c, n, LENGTH, LENGTH) for c, n in zip(clean_modulations, noisy_modulations)]
-            outputs.append(streams.run_together(block, hidden, noisy, joined))
+            outputs.append(streams.run_together(block, hidden, z, torch.ones(1), joined))
         else:
             streams.run_clean(block, hidden, clean_modulations)
-            outputs.append(streams.run_noisy(block, noisy, noisy_modulations))
+            outputs.append(streams.run_noisy(block, z, torch.ones(1), noisy_modulations))
     return outputs
 
 

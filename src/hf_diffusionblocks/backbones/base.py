@@ -163,7 +163,7 @@ class PiecewiseBackbone(Backbone):
         raise NotImplementedError
 
     def run_layer(self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention) -> torch.Tensor:
-        """One layer. With no modulation, or one at its start, this is the stock layer, bit for bit.
+        """One layer. With no modulation (where nothing modulates), or one at its start, this is the stock layer, bit for bit.
 
         `attention` holds what the stock layer takes besides hidden states (masks, positions, cache, conditions).
         """

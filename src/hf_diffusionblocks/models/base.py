@@ -83,8 +83,9 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         formulation = self.FORMULATIONS[config.preset]
         self.num_blocks = config.num_blocks
         around = parts_around(self.backbone, self.layers_path)
+        base = f"{self.layers_path.split('.')[0]}."
         #: of the stock model, what reads a block out: what it has after its layers, or, where it runs itself, its head
-        self.readout_paths = [path for path in around[1] if not (formulation.runs_stock and self._in_base(path))]
+        self.readout_paths = [path for path in around[1] if not (formulation.runs_stock and path.startswith(base))]
         self.sharing = Sharing(config.shared == "per_block", self.num_blocks, around, embeds_later=not formulation.passes_on)
         self.resident_blocks = list(range(self.num_blocks))  #: blocks that are loaded: all, unless asked for some
         self._make_parts(config, formulation.modulated)
@@ -113,9 +114,6 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             self.local_heads = nn.ModuleList(
                 nn.ModuleList(self._make_layer() for _ in range(config.local_head_layers)) for _ in range(self.num_blocks - 1)
             )
-
-    def _in_base(self, path: str) -> bool:
-        return path.startswith(f"{self.layers_path.split('.')[0]}.")
 
     def _make_layer(self) -> nn.Module:
         """One more layer like the last, with no weights yet."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
@@ -20,15 +20,12 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
     schedules, warm-up included, run on each block's own update count.
     """
 
-    block_schedule: str | None = field(
-        default=None,
-        metadata={
-            "help": "Which block each optimizer step trains: 'random' (each round of num_blocks steps visits every "
-            "block once, in random order), or 'together': every step trains all, one after another, each alone with its "
-            "gradients. Default: 'together' where a turn of one block would run others again (recommended, of next tokens and "
-            "classes), else 'random'.",
-            "choices": list(ORDERS),
-        },
+    block_schedule: str | None = option(
+        None,
+        "Which block each optimizer step trains: 'random' (each round of num_blocks steps visits every block once, in random "
+        "order), or 'together': every step trains all, one after another, each alone with its gradients. Default: 'together' "
+        "where a turn of one block would run others again (recommended, of next tokens and classes), else 'random'.",
+        choices=list(ORDERS),
     )
     updates_per_block: int | None = option(
         None,

@@ -171,11 +171,6 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             average_gradients([*self._parameters[self.active_block], *self._parameters[None]])
         return loss
 
-    @property
-    def kept_hidden(self) -> list[torch.Tensor]:
-        """What other passes of the step have left for the one that goes on."""
-        return [] if self._together is None else self._together.kept
-
     def block_pass(self, model, inputs, num_items_in_batch, is_last: bool) -> torch.Tensor:
         """Forward and backward pass of the active block, over a micro-batch; its loss."""
         self.model.trained_block = self.active_block

@@ -58,7 +58,7 @@ class JointText(Formulation):
         model = self.model
         streams = Streams(model, text.without_last(), torch.arange(z.shape[1], device=z.device), CleanKeys())
         streams.run_clean(block, streams.enter(block), block.clean_modulations())
-        return streams.run_noisy(block, streams.embed_noisy(block, z, sigma), block.modulations(sigma[:, 0]))
+        return streams.run_noisy(block, z, sigma, block.modulations(sigma[:, 0]))
 
     def logits(self, block: Block, hidden: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """`[R, V]` of p(token | before, z), float32, of `[R, D]` and levels `[R]`, or `[1]`: the head on
@@ -72,10 +72,6 @@ class JointText(Formulation):
 
     # ---- prediction
 
-    def new_walk(self, num_steps: int | None) -> TextWalk:
-        """What goes to the next tokens, in so many evaluations; None is the config's number."""
-        return TextWalk(self.model, num_steps=num_steps)
-
     def predict(
         self, x: Mapping, labels, num_items, return_logits: bool | None, text_walk: TextWalk | None, num_steps: int | None,
         use_cache: bool | None = None, logits_to_keep: int | torch.Tensor = 0, **stock,
@@ -87,13 +83,13 @@ class JointText(Formulation):
             use_cache = config.source_config.use_cache and labels is None and not model.training
         if use_cache and text.past_key_values is None:
             text = text._replace(past_key_values=DynamicCache(config=config.source_config))
-        text_walk = text_walk or self.new_walk(num_steps)
+        text_walk = text_walk or TextWalk(self.model, num_steps=num_steps)
         if labels is not None and return_logits is False:
             loss = self._loss(text, labels, num_items, text_walk)
             return CausalLMOutputWithPast(loss=loss, past_key_values=text.past_key_values)
         kept = logits_to_keep
         if isinstance(kept, int):
-            kept = torch.arange(text.num_tokens, device=model.device)[-kept:]  # 0 keeps all
+            kept = torch.arange(text.tokens.shape[1], device=model.device)[-kept:]  # 0 keeps all
         logits, loss = text_walk.logits(text, kept), None
         if labels is not None:
             loss = model.loss_function(logits, labels, config.vocab_size, num_items_in_batch=num_items)

@@ -308,4 +308,4 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         last = torch.tensor([input_ids.shape[1] - 1], device=self.device)
         positions = None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # as generate's
         text = Text(input_ids, attention_mask=attention_mask, position_ids=positions)
-        return self.formulation.new_walk(num_steps).trajectory(text, last)[:, 0]
+        return TextWalk(self, num_steps=num_steps).trajectory(text, last)[:, 0]

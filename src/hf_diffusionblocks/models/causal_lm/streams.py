@@ -40,11 +40,6 @@ class Text(NamedTuple):
         return self.input_ids if self.inputs_embeds is None else self.inputs_embeds
 
     @property
-    def num_tokens(self) -> int:
-        """S."""
-        return self.tokens.shape[1]
-
-    @property
     def positions(self) -> torch.Tensor:
         """`[N or 1, S]`, of these tokens."""
         if self.position_ids is not None:
@@ -195,12 +190,11 @@ class Streams:
         self._prelude_output, entering = self.architecture.enter(parts, embedded, run)
         return entering
 
-    def embed_noisy(self, block: Block, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """`c_in z` of z `[N, Q, D]`, as tokens at their positions that enter the block's first layer; once clean ones have
-        entered theirs. Levels are `[N, Q]`, or `[1]`."""
-        embeds = (precondition(sigma, self.model.config.sigma_data).input[..., None] * z).to(self._hidden.dtype)
+    def _embed_noisy(self, block: Block, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """`c_in z`, as tokens at their positions that enter the block's first layer; once clean ones have entered theirs."""
+        embeds = precondition(sigma, self.model.config.sigma_data).input[..., None] * z.reshape(-1, len(self.kept), z.shape[-1])
         return self.architecture.embed_noisy(
-            block.embedding_parts, embeds, self.noisy_position_ids, self._prelude_output, self.kept
+            block.embedding_parts, embeds.to(self._hidden.dtype), self.noisy_position_ids, self._prelude_output, self.kept
         )
 
     def run_clean(self, block: Block, hidden: torch.Tensor, modulations) -> None:
@@ -212,11 +206,14 @@ class Streams:
             keys, values = self.architecture.keys_and_values(last, hidden, modulations[-1], **self._clean_positions)
         self.cache.update(keys, values, getattr(last, self.architecture.attention_name).layer_idx)
 
-    def run_noisy(self, block: Block, hidden: torch.Tensor, modulations) -> torch.Tensor:
-        """Noisy tokens `[N, Q, D]` through a block that the clean ones have run through."""
-        return block.run(hidden, modulations, **self._noisy_attention)
+    def run_noisy(self, block: Block, z: torch.Tensor, sigma: torch.Tensor, modulations) -> torch.Tensor:
+        """Noisy tokens `[N, Q, D]` or `[N * Q, D]`, at levels `[N, Q]` or `[1]`, through a block that the clean ones have run
+        through: `[N, Q, D]`."""
+        return block.run(self._embed_noisy(block, z, sigma), modulations, **self._noisy_attention)
 
-    def run_together(self, block: Block, clean: torch.Tensor, noisy: torch.Tensor, modulations) -> torch.Tensor:
-        """Both, `[N, S, D]` and `[N, Q, D]`, through a block in one pass; modulations from [`join`]. What noisy ones become."""
-        hidden = block.run(torch.cat([clean, noisy], 1), modulations, **self._joint_attention)
-        return hidden[:, clean.shape[1] :]
+    def run_together(
+        self, block: Block, clean: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor, modulations
+    ) -> torch.Tensor:
+        """The same, of clean tokens `[N, S, D]` that enter the block, too, in one pass over both; modulations from [`join`]."""
+        both = torch.cat([clean, self._embed_noisy(block, z, sigma)], 1)
+        return block.run(both, modulations, **self._joint_attention)[:, clean.shape[1] :]

@@ -77,7 +77,7 @@ class TextWalk:
 
         A chunk of rows is read out, bridged and moved on at a time: without gradients, no more logits are ever held.
         """
-        run = _Run(self, text, torch.arange(text.num_tokens, device=self.model.device))
+        run = _Run(self, text, torch.arange(text.tokens.shape[1], device=self.model.device))
         size, levels = rows_per_chunk(len(labels), len(self.targets), labels.device), self.sigmas.tolist()
         rows = [
             levels[0] * PositionNoise(positions, self.config.inference_seed).normal(self.targets.shape[-1])
@@ -112,27 +112,21 @@ class TextWalk:
 
     def block_logits(self, text: Text) -> torch.Tensor:
         """Every block's logits at sigma_max, from keyed noise: `[N, B, S, V]`."""
-        run, first = _Run(self, text, torch.arange(text.num_tokens, device=self.model.device)), self.levels[0]
+        run, first = _Run(self, text, torch.arange(text.tokens.shape[1], device=self.model.device)), self.levels[0]
         z = first * run.noise.normal(self.targets.shape[-1])
         logits = []
         for block in self.model.blocks:
             run.advance_to(block.index + 1)
-            hidden = run.noisy(block, z, first, block.modulations(first))
+            hidden = run.streams.run_noisy(block, z, first, block.modulations(first))
             logits.append(run.read(block, hidden.flatten(0, 1), z, first))
-        return torch.stack(logits).unflatten(1, (run.num_rows, text.num_tokens)).transpose(0, 1)
-
-    def controlled(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits `[N * Q, V]`, after the controls of generation."""
-        if self.logits_processor is None:
-            return logits
-        return self.logits_processor(self.generated, logits)
+        return torch.stack(logits).unflatten(1, (run.num_rows, text.tokens.shape[1])).transpose(0, 1)
 
 
 class _Run:
     """One batch on its walk: how far its clean tokens have come through the blocks."""
 
     def __init__(self, plan: TextWalk, text: Text, kept: torch.Tensor):
-        self.plan, self.model, self.kept = plan, plan.model, kept
+        self.plan, self.model = plan, plan.model
         self.num_rows, self.num_tokens = text.tokens.shape[:2]
         # (Not an empty cache: with one, Transformers does not look for packed texts.)
         cache = CleanKeys() if text.past_key_values is None else text.past_key_values
@@ -168,23 +162,16 @@ class _Run:
             # One new token: clean and noisy together, in one pass over the block.
             self.advance_to(block.index)
             clean = self._entering(block)
-            noisy = self._embed_noisy(block, z, level)
-            hidden = self.streams.run_together(block, clean, noisy, plan.joint_modulations(step))
+            hidden = self.streams.run_together(block, clean, z, level, plan.joint_modulations(step))
             self._done += 1
             return hidden
         self.advance_to(block.index + 1)
-        return self.noisy(block, z, level, plan.noisy_modulations[step])
-
-    def _embed_noisy(self, block: Block, z: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        return self.streams.embed_noisy(block, z.unflatten(0, (self.num_rows, len(self.kept))), level)
-
-    def noisy(self, block: Block, z: torch.Tensor, level: torch.Tensor, modulations) -> torch.Tensor:
-        """Noisy tokens through a block, `[N, Q, D]`."""
-        return self.streams.run_noisy(block, self._embed_noisy(block, z, level), modulations)
+        return self.streams.run_noisy(block, z, level, plan.noisy_modulations[step])
 
     def read(self, block: Block, hidden: torch.Tensor, z: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """Logits `[R, V]` from what left a block, `[R, D]`, controls applied."""
-        return self.plan.controlled(self.model.formulation.logits(block, hidden, z, level))
+        logits, controls = self.model.formulation.logits(block, hidden, z, level), self.plan.logits_processor
+        return logits if controls is None else controls(self.plan.generated, logits)
 
 
 def _drawn_bridge(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
