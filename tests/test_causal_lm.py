@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 import hf_diffusionblocks as db
 from hf_diffusionblocks.diffusion import objectives as losses
 from hf_diffusionblocks.diffusion.gaussian import precondition
-from hf_diffusionblocks.diffusion.randomness import PositionNoise
+from hf_diffusionblocks.diffusion.randomness import noise_of_positions
 from hf_diffusionblocks.memory.activations import SavedActivations
 
 
@@ -30,7 +30,7 @@ def test_a_joint_block_at_sigma_max_starts_as_the_plain_model_of_its_layers(plai
     model = db.convert(plain, num_blocks=2, preset="paper").eval()
     prior = model.block_logits(ids)
     c, positions = precondition(torch.tensor(80.0), model.config.sigma_data), torch.arange(1, LENGTH + 1)
-    z = 80.0 * PositionNoise(positions, model.config.inference_seed).normal(WIDTH)
+    z = 80.0 * noise_of_positions(positions, WIDTH, model.config.inference_seed)
     embeds = plain.get_input_embeddings()(ids)
     layers_path = model.layers_path
     for k in BLOCKS:

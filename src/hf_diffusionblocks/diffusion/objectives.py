@@ -6,11 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import get_gradient_edge
 
 IGNORED = -100  #: target of a row that has no loss, everywhere in Transformers
 
@@ -130,7 +132,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, read: ReadOut, targets, weights, size: int, num_rows_given: int, *tensors: torch.Tensor):
         rows, parameters = tensors[:num_rows_given], tensors[num_rows_given:]
         total, of_hidden = torch.zeros((), device=targets.device), []
-        # In bfloat16 a sum of many chunks would lose what is small beside it.
         of_parameters = [torch.zeros_like(each, dtype=torch.promote_types(each.dtype, torch.float32)) for each in parameters]
         used = [False] * len(parameters)
         for target, weight, hidden, *others in zip(*[each.split(size) for each in (targets, weights, *rows)]):
@@ -140,11 +141,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 continue
             with torch.enable_grad():
                 logits = read(hidden, *others).float()
-            loss, upstream = _loss_and_gradient(logits.detach(), target, weight)
-            own, *gradients = torch.autograd.grad(logits, [hidden, *parameters], upstream, allow_unused=True)
+            loss, upstream = _loss_and_gradient(logits, target, weight)
+            end = get_gradient_edge(logits)
+            del logits  # gone before gradients of parameters are made
+            own, *gradients = torch.autograd.grad(end, [hidden, *parameters], upstream, allow_unused=True)
             total += loss
             of_hidden.append(own)
-            del logits, upstream
+            del end, upstream
             for number, accumulated in enumerate(of_parameters):
                 if (gradient := gradients.pop(0)) is not None:
                     accumulated += gradient
@@ -169,3 +172,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             gradients.append(None if own is None else own.mul_(upstream).to(dtype))
             del own
         return *[None] * 5, of_hidden.mul_(upstream), *[None] * ctx.num_others, *gradients
+
+
+class LikelihoodTerms(NamedTuple):
+    """What a likelihood bound is summed up from, of a batch of N sequences; float64, on the CPU."""
+
+    tokens: torch.Tensor  #: `[N]`, tokens scored
+    prior: float  #: nats a token that no data change
+    reconstruction: torch.Tensor  #: `[N]` nats of the last step
+    diffusion: torch.Tensor  #: `[N]` nats of all others

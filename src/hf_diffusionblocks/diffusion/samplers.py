@@ -12,14 +12,13 @@ import torch
 from torch.nn import functional as F
 
 from .gaussian import euler_step
-from .randomness import Noise
 
 
 def walk(
     denoise: Callable[[torch.Tensor, int], torch.Tensor],
     targets: torch.Tensor,
     sigmas: torch.Tensor,
-    noise: Noise,
+    noise: torch.Tensor,
     bridge: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Walk from `z ~ N(0, sigma_max^2 I)` down `sigmas`, by Euler's method.
@@ -28,14 +27,14 @@ def walk(
         denoise: `(z [N, D], step) -> logits [N, V]`, at the noise level `sigmas[step]`.
         targets: the known vectors e_v, `[V, D]`.
         sigmas: `[T+1]` descending levels; the last is not evaluated.
-        noise: where the start comes from; its rows are the N.
+        noise: that it starts from, standard normal `[N, D]`.
         bridge: `(logits, targets) -> [N, D]`, how logits become a point of the target space.
 
     Returns:
         `logits [N, V]` of the last evaluation, and `z [N, D]` at the last level, sigma_min.
     """
     levels = sigmas.tolist()
-    z = levels[0] * noise.normal(targets.shape[-1])
+    z = levels[0] * noise
     for step, (sigma, sigma_next) in enumerate(zip(levels[:-1], levels[1:])):
         logits = denoise(z, step)
         z = euler_step(z, bridge(logits, targets), sigma, sigma_next)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -260,14 +261,8 @@ def smallest_number_of_blocks(way: Way, workload: Workload, budget: int) -> int 
         layers = architecture.fixed_fields["num_blocks"]  # no other cut is possible
     numbers = sorted({-(-layers // size) for size in range(1, layers + 1)})  # the smallest for each size of the largest
     way = replace(way, fields={**way.fields, "layers_per_block": None})
-    low, high = 0, len(numbers)
-    while low < high:
-        middle = (low + high) // 2
-        if _followed(way, replace(workload, num_blocks=numbers[middle])).total <= budget:
-            high = middle
-        else:
-            low = middle + 1
-    return numbers[low] if low < len(numbers) else None
+    fits = bisect_left(numbers, True, key=lambda number: _followed(way, replace(workload, num_blocks=number)).total <= budget)
+    return numbers[fits] if fits < len(numbers) else None
 
 
 def _fits(num_blocks: int | None) -> str:

@@ -41,8 +41,7 @@ class Block:
 
     def __init__(
         self, model: nn.Module, index: int, layers: range, predecessors: range, embeddings: str, readout: str,
-        own_paths: Mapping[str, str], sigma_embedding: str | None, local_head: str | None,
-        prefixes: Sequence[str],
+        own_paths: Mapping[str, str], sigma_embedding: str | None, local_head: str | None, prefixes: Sequence[str],
     ):  # fmt: skip
         self.model, self.index, self.layer_indices = model, index, layers
         self.predecessors, self.prefixes = predecessors, tuple(prefixes)

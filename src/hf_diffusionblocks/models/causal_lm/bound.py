@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.nn import functional as F
 
-from ...diffusion.likelihood import LikelihoodTerms
-from ...diffusion.objectives import IGNORED, chunks
+from ...diffusion.objectives import IGNORED, LikelihoodTerms, chunks
 from ..base import DiffusionBlocksPreTrainedModel
 
 

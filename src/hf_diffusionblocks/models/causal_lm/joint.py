@@ -10,8 +10,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...diffusion.gaussian import corrupt, precondition
-from ...diffusion.likelihood import LikelihoodTerms
-from ...diffusion.objectives import IGNORED, num_counted
+from ...diffusion.objectives import IGNORED, LikelihoodTerms, num_counted
 from ..base import Formulation
 from ..block import Block
 from . import bound

@@ -14,8 +14,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ...backbones.stock_run import base_of
 from ...configuration import DiffusionBlocksConfig
-from ...diffusion.likelihood import LikelihoodTerms
-from ...diffusion.objectives import IGNORED, chunked_cross_entropy, num_counted
+from ...diffusion.objectives import IGNORED, LikelihoodTerms, chunked_cross_entropy, num_counted
 from ...diffusion.randomness import Generators
 from ...streaming import weights_on_device
 from ..base import DiffusionBlocksPreTrainedModel, Formulation

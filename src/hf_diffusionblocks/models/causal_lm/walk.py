@@ -8,7 +8,7 @@ from transformers import LogitsProcessorList
 
 from ...diffusion.gaussian import euler_step
 from ...diffusion.objectives import rows_per_chunk
-from ...diffusion.randomness import NoiseSource, PositionNoise
+from ...diffusion.randomness import noise_of_positions, noise_of_rows
 from ...diffusion.samplers import hard_bridge, walk
 from ...whole_numbers import check_whole
 from ..base import DiffusionBlocksPreTrainedModel
@@ -67,7 +67,7 @@ class TextWalk:
             Logits of the last evaluation, `[N, Q, V]`.
         """
         run = _Run(self, text, kept)
-        logits, _ = walk(run.denoise, self.targets, self.sigmas, run.noise, self.bridge)
+        logits, _ = walk(run.denoise, self.targets, self.sigmas, run.noise(), self.bridge)
         if text.past_key_values is not None:  # blocks that the walk did not visit have clean tokens to remember, too
             run.advance_to(self.config.num_blocks)
         return logits.unflatten(0, (run.num_rows, len(kept)))
@@ -80,7 +80,7 @@ class TextWalk:
         run = _Run(self, text, torch.arange(text.tokens.shape[1], device=self.model.device))
         size, levels = rows_per_chunk(len(labels), len(self.targets), labels.device), self.sigmas.tolist()
         rows = [
-            levels[0] * PositionNoise(positions, self.config.inference_seed).normal(self.targets.shape[-1])
+            levels[0] * noise_of_positions(positions, self.targets.shape[-1], self.config.inference_seed)
             for positions in run.positions.split(size)
         ]
         nats = []
@@ -107,13 +107,13 @@ class TextWalk:
             seen.append(logits.softmax(-1))
             return logits
 
-        walk(denoise, self.targets, self.sigmas, run.noise, self.bridge)
+        walk(denoise, self.targets, self.sigmas, run.noise(), self.bridge)
         return torch.stack(seen, 1).unflatten(0, (run.num_rows, len(kept)))
 
     def block_logits(self, text: Text) -> torch.Tensor:
         """Every block's logits at sigma_max, from keyed noise: `[N, B, S, V]`."""
         run, first = _Run(self, text, torch.arange(text.tokens.shape[1], device=self.model.device)), self.levels[0]
-        z = first * run.noise.normal(self.targets.shape[-1])
+        z = first * run.noise()
         logits = []
         for block in self.model.blocks:
             run.advance_to(block.index + 1)
@@ -132,12 +132,15 @@ class _Run:
         cache = CleanKeys() if text.past_key_values is None else text.past_key_values
         self.streams = Streams(self.model, text, kept, cache)
         self.positions = self.streams.noisy_position_ids.expand(self.num_rows, -1).flatten()
-        if plan.sample:
-            self.noise = NoiseSource(len(self.positions), 0, torch.default_generator, self.positions.device)
-        else:
-            self.noise = PositionNoise(self.positions, plan.config.inference_seed)
         self._done = 0  # blocks that the clean tokens have run through
         self._embedded: torch.Tensor | None = None
+
+    def noise(self) -> torch.Tensor:
+        """What the walk starts from, standard normal `[N * Q, D]`."""
+        positions, width = self.positions, self.plan.targets.shape[-1]
+        if self.plan.sample:
+            return noise_of_rows(len(positions), width, 0, torch.default_generator, positions.device)
+        return noise_of_positions(positions, width, self.plan.config.inference_seed)
 
     def _entering(self, block: Block) -> torch.Tensor:
         if self._embedded is None or block.embeds_apart:
