@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -346,11 +346,3 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         """
         with without_dropout(self.backbone):
             return block.run_stock(self.stock_inputs(batch), entering).leaving
-
-    def each_block(self, run: Callable[[Block, torch.Tensor | None], tuple[torch.Tensor, Any]]) -> list[Any]:
-        """What all blocks give, first to last: `run(block, what enters it)` gives what leaves it, and that."""
-        entering, given = None, []
-        for block in self.blocks:
-            entering, output = run(block, entering)
-            given.append(output)
-        return given

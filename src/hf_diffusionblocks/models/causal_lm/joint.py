@@ -24,14 +24,6 @@ class JointText(Formulation):
     modulated = True
     walks = True  #: whether a token's logits are the end of a walk
 
-    @staticmethod
-    def check_attention(requested: str | None) -> None:
-        if requested not in (None, "sdpa", "eager"):
-            raise ValueError(
-                f"attn_implementation={requested!r} must be 'sdpa' or 'eager' with preset='paper': a noisy token sees the "
-                "clean ones before it and itself, a mask that the others ignore or cannot express"
-            )
-
     # ---- training
 
     def train(

@@ -34,10 +34,6 @@ class LocalText(Formulation):
     passes_on = runs_stock = True
     walks = False  #: whether a token's logits are the end of a walk
 
-    @staticmethod
-    def check_attention(requested: str | None) -> None:
-        """Every implementation of attention goes with it."""
-
     def train(
         self, block: Block, x: Mapping, targets: torch.Tensor, block_input: torch.Tensor | None, noise: Mapping
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
@@ -88,12 +84,11 @@ class LocalText(Formulation):
 
     def block_logits(self, x: Mapping) -> torch.Tensor:
         """Every block's, `[N, B, S, V]`."""
-
-        def run(block: Block, entering: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-            leaving, read = block.run_stock(x, entering)
-            return leaving, block.head(read.flatten(0, 1)).unflatten(0, read.shape[:2])
-
-        return torch.stack(self.model.each_block(run), 1)
+        entering, found = None, []
+        for block in self.model.blocks:
+            entering, read = block.run_stock(x, entering)
+            found.append(block.head(read.flatten(0, 1)).unflatten(0, read.shape[:2]))
+        return torch.stack(found, 1)
 
     def likelihood_terms(self, batch: Mapping[str, torch.Tensor], num_samples: int, generator) -> LikelihoodTerms:
         """The cross-entropy: there is no diffusion to bound."""
@@ -132,7 +127,11 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         self.post_init()
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        self.FORMULATIONS[self.config.preset].check_attention(requested_attention)
+        if self.FORMULATIONS[self.config.preset].walks and requested_attention not in (None, "sdpa", "eager"):
+            raise ValueError(
+                f"attn_implementation={requested_attention!r} must be 'sdpa' or 'eager' with preset='paper': a noisy token sees "
+                "the clean ones before it and itself, a mask that the others ignore or cannot express"
+            )
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     @torch.no_grad()
