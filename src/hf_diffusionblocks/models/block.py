@@ -53,17 +53,12 @@ class Block:
     @property
     def layers(self) -> list[nn.Module]:
         """Its layers, of the stock model's."""
-        layers = self.model.layers
-        return [layers[index] for index in self.layer_indices]
+        return list(self.model.layers)[self.layer_indices.start : self.layer_indices.stop]
 
     def parameters(self) -> list[nn.Parameter]:
         """All parameters of this block, and of no other."""
         named = self.model.named_parameters()
         return [parameter for name, parameter in named if self.model.block_of_parameter(name) == self.index]
-
-    def interval(self, overlap: float = 0.0) -> tuple[float, float]:
-        """`(low, high)`, its range of noise levels; see [`NoiseSchedule.interval`]."""
-        return self.model.noise_schedule.interval(self.index, overlap)
 
     # ---- inside the stock model
 

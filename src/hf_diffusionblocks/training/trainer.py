@@ -256,7 +256,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         for k in self.train_blocks:
             block, schedule, levels = self.model.blocks[k], self.model.noise_schedule, ""
             if schedule is not None:
-                low, high = block.interval(schedule.overlap)
+                low, high = schedule.interval(k, schedule.overlap)
                 levels = f" trains at {schedule.level_name} ({low:.4g}, {high:.4g}],"
             logger.info(
                 f"block {k}: layers {block.layer_indices[0]}-{block.layer_indices[-1]},{levels} "

@@ -31,7 +31,7 @@ def likelihood_terms(
     diffusion = torch.zeros_like(reconstruction)
     strata = max(1, num_samples // config.num_blocks)
     for block in model.blocks:
-        low, high = map(math.log, block.interval())
+        low, high = map(math.log, model.noise_schedule.interval(block.index))
         width = (high - low) / strata
         for stratum in range(strata):
             uniform = torch.rand(len(labels), generator=generator, dtype=torch.float64)
