@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from cached_runs import parser_of, run_and_report
+from cached_runs import parser_of, report, results_of
 from characters import ALPHABET, characters
 from gutenberg import config_for
 from peft import LoraConfig, inject_adapter_in_model
@@ -215,21 +215,33 @@ def run(job: tuple) -> None:
     print(f"{row}, seed {seed}: {result}", flush=True)
 
 
-def table(results: list[dict]) -> str:
-    """Markdown; `±` is the standard error over texts of the difference from `BASE`, of the same seed."""
+def compared(results: list[dict]) -> list[dict]:
+    """Runs with what they have over `BASE` of the same seed, in bits, and the standard error of that over texts, in place of
+    each text's bits."""
     base = {result["seed"]: torch.tensor(result["of texts"]) for result in results if result["row"] == BASE}
+    made = []
+    for result in results:
+        of_texts, over = torch.tensor(result["of texts"]), None
+        if result["seed"] in base:
+            differences = of_texts - base[result["seed"]]
+            over = [round(each.item(), 4) for each in (differences.mean(), differences.std() / len(differences) ** 0.5)]
+        made.append({**{key: value for key, value in result.items() if key != "of texts"}, "over the row in bold": over})
+    return made
+
+
+def table(results: list[dict]) -> str:
+    """Markdown."""
     lines = [
         "|  | seed | bits a character | over the row in bold | by quarter of the masked share, least first | CPU seconds |",
         "|---|---|---|---|---|---|",
     ]
     for result in results:
-        name = f"**{result['row']}**" if result["row"] == BASE else result["row"]
+        is_base, over = result["row"] == BASE, result["over the row in bold"]
+        name = f"**{result['row']}**" if is_base else result["row"]
         quarters = " ".join(f"{each:.2f}" for each in result["by quarter"])
-        over = ""
-        if result["row"] != BASE and result["seed"] in base:
-            differences = torch.tensor(result["of texts"]) - base[result["seed"]]
-            over = f"{differences.mean():+.3f} ± {differences.std() / len(differences) ** 0.5:.3f}"
-        lines.append(f"| {name} | {result['seed']} | {result['bits']:.3f} | {over} | {quarters} | {result['seconds']:.0f} |")
+        difference = f"{over[0]:+.3f} ± {over[1]:.3f}" if over and not is_base else ""
+        cells = [name, result["seed"], f"{result['bits']:.3f}", difference, quarters, f"{result['seconds']:.0f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -242,7 +254,8 @@ def main() -> None:
         "updates": UPDATES, "texts": options.texts, "output": str(options.output),
         "characters": characters(options.data, options.output),
     }  # fmt: skip
-    run_and_report(run, ROWS, table, options, settings)
+    results = results_of(run, ROWS, options.rows, options.seeds, settings, options.output, options.processes)
+    report(compared(results), table(compared(results)), UPDATES, options.output)
 
 
 if __name__ == "__main__":

@@ -14,33 +14,26 @@ a given length can end early.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.cli.arguments import BlocksArguments, config_fields
 from hf_diffusionblocks.conversion import read_config
 from hf_diffusionblocks.diffusion.objectives import IGNORED
-from hf_diffusionblocks.extras import from_extra
 from hf_diffusionblocks.processors import load_tokenizer
-from hf_diffusionblocks.recipes import common, finetune, text
+from hf_diffusionblocks.recipes import answers, common, finetune, text
 from hf_diffusionblocks.recipes.common import option
 from hf_diffusionblocks.recipes.train_masked_lm import TASK, set_mask
 from hf_diffusionblocks.saving.resident import checked_blocks
 
-with from_extra("trl", "fine-tuning of text", "sft"):
-    from trl.data_utils import is_conversational, maybe_apply_chat_template
-
-logger = logging.getLogger("hf_diffusionblocks.recipes.finetune_masked_lm")
-
 PROG = "finetune_masked_lm.py"
-FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+FEATURES = Features({"input_ids": answers.TOKENS, "labels": answers.TOKENS})
 COLUMNS = tuple(FEATURES)
 
 
@@ -62,50 +55,22 @@ class DataArguments(finetune.DataArguments):
 # ---- examples
 
 
-def examples_of(row: dict) -> Iterator[dict]:
-    """A prompt and a completion for each answer in a row, text or messages.
-
-    (Of a chat each answer is one by itself: tokens see what comes after them, and an answer must not be seen by what asks
-    for it.)
-    """
-    if "messages" not in row:
-        yield {"prompt": row["prompt"], "completion": row["completion"]}
-        return
-    for number, message in enumerate(row["messages"]):
-        if number and message["role"] == "assistant":
-            yield {"prompt": row["messages"][:number], "completion": [message]}
-
-
-def encoded(example: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """`input_ids` of prompt and answer, and `labels`, which are -100 in the prompt."""
-    written = maybe_apply_chat_template(example, tokenizer)
-    prompt = text.opened(written["prompt"], tokenizer, with_special_tokens=not is_conversational(example))
-    answer, end = tokenizer(written["completion"], add_special_tokens=False)["input_ids"], text.end_token_id(tokenizer)
-    answer = answer if end in answer else [*answer, end]
-    return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
-
-
 def encode(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """All examples of the rows that are short enough.
+    """All examples of the rows that are short enough: `input_ids` of prompt and answer, and `labels`, -100 in the prompt.
 
     Raises:
         ValueError: there is none, or one holds the mask token; names the argument that names the rows.
     """
 
-    def of_batch(batch: dict[str, list]) -> dict[str, list]:
-        split = [dict(zip(batch, values)) for values in zip(*batch.values())]
-        made = [encoded(example, tokenizer) for row in split for example in examples_of(row)]
-        return {column: [each[column] for each in made] for column in COLUMNS}
+    def labelled(row: dict) -> dict:
+        prompt, answer = row["prompt"], row["answer"]
+        return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
 
-    made = rows.map(of_batch, batched=True, remove_columns=rows.column_names, features=FEATURES, desc=f"tokenizing {name}")
-    kept = made.filter(lambda tokens: len(tokens) <= max_length, input_columns="input_ids")
-    if left_out := len(made) - len(kept):
-        logger.warning(f"{left_out} of {len(made)} answers of {name} are left out: longer than max_length={max_length}")
-    if not len(kept):
-        raise ValueError(f"{name} must have an answer that fits max_length={max_length}, and has none")
-    if len(kept.filter(lambda tokens: tokenizer.mask_token_id in tokens, input_columns="input_ids")):
+    made = answers.tokenize(rows, name, tokenizer, max_length)
+    made = made.map(labelled, remove_columns=made.column_names, features=FEATURES, desc=f"labels of {name}")
+    if len(made.filter(lambda tokens: tokenizer.mask_token_id in tokens, input_columns="input_ids")):
         raise ValueError(f"{name} must not hold the mask token, {tokenizer.mask_token!r}: it is no text to learn")
-    return kept
+    return made
 
 
 def collate(rows: list[dict], end: int) -> dict[str, torch.Tensor]:
@@ -127,8 +92,7 @@ def load_model(
     """
     config, given = read_config(source), config_fields(blocks_args)
     tokenizer = load_tokenizer(source)
-    if text.end_token_id(tokenizer) is None:
-        raise ValueError(f"model={source!r} must have a tokenizer with an end token (eos_token or sep_token)")
+    answers.check_end_token(tokenizer, source)
     is_saved = isinstance(config, db.DiffusionBlocksConfig)
     if is_saved:
         _check_saved(source, config, given, tokenizer)
@@ -168,18 +132,15 @@ class PrintAnswers(TrainerCallback):
     def on_train_end(self, args, state, control, processing_class=None, **kwargs) -> None:
         model, end = self.trainer.accelerator.unwrap_model(self.trainer.model), text.end_token_id(processing_class)
         for prompt in self.prompts if state.is_world_process_zero else ():
-            is_chat = not isinstance(prompt, str)
-            if is_chat:
-                prompt = processing_class.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            written, tokens = answers.prompt_tokens(prompt, processing_class)
             room = getattr(model.config, "max_position_embeddings", None) or self.num_tokens * 100
-            tokens = text.opened(prompt, processing_class, not is_chat)[-(room - self.num_tokens) :]
-            tokens = torch.tensor([tokens], device=args.device)
+            tokens = torch.tensor([tokens[-(room - self.num_tokens) :]], device=args.device)
             made = model.generate(
                 tokens, max_new_tokens=self.num_tokens, eos_token_id=end, temperature=0,
                 generator=torch.Generator().manual_seed(args.seed),
             )  # fmt: skip
             answer = processing_class.decode(made[0, tokens.shape[1] :], skip_special_tokens=True)
-            print(f"\n{prompt} -> {answer}")
+            print(f"\n{written} -> {answer}")
 
 
 def prepare(

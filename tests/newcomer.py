@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Picture
+from tiny_block_diffusion import block_diffusion_config
 from tiny_pipelines import save_pipeline
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config,
-    Qwen3ForCausalLM, ViTConfig, ViTForImageClassification, ViTImageProcessor,
+    BertConfig, BertForMaskedLM, DiffusionGemmaForBlockDiffusion, GPT2Config, GPT2LMHeadModel, LlamaConfig,
+    PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, ViTConfig, ViTForImageClassification, ViTImageProcessor,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,6 +63,9 @@ def make_hub(cache: Path) -> None:
     ViTForImageClassification(ViTConfig(**images)).save_pretrained(vit := snapshot(cache, "google/vit-base-patch16-224"))
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(vit)
     save_pipeline("qwen", snapshot(cache, "Qwen/Qwen-Image"))
+    writer = snapshot(cache, "google/diffusiongemma-26B-A4B-it")
+    DiffusionGemmaForBlockDiffusion(block_diffusion_config(len(words), 8)).save_pretrained(writer)
+    words.save_pretrained(writer)
     llama = LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
         vocab_size=128256, max_position_embeddings=131072, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],

@@ -44,19 +44,18 @@ INDEPENDENT = {"preset": "paper", "shared": "per_block"}
 CARRIED = {"preset": "recommended", "local_head_layers": 0}
 PLAIN_SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.5}  # AdamW makes signs of what is nearly nothing
 
-#: Name -> number of processes, source, fields of `convert`, training arguments
-SCENARIOS: dict[str, tuple[int, object, dict, dict]] = {
-    "data parallel, text": (2, GPT2, CARRIED, {**PLAIN_SGD, "ema_decay": 0.9, "block_schedule": "random"}),
-    "data parallel, the paper's text": (2, GPT2, {}, PLAIN_SGD),
-    "data parallel, images": (2, VIT, {}, PLAIN_SGD),
-    "data parallel, image generation": (2, DIT, {}, PLAIN_SGD),
-    "data parallel, accumulated": (2, GPT2, CARRIED, {**PLAIN_SGD, "gradient_accumulation_steps": 2}),
-    "data parallel, together": (2, GPT2, CARRIED, {**PLAIN_SGD, "block_schedule": "together"}),
-    "data parallel of four": (4, GPT2, CARRIED, PLAIN_SGD),
+#: Name -> source, fields of `convert`, training arguments
+SCENARIOS: dict[str, tuple[object, dict, dict]] = {
+    "data parallel, text": (GPT2, CARRIED, {**PLAIN_SGD, "ema_decay": 0.9, "block_schedule": "random"}),
+    "data parallel, the paper's text": (GPT2, {}, PLAIN_SGD),
+    "data parallel, images": (VIT, {}, PLAIN_SGD),
+    "data parallel, image generation": (DIT, {}, PLAIN_SGD),
+    "data parallel, accumulated": (GPT2, CARRIED, {**PLAIN_SGD, "gradient_accumulation_steps": 2}),
+    "data parallel, together": (GPT2, CARRIED, {**PLAIN_SGD, "block_schedule": "together"}),
 }  # fmt: skip
 #: Those that are also stopped after 2 steps and resumed
 RESUMED = ("data parallel, text", "data parallel, together")
-STEPS, BATCH = 4, 2
+STEPS, BATCH, PROCESSES = 4, 2, 2
 
 
 def rows(source) -> Dataset:
@@ -96,7 +95,7 @@ KEPT = []
 
 
 def run(name: str, output: Path) -> None:
-    _, source, fields, arguments = SCENARIOS[name]
+    source, fields, arguments = SCENARIOS[name]
     rank = int(os.environ["RANK"])
     model = made(source, fields)
     if rank > 0:
@@ -125,7 +124,7 @@ def run(name: str, output: Path) -> None:
 
 def run_saving(name: str, output: Path) -> None:
     """Save at every step, starting from the last checkpoint there is."""
-    _, source, fields, arguments = SCENARIOS[name]
+    source, fields, arguments = SCENARIOS[name]
     folder = output / f"{name}-killed"
     trainer = trainer_of(made(source, fields), source, folder, {**arguments, "save_strategy": "steps", "save_steps": 1})
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
@@ -143,8 +142,8 @@ def write_threads(path: Path) -> None:
 
 @record  # the launcher then prints the traceback of a process that failed
 def main(output: str, *names: str) -> None:
-    threads = f"threads-{os.environ['WORLD_SIZE']}-{os.environ['RANK']}.txt"
-    atexit.register(write_threads, Path(output) / threads)  # before Trainers register theirs: called after these
+    # (Before Trainers register theirs: called after these.)
+    atexit.register(write_threads, Path(output) / f"threads-{os.environ['RANK']}.txt")
     if names[0] == "--saving":
         run_saving(names[1], Path(output))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import asdict, replace
 
 import pytest
@@ -11,7 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPT2Config, LlamaConfig, Qwen3Config, ViTConfig
 
 import hf_diffusionblocks as db
+from hf_diffusionblocks.cli import estimate as estimate_command
 from hf_diffusionblocks.cli import main
+from hf_diffusionblocks.conversion import read_config
 from hf_diffusionblocks.diffusion import objectives
 from hf_diffusionblocks.memory.estimate import smallest_number_of_blocks
 from hf_diffusionblocks.memory.formulas import BY_FORMULA
@@ -77,7 +80,7 @@ def test_logits_are_as_many_as_the_device_reads_out_at_a_time(monkeypatch):
     assert ledger_of(way, workload).parts.logits == on_cpu
     monkeypatch.setattr(objectives, "CPU_CHUNK", 2**14)
     assert ledger_of(way, workload).parts.logits == on_gpu > 3 * on_cpu
-    found = db.estimate_memory(TINY, 2, 3, 24, device="cuda")
+    found = db.estimate_memory(TINY, 2, 3, 24, device="cuda", preset="recommended", local_head_layers=0)
     assert found.ledgers[way.name].parts.logits == on_gpu and "AdamW, cuda" in str(found)
 
 
@@ -96,12 +99,12 @@ def test_the_largest_block_is_among_those_that_are_followed():
 
 
 def test_what_is_too_large_to_allocate_is_estimated():
-    """8 blocks of a layer of 2 GiB: 4 GiB of activations, on a machine of any size."""
-    config = LlamaConfig(num_hidden_layers=8, hidden_size=8192, intermediate_size=24576, num_attention_heads=64, vocab_size=320)
-    estimate = db.estimate_memory(config, num_blocks=8, batch_size=2, sequence_length=512, preset="paper")
+    """3 blocks of a layer of 3 GiB, on a machine of any size."""
+    config = LlamaConfig(num_hidden_layers=3, hidden_size=8192, intermediate_size=24576, num_attention_heads=64, vocab_size=320)
+    estimate = db.estimate_memory(config, num_blocks=3, batch_size=2, sequence_length=512, preset="paper")
     plain = estimate.ledgers["end to end"]
     layer = 4 * (4 * 8192**2 + 3 * 8192 * 24576 + 2 * 8192)
-    assert plain.parts.blocks == 8 * layer
+    assert plain.parts.blocks == 3 * layer
     assert plain.parts.optimizer == pytest.approx(2 * plain.parts.gradients, rel=1e-6)
     assert estimate.ledgers["paper: job, shared part frozen"].parts.blocks == layer
 
@@ -167,19 +170,59 @@ def test_sizes_that_are_none_are_refused(text):
         parse_bytes(text)
 
 
-def test_the_command_prints_the_estimate(tmp_path, capsys):
+@pytest.fixture
+def asked(monkeypatch) -> list:
+    """What the command asks `estimate_memory` for; the answer is "a table"."""
+    calls = []
+    monkeypatch.setattr(estimate_command, "estimate_memory", lambda *args, **kwargs: calls.append((args, kwargs)) or "a table")
+    return calls
+
+
+def bound(call: tuple) -> dict:
+    """Arguments by name, without those that have their default."""
+    signature = inspect.signature(db.estimate_memory)
+    arguments = signature.bind(*call[0], **call[1]).arguments
+    given = arguments.pop("config_fields", {})
+    return {name: value for name, value in arguments.items() if value != signature.parameters[name].default} | given
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (
+            "--dtype bf16 --preset recommended --local_head_layers 0 --num_blocks 2 --batch-size 3 --sequence-length 24",
+            {
+                "dtype": "bf16", "preset": "recommended", "local_head_layers": 0, "num_blocks": 2, "batch_size": 3,
+                "sequence_length": 24,
+            },
+        ),
+        (
+            "--sequence_length 24 --bf16 --keep 1 --bandwidth 10GB/s --tflops 50",
+            {"sequence_length": 24, "dtype": "fp32", "bf16": True, "keep": 1, "bandwidth": "10GB/s", "tflops": 50.0},
+        ),
+        (
+            "--keep 2GiB --budget 16GiB --device cuda --ema --task fill-mask",
+            {"dtype": "fp32", "keep": "2GiB", "budget": "16GiB", "device": "cuda", "ema": True, "task": "fill-mask"},
+        ),
+    ],
+    ids=["blocks", "streamed", "all else"],
+)  # fmt: skip
+def test_the_command_asks_for_what_it_is_told_and_prints_the_answer(options, expected, asked, tmp_path, capsys):
     """With underscores or hyphens."""
     TINY.save_pretrained(tmp_path)
-    options = "--dtype bf16 --preset recommended --local_head_layers 0 --num_blocks 2 --batch-size 3 --sequence-length 24"
     main(["estimate", "--model", str(tmp_path), *options.split()])
-    expected = db.estimate_memory(TINY, 2, 3, 24, dtype="bf16", preset="recommended", local_head_layers=0)
-    assert capsys.readouterr().out.strip() == str(expected)
+    assert capsys.readouterr().out == "a table\n"
+    (call,) = asked
+    arguments = bound(call)
+    assert arguments.pop("model_or_config").to_json_string() == read_config(str(tmp_path)).to_json_string()
+    assert arguments == expected
 
 
-def test_the_command_reads_a_model_of_diffusers(tmp_path, capsys):
+def test_the_command_reads_a_model_of_diffusers(asked, tmp_path):
     CASES["dit"].plain().save_pretrained(tmp_path)
-    main(["estimate", "--model", str(tmp_path), "--num_blocks", "2"])
-    assert capsys.readouterr().out.strip() == str(db.estimate_memory(CASES["dit"].config, 2))
+    main(["estimate", "--model", str(tmp_path)])
+    (((config, *_), _),) = asked
+    assert config.to_dict() == CASES["dit"].config.to_dict()
 
 
 def test_a_tiny_model_s_table_says_something():

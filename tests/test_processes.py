@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 from filelock import FileLock
-from process_scenarios import BATCH, DIT, GPT2, RESUMED, SCENARIOS, STEPS, made, trainer_of
+from process_scenarios import BATCH, DIT, GPT2, PROCESSES, RESUMED, SCENARIOS, STEPS, made, trainer_of
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.training.checks import check_processes
@@ -36,20 +36,18 @@ def launched(*arguments, **kwargs) -> None:
 
 @pytest.fixture(scope="session")
 def outcomes(folder_of_all_workers) -> Path:
-    """Folder with what all scenarios left: one launch for each number of processes, shared by pytest's workers."""
+    """Folder with what all scenarios left: one launch, shared by pytest's workers."""
     folder = folder_of_all_workers / "scenarios"
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             folder.mkdir()
-            for processes in (2, 4):
-                names = [name for name, (count, *_) in SCENARIOS.items() if count == processes]
-                launched(processes, str(SCRIPT), str(folder), *names)
+            launched(PROCESSES, str(SCRIPT), str(folder), *SCENARIOS)
     return folder
 
 
 @cache
 def outcome(folder: Path, name: str) -> list[dict]:
-    return [torch.load(folder / f"{name}.{rank}.pt", weights_only=True) for rank in range(SCENARIOS[name][0])]
+    return [torch.load(folder / f"{name}.{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
 
 def assert_close(actual: dict, expected: dict, tolerance: float) -> None:
@@ -58,16 +56,11 @@ def assert_close(actual: dict, expected: dict, tolerance: float) -> None:
         torch.testing.assert_close(actual[key], expected[key], rtol=tolerance, atol=tolerance, msg=lambda m: f"{key}: {m}")
 
 
-def assert_that_groups_are_left(folder: Path, processes: int) -> None:
-    """A thread of gloo that lives on may abort a process that ends well."""
-    paths = list(folder.glob(f"threads-{processes}-*.txt"))
-    assert len(paths) == processes and not any("gloo" in path.read_text() for path in paths)
-
-
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed by Linux")
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_leave_their_groups(outcomes, processes):
-    assert_that_groups_are_left(outcomes, processes)
+def test_processes_leave_their_groups(outcomes):
+    """A thread of gloo that lives on may abort a process that ends well."""
+    paths = list(outcomes.glob("threads-*.txt"))
+    assert len(paths) == PROCESSES and not any("gloo" in path.read_text() for path in paths)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -82,9 +75,9 @@ def test_all_ranks_end_with_the_same_weights(outcomes, name):
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_data_parallel_is_one_process_with_all_rows(outcomes, name, tmp_path):
     """Noise included: it goes with the row. Only the order in which numbers are summed differs."""
-    processes, source, fields, arguments = SCENARIOS[name]
+    source, fields, arguments = SCENARIOS[name]
     model = made(source, fields)
-    trainer = trainer_of(model, source, tmp_path, arguments, batch=processes * BATCH)
+    trainer = trainer_of(model, source, tmp_path, arguments, batch=PROCESSES * BATCH)
     trainer.train()
     assert_close(outcome(outcomes, name)[0]["state"], model.state_dict(), tolerance=1e-5)
     with trainer.averaged_weights():
@@ -102,7 +95,7 @@ def test_losses_of_blocks_in_evaluation_are_those_of_one_process(outcomes, tmp_p
 
 def test_accumulated_micro_batches_are_one_batch(tmp_path):
     """The same noise, too."""
-    _, source, fields, arguments = SCENARIOS["data parallel, text"]
+    source, fields, arguments = SCENARIOS["data parallel, text"]
     whole, parts = made(source, fields), made(source, fields)
     trainer_of(whole, source, tmp_path, arguments, batch=2 * BATCH).train()
     trainer_of(parts, source, tmp_path, {**arguments, "gradient_accumulation_steps": 2}, batch=BATCH).train()
@@ -118,7 +111,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(outcomes, name):
 
 def test_killed_while_saving_and_resumed_is_the_uninterrupted_run(outcomes, tmp_path):
     name = "data parallel, text"
-    run = launch(2, str(SCRIPT), str(tmp_path), "--saving", name)
+    run = launch(PROCESSES, str(SCRIPT), str(tmp_path), "--saving", name)
     folder = tmp_path / f"{name}-killed"
     deadline = time.monotonic() + 120
     while not (folder / "checkpoint-1").is_dir() or not (folder / "_saving").is_dir():  # in its second save, or third
@@ -130,7 +123,7 @@ def test_killed_while_saving_and_resumed_is_the_uninterrupted_run(outcomes, tmp_
     run.wait()
     for path in folder.glob("checkpoint-*"):
         assert {"optimizer.pt", "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= {p.name for p in path.iterdir()}
-    launched(2, str(SCRIPT), str(tmp_path), "--saving", name)
+    launched(PROCESSES, str(SCRIPT), str(tmp_path), "--saving", name)
     for rank, expected in enumerate(outcome(outcomes, name)):
         resumed = torch.load(tmp_path / f"{name}.killed.{rank}.pt", weights_only=True)
         assert all(torch.equal(resumed[key], expected["state"][key]) for key in resumed)

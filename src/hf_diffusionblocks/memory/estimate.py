@@ -17,7 +17,7 @@ from ..whole_numbers import check_whole
 from .costs import Costs, Operations
 from .formulas import FSDP, costs_of_fsdp, ledgers_by_formula
 from .ledger import Ledger
-from .scenarios import followed_stream, ledger_of
+from .scenarios import followed_stream, ledger_of, ledgers_of
 from .table import UNITS, bytes_as_text, ledger_table, parse_bytes, table_unit
 from .ways import (
     CHECKPOINTING, Way, Workload, formulations_for, ways_of_blocks, ways_of_stock_models, ways_of_streams
@@ -261,8 +261,14 @@ def smallest_number_of_blocks(way: Way, workload: Workload, budget: int) -> int 
         layers = architecture.fixed_fields["num_blocks"]  # no other cut is possible
     numbers = sorted({-(-layers // size) for size in range(1, layers + 1)})  # the smallest for each size of the largest
     way = replace(way, fields={**way.fields, "layers_per_block": None})
-    fits = bisect_left(numbers, True, key=lambda number: _followed(way, replace(workload, num_blocks=number)).total <= budget)
-    return numbers[fits] if fits < len(numbers) else None
+
+    def fits(num_blocks: int) -> bool:
+        ledgers = ledgers_of(way, replace(workload, num_blocks=num_blocks), _fake_mode())
+        return all(ledger.total <= budget for ledger in ledgers)
+
+    *fewer, most = numbers
+    # (The most blocks first: where they do not fit, one quick step says so.)
+    return numbers[bisect_left(fewer, True, key=fits)] if fits(most) else None
 
 
 def _fits(num_blocks: int | None) -> str:

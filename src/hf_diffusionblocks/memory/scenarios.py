@@ -37,15 +37,19 @@ class Step(NamedTuple):
     stream: LayerStream | None = None  #: of a streamed model
 
 
-def ledger_of(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = None) -> Ledger:
-    """The ledger of a way's largest step. With a fake mode, tensors have sizes and no memory."""
-    ledgers = []
+def ledgers_of(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = None) -> Iterator[Ledger]:
+    """The ledgers of a way's steps, one that can be the largest after the other. With a fake mode, tensors have no memory."""
     for step in steps(way, workload, fake_mode):
         with nullcontext() if fake_mode is None else WithoutMemory(fake_mode):
             averages = _averages(step) if workload.ema else ()
             with reading_out_as_on(workload.device):
-                ledgers.append(measure_memory(*step[:3], averages, step.kept))
-    return max(ledgers, key=lambda ledger: ledger.total)
+                ledger = measure_memory(*step[:3], averages, step.kept)
+        yield ledger
+
+
+def ledger_of(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = None) -> Ledger:
+    """The ledger of a way's largest step."""
+    return max(ledgers_of(way, workload, fake_mode), key=lambda ledger: ledger.total)
 
 
 def followed_stream(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = None) -> tuple[Ledger, Costs]:
