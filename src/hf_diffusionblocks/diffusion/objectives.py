@@ -144,7 +144,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss, upstream = _loss_and_gradient(logits, target, weight)
             end = get_gradient_edge(logits)
             del logits  # gone before gradients of parameters are made
-            own, *gradients = torch.autograd.grad(end, [hidden, *parameters], upstream, allow_unused=True)
+            own, *gradients = torch.autograd.grad([end], [hidden, *parameters], [upstream], allow_unused=True)
             total += loss
             of_hidden.append(own)
             del end, upstream
