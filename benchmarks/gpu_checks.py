@@ -10,7 +10,7 @@ from transformers.utils import is_flash_attn_2_available
 
 import hf_diffusionblocks as db
 from gpu_common import BERT, FAMILIES, GPT2, LLAMA, LOCAL, VIT, Family, Machine, Row, check, equal, within
-from hf_diffusionblocks.diffusion.randomness import NoiseSource, PositionNoise
+from hf_diffusionblocks.diffusion.randomness import noise_of_positions, noise_of_rows
 
 CPU = torch.device("cpu")
 FLOAT32 = 1e-4  #: what sums in another order may add up to
@@ -68,8 +68,8 @@ def evaluation_noise(machine: Machine) -> Iterator[Row]:
     """Keyed noise is drawn alike everywhere."""
     positions, devices = torch.arange(100), (CPU, machine.device)
     for name, (here, there) in {
-        "of a walk of images": [NoiseSource(3, 0, None, device).normal(50) for device in devices],
-        "of a walk of tokens": [PositionNoise(positions.to(device), 0).normal(50) for device in devices],
+        "of a walk of images": [noise_of_rows(3, 50, 0, None, device) for device in devices],
+        "of a walk of tokens": [noise_of_positions(positions.to(device), 50, 0) for device in devices],
     }.items():
         yield equal(f"evaluation noise {name}", torch.equal(here, there.cpu()))
 

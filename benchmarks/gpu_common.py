@@ -189,7 +189,7 @@ class Family:
         """What `forward` would draw: devices draw differently."""
         if self.task.name == "fill-mask":  # which tokens, a generator says, of the CPU on every device
             return {"mask_ratio": 0.5}
-        low, high = model.blocks[block].interval()
+        low, high = model.noise_schedule.interval(block)
         first = next(iter(batch.values()))
         shapes = {
             "text-generation": (len(first), first.shape[-1] - 1, model.config.hidden_size),

@@ -20,7 +20,7 @@ import hf_diffusionblocks as db
 from gpu_common import Clock, Machine, Row, check, fastest
 from gpu_training import trainer_of
 from hf_diffusionblocks.backbones.dit import DiTConfig
-from hf_diffusionblocks.diffusion.objectives import chunked_sum, cross_entropy
+from hf_diffusionblocks.diffusion.objectives import chunked_cross_entropy
 from hf_diffusionblocks.tasks import backbone_for
 
 NUM_BLOCKS, MIB = 4, 2**20
@@ -240,13 +240,9 @@ def readout_beside_plain(machine: Machine) -> Iterator[Row]:
     targets = batch["labels"][:, 1:].flatten()
 
     def ours() -> torch.Tensor:
-        rows = [norm(hidden)[:, :-1].flatten(0, 1), targets]
-        with block.reading_out() as parameters:
-            total = chunked_sum(
-                lambda rows, targets: cross_entropy(block.head(rows).float(), targets).sum(), rows, parameters,
-                size.config.vocab_size,
-            )  # fmt: skip
-        return total / len(targets)
+        rows = norm(hidden)[:, :-1].flatten(0, 1)
+        with block.reading_out() as (head, parameters):
+            return chunked_cross_entropy(head, [rows], targets, parameters, size.config.vocab_size) / len(targets)
 
     def plain_head(kind: torch.dtype) -> torch.Tensor:
         rows = norm(hidden)[:, :-1].flatten(0, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import hf_diffusionblocks as db
 from hf_diffusionblocks.tasks import backbone_for
 from hf_diffusionblocks.cli.arguments import BlocksArguments, parse
+from hf_diffusionblocks.configuration import option
 from hf_diffusionblocks.conversion import plain_part, read_config
 from hf_diffusionblocks.extras import MissingExtraError
 from hf_diffusionblocks.saving.resident import checked_blocks
@@ -37,11 +38,6 @@ from hf_diffusionblocks.training.process_group import leave_at_exit
 #: What the libraries below raise on bad input; anything else is a bug and keeps its traceback.
 BAD_INPUT = (ValueError, TypeError, OSError, SafetensorError, StrictDataclassError, MissingExtraError)
 SPLITS = ("train", "validation")
-
-
-def option(default, help: str):
-    """A dataclass field that is a command-line option."""
-    return field(default=default, metadata={"help": help})
 
 
 STREAM = "Keep weights, gradients and optimizer state in host memory; a layer or two at a time is on the device."

@@ -16,7 +16,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, ModernBertConfig, 
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.models.formulation import Formulation
+from hf_diffusionblocks.models.base import Formulation
 from hf_diffusionblocks.recurrent_depth_llama import RecurrentDepthLlamaConfig
 from hf_diffusionblocks.tasks import TASKS, Task, backbone_for, task_of
 

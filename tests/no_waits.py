@@ -29,6 +29,7 @@ from transformers.utils import import_utils
 from transformers.utils.import_utils import is_fake_tensor
 
 import hf_diffusionblocks
+from hf_diffusionblocks.training.checks import trained_parameters
 
 
 class MadeUpBackend(_DummyBackendModule):
@@ -138,7 +139,7 @@ def step_of(name: str, fields: dict, columns: Sequence[str], arguments: dict, fo
     trainer._block_losses = state["losses"]
 
     def step() -> None:
-        with trainer._trained:
+        with trained_parameters(model, trainer.train_blocks, trainer.args.train_shared) as trainer._parameters:
             for trainer.state.global_step in range(1 if trainer._together else len(case.blocks)):
                 if not trainer._together:
                     trainer.begin_block(trainer.block_schedule.block_at(trainer.state.global_step))

@@ -13,8 +13,7 @@ from hf_diffusionblocks.backbones.base import PiecewiseBackbone
 from hf_diffusionblocks.configuration import DiffusionBlocksConfig
 from hf_diffusionblocks.diffusion.gaussian import corrupt, edm_loss_weight, precondition
 from hf_diffusionblocks.diffusion.randomness import keyed_generators
-from hf_diffusionblocks.models.base import DiffusionBlocksPreTrainedModel
-from hf_diffusionblocks.models.formulation import Formulation
+from hf_diffusionblocks.models.base import DiffusionBlocksPreTrainedModel, Formulation
 from hf_diffusionblocks.presets import PRESETS
 from hf_diffusionblocks.tasks import Task, gaussian_noise, register_backbone, register_task
 

@@ -7,7 +7,7 @@ import torch
 from process_scenarios import GPT2, VIT
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.models.active import TrainedParameters
+from hf_diffusionblocks.training.checks import trained_parameters
 from hf_diffusionblocks.saving.shards import Provenance
 
 
@@ -35,12 +35,12 @@ def test_a_run_s_blocks_alone_ask_for_gradients_and_what_was_frozen_stays():
     model = model_of(preset="recommended")
     (frozen, *_), other = model.block_parameters(0), model.block_parameters(2)
     frozen.requires_grad_(False)
-    with TrainedParameters(model, [0, 1], train_shared=False) as trained:
+    with trained_parameters(model, [0, 1], train_shared=False) as trained:
         asking = {model.block_of_parameter(name) for name, p in model.named_parameters() if p.requires_grad}
-        assert asking == {0, 1} and any(frozen is p for p in trained.of_block[0])  # which a callback may thaw
-        trained.of_block[1][0].requires_grad_(False)  # by a callback, say
+        assert asking == {0, 1} and any(frozen is p for p in trained[0])  # which a callback may thaw
+        trained[1][0].requires_grad_(False)  # by a callback, say
     assert all(p.requires_grad for p in other)
-    assert [p for p in model.parameters() if not p.requires_grad] == [frozen, trained.of_block[1][0]]
+    assert [p for p in model.parameters() if not p.requires_grad] == [frozen, trained[1][0]]
 
 
 def test_a_block_holds_no_tensor_of_its_own_and_finds_what_replaces_a_module():
@@ -61,7 +61,7 @@ def test_a_loaded_model_knows_who_trained_it(tmp_path, resident):
 def test_noise_levels_are_those_of_the_block_that_trains():
     model = model_of().eval()
     ids, generator = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(3)
-    sigma = model.blocks[0].draw_levels((2,), generator)
+    sigma = model.draw_levels(0, (2,), None, generator)
     noise = torch.randn(2, 7, model.config.hidden_size, generator=generator)
     arguments = {"input_ids": ids, "labels": ids, "block_index": 0}
     by_hand = model(**arguments, sigma=sigma, noise=noise).loss

@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 import hf_diffusionblocks as db
 from hf_diffusionblocks.diffusion import objectives as losses
 from hf_diffusionblocks.diffusion.gaussian import precondition
-from hf_diffusionblocks.diffusion.randomness import PositionNoise
+from hf_diffusionblocks.diffusion.randomness import noise_of_positions
 from hf_diffusionblocks.memory.activations import SavedActivations
-from hf_diffusionblocks.models.causal_lm.text import ReadoutInput, Text
 
 
 # ---- conversion (test_lossless.py has more)
@@ -31,7 +30,7 @@ def test_a_joint_block_at_sigma_max_starts_as_the_plain_model_of_its_layers(plai
     model = db.convert(plain, num_blocks=2, preset="paper").eval()
     prior = model.block_logits(ids)
     c, positions = precondition(torch.tensor(80.0), model.config.sigma_data), torch.arange(1, LENGTH + 1)
-    z = 80.0 * PositionNoise(positions, model.config.inference_seed).normal(WIDTH)
+    z = 80.0 * noise_of_positions(positions, WIDTH, model.config.inference_seed)
     embeds = plain.get_input_embeddings()(ids)
     layers_path = model.layers_path
     for k in BLOCKS:
@@ -91,8 +90,8 @@ def test_noisy_tokens_are_scaled_by_c_in_and_stand_at_the_target_s_position(ids)
 
 def test_sigma_is_drawn_for_every_sequence(plain, ids):
     model, rows = make(plain, p_mean=-0.5), []
-    levels = model.formulation.levels
-    model.formulation.levels = lambda *args: rows.append(levels(*args)) or rows[-1]
+    run = model.formulation.run
+    model.formulation.run = lambda *args: rows.append(args[-1]) or run(*args)
     model(ids, labels=ids, block_index=1)
     (sigma,) = rows
     assert [row.unique().numel() for row in sigma] == [1, 1, 1] and sigma.unique().numel() == 3
@@ -101,10 +100,10 @@ def test_sigma_is_drawn_for_every_sequence(plain, ids):
 def test_edm_readout_at_sigma_max_is_the_network_s_own_head(plain, ids):
     model = make(plain)
     given = {"sigma": torch.full((3,), 80.0), "noise": draw()["noise"], "generator": None}
-    hidden, (_, z, sigma) = model.formulation.train(model.blocks[1], Text(ids), ids[:, 1:], given)
+    hidden, (_, z, sigma) = model.formulation.train(model.blocks[1], {"input_ids": ids}, ids[:, 1:], None, given)
     network = model.architecture.read_out(model.backbone, hidden)
-    c_skip_part = 0.25 / (80.0**2 + 0.25) * model.architecture.head(model.backbone, z) / 0.5
-    assert torch.allclose(model.logits(1, ReadoutInput(hidden, z, sigma)), network + c_skip_part, atol=1e-3)
+    c_skip_part = 0.25 / (80.0**2 + 0.25) * model.backbone.lm_head(z) / 0.5
+    assert torch.allclose(model.logits(1, hidden, z, sigma), network + c_skip_part, atol=1e-3)
 
 
 def test_targets_are_unit_vectors_of_the_embeddings_or_a_fixed_table(plain):
@@ -211,13 +210,12 @@ def test_chunks_change_neither_loss_nor_gradients(plain, text_formulation, ids, 
 def test_no_more_than_a_chunk_of_logits_is_ever_held(monkeypatch):
     """By the bytes of what the readout makes, and of what is kept for the backward pass, whatever the vocabulary."""
     kept = []
-    for vocab in (50, 5000):
+    for vocab in (500, 5000):
         config = GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=vocab, n_positions=64, **ENDS)
         model = db.convert(config, num_blocks=2).train()
         ids = torch.randint(vocab, (4, 64))
         sizes = []
-        read = model.formulation.logits
-        monkeypatch.setattr(model.formulation, "logits", lambda *args: sizes.append(read(*args).nbytes) or read(*args))
+        model.backbone.lm_head.register_forward_hook(lambda head, args, logits: sizes.append(logits.nbytes))
         with SavedActivations(model.parameters()) as saved:
             loss = model(ids, labels=ids, block_index=0).loss
         kept.append(saved.bytes)

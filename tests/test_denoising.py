@@ -8,10 +8,9 @@ from scipy import stats
 from torch.nn import functional as F
 
 from hf_diffusionblocks import NoiseSchedule
-from hf_diffusionblocks.diffusion.categorical import hard_bridge, soft_bridge
 from hf_diffusionblocks.diffusion.gaussian import edm_loss_weight, euler_step, precondition
-from hf_diffusionblocks.diffusion.randomness import NoiseSource, PositionNoise
-from hf_diffusionblocks.diffusion.samplers import walk
+from hf_diffusionblocks.diffusion.randomness import noise_of_positions, noise_of_rows
+from hf_diffusionblocks.diffusion.samplers import hard_bridge, soft_bridge, walk
 
 PRIOR = torch.tensor([0.5, 0.3, 0.15, 0.05])
 
@@ -52,11 +51,10 @@ def test_euler_step_ends():
 def test_euler_walk_follows_the_exact_ode_of_one_target():
     """With one class the ODE's solution is z(s) = e + s/sigma_max (z - e): Euler is exact on it, at any T."""
     target = unit_targets(1)
-    noise = NoiseSource(16, 0, torch.Generator().manual_seed(0), torch.device("cpu"))
+    noise = noise_of_rows(16, 8, 0, torch.Generator().manual_seed(0), torch.device("cpu"))
     sigmas = NoiseSchedule(3).inference_sigmas(7)
     _, z = walk(lambda z, step: torch.zeros(len(z), 1), target, sigmas, noise, soft_bridge)
-    start = 80 * NoiseSource(16, 0, torch.Generator().manual_seed(0), torch.device("cpu")).normal(8)
-    assert torch.allclose(z, target + 0.002 / 80 * (start - target), atol=1e-5)
+    assert torch.allclose(z, target + 0.002 / 80 * (80 * noise - target), atol=1e-5)
 
 
 def drawn_frequencies(num_steps: int, rows: int = 20_000) -> torch.Tensor:
@@ -67,7 +65,7 @@ def drawn_frequencies(num_steps: int, rows: int = 20_000) -> torch.Tensor:
         """Bayes' rule: `p(v | z) ~ p(v) exp(<z, e_v> / sigma^2)` for targets of norm 1."""
         return PRIOR.log() + z @ targets.T / sigmas[step].float() ** 2
 
-    noise = NoiseSource(rows, 0, torch.Generator().manual_seed(num_steps), torch.device("cpu"))
+    noise = noise_of_rows(rows, targets.shape[1], 0, torch.Generator().manual_seed(num_steps), torch.device("cpu"))
     _, z = walk(exact, targets, sigmas, noise, soft_bridge)
     return torch.cdist(z, targets).argmin(-1).bincount(minlength=4)
 
@@ -81,14 +79,14 @@ def test_a_soft_walk_approaches_the_prior_only_with_many_steps():
 def test_walk_evaluates_every_level_but_the_last():
     steps = []
     sigmas = NoiseSchedule(2).inference_sigmas(5)
-    noise = NoiseSource(3, 0, None, torch.device("cpu"))
+    noise = noise_of_rows(3, unit_targets().shape[1], 0, None, torch.device("cpu"))
     walk(lambda z, step: steps.append(step) or torch.zeros(3, 4), unit_targets(), sigmas, noise, soft_bridge)
     assert steps == list(range(len(sigmas) - 1))
 
 
 def test_walk_returns_the_logits_of_its_last_evaluation():
     evaluations = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
-    noise = NoiseSource(3, 0, None, torch.device("cpu"))
+    noise = noise_of_rows(3, unit_targets().shape[1], 0, None, torch.device("cpu"))
     sigmas = NoiseSchedule(2).inference_sigmas(5)
     logits, _ = walk(lambda z, step: evaluations[step], unit_targets(), sigmas, noise, soft_bridge)
     assert torch.equal(logits, evaluations[-1])
@@ -101,53 +99,45 @@ def test_euler_walk_goes_where_the_bridge_points():
         return targets[2].expand(len(logits), -1)
 
     targets, sigmas = unit_targets(), NoiseSchedule(2).inference_sigmas(5)
-    noise = NoiseSource(3, 0, None, torch.device("cpu"))
+    noise = noise_of_rows(3, unit_targets().shape[1], 0, None, torch.device("cpu"))
     _, z = walk(lambda z, step: torch.zeros(3, 4), targets, sigmas, noise, bridge)
     assert torch.cdist(z, targets).argmin(-1).tolist() == [2, 2, 2]
 
 
 def test_keyed_noise_is_equal_for_all_rows_and_leaves_the_global_generator_alone():
     state = torch.get_rng_state()
-    first, second = (NoiseSource(3, 7, None, torch.device("cpu")) for _ in range(2))
-    assert torch.equal(first.normal(8), second.normal(8))
-    assert first.normal(8).unique(dim=0).shape[0] == 1
+    first, second = (noise_of_rows(3, 8, 7, None, torch.device("cpu")) for _ in range(2))
+    assert torch.equal(first, second) and first.unique(dim=0).shape[0] == 1
     assert torch.equal(torch.get_rng_state(), state)
 
 
 # ---- noise keyed by position
 
 
-def draws(positions, seed: int = 7) -> list[torch.Tensor]:
-    """Three calls in a row, as a walk makes them."""
-    noise = PositionNoise(torch.as_tensor(positions), seed)
-    return [noise.normal(8) for _ in range(3)]
+def drawn(positions, seed: int = 7) -> torch.Tensor:
+    return noise_of_positions(torch.as_tensor(positions), 8, seed)
 
 
-def test_position_noise_is_a_function_of_position_and_draw_however_positions_are_asked_for():
+def test_position_noise_is_a_function_of_position_however_positions_are_asked_for():
     """Together, in another order and batch, or one at a time; across the pages they are drawn in."""
     positions = [0, 63, 64, 5, 200, 63, 5]
-    together = draws(positions)
-    alone = [torch.cat(parts) for parts in zip(*(draws([position]) for position in positions))]
-    backwards = [part.flip(0) for part in draws(positions[::-1])]
-    for draw in range(3):
-        assert torch.equal(together[draw], alone[draw])
-        assert torch.equal(together[draw], backwards[draw])
+    together = drawn(positions)
+    assert torch.equal(together, torch.cat([drawn([position]) for position in positions]))
+    assert torch.equal(together, drawn(positions[::-1]).flip(0))
 
 
 def test_position_noise_is_equal_for_rows_at_the_same_position():
-    noise = draws([3, 3, 4])[0]
+    noise = drawn([3, 3, 4])
     assert torch.equal(noise[0], noise[1])
     assert not torch.equal(noise[0], noise[2])
 
 
-def test_position_noise_differs_between_draws_and_seeds():
-    first, _, later = draws([3])
-    assert not torch.equal(first, later)
-    assert not torch.equal(first, draws([3], seed=8)[0])
+def test_position_noise_differs_between_seeds():
+    assert not torch.equal(drawn([3]), drawn([3], seed=8))
 
 
 def test_position_noise_is_standard_normal():
-    noise = PositionNoise(torch.arange(4000), 0).normal(16)
+    noise = noise_of_positions(torch.arange(4000), 16, 0)
     assert stats.kstest(noise.flatten().double().numpy(), "norm").pvalue > 0.01
     # Neighbours in position are as unrelated as any.
     assert (noise[1:] * noise[:-1]).mean().abs() < 4 / (3999 * 16) ** 0.5
@@ -155,5 +145,5 @@ def test_position_noise_is_standard_normal():
 
 def test_position_noise_leaves_the_global_generator_alone():
     state = torch.get_rng_state()
-    draws([999])
+    drawn([999])
     assert torch.equal(torch.get_rng_state(), state)

@@ -10,7 +10,7 @@ from conftest import randomized
 from transformers import AutoModelForImageClassification, ViTConfig, ViTImageProcessorPil, pipeline
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.diffusion.randomness import NoiseSource
+from hf_diffusionblocks.diffusion.randomness import noise_of_rows
 from hf_diffusionblocks.memory.activations import SavedActivations
 
 BLOCKS = [0, 1]
@@ -66,7 +66,7 @@ def test_a_step_draws_a_sigma_of_its_block_and_noise_for_every_row(plain_model, 
     """The same loss as from the draws made by hand, in this order, from the same generator."""
     model = randomized(db.convert(plain_model, num_blocks=2, preset="paper"))
     generator = torch.Generator().manual_seed(3)
-    sigma = model.blocks[block_index].draw_levels((6,), generator)
+    sigma = model.draw_levels(block_index, (6,), None, generator)
     noise = torch.randn(6, 32, generator=generator)
     assert sigma.unique().numel() == noise.unique(dim=0).shape[0] == 6
     model.eval()
@@ -209,7 +209,7 @@ def test_a_walk_asks_the_network_that_was_trained(plain_model, batch):
     """At every level, of the z that it has come to: what it is told is what a training step would compute of that z."""
     model = randomized(db.convert(plain_model, num_blocks=2, p_mean=1.0, preset="paper")).eval()
     vectors, sigmas = model.label_embeddings.vectors(), model.noise_schedule.inference_sigmas(4).tolist()
-    z = sigmas[0] * NoiseSource(6, model.config.inference_seed, None, torch.device("cpu")).normal(32)
+    z = sigmas[0] * noise_of_rows(6, 32, model.config.inference_seed, None, torch.device("cpu"))
     out = model.predict(batch["pixel_values"], num_inference_steps=4)
     for step, (level, following) in enumerate(zip(sigmas, sigmas[1:])):
         draws = {"sigma": torch.full((6,), level), "noise": (z - vectors[batch["labels"]]) / level}

@@ -9,8 +9,8 @@ import torch
 from families import WIDTH
 from text_models import BLOCKS, LENGTH, block_logits, draw, ids, joint, layer_of, make, plain, text_config  # noqa: F401
 
-from hf_diffusionblocks.models.causal_lm.streams import CleanKeys, Streams, join
-from hf_diffusionblocks.models.causal_lm.text import Text
+from hf_diffusionblocks.diffusion import objectives
+from hf_diffusionblocks.models.causal_lm.streams import CleanKeys, Streams, Text, join
 
 
 def noisy_through_all(model, block_index: int, ids, mask=None) -> list[torch.Tensor]:
@@ -22,16 +22,14 @@ def noisy_through_all(model, block_index: int, ids, mask=None) -> list[torch.Ten
     block, outputs = model.blocks[block_index], []
     clean_modulations, noisy_modulations = block.clean_modulations(), block.modulations(sigma)
     for realisation in ("apart", "together"):
-        hidden = block.embed({"input_ids": ids, "position_ids": positions})
-        streams = Streams(model, hidden, Text(ids, None, mask, positions), kept, CleanKeys())
-        hidden = streams.enter(block, hidden)
-        noisy = streams.embed_noisy(block, z)
+        streams = Streams(model, Text(ids, None, mask, positions), kept, CleanKeys())
+        hidden = streams.enter(block)
         if realisation == "together":
             joined = [join(c, n, LENGTH, LENGTH) for c, n in zip(clean_modulations, noisy_modulations)]
-            outputs.append(streams.run_together(block, hidden, noisy, joined))
+            outputs.append(streams.run_together(block, hidden, z, torch.ones(1), joined))
         else:
             streams.run_clean(block, hidden, clean_modulations)
-            outputs.append(streams.run_noisy(block, noisy, noisy_modulations))
+            outputs.append(streams.run_noisy(block, z, torch.ones(1), noisy_modulations))
     return outputs
 
 
@@ -93,8 +91,8 @@ def test_a_noisy_token_sees_no_other_noisy_token(plain, joint, ids, block_index)
 def test_a_walk_asks_the_network_that_was_trained(plain, joint, ids, monkeypatch):
     """At every level, of the z that the walk has come to: what it is told is what a training step would compute."""
     model, asked = make(plain, **joint), []
-    read = model.formulation.read_out
-    monkeypatch.setattr(model.formulation, "read_out", lambda *args: asked.append(args[:3]) or read(*args))
+    read = model.formulation.logits
+    monkeypatch.setattr(model.formulation, "logits", lambda *args: asked.append(args[:3]) or read(*args))
     model(ids)
     followed = Text(torch.cat([ids, ids[:, :1]], 1))  # one token more, so that the last one has a next
     for (block, hidden, z), level in zip(asked, model.noise_schedule.inference_sigmas(2)):
@@ -107,10 +105,11 @@ def test_a_walk_asks_the_network_that_was_trained(plain, joint, ids, monkeypatch
 @pytest.mark.parametrize("num_items", [None, 7])
 def test_a_walk_is_scored_in_chunks(plain, joint, ids, num_items, monkeypatch):
     """The same loss, of padded and partly labelled texts, a quarter of the logits at a time; each is gone by the next."""
+    monkeypatch.setattr(objectives, "WHOLE", 0)
     model = make(plain, **joint)
     mask, labels = torch.ones_like(ids), ids.clone()
     mask[1, :4], labels[1, :4], labels[0, 6:] = 0, -100, -100
-    made, read = [], model.formulation.read_out
+    made, read = [], model.formulation.logits
 
     def watched(*args):
         assert not [logits for logits, _ in made if logits() is not None]
@@ -123,6 +122,6 @@ def test_a_walk_is_scored_in_chunks(plain, joint, ids, num_items, monkeypatch):
             return model(ids, attention_mask=mask, labels=labels, num_items_in_batch=num_items, **kwargs).loss.item()
 
     expected = loss()
-    monkeypatch.setattr(model.formulation, "read_out", watched)
+    monkeypatch.setattr(model.formulation, "logits", watched)
     assert loss(return_logits=False) == pytest.approx(expected, rel=1e-6)
     assert [rows for _, rows in made] == [8, 8, 8, 6] * 2  # of 30, at both levels

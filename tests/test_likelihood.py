@@ -30,7 +30,7 @@ def constant_prior_model(preset: str) -> tuple[db.DiffusionBlocksForCausalLM, to
         prior = (model.get_input_embeddings().weight @ norm.bias).log_softmax(-1)
     if preset == "paper":
         vectors = model.target_vectors()
-        model.formulation.logits = lambda block, rows: prior + rows.z @ vectors.T / rows.sigma[:, None] ** 2
+        model.formulation.logits = lambda block, hidden, z, sigma: prior + z @ vectors.T / sigma[:, None] ** 2
     return model, prior
 
 

@@ -7,7 +7,12 @@ import torch
 from torch.nn import functional as F
 
 from hf_diffusionblocks.diffusion import objectives
-from hf_diffusionblocks.diffusion.objectives import IGNORED, chunked_sum, cross_entropy
+from hf_diffusionblocks.diffusion.objectives import IGNORED, chunked_cross_entropy
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Summed, of logits as they are."""
+    return chunked_cross_entropy(lambda rows: rows, [logits], targets, [], logits.shape[-1], weights)
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e5])
@@ -17,12 +22,13 @@ def test_cross_entropy_and_its_gradient_are_pytorchs(scale):
     targets = torch.arange(16)
     weights = torch.linspace(0, 2, 16)  # each row has its own
     results = []
-    for losses in (cross_entropy(logits, targets), F.cross_entropy(logits, targets, reduction="none")):
-        (gradient,) = torch.autograd.grad((weights * losses).sum(), logits)
-        results.append((losses, gradient))
-    (losses, gradient), (expected_losses, expected_gradient) = results
-    torch.testing.assert_close(losses, expected_losses)
-    torch.testing.assert_close(gradient, expected_gradient)
+    plain = (weights * F.cross_entropy(logits, targets, reduction="none")).sum()
+    for loss in (cross_entropy(logits, targets, weights), plain):
+        results.append((loss, *torch.autograd.grad(loss, logits)))
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(cross_entropy(logits, targets, weights), plain)
 
 
 class OnDevice(torch.Tensor):
@@ -37,7 +43,7 @@ class OnDevice(torch.Tensor):
 def test_gradients_hold_no_denormal_numbers():
     logits = -torch.arange(0.0, 120.0, 0.5)[None].requires_grad_()
     (expected,) = torch.autograd.grad(F.cross_entropy(logits, torch.tensor([0])), logits)
-    (gradient,) = torch.autograd.grad(cross_entropy(logits, torch.tensor([0])).sum(), logits)
+    (gradient,) = torch.autograd.grad(cross_entropy(logits, torch.tensor([0])), logits)
     smallest = torch.finfo(torch.float32).smallest_normal
     assert ((expected != 0) & (expected.abs() < smallest)).any()  # PyTorch's do
     assert not ((gradient != 0) & (gradient.abs() < smallest)).any()
@@ -46,9 +52,10 @@ def test_gradients_hold_no_denormal_numbers():
 def test_a_row_without_target_has_neither_loss_nor_gradient():
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).requires_grad_()
     targets = torch.tensor([3, IGNORED, 0, IGNORED])
-    losses = cross_entropy(logits, targets)
-    (gradient,) = torch.autograd.grad(losses.sum(), logits)
-    assert (losses == 0).tolist() == (gradient == 0).all(1).tolist() == [False, True, False, True]
+    loss = cross_entropy(logits, targets)
+    torch.testing.assert_close(loss, F.cross_entropy(logits[::2], targets[::2], reduction="sum"))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert (gradient == 0).all(1).tolist() == [False, True, False, True]
 
 
 def test_rows_are_filled_up_with_those_without_a_loss_where_they_cannot_be_counted():
@@ -66,11 +73,10 @@ def test_gradients_of_many_chunks_lose_nothing_of_what_is_small_beside_their_sum
     head = torch.nn.Linear(8, 16, bias=False).to(dtype)
     hidden = torch.ones(1024, 8, dtype=dtype).requires_grad_()
 
-    def loss_of_rows(hidden, targets):
-        return cross_entropy(head(hidden).float(), targets).sum()
+    def gradient(rows: int) -> torch.Tensor:
+        loss = chunked_cross_entropy(head, [hidden[:rows]], torch.zeros(rows, dtype=torch.long), [head.weight], 16)
+        return torch.autograd.grad(loss, head.weight)[0]
 
-    rows = [hidden, torch.zeros(1024, dtype=torch.long)]
-    (found,) = torch.autograd.grad(chunked_sum(loss_of_rows, rows, [head.weight], 16), head.weight)
-    (of_one,) = torch.autograd.grad(loss_of_rows(hidden[:1], rows[1][:1]), head.weight)
+    found, of_one = gradient(1024), gradient(1)
     torch.testing.assert_close(found.float(), 1024 * of_one.float(), rtol=0.01, atol=0.0)
     assert found.dtype == dtype

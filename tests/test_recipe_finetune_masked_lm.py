@@ -12,6 +12,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import hf_diffusionblocks as db
 from refusals import refusal
+from hf_diffusionblocks.backbones.stock_run import base_of
 from hf_diffusionblocks.cli import train as train_verb
 from hf_diffusionblocks.diffusion.objectives import IGNORED
 from hf_diffusionblocks.recipes import finetune_masked_lm
@@ -87,7 +88,8 @@ def test_prompts_are_never_masked_and_answers_are(tmp_path, files, model, traine
     tune(tmp_path, "--model", model, "--data", files["prompts"], "--num_blocks", "1", "--samples", "0")
     trained, rows = trainers[0].model.train(), trainers[0].train_dataset.select(range(4))
     batch = trainers[0].data_collator(list(rows))
-    hook = trained.base.register_forward_pre_hook(lambda _, args, given: shown.append(given["input_ids"]), with_kwargs=True)
+    base = base_of(trained.backbone, trained.layers_path)
+    hook = base.register_forward_pre_hook(lambda _, args, given: shown.append(given["input_ids"]), with_kwargs=True)
     for draw in range(20):
         trained(**batch, block_index=0, generator=torch.Generator().manual_seed(draw))
     hook.remove()

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainingArguments, ViTForImageClassifi
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.training import BlockSchedule
-from hf_diffusionblocks.training.block_optimizer import learning_rate_curve
+from hf_diffusionblocks.training.block_schedule import learning_rate_curve
 
 
 class Images(torch.utils.data.Dataset):

@@ -17,11 +17,11 @@ from .evaluation.likelihood import LikelihoodBound, bits_per_byte, nll_bound
 from .memory.estimate import MemoryEstimate, estimate_memory
 from .memory.ledger import Ledger, StepMemory, measure_memory
 from .models.base import DiffusionBlocksPreTrainedModel
-from .models.causal_lm import DiffusionBlocksForCausalLM
-from .models.image_classification import DiffusionBlocksForImageClassification
-from .models.image_generation import DiffusionBlocksForImageGeneration
-from .models.masked_lm import DiffusionBlocksForMaskedLM
-from .models.text_classification import DiffusionBlocksForSequenceClassification
+from .models.causal_lm.model import DiffusionBlocksForCausalLM
+from .models.image_classification.model import DiffusionBlocksForImageClassification
+from .models.image_generation.model import DiffusionBlocksForImageGeneration
+from .models.masked_lm.model import DiffusionBlocksForMaskedLM
+from .models.text_classification.model import DiffusionBlocksForSequenceClassification
 from .saving.merging import merge_blocks
 from .saving.shards import load_block_state_dict
 from .streaming import LayerStream, stream_layers

@@ -30,8 +30,9 @@ NOT_OF_SOURCE = {"quantization_config", "auto_map", "rope_parameters", "rope_the
 NOT_OF_SOURCE |= vars(GenerationConfig()).keys() - {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
 
 
-def _field(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field of a dataclass, with what `--help` says of it."""
+    return field(default=default, metadata={"help": help, **metadata})
 
 
 class DiffusionBlocksConfig(PreTrainedConfig):
@@ -49,66 +50,66 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     sub_configs_defaults: ClassVar = {"source_config": SubConfigSpec(config_class=AutoConfig, model_type="vit")}
 
     # Set by `convert` and the Trainer
-    source_config: dict | PreTrainedConfig | None = _field(None, "Config of the plain model that is converted.")
-    base_model: str | None = _field(None, "Hub id or folder of the pretrained source, for the model card.")
-    training_report: dict[str, Any] | None = _field(
+    source_config: dict | PreTrainedConfig | None = option(None, "Config of the plain model that is converted.")
+    base_model: str | None = option(None, "Hub id or folder of the pretrained source, for the model card.")
+    training_report: dict[str, Any] | None = option(
         None, "What the Trainer measured (data, steps, results, memory), for the model card."
     )
-    format_version: int = _field(FORMAT_VERSION, "Of the files of a saved model.")
-    tie_word_embeddings: bool | None = _field(
+    format_version: int = option(FORMAT_VERSION, "Of the files of a saved model.")
+    tie_word_embeddings: bool | None = option(
         None, "shared='per_block': whether a block's own head is its own token embedding, as in the plain model."
     )
 
-    task: str | None = _field(None, "What the model is for, as in pipeline(task); None is the architecture's usual task.")
+    task: str | None = option(None, "What the model is for, as in pipeline(task); None is the architecture's usual task.")
 
     # The formulation
-    preset: str | None = _field(
+    preset: str | None = option(
         None,
         "Which formulation: 'recommended' (what measured best for the task; next tokens and classes: blocks on losses of their "
         "own, no noise), or 'paper' (arXiv 2506.14202). None is what is recommended.",
     )
 
     # The cut
-    num_blocks: int = _field(4, "B, how many blocks the layers are cut into.")
-    layers_per_block: list[int] | None = _field(
+    num_blocks: int = option(4, "B, how many blocks the layers are cut into.")
+    layers_per_block: list[int] | None = option(
         None, "Layers of each block, first block first; None cuts as evenly as possible."
     )
-    shared: str = _field(
+    shared: str = option(
         "common",
         "'common': all blocks read and train the same embeddings, final norm and head. 'per_block': each has its own, "
         "so that blocks can be trained apart.",
     )
 
     # Next tokens and classes, recommended
-    local_head_layers: int | None = _field(
+    local_head_layers: int | None = option(
         None,
         "Next tokens and classes, recommended: layers of each block's local head, which later blocks do not see. The last "
         "block has none: it is read out as the plain model is.",
     )
 
     # Gaussian noise: images by diffusion, and the paper's next tokens and classes
-    sigma_min: float | None = _field(None, "Gaussian noise: the lowest level.")
-    sigma_max: float | None = _field(None, "Gaussian noise: the highest level.")
-    p_mean: float | None = _field(None, "Gaussian noise: mean of ln sigma, before truncation to the range.")
-    p_std: float | None = _field(None, "Gaussian noise: standard deviation of ln sigma, before truncation to the range.")
-    sigma_data: float | None = _field(None, "Gaussian noise: EDM's scale of the target, its standard deviation.")
+    sigma_min: float | None = option(None, "Gaussian noise: the lowest level.")
+    sigma_max: float | None = option(None, "Gaussian noise: the highest level.")
+    p_mean: float | None = option(None, "Gaussian noise: mean of ln sigma, before truncation to the range.")
+    p_std: float | None = option(None, "Gaussian noise: standard deviation of ln sigma, before truncation to the range.")
+    sigma_data: float | None = option(None, "Gaussian noise: EDM's scale of the target, its standard deviation.")
 
     # Any noise
-    overlap: float | None = _field(
+    overlap: float | None = option(
         None,
         "gamma: a block's training interval is widened by this share of its width (of its log-width, of Gaussian noise) on "
         "both sides.",
     )
-    num_inference_steps: int | None = _field(
+    num_inference_steps: int | None = option(
         None, "Denoiser evaluations to an answer. None: images 50, masked text one a token, next tokens and classes num_blocks."
     )
-    inference_seed: int | None = _field(None, "Key of the noise, or masks, that evaluation and prediction use.")
+    inference_seed: int | None = option(None, "Key of the noise, or masks, that evaluation and prediction use.")
 
     # Of one task
-    label_dropout: float | None = _field(
+    label_dropout: float | None = option(
         None, "Image generation: share of training images whose class is hidden, for classifier-free guidance."
     )
-    mask_token_id: int | None = _field(
+    mask_token_id: int | None = option(
         None,
         "Masked text: the token that stands for a masked one. None is that of the tokenizer saved with the plain model, or "
         "of its config; where neither has one, a new token after the last.",

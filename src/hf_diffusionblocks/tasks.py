@@ -7,6 +7,7 @@ knows a family. Rows are registered by [`families`](families.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,15 +109,13 @@ class Task:
         backbone = self.backbone_of(config)
         if "preset" in backbone.fixed_fields:
             return [backbone.fixed_fields["preset"]]
-        return [preset for preset in self.formulations if self._can_have(backbone, preset, config)]
-
-    def _can_have(self, backbone: Backbone, preset: str, config: PreTrainedConfig) -> bool:
-        try:
-            if self.model_class.FORMULATIONS[preset].modulated:
-                backbone.check_modulation(config)
-        except ValueError:
-            return False
-        return True
+        found = []
+        for preset in self.formulations:
+            with suppress(ValueError):
+                if self.model_class.FORMULATIONS[preset].modulated:
+                    backbone.check_modulation(config)
+                found.append(preset)
+        return found
 
     def is_usual_for(self, config: PreTrainedConfig) -> bool:
         """Whether this is what the architecture is for."""

@@ -158,7 +158,7 @@ class PiecewiseBackbone(Backbone):
         raise NotImplementedError
 
     def run_layer(self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention) -> torch.Tensor:
-        """One layer. With no modulation, or one at its start, this is the stock layer, bit for bit.
+        """One layer. With no modulation (where nothing modulates), or one at its start, this is the stock layer, bit for bit.
 
         `attention` holds what the stock layer takes besides hidden states (masks, positions, cache, conditions).
         """
@@ -167,12 +167,6 @@ class PiecewiseBackbone(Backbone):
     def read_out(self, plain: nn.Module, hidden: torch.Tensor, **conditions) -> torch.Tensor:
         """What the stock model makes of its last hidden states: final norm and head."""
         raise NotImplementedError
-
-
-def may_look(plain: nn.Module, attention_mask: torch.Tensor | None) -> bool:
-    """Whether Transformers may look if a mask hides anything, to leave it out where not: a training step would wait for an
-    accelerator to say so."""
-    return attention_mask is None or attention_mask.device.type == "cpu" or not plain.training
 
 
 class Parts(nn.Module):

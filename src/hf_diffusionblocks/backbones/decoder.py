@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from .modulation import Modulation, modulate
-from .base import PiecewiseBackbone, may_look
+from .modulation import Modulation
+from .base import PiecewiseBackbone
 
 
 class Decoder(PiecewiseBackbone):
@@ -37,13 +37,12 @@ class Decoder(PiecewiseBackbone):
     ) -> torch.Tensor:
         """Tokens `[N, S]` (or their embeddings) at positions `[N or 1, S]` -> `[N, S, D]`."""
 
-    def prelude(self, plain: nn.Module) -> Sequence[nn.Module]:
-        """Layers that clean tokens alone run through, before the layers that are cut into blocks."""
-        return ()
-
-    def enter(self, plain: nn.Module, prelude_output: torch.Tensor) -> torch.Tensor:
-        """Clean tokens `[N, S, D]`, as they enter the first layer."""
-        return prelude_output
+    def enter(
+        self, plain: nn.Module, embedded: torch.Tensor, run: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the prelude makes of embedded clean tokens `[N, S, D]`, if there are layers that these alone run through, before
+        those that are cut into blocks; and what enters the first of these. `run` runs a layer."""
+        return embedded, embedded
 
     def embed_noisy(
         self, plain: nn.Module, embeds: torch.Tensor, position_ids: torch.Tensor, prelude_output: torch.Tensor,
@@ -68,10 +67,6 @@ class Decoder(PiecewiseBackbone):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values `[N, heads, S, head width]` a layer computes, and nothing else of it."""
 
-    def cache_slot(self, layer: nn.Module) -> int:
-        """Where in a cache a layer's keys and values are."""
-        return getattr(layer, self.attention_name).layer_idx
-
     def causal_mask(
         self,
         plain: PreTrainedModel,
@@ -86,15 +81,20 @@ class Decoder(PiecewiseBackbone):
         Args:
             position_ids: those that the caller gave, which may restart and so mark packed texts, or None.
         """
+        # Transformers may look if a mask hides anything, to leave it out where not: a training step would wait for an
+        # accelerator to say so.
+        may_look = attention_mask is None or attention_mask.device.type == "cpu" or not plain.training
         return create_causal_mask(
             config=plain.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=past_key_values,
-            position_ids=position_ids, allow_is_causal_skip=not explicit and may_look(plain, attention_mask),
+            position_ids=position_ids, allow_is_causal_skip=not explicit and may_look,
         )  # fmt: skip
 
     def normed(self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:
         """What enters a layer's attention."""
         normed = getattr(layer, self.attention_norm_name)(hidden)
-        return normed if modulation is None else modulate(normed, modulation.attention_shift, modulation.attention_scale)
+        if modulation is None:
+            return normed
+        return torch.addcmul(modulation.attention_shift, normed, modulation.attention_scale)
 
     def run_layer(self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention) -> torch.Tensor:
         attend, mlp = getattr(layer, self.attention_name), getattr(layer, self.mlp_name)
@@ -104,15 +104,9 @@ class Decoder(PiecewiseBackbone):
             return hidden + mlp(getattr(layer, self.mlp_norm_name)(hidden))
         hidden = torch.addcmul(hidden, modulation.attention_gate, attended)
         normed = getattr(layer, self.mlp_norm_name)(hidden)
-        normed = modulate(normed, modulation.mlp_shift, modulation.mlp_scale)
+        normed = torch.addcmul(modulation.mlp_shift, normed, modulation.mlp_scale)
         return torch.addcmul(hidden, modulation.mlp_gate, mlp(normed))
-
-    def final_norm(self, plain: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        return plain.get_submodule(self.final_norm_path)(hidden)
-
-    def head(self, plain: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        return plain.lm_head(hidden)
 
     def read_out(self, plain: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., D]` -> `[..., V]`."""
-        return self.head(plain, self.final_norm(plain, hidden))
+        return plain.lm_head(plain.get_submodule(self.final_norm_path)(hidden))

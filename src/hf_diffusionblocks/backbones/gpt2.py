@@ -32,7 +32,7 @@ class GPT2Backbone(Decoder):
     ) -> torch.Tensor:  # fmt: skip
         # The token after a full context has logits, as in the plain model, though no position of its own.
         last = plain.transformer.wpe.num_embeddings - 1
-        return super().embed_noisy(plain, embeds, position_ids.clamp(max=last), prelude_output, kept)
+        return self.embed(plain, inputs_embeds=embeds, position_ids=position_ids.clamp(max=last))
 
     def positions(self, plain: GPT2LMHeadModel, hidden: torch.Tensor, position_ids: torch.Tensor) -> dict:
         return {}
@@ -43,4 +43,5 @@ class GPT2Backbone(Decoder):
         weight, bias = attention.c_attn.weight[:, width:], attention.c_attn.bias[width:]  # past the queries'
         both = F.linear(self.normed(layer, hidden, modulation), weight.T, bias)
         shape = (*hidden.shape[:-1], -1, attention.head_dim)
-        return tuple(half.view(shape).transpose(1, 2) for half in both.split(width, dim=-1))
+        keys, values = both.split(width, dim=-1)
+        return keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2)

@@ -35,12 +35,12 @@ class SigmaEmbedding(nn.Module):
         self.mlp_in = nn.Linear(2 * num_frequencies, width)
         self.mlp_out = nn.Linear(width, width)
 
-    def forward(self, c_noise: torch.Tensor) -> torch.Tensor:
+    def forward(self, sigma: torch.Tensor) -> torch.Tensor:
         # Frequencies are made on the spot rather than kept in a buffer: a buffer that is not in the checkpoint
         # would be left uninitialised by from_pretrained, which builds on the meta device.
-        exponents = torch.arange(self.num_frequencies, device=c_noise.device) / self.num_frequencies
+        exponents = torch.arange(self.num_frequencies, device=sigma.device) / self.num_frequencies
         # c_noise spans only [-1.6, 1.1]; times 1000 it covers the range the sinusoids are made for.
-        angles = 1000 * c_noise.float()[:, None] * torch.exp(-math.log(self.max_period) * exponents)
+        angles = 1000 * (sigma.log() / 4).float()[:, None] * torch.exp(-math.log(self.max_period) * exponents)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp_in.weight.dtype)
         return self.mlp_out(nn.functional.silu(self.mlp_in(features)))
 
@@ -56,10 +56,6 @@ class AdaLNModulation(nn.Linear):
         super().__init__(width, len(Modulation._fields) * width)
 
     def forward(self, sigma_embedding: torch.Tensor) -> Modulation:
-        chunks = super().forward(nn.functional.silu(sigma_embedding))[:, None, :].chunk(len(Modulation._fields), -1)
-        return Modulation(*(chunk if name.endswith("shift") else 1 + chunk for name, chunk in zip(Modulation._fields, chunks)))
-
-
-def modulate(hidden: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`hidden * scale + shift`, for hidden states `[N, S, D]` that have just been normalised."""
-    return torch.addcmul(shift, hidden, scale)
+        made = super().forward(nn.functional.silu(sigma_embedding))[:, None, :].chunk(len(Modulation._fields), -1)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = made
+        return Modulation(shift, 1 + scale, 1 + gate, mlp_shift, 1 + mlp_scale, 1 + mlp_gate)

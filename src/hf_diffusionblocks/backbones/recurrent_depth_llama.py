@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -31,11 +31,12 @@ class RecurrentDepthLlamaBackbone(LlamaBackbone):
     def layers_path(self, plain: nn.Module, num_layers: int) -> str:
         return "model.layers"
 
-    def prelude(self, plain: nn.Module) -> Sequence[nn.Module]:
-        return plain.model.prelude
-
-    def enter(self, plain: nn.Module, prelude_output: torch.Tensor) -> torch.Tensor:
-        return self._inject(plain, torch.zeros_like(prelude_output), prelude_output)
+    def enter(
+        self, plain: nn.Module, embedded: torch.Tensor, run: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        for layer in plain.model.prelude:
+            embedded = run(layer, embedded)
+        return embedded, self._inject(plain, torch.zeros_like(embedded), embedded)
 
     def embed_noisy(
         self, plain: nn.Module, embeds: torch.Tensor, position_ids: torch.Tensor, prelude_output: torch.Tensor,

@@ -5,44 +5,28 @@ While a block runs, each layer's `forward` is an attribute of the instance, as A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 #: Class of layers -> what its `forward` returns, with None for the tensors: hidden states alone, or first of several things.
 _OUTPUTS: dict[type[nn.Module], Any] = {}
 
 
-@contextmanager
-def standing_in(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """While this runs, `forward` is what calls of a module run."""
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
-
-
-@contextmanager
-def in_place(model: nn.Module, parts: nn.Module, paths: Sequence[str]) -> Iterator[None]:
-    """While this runs, a model has the modules of `parts` at these paths."""
-    own = {path: model.get_submodule(path) for path in paths}
-    for path in paths:
-        model.set_submodule(path, parts.get_submodule(path))
-    try:
-        yield
-    finally:
-        for path, module in own.items():
-            model.set_submodule(path, module)
+def alter(until: ExitStack, model: nn.Module, parts: Mapping[str, nn.Module], forwards: Mapping[nn.Module, Callable]) -> None:
+    """Until a stack closes, a model has these modules, by path, and these forwards are what calls of modules run."""
+    for path, part in parts.items():
+        until.callback(model.set_submodule, path, model.get_submodule(path))
+        model.set_submodule(path, part)
+    for module, forward in forwards.items():
+        before = vars(module).get("forward")
+        module.forward = forward
+        until.callback(*(delattr, module, "forward") if before is None else (setattr, module, "forward", before))
 
 
 @contextmanager
@@ -58,7 +42,7 @@ def without_dropout(module: nn.Module) -> Iterator[None]:
 
 
 class StockRun:
-    """A forward of a stock model in which one block alone trains.
+    """A forward of a stock model in which one block alone trains, while this is entered.
 
     Layers after the block hand on what they are given. So do those before it, or they run as they are in use: without
     gradient, and nothing is dropped.
@@ -67,6 +51,7 @@ class StockRun:
         model: the stock model.
         layers: all of its layers, in order.
         block: which of them are the block's.
+        parts: the block's own, which are in the stock model meanwhile, by path.
         runs_earlier: whether layers before the block run.
         entering: what enters the block `[N, S, D]`, if it is there: no layer before it runs, then.
         local_head: layers that run after the block's, on what its last one is given beside hidden states.
@@ -75,24 +60,26 @@ class StockRun:
     leaving: torch.Tensor | None = None  #: what has left the block, `[N, S, D]`; None before
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[nn.Module], block: range, runs_earlier: bool,
+        self, model: nn.Module, layers: Sequence[nn.Module], block: range, parts: Mapping[str, nn.Module], runs_earlier: bool,
         entering: torch.Tensor | None, local_head: Sequence[nn.Module],
     ):  # fmt: skip
-        self._model, self._layers, self._block, self._local_head = model, layers, block, local_head
+        self._model, self._layers, self._block, self._parts, self._local_head = model, layers, block, parts, local_head
         self._entering, self._runs_earlier = entering, runs_earlier and entering is None
         self._kind, self._first = type(layers[block.start]), layers[block.start].forward
-        self._before = ExitStack()  # what holds until the block begins
+        self._until_block, self._until_end = ExitStack(), ExitStack()
 
-    @contextmanager
-    def running(self) -> Iterator[StockRun]:
-        """While this runs, the model's forward is this one."""
-        with ExitStack() as stack:
+    def __enter__(self) -> StockRun:
+        with ExitStack() as until:
             if self._block.start > 0:
-                self._before.enter_context(without_dropout(self._model))
-                stack.callback(self._before.close)
-            for index, layer in enumerate(self._layers):
-                stack.enter_context(standing_in(layer, partial(self._run, index, layer.forward)))
-            yield self
+                until.callback(self._until_block.close)
+                self._until_block.enter_context(without_dropout(self._model))
+            forwards = {layer: partial(self._run, k, layer.forward) for k, layer in enumerate(self._layers)}
+            alter(until, self._model, self._parts, forwards)
+            self._until_end = until.pop_all()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._until_end.close()
 
     def _run(self, index: int, forward: Callable, *args, **kwargs) -> Any:
         if index not in self._block:
@@ -101,7 +88,7 @@ class StockRun:
             with torch.no_grad():
                 return forward(*args, **kwargs)
         if index == self._block.start:
-            self._before.close()
+            self._until_block.close()
             if self._entering is not None:
                 args, kwargs = with_hidden(self._entering, args, kwargs)
         output = forward(*args, **kwargs)
@@ -145,7 +132,7 @@ def with_hidden(hidden: torch.Tensor, args: tuple, kwargs: dict) -> tuple[tuple,
     return args, {**kwargs, next(iter(kwargs)): hidden}
 
 
-class _LastHidden(BaseModelOutput):
+class _LastHidden(BaseModelOutputWithPastAndCrossAttentions):
     """What a stock model without its head returns, as far as a head reads it."""
 
     def __getattr__(self, name: str) -> None:
@@ -159,9 +146,15 @@ def base_of(model: nn.Module, layers_path: str) -> nn.Module:
 
 
 @contextmanager
-def head_of(model: nn.Module, layers_path: str) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+def head_of(
+    model: nn.Module, layers_path: str, parts: Mapping[str, nn.Module] | None = None
+) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
     """While this runs, what it gives makes logits `[R, V]` of rows `[R, D]` that have left a stock model but for its head: by
-    all that the model does then, soft caps and the like included."""
+    all that the model does then, soft caps and the like included.
+
+    Args:
+        parts: modules that are in the model meanwhile, by path.
+    """
     rows: torch.Tensor | None = None
 
     def base(*args, **kwargs) -> _LastHidden:
@@ -172,8 +165,10 @@ def head_of(model: nn.Module, layers_path: str) -> Iterator[Callable[[torch.Tens
         rows = given
         return model(input_ids=torch.zeros((1, len(given)), dtype=torch.long, device=given.device)).logits[0]
 
-    with ExitStack() as stack:  # (some call what is in their base model, as its decoder)
-        *names, _ = layers_path.split(".")
-        for depth in range(len(names)):
-            stack.enter_context(standing_in(model.get_submodule(".".join(names[: depth + 1])), base))
+    module, forwards = model, {}
+    for name in layers_path.split(".")[:-1]:  # (some call what is in their base model, as its decoder)
+        module = module.get_submodule(name)
+        forwards[module] = base
+    with ExitStack() as until:
+        alter(until, model, parts or {}, forwards)
         yield head

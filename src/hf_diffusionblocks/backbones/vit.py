@@ -6,7 +6,7 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit.modeling_vit import ViTLayer
 
-from .modulation import Modulation, modulate
+from .modulation import Modulation
 from .base import PiecewiseBackbone
 
 
@@ -24,22 +24,11 @@ class ViTBackbone(PiecewiseBackbone):
         dtype = plain.vit.embeddings.patch_embeddings.projection.weight.dtype
         return plain.vit.embeddings(pixel_values.to(dtype), interpolate_pos_encoding=interpolate_pos_encoding)
 
-    def run_layer(self, layer: ViTLayer, hidden: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:
-        normed = layer.layernorm_before(hidden)
-        if modulation is not None:
-            normed = modulate(normed, modulation.attention_shift, modulation.attention_scale)
-        attended = layer.dropout(layer.attention(normed)[0])
-        if modulation is not None:
-            attended = modulation.attention_gate * attended
-        hidden = attended + hidden
-
-        normed = layer.layernorm_after(hidden)
-        if modulation is not None:
-            normed = modulate(normed, modulation.mlp_shift, modulation.mlp_scale)
-        transformed = layer.dropout(layer.mlp(normed))
-        if modulation is not None:
-            transformed = modulation.mlp_gate * transformed
-        return transformed + hidden
+    def run_layer(self, layer: ViTLayer, hidden: torch.Tensor, modulation: Modulation) -> torch.Tensor:
+        normed = torch.addcmul(modulation.attention_shift, layer.layernorm_before(hidden), modulation.attention_scale)
+        hidden = modulation.attention_gate * layer.dropout(layer.attention(normed)[0]) + hidden
+        normed = torch.addcmul(modulation.mlp_shift, layer.layernorm_after(hidden), modulation.mlp_scale)
+        return modulation.mlp_gate * layer.dropout(layer.mlp(normed)) + hidden
 
     def read_out(self, plain: ViTForImageClassification, hidden: torch.Tensor) -> torch.Tensor:
         """`[N, S, D]` -> `[N, num_labels]`, from the CLS token."""

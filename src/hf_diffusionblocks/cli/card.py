@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from ..configuration import option
 from ..saving import cards
 from ..tasks import TASKS
 from .inspect import read_config
@@ -16,8 +17,8 @@ from .arguments import parse_verb
 
 @dataclass
 class CardArguments:
-    stdout: bool = field(default=False, metadata={"help": "Print the card; write nothing."})
-    force: bool = field(default=False, metadata={"help": "Replace a card that a person wrote or edited."})
+    stdout: bool = option(False, "Print the card; write nothing.")
+    force: bool = option(False, "Replace a card that a person wrote or edited.")
 
 
 def run(args: list[str]) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import set_seed
 from transformers.utils import CONFIG_NAME
 
-from ..configuration import DiffusionBlocksConfig
+from ..configuration import DiffusionBlocksConfig, option
 from ..conversion import convert, read_config
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..saving import shards
@@ -21,15 +21,10 @@ from .inspect import block_table, describe
 
 @dataclass
 class ConvertArguments:
-    task: str | None = field(
-        default=None,
-        metadata={"help": "What the model is for, as in pipeline(task). Not given: the architecture's usual task."},
-    )
-    fresh: bool = field(default=False, metadata={"help": "Take SOURCE's config alone: all weights are fresh."})
-    seed: int = field(
-        default=0, metadata={"help": "Of fresh weights: all with --fresh, else those that the plain model lacks."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Replace the model that OUT_DIR holds."})
+    task: str | None = option(None, "What the model is for, as in pipeline(task). Not given: the architecture's usual task.")
+    fresh: bool = option(False, "Take SOURCE's config alone: all weights are fresh.")
+    seed: int = option(0, "Of fresh weights: all with --fresh, else those that the plain model lacks.")
+    overwrite: bool = option(False, "Replace the model that OUT_DIR holds.")
 
 
 def run(args: list[str]) -> None:

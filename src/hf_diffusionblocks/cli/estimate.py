@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..configuration import option
 from ..conversion import read_config
 from ..memory.estimate import BANDWIDTH, DTYPES, estimate_memory
 from .arguments import BlocksArguments, config_fields, parse_verb
@@ -14,42 +15,28 @@ class EstimateArguments:
     model: str = field(
         metadata={"help": "Hub id or folder of a model, plain or DiffusionBlocks, or a config JSON file; no weights are read."}
     )
-    task: str | None = field(
-        default=None,
-        metadata={"help": "As in pipeline(task). Not given: the model's own, or the architecture's usual task."},
+    task: str | None = option(None, "As in pipeline(task). Not given: the model's own, or the architecture's usual task.")
+    batch_size: int = option(1, "Sequences or images of a training step.")
+    sequence_length: int | None = option(None, "Tokens a sequence (text).")
+    dtype: str = option(
+        "fp32",
+        "Of parameters, and so of gradients, optimizer state and activations, as when a model is loaded in it. "
+        f"One of {', '.join(DTYPES)}.",
     )
-    batch_size: int = field(default=1, metadata={"help": "Sequences or images of a training step."})
-    sequence_length: int | None = field(default=None, metadata={"help": "Tokens a sequence (text)."})
-    dtype: str = field(
-        default="fp32",
-        metadata={
-            "help": "Of parameters, and so of gradients, optimizer state and activations, as when a model is loaded in it. "
-            f"One of {', '.join(DTYPES)}."
-        },
+    bf16: bool = option(False, "Computes in bfloat16 by autocast, over parameters in fp32, as the Trainer's --bf16.")
+    keep: str = option("0", "Of streamed layers, those that stay on the device: a number, or memory, as in 20GiB.")
+    bandwidth: str = option(BANDWIDTH, "Of copies between host and device, bytes a second.")
+    tflops: float | None = option(
+        None,
+        "What the device reaches, in 10^12 operations a second: also the batch size from which on computing hides the copies.",
     )
-    bf16: bool = field(
-        default=False, metadata={"help": "Computes in bfloat16 by autocast, over parameters in fp32, as the Trainer's --bf16."}
+    budget: str | None = option(
+        None, "Bytes on the device, as in 24GiB: also what fits, and the smallest number of blocks that does."
     )
-    keep: str = field(
-        default="0", metadata={"help": "Of streamed layers, those that stay on the device: a number, or memory, as in 20GiB."}
+    device: str | None = option(
+        None, "What trains, cuda or cpu: a GPU reads out more rows at a time. Not given: this machine's."
     )
-    bandwidth: str = field(default=BANDWIDTH, metadata={"help": "Of copies between host and device, bytes a second."})
-    tflops: float | None = field(
-        default=None,
-        metadata={
-            "help": "What the device reaches, in 10^12 operations a second: also the batch size from which on computing hides "
-            "the copies."
-        },
-    )
-    budget: str | None = field(
-        default=None,
-        metadata={"help": "Bytes on the device, as in 24GiB: also what fits, and the smallest number of blocks that does."},
-    )
-    device: str | None = field(
-        default=None,
-        metadata={"help": "What trains, cuda or cpu: a GPU reads out more rows at a time. Not given: this machine's."},
-    )
-    ema: bool = field(default=False, metadata={"help": "With float32 averages of the trained weights (ema_decay)."})
+    ema: bool = option(False, "With float32 averages of the trained weights (ema_decay).")
 
 
 def run(args: list[str]) -> None:

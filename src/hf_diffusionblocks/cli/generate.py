@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..configuration import option
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..streaming import stream_layers
 from ..tasks import TASKS, Task
@@ -18,15 +19,9 @@ from .inspect import read_config
 
 @dataclass
 class GenerateArguments:
-    seed: int | None = field(
-        default=None, metadata={"help": "Of what is drawn. Not given: the model's own (images), or a new one (text)."}
-    )
-    device: str | None = field(
-        default=None, metadata={"help": "Where the model runs. Not given: the accelerator if there is one, else the CPU."}
-    )
-    stream: bool = field(
-        default=False, metadata={"help": "Have a layer or two on the device at a time, and the others in host memory."}
-    )
+    seed: int | None = option(None, "Of what is drawn. Not given: the model's own (images), or a new one (text).")
+    device: str | None = option(None, "Where the model runs. Not given: the accelerator if there is one, else the CPU.")
+    stream: bool = option(False, "Have a layer or two on the device at a time, and the others in host memory.")
 
 
 def run(args: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import (
@@ -19,7 +19,7 @@ from huggingface_hub.utils import SafetensorsFileMetadata
 from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-from ..configuration import USER_FIELDS, DiffusionBlocksConfig
+from ..configuration import DiffusionBlocksConfig, USER_FIELDS, option
 from ..models.targets import FixedTargets
 from ..saving import shards
 from ..tasks import TASKS
@@ -28,7 +28,7 @@ from .arguments import parse_verb
 
 @dataclass
 class InspectArguments:
-    json: bool = field(default=False, metadata={"help": "Print JSON."})
+    json: bool = option(False, "Print JSON.")
 
 
 def run(args: list[str]) -> None:

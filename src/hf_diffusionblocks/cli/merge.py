@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers.utils import CONFIG_NAME
 
+from ..configuration import option
 from ..saving.merging import merge_blocks
 from .inspect import block_table, describe
 from .arguments import parse_verb
@@ -14,7 +15,7 @@ from .arguments import parse_verb
 
 @dataclass
 class MergeArguments:
-    overwrite: bool = field(default=False, metadata={"help": "Replace the model that OUT_DIR holds."})
+    overwrite: bool = option(False, "Replace the model that OUT_DIR holds.")
 
 
 def run(args: list[str]) -> None:

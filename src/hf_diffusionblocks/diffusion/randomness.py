@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -49,9 +48,9 @@ def check_generators(generator: Generators, num_rows: int) -> None:
     """
     if generator is None or isinstance(generator, torch.Generator):
         return
-    several = isinstance(generator, (list, tuple))
-    if not several or not all(isinstance(own, torch.Generator) for own in generator):
-        raise TypeError(f"generator={generator!r} must be a torch.Generator, or a list of them, one a row")
+    for own in generator if isinstance(generator, (list, tuple)) else [None]:
+        if not isinstance(own, torch.Generator):
+            raise TypeError(f"generator={generator!r} must be a torch.Generator, or a list of them, one a row")
     if len(generator) != num_rows:
         raise ValueError(f"{len(generator)} generators must be {num_rows}, one a row, or one for all")
 
@@ -79,62 +78,35 @@ def seeded(key: Sequence[int], device: torch.device) -> Iterator[None]:
         yield
 
 
-class Noise(ABC):
-    """Where the walk's randomness comes from, for N rows."""
+def noise_of_rows(
+    num_rows: int, width: int, seed: int, generator: torch.Generator | None, device: torch.device
+) -> torch.Tensor:
+    """Standard normal `[N, D]` for a walk: of the generator, each row its own.
 
-    @abstractmethod
-    def _draw(self, draw: Callable, shape: tuple[int, ...]) -> torch.Tensor:
-        """`draw` (`torch.rand` or `torch.randn`) of `[N, *shape]`."""
-
-    def normal(self, *shape: int) -> torch.Tensor:
-        """Standard normal `[N, *shape]`."""
-        return self._draw(torch.randn, shape)
-
-
-class NoiseSource(Noise):
-    """Noise of the generator it is given, or of its own.
-
-    Without a `generator` the noise is *keyed*: a function of the seed alone, equal for every row, so that a row's
-    prediction does not depend on what it is batched with, and repeats exactly. With one, each row draws its own.
+    Without one the noise is *keyed*: a function of the seed alone, equal for every row, so that a row's prediction does not
+    depend on what it is batched with, and repeats exactly.
     """
-
-    def __init__(self, num_rows: int, seed: int, generator: torch.Generator | None, device: torch.device):
-        self.num_rows, self.device = num_rows, device
-        self.keyed = generator is None
-        self.generator = torch.Generator().manual_seed(seed) if generator is None else generator
-
-    def _draw(self, draw: Callable, shape: tuple[int, ...]) -> torch.Tensor:
-        rows = 1 if self.keyed else self.num_rows
-        values = draw((rows, *shape), generator=self.generator, device=self.generator.device, dtype=torch.float32)
-        return values.to(self.device).expand(self.num_rows, *shape)
+    rows = 1 if generator is None else num_rows
+    generator = torch.Generator().manual_seed(seed) if generator is None else generator
+    values = torch.randn((rows, width), generator=generator, device=generator.device, dtype=torch.float32)
+    return values.to(device).expand(num_rows, width)
 
 
 PAGE = 64  # positions whose noise is drawn together
 
 
 @lru_cache(maxsize=256)
-def _page_of_noise(draw: Callable, seed: int, draw_index: int, page: int, width: int) -> torch.Tensor:
-    key = np.random.SeedSequence([seed, draw_index, page]).generate_state(1, np.uint64)[0]
-    return draw((PAGE, width), generator=torch.Generator().manual_seed(int(key)))
+def _page_of_noise(seed: int, page: int, width: int) -> torch.Tensor:
+    key = np.random.SeedSequence([seed, 0, page]).generate_state(1, np.uint64)[0]
+    return torch.randn((PAGE, width), generator=torch.Generator().manual_seed(int(key)))
 
 
-class PositionNoise(Noise):
-    """Noise keyed by seed and token position, the same for every row of a batch: cached and uncached generation, and
-    prompts padded to any length, meet the same.
-
-    The n-th call of any method gives the n-th draw of each position.
-    """
-
-    def __init__(self, positions: torch.Tensor, seed: int):
-        self.positions, self.seed, self.draws = positions.tolist(), seed, 0
-        self.device = positions.device
-
-    def _draw(self, draw: Callable, shape: tuple[int]) -> torch.Tensor:
-        numbers = {position // PAGE for position in self.positions}
-        pages = {number: _page_of_noise(draw, self.seed, self.draws, number, *shape) for number in numbers}
-        values = torch.stack([pages[position // PAGE][position % PAGE] for position in self.positions])
-        self.draws += 1
-        return values.to(self.device)
+def noise_of_positions(positions: torch.Tensor, width: int, seed: int) -> torch.Tensor:
+    """Standard normal `[N, D]`, keyed by seed and token position `[N]`, the same for every row of a batch: cached and uncached
+    generation, and prompts padded to any length, meet the same."""
+    numbers = positions.tolist()
+    pages = {page: _page_of_noise(seed, page, width) for page in {number // PAGE for number in numbers}}
+    return torch.stack([pages[number // PAGE][number % PAGE] for number in numbers]).to(positions.device)
 
 
 def invert_cdf(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""From pure noise at sigma_max down the inference levels: the walk to a categorical target, and the flow to a point.
+"""From pure noise at sigma_max down the inference levels: the walk to a categorical target, one of V known vectors, which
+logits become a point among by a bridge; and the flow to a point.
 
 They know no model: a denoiser is any function of z.
 """
@@ -8,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.nn import functional as F
 
 from .gaussian import euler_step
-from .randomness import Noise
 
 
 def walk(
     denoise: Callable[[torch.Tensor, int], torch.Tensor],
     targets: torch.Tensor,
     sigmas: torch.Tensor,
-    noise: Noise,
+    noise: torch.Tensor,
     bridge: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Walk from `z ~ N(0, sigma_max^2 I)` down `sigmas`, by Euler's method.
@@ -26,14 +27,14 @@ def walk(
         denoise: `(z [N, D], step) -> logits [N, V]`, at the noise level `sigmas[step]`.
         targets: the known vectors e_v, `[V, D]`.
         sigmas: `[T+1]` descending levels; the last is not evaluated.
-        noise: where the start comes from; its rows are the N.
+        noise: that it starts from, standard normal `[N, D]`.
         bridge: `(logits, targets) -> [N, D]`, how logits become a point of the target space.
 
     Returns:
         `logits [N, V]` of the last evaluation, and `z [N, D]` at the last level, sigma_min.
     """
     levels = sigmas.tolist()
-    z = levels[0] * noise.normal(targets.shape[-1])
+    z = levels[0] * noise
     for step, (sigma, sigma_next) in enumerate(zip(levels[:-1], levels[1:])):
         logits = denoise(z, step)
         z = euler_step(z, bridge(logits, targets), sigma, sigma_next)
@@ -59,3 +60,13 @@ def flow_on(
         return z_next
     slope, slope_next = (z - estimate) / sigma, (z_next - denoise(z_next, sigma_next)) / sigma_next
     return z + (sigma_next - sigma) * (slope + slope_next) / 2
+
+
+def soft_bridge(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The expected target under softmax(logits), `[N, D]`: the posterior mean. Shrinks where the model is unsure."""
+    return logits.float().softmax(-1) @ targets.float()
+
+
+def hard_bridge(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The most likely target, `[N, D]`."""
+    return F.embedding(logits.argmax(-1), targets).float()

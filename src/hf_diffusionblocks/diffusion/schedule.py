@@ -58,6 +58,9 @@ class NoiseSchedule:
                 f"p_mean={p_mean}, p_std={p_std} leave some of {num_blocks} blocks no probability inside "
                 f"[sigma_min={sigma_min}, sigma_max={sigma_max}]: move p_mean towards the range or raise p_std"
             )
+        with torch.device("cpu"):  # of the interval that each block trains on
+            ends = torch.tensor([self.interval(k, self.overlap) for k in range(num_blocks)], dtype=torch.float64)
+            self._cdf_of_ends: list[tuple[float, float]] = self.cdf(ends).tolist()
 
     def _normal_cdf(self, sigma: torch.Tensor) -> torch.Tensor:
         return torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std)
@@ -111,9 +114,9 @@ class NoiseSchedule:
         Returns float64 of `shape`, where [`draw`] draws for the device.
         """
         low, high = self.interval(block_index, self.overlap)
+        cdf_low, cdf_high = self._cdf_of_ends[block_index]
         # 1 - [0, 1) is (0, 1]: the interval's open lower end is never drawn.
         uniform = 1 - draw(torch.rand, shape, generator, device, dtype=torch.float64)
-        cdf_low, cdf_high = self.cdf(torch.tensor([low, high], dtype=torch.float64)).tolist()
         sigma = self.quantile(cdf_low + uniform * (cdf_high - cdf_low))
         return sigma.clamp(math.nextafter(low, math.inf), high)
 

@@ -12,11 +12,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification, 
 
 from ..backbones.base import Backbone
 from ..streaming.layers import find_layers
-from ..tasks import Task, backbone_for, task_of
+from ..tasks import TASKS, Task, backbone_for, task_of
 
 #: What is estimated of architectures that are not cut into blocks: task -> what makes the model
 STOCK_CLASSES = {"text-generation": AutoModelForCausalLM, "image-classification": AutoModelForImageClassification}
-IMAGE_SIZE = 224  #: where a config says none
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Stock:
 
     @property
     def takes_sequence_length(self) -> bool:
-        return self.task.takes_sequence_length if self.task else self.task_name == "text-generation"
+        return TASKS[self.task_name].takes_sequence_length
 
     @property
     def num_layers(self) -> int | None:
@@ -57,15 +56,7 @@ class Stock:
 
     def batch(self, num_rows: int, sequence_length: int | None) -> dict[str, torch.Tensor]:
         """Random inputs and labels."""
-        if self.task:
-            return self.task.example(self.config, num_rows, sequence_length)
-        if self.takes_sequence_length:
-            tokens = torch.randint(self.config.get_text_config().vocab_size, (num_rows, sequence_length))
-            return {"input_ids": tokens, "labels": tokens}
-        size = getattr(self.config, "image_size", None) or IMAGE_SIZE
-        height, width = (size, size) if isinstance(size, int) else size
-        images = torch.randn(num_rows, getattr(self.config, "num_channels", 3), height, width)
-        return {"pixel_values": images, "labels": torch.randint(self.config.num_labels, (num_rows,))}
+        return TASKS[self.task_name].example(self.config, num_rows, sequence_length)
 
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The model's own, of a step that holds as much as any; of what has none that we could use, the task's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -14,16 +14,31 @@ from transformers import initialization as init
 
 from ..backbones.base import parts_around
 from ..backbones.modulation import AdaLNModulation, Modulation, SigmaEmbedding
-from ..backbones.stock_run import base_of, without_dropout
+from ..backbones.stock_run import without_dropout
 from ..configuration import DiffusionBlocksConfig
 from ..diffusion.randomness import Generators
 from ..diffusion.schedule import NoiseSchedule
 from ..saving.pretrained import SavedByBlock
 from ..streaming import weights_on_device
 from .block import Block
-from .formulation import Formulation
-from .sharing import SHARINGS
+from .sharing import Sharing
 from .targets import FixedTargets
+
+
+class Formulation:
+    """What a block is shown, and how it is read out: `config.preset` of one task, as an object. Its subclasses have the methods
+    that their task's model calls.
+
+    Args:
+        model: whose blocks.
+    """
+
+    modulated: ClassVar[bool] = False  #: whether sigma modulates the layers (AdaLN)
+    passes_on: ClassVar[bool] = False  #: whether what leaves a block is what the next starts from
+    runs_stock: ClassVar[bool] = False  #: whether the stock model's own forward runs a block; else it runs piece by piece
+
+    def __init__(self, model: DiffusionBlocksPreTrainedModel):
+        self.model = model
 
 
 class DiffusionBlocksPreTrainedModel(SavedByBlock):
@@ -68,9 +83,10 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         formulation = self.FORMULATIONS[config.preset]
         self.num_blocks = config.num_blocks
         around = parts_around(self.backbone, self.layers_path)
+        base = f"{self.layers_path.split('.')[0]}."
         #: of the stock model, what reads a block out: what it has after its layers, or, where it runs itself, its head
-        self.readout_paths = [path for path in around[1] if not (formulation.runs_stock and self._in_base(path))]
-        self.sharing = SHARINGS[config.shared](self.num_blocks, around, embeds_later=not formulation.passes_on)
+        self.readout_paths = [path for path in around[1] if not (formulation.runs_stock and path.startswith(base))]
+        self.sharing = Sharing(config.shared == "per_block", self.num_blocks, around, embeds_later=not formulation.passes_on)
         self.resident_blocks = list(range(self.num_blocks))  #: blocks that are loaded: all, unless asked for some
         self._make_parts(config, formulation.modulated)
         self.tie_within_blocks()
@@ -99,9 +115,6 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
                 nn.ModuleList(self._make_layer() for _ in range(config.local_head_layers)) for _ in range(self.num_blocks - 1)
             )
 
-    def _in_base(self, path: str) -> bool:
-        return path.startswith(f"{self.layers_path.split('.')[0]}.")
-
     def _make_layer(self) -> nn.Module:
         """One more layer like the last, with no weights yet."""
         layer = copy.deepcopy(self.layers[-1])
@@ -122,6 +135,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             predecessors=range(k if formulation.passes_on else 0),
             embeddings=self.sharing.embeddings(k),
             readout=self.sharing.readout(k),
+            own_paths=self.sharing.own_paths(k),
             sigma_embedding=f"sigma_embeddings.{self.sharing.copy(k)}" if formulation.modulated else None,
             local_head=f"local_heads.{k}" if has_head else None,
             prefixes=prefixes,
@@ -161,7 +175,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         if self.config.local_head_layers:
             last_layers = plain.get_submodule(self.layers_path)[-self.config.local_head_layers :]
             for block in self.blocks[:-1]:
-                if block.is_loaded:
+                if block.index in self.resident_blocks:
                     self.local_heads[block.index].load_state_dict(last_layers.state_dict())
         frozen = {name for name, parameter in plain.named_parameters() if not parameter.requires_grad}
         parts = [self.backbone, *(each for name in self.sharing.own_modules for each in getattr(self, name))]
@@ -176,9 +190,9 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     def tie_within_blocks(self) -> None:
         """Say which weights are tied, of the blocks that are loaded; Transformers ties them if
         `config.tie_word_embeddings`."""
-        ties = self.sharing.ties(self.resident_blocks, getattr(self.backbone, "_tied_weights_keys", None) or {})
-        if ties is not None:
-            self._tied_weights_keys = ties
+        if self.sharing.own_modules:  # (else the stock model says it itself)
+            stock = getattr(self.backbone, "_tied_weights_keys", None) or {}
+            self._tied_weights_keys = self.sharing.ties(self.resident_blocks, stock)
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.backbone.get_output_embeddings() if isinstance(self.backbone, PreTrainedModel) else None
@@ -190,11 +204,6 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     def layers(self) -> nn.ModuleList:
         """The stock model's, first to last."""
         return self.backbone.get_submodule(self.layers_path)
-
-    @property
-    def base(self) -> nn.Module:
-        """The stock model without its head."""
-        return base_of(self.backbone, self.layers_path)
 
     # ---- which parameter belongs to which block
 
@@ -243,13 +252,13 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     def run_layer(self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention) -> torch.Tensor:
         """One layer by itself, checkpointed where gradient checkpointing is on; as in [`PiecewiseBackbone.run_layer`]."""
 
-        def run(hidden: torch.Tensor, modulation: Modulation | None) -> torch.Tensor:
-            with weights_on_device(layer):  # of which modulated ones are called part by part
-                return self._run_layer(layer, hidden, modulation, **attention)
-
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(run, hidden, modulation)
-        return run(hidden, modulation)
+            return self._gradient_checkpointing_func(partial(self._run_there, layer, **attention), hidden, modulation)
+        return self._run_there(layer, hidden, modulation, **attention)
+
+    def _run_there(self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention) -> torch.Tensor:
+        with weights_on_device(layer):  # of which modulated ones are called part by part
+            return self._run_layer(layer, hidden, modulation, **attention)
 
     def compile_layers(self, **kwargs) -> None:
         """Have layers compiled as they first run: one graph for all layers of all blocks, since they are alike.
@@ -271,9 +280,9 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
 
     def refuse(self, stock: Mapping[str, Any], where: str) -> None:
         """Raise ValueError if something is asked of the stock model that only it can give."""
-        asked = [name for name, value in stock.items() if value is not None and value is not False]
-        if asked:
-            raise ValueError(f"{asked[0]} must not be given {where}")
+        for name, value in stock.items():
+            if value is not None and value is not False:
+                raise ValueError(f"{name} must not be given {where}")
 
     # ---- the clean input through blocks
 
@@ -304,7 +313,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             ValueError: given ones are of another shape, or outside of the config's range.
         """
         if sigma is None:
-            return self.blocks[block_index].draw_levels(shape, generator)
+            return self.noise_schedule.sample(block_index, shape, generator, self.device).to(self.device, torch.float32)
         low, high = self.config.sigma_min, self.config.sigma_max
         slack = 1e-6  # of float32
         if sigma.shape != shape or not bool(((sigma >= low * (1 - slack)) & (sigma <= high * (1 + slack))).all()):
@@ -337,11 +346,3 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         """
         with without_dropout(self.backbone):
             return block.run_stock(self.stock_inputs(batch), entering).leaving
-
-    def each_block(self, run: Callable[[Block, torch.Tensor | None], tuple[torch.Tensor, Any]]) -> list[Any]:
-        """What all blocks give, first to last: `run(block, what enters it)` gives what leaves it, and that."""
-        entering, given = None, []
-        for block in self.blocks:
-            entering, output = run(block, entering)
-            given.append(output)
-        return given

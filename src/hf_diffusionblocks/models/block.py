@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..backbones.modulation import Modulation
-from ..backbones.stock_run import StockRun, head_of, in_place
-from ..diffusion.gaussian import precondition
-from ..diffusion.randomness import Generators
+from ..backbones.stock_run import StockRun, base_of, head_of
 from ..streaming import weights_on_device
 
 
@@ -35,6 +33,7 @@ class Block:
         predecessors: blocks whose clean output is its input: they run before it, without gradient.
         embeddings, readout: paths of what holds the modules that embed its input, and that read it out: the stock model,
             or parts of its own.
+        own_paths: of the stock model's modules that it has copies of, and of these.
         sigma_embedding: path of what embeds sigma for its layers; None where nothing modulates them.
         local_head: path of the layers of its local head, if it has one.
         prefixes: how the names of its parameters begin.
@@ -42,45 +41,29 @@ class Block:
 
     def __init__(
         self, model: nn.Module, index: int, layers: range, predecessors: range, embeddings: str, readout: str,
-        sigma_embedding: str | None, local_head: str | None, prefixes: Sequence[str],
+        own_paths: Mapping[str, str], sigma_embedding: str | None, local_head: str | None, prefixes: Sequence[str],
     ):  # fmt: skip
         self.model, self.index, self.layer_indices = model, index, layers
         self.predecessors, self.prefixes = predecessors, tuple(prefixes)
-        self._embeddings, self._readout = embeddings, readout
+        self._embeddings, self._readout, self._own_paths = embeddings, readout, own_paths
         self._sigma_embedding, self._local_head = sigma_embedding, local_head
-        self._head: Callable[[torch.Tensor], torch.Tensor] | None = None  # while rows are read out
 
     # ---- what it is
 
     @property
-    def is_loaded(self) -> bool:
-        return self.index in self.model.resident_blocks
-
-    @property
     def layers(self) -> list[nn.Module]:
         """Its layers, of the stock model's."""
-        layers = self.model.layers
-        return [layers[index] for index in self.layer_indices]
+        return list(self.model.layers)[self.layer_indices.start : self.layer_indices.stop]
 
     def parameters(self) -> list[nn.Parameter]:
         """All parameters of this block, and of no other."""
         named = self.model.named_parameters()
         return [parameter for name, parameter in named if self.model.block_of_parameter(name) == self.index]
 
-    def interval(self, overlap: float = 0.0) -> tuple[float, float]:
-        """`(low, high)`, its range of noise levels; see [`NoiseSchedule.interval`]."""
-        return self.model.noise_schedule.interval(self.index, overlap)
-
-    def draw_levels(self, shape: tuple[int, ...], generator: Generators) -> torch.Tensor:
-        """Noise levels to train at, on the model's device."""
-        device = self.model.device
-        return self.model.noise_schedule.sample(self.index, shape, generator, device).to(device, torch.float32)
-
     # ---- inside the stock model
 
-    @contextmanager
-    def alone(self, entering: torch.Tensor | None = None) -> Iterator[StockRun]:
-        """While this runs, this block is the one that trains in the stock model's forward, and has its own parts in it.
+    def alone(self, entering: torch.Tensor | None = None) -> StockRun:
+        """While this is entered, this block is the one that trains in the stock model's forward, and has its own parts in it.
 
         Args:
             entering: what enters the block, `[N, S, D]`; None: it embeds, or the blocks before it run, without gradient and
@@ -90,37 +73,37 @@ class Block:
             ValueError: the block is not loaded.
         """
         self._check_loaded()
-        model, head = self.model, self._part(self._local_head) if self._local_head else ()
+        model, head = self.model, self.model.get_submodule(self._local_head) if self._local_head else ()
         if entering is not None:
             entering = entering.to(model.device, model.dtype)
-        run = StockRun(model.backbone, model.layers, self.layer_indices, bool(self.predecessors), entering, head)
-        with self._own_parts(), run.running():
-            yield run
+        runs_earlier = bool(self.predecessors)
+        return StockRun(model.backbone, model.layers, self.layer_indices, self._own_parts(), runs_earlier, entering, head)
 
     def run_stock(self, inputs: Mapping[str, Any], entering: torch.Tensor | None = None) -> BlockOutput:
         """What the block makes of what the stock model takes, by the stock model's forward but for its head."""
         with self.alone(entering) as run:
-            read = self.model.base(**inputs).last_hidden_state
+            read = base_of(self.model.backbone, self.model.layers_path)(**inputs).last_hidden_state
         return BlockOutput(run.leaving, read)
 
     def head(self, rows: torch.Tensor) -> torch.Tensor:
         """`[R, D]` of `BlockOutput.read` to logits `[R, V]`, by all that the stock model does then."""
-        if self._head is not None:
-            return self._head(rows)
-        with self._stock_head() as head:
+        with head_of(self.model.backbone, self.model.layers_path, self._own_parts()) as head:
             return head(rows)
 
     @contextmanager
-    def _stock_head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        with self._own_parts(), head_of(self.model.backbone, self.model.layers_path) as head:
-            yield head
+    def reading_out(self) -> Iterator[tuple[Callable[[torch.Tensor], torch.Tensor], list[nn.Parameter]]]:
+        """While this runs, what stands after the layers is in its place, and where it computes, however often it reads rows;
+        gives what [`head`] does (or [`read_out`], where blocks run piece by piece), and the parameters there."""
+        model = self.model
+        parts = [*map(self.readout_parts.get_submodule, model.readout_paths)]
+        runs_stock = model.formulation.runs_stock
+        stock = head_of(model.backbone, model.layers_path, self._own_parts()) if runs_stock else nullcontext(self.read_out)
+        with weights_on_device(*parts), stock as head:
+            yield head, [parameter for part in parts for parameter in part.parameters()]
 
-    @contextmanager
-    def _own_parts(self) -> Iterator[None]:
-        with ExitStack() as there:
-            for own, paths in self.model.sharing.own_paths(self.index):
-                there.enter_context(in_place(self.model.backbone, self._part(own), paths))
-            yield
+    def _own_parts(self) -> dict[str, nn.Module]:
+        """By the paths of the stock model's."""
+        return {path: self.model.get_submodule(own) for path, own in self._own_paths.items()}
 
     # ---- its ways in and out, piece by piece
 
@@ -136,27 +119,12 @@ class Block:
     @property
     def embedding_parts(self) -> nn.Module:
         """What holds the modules that embed its input."""
-        return self._part(self._embeddings)
+        return self.model.get_submodule(self._embeddings)
 
     @property
     def readout_parts(self) -> nn.Module:
         """What holds its final norm and head."""
-        return self._part(self._readout)
-
-    @contextmanager
-    def reading_out(self) -> Iterator[list[torch.Tensor]]:
-        """While this runs, what stands after the layers is in its place, and where it computes, however often it reads rows;
-        gives its parameters there."""
-        with ExitStack() as there:
-            parts = [self.readout_parts.get_submodule(path) for path in self.model.readout_paths]
-            for part in parts:
-                there.enter_context(weights_on_device(part))
-            if self.model.formulation.runs_stock:
-                self._head = there.enter_context(self._stock_head())
-            try:
-                yield [parameter for part in parts for parameter in part.parameters()]
-            finally:
-                self._head = None
+        return self.model.get_submodule(self._readout)
 
     def read_out(self, hidden: torch.Tensor, **conditions) -> torch.Tensor:
         """What has left a block, through final norm and head."""
@@ -166,7 +134,7 @@ class Block:
 
     def modulations(self, sigma: torch.Tensor) -> list[Modulation]:
         """What sigma `[N]` (or `[1]`, for the whole batch) does to each layer."""
-        embedded = self._part(self._sigma_embedding)(precondition(sigma, self.model.config.sigma_data).noise)
+        embedded = self.model.get_submodule(self._sigma_embedding)(sigma)
         return [self.model.modulations[index](embedded) for index in self.layer_indices]
 
     def clean_modulations(self) -> list[Modulation]:
@@ -185,8 +153,5 @@ class Block:
         return hidden
 
     def _check_loaded(self) -> None:
-        if not self.is_loaded:
+        if self.index not in self.model.resident_blocks:
             raise ValueError(f"block {self.index} is not loaded: resident_blocks={self.model.resident_blocks}")
-
-    def _part(self, path: str) -> nn.Module:
-        return self.model.get_submodule(path)

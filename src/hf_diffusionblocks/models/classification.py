@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +14,8 @@ from transformers.utils import ModelOutput
 from ..backbones.stock_run import without_dropout
 from ..configuration import DiffusionBlocksConfig
 from ..diffusion.objectives import IGNORED, num_counted
-from .base import DiffusionBlocksPreTrainedModel
+from .base import DiffusionBlocksPreTrainedModel, Formulation
 from .block import Block
-from .formulation import Formulation
 
 
 @dataclass
@@ -51,8 +49,9 @@ class LocalClasses(Formulation):
         Raises:
             ValueError: `noise` says a level or a draw.
         """
-        if given := [name for name in ("sigma", "noise") if noise.get(name) is not None]:
-            raise ValueError(f"{given[0]} must be None with preset='recommended': blocks of classes have no noise there")
+        for name in ("sigma", "noise"):
+            if noise.get(name) is not None:
+                raise ValueError(f"{name} must be None with preset='recommended': blocks of classes have no noise there")
         return self._run(x, block, block_input)
 
     def _run(self, x: Mapping, block: Block, entering: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +69,11 @@ class LocalClasses(Formulation):
 
     def block_logits(self, x: Mapping) -> torch.Tensor:
         """Every block's, `[N, B, V]`."""
-        return torch.stack(self.model.each_block(partial(self._run, x)), dim=1)
+        entering, found = None, []
+        for block in self.model.blocks:
+            entering, logits = self._run(x, block, entering)
+            found.append(logits)
+        return torch.stack(found, dim=1)
 
     def trajectory(self, x: Mapping, num_steps: int | None, generator) -> tuple[torch.Tensor, torch.Tensor, None]:
         """The last block's logits `[N, V]`, what the blocks say in turn, `[N, B, V]` probabilities, and no levels.

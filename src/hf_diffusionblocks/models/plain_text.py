@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..backbones.stock_run import base_of, head_of
-from ..diffusion.objectives import chunked_sum, cross_entropy
+from ..diffusion.objectives import chunked_cross_entropy
 from ..tasks import backbone_for
 
 
@@ -29,8 +29,6 @@ def mean_cross_entropy(
     hidden = scored(base(**inputs).last_hidden_state).flatten(0, 1)
     head = [parameter for module in model.children() if module is not base for parameter in module.parameters()]
     with head_of(model, layers_path) as read:
-        total = chunked_sum(
-            lambda rows, targets: cross_entropy(read(rows).float(), targets).sum(), [hidden, labels],
-            list(dict.fromkeys(head)), model.config.get_text_config().vocab_size,
-        )  # fmt: skip
+        vocab_size = model.config.get_text_config().vocab_size
+        total = chunked_cross_entropy(read, [hidden], labels, list(dict.fromkeys(head)), vocab_size)
     return total / len(hidden)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..backbones.stock_run import without_dropout
+from ..backbones.stock_run import base_of, without_dropout
 from .base import DiffusionBlocksPreTrainedModel
 
 logger = logging.get_logger(__name__)
@@ -138,12 +138,15 @@ class _Comparison:
     def check_head(self) -> None:
         """Whether rows that have left the model but for its head have its logits, and what makes these is known to be the head:
         losses are computed in parts."""
-        rows, last = self._model.base(**self._inputs).last_hidden_state.flatten(0, 1).detach(), self._model.blocks[-1]
+        rows, last = (
+            base_of(self._model.backbone, self._model.layers_path)(**self._inputs).last_hidden_state.flatten(0, 1).detach(),
+            self._model.blocks[-1],
+        )
         try:
             found = last.head(rows).view(self._expected.shape)
         except Exception as error:  # (a head that reads something beside, as several streams)
             raise self._refused(f"read out row by row, its head says {type(error).__name__}: {error}") from error
-        with last.reading_out() as known:
+        with last.reading_out() as (_, known):
             for name, parameter, gradient in zip(self._names, self._watched, self._gradients(found.float().sum())):
                 if gradient is not None and not any(parameter is each for each in known):
                     raise self._refused(f"its head reads {name}, which is no part of it")

@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import (
 )  # fmt: skip
 from transformers.utils.generic import can_return_tuple
 
-from ..diffusion.randomness import PositionNoise
+from ..diffusion.randomness import noise_of_positions
 from ..whole_numbers import check_whole
 from .configuration import RecurrentDepthLlamaConfig
 
@@ -137,7 +137,7 @@ class RecurrentDepthLlamaModel(RecurrentDepthLlamaPreTrainedModel):
             noise = torch.randn_like(embeds)
         else:
             positions = position_ids.expand(embeds.shape[:2])
-            noise = PositionNoise(positions.flatten(), self.config.inference_seed).normal(self.config.hidden_size)
+            noise = noise_of_positions(positions.flatten(), self.config.hidden_size, self.config.inference_seed)
             noise = noise.to(embeds.dtype).view(embeds.shape)
         return self.config.initial_state_std * noise
 

@@ -136,7 +136,7 @@ class LayerStream(Stream):
             self._steps.before_step(optimizer, args, kwargs)
 
     def _after_step(self, *_) -> None:
-        self.weights_changed()
+        self._updates += 1
         if self._steps is not None:
             self._steps.after_step()
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -73,15 +73,15 @@ class LentUnit:
         return super()._apply(stays, recurse)
 
 
-@contextmanager
-def weights_on_device(module: nn.Module) -> Iterator[None]:
-    """For who calls parts of a module, or reads its weights, by himself: while this runs, those that are streamed are copies
+def weights_on_device(*modules: nn.Module) -> AbstractContextManager:
+    """For who calls parts of modules, or reads their weights, by himself: while this runs, those that are streamed are copies
     on the device."""
     with ExitStack() as lent:
-        for unit in module.modules():
-            if isinstance(unit, LentUnit):
-                lent.enter_context(unit._stream.lent(unit._unit, unit))
-        yield
+        for module in modules:
+            for unit in module.modules():
+                if isinstance(unit, LentUnit):
+                    lent.enter_context(unit._stream.lent(unit._unit, unit))
+        return lent.pop_all()
 
 
 def _deferring_head(model: nn.Module, given: dict[str, Any]) -> nn.Module | None:

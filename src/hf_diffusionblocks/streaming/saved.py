@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,17 +25,8 @@ class Origin:
     version: int
 
 
-@dataclass
-class Origins:
-    """Storage of a copy -> its origin, of the copies that are there."""
-
-    of_storage: dict[Hashable, Origin] = field(default_factory=dict)
-
-    def find(self, tensor: torch.Tensor) -> Origin | None:
-        if tensor.layout != torch.strided:
-            return None
-        origin = self.of_storage.get(storage_id(tensor))
-        return origin if origin is not None and origin.dtype == tensor.dtype else None
+#: Storage of a copy -> its origin, of the copies that are there
+Origins = dict[Hashable, Origin]
 
 
 class SavedAsOrigins(torch.autograd.graph.saved_tensors_hooks):
@@ -50,8 +41,8 @@ class SavedAsOrigins(torch.autograd.graph.saved_tensors_hooks):
         pack_other, unpack_other = outer or (lambda tensor: tensor, lambda tensor: tensor)
 
         def pack(tensor: torch.Tensor) -> _View | _Other:
-            origin = origins.find(tensor)
-            if origin is None:
+            origin = origins.get(storage_id(tensor)) if tensor.layout == torch.strided else None
+            if origin is None or origin.dtype != tensor.dtype:
                 return _Other(pack_other(tensor))
             return _View(origin, tensor.size(), tensor.stride(), tensor.storage_offset())
 

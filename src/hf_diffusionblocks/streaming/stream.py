@@ -17,7 +17,7 @@ from .copies import Copies
 from .gradients import tied
 from .loss import CrossEntropyInParts, DeferredLogits, is_large
 from .saved import Origin, Origins, SavedAsOrigins, storage_id
-from .units import Copy, Key, Unit, keys_of, storage_ref
+from .units import Copy, Key, Unit, keys_of
 
 
 class Stream:
@@ -36,7 +36,7 @@ class Stream:
         self._copies = Copies(device)
         self._there: dict[Unit, dict[Hashable, Copy]] = {}
         self._arrivals: dict[Unit, torch.Event | None] = {}
-        self._origins = Origins()
+        self._origins: Origins = {}
         self._storages: dict[Unit, list[StorageWeakRef]] = {}
         self._before: Unit | None = None
         self._current: Unit | None = None
@@ -76,10 +76,6 @@ class Stream:
                 yield is_outermost
         finally:
             self._computing -= 1
-
-    def weights_changed(self) -> None:
-        """To be called when parameters that train have been moved."""
-        self._updates += 1
 
     def let_go(self) -> None:
         """Hold nothing on the device, what stays included; it comes again when it is used."""
@@ -174,7 +170,8 @@ class Stream:
             self._before, self._current = self._current, unit
             self._copies.next_unit()
         following, cast = self._follows.get((self._before, unit), (None, None))
-        self._evict_all_but(unit, following)
+        for other in [each for each in self._there if each not in (unit, following) and not each.stays]:
+            self._evict(other)
         self._fetch(unit, module, autocast)
         self._copies.wait_for(self._arrivals.get(unit))
         if following is not None and following not in self._there and following.module is not None:
@@ -191,7 +188,7 @@ class Stream:
         tensors, self._arrivals[unit] = self._copies.fetch([(each.parameter, each.dtype) for each in missing])
         for each, tensor in zip(missing, tensors):
             copy = there[each.id] = Copy.of(each, tensor, self._updates, self._round)
-            self._origins.of_storage[storage_id(tensor)] = Origin(
+            self._origins[storage_id(tensor)] = Origin(
                 unit.name, partial(self._fetched_again, unit, autocast, each.id), each.dtype, copy.version
             )
         self._count(unit, tensors)
@@ -208,19 +205,15 @@ class Stream:
         for id_ in ids:
             copy = self._there[unit].pop(id_, None)
             if copy is not None:
-                self._origins.of_storage.pop(storage_id(copy.tensor), None)
+                self._origins.pop(storage_id(copy.tensor), None)
 
     def _evict(self, unit: Unit) -> None:
         self._forget(unit, list(self._there[unit]))
         del self._there[unit]
         self._arrivals.pop(unit, None)
 
-    def _evict_all_but(self, *needed: Unit | None) -> None:
-        for other in [each for each in self._there if each not in needed and not each.stays]:
-            self._evict(other)
-
     def _count(self, unit: Unit, tensors: list[torch.Tensor]) -> None:
-        self._storages.setdefault(unit, []).extend(storage_ref(tensor) for tensor in tensors)
+        self._storages.setdefault(unit, []).extend(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
         for other, storages in list(self._storages.items()):
             alive = [each for each in storages if not each.expired()]
             self._storages[other] = alive

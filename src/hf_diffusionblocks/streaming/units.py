@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
@@ -117,8 +116,3 @@ def _sample(parameter: nn.Parameter) -> torch.Tensor | None:
         return None
     flat = parameter.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // NUM_SAMPLES)].clone()
-
-
-def storage_ref(tensor: torch.Tensor) -> StorageWeakRef:
-    """Tells whether memory is still held by anyone, and does not hold it."""
-    return StorageWeakRef(tensor.untyped_storage())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
+from ..configuration import option
 from ..whole_numbers import check_whole
 from .block_schedule import ORDERS
 
@@ -19,49 +20,34 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
     schedules, warm-up included, run on each block's own update count.
     """
 
-    block_schedule: str | None = field(
-        default=None,
-        metadata={
-            "help": "Which block each optimizer step trains: 'random' (each round of num_blocks steps visits every "
-            "block once, in random order), or 'together': every step trains all, one after another, each alone with its "
-            "gradients. Default: 'together' where a turn of one block would run others again (recommended, of next tokens and "
-            "classes), else 'random'.",
-            "choices": list(ORDERS),
-        },
+    block_schedule: str | None = option(
+        None,
+        "Which block each optimizer step trains: 'random' (each round of num_blocks steps visits every block once, in random "
+        "order), or 'together': every step trains all, one after another, each alone with its gradients. Default: 'together' "
+        "where a turn of one block would run others again (recommended, of next tokens and classes), else 'random'.",
+        choices=list(ORDERS),
     )
-    updates_per_block: int | None = field(
-        default=None,
-        metadata={
-            "help": "Optimizer steps for each block; the run takes as many for each block it trains (or, all together, as "
-            "many). Replaces max_steps."
-        },
+    updates_per_block: int | None = option(
+        None,
+        "Optimizer steps for each block; the run takes as many for each block it trains (or, all together, as many). Replaces "
+        "max_steps.",
     )
-    train_blocks: list[int] | None = field(
-        default=None,
-        metadata={"help": "The blocks this job trains; all other blocks stay as they are. Default: all."},
+    train_blocks: list[int] | None = option(
+        None, "The blocks this job trains; all other blocks stay as they are. Default: all."
     )
-    train_shared: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether to train what all blocks share (embeddings, final norm, head and sigma "
-            "embeddings). A job that trains some of the blocks leaves it as it is, or has shared='per_block'."
-        },
+    train_shared: bool = option(
+        True,
+        "Whether to train what all blocks share (embeddings, final norm, head and sigma embeddings). A job that trains some "
+        "of the blocks leaves it as it is, or has shared='per_block'.",
     )
-    ema_decay: float | None = field(
-        default=None,
-        metadata={
-            "help": "Keep exponential moving averages (EMA) of the trained weights, in float32, for evaluation and what "
-            "save_model writes: the decay at each update of a weight (less at its first ones), 0.999 for example. Default: "
-            "none are kept."
-        },
+    ema_decay: float | None = option(
+        None,
+        "Keep exponential moving averages (EMA) of the trained weights, in float32, for evaluation and what save_model "
+        "writes: the decay at each update of a weight (less at its first ones), 0.999 for example. Default: none are kept.",
     )
-    ema_in_host_memory: bool = field(
-        default=False,
-        metadata={"help": "Keep the averages in host memory, as those of what is streamed are in any case."},
-    )
-    measure_memory: bool = field(
-        default=True,
-        metadata={"help": "Follow the memory of the first two steps of each block, for log and model card; slows these steps."},
+    ema_in_host_memory: bool = option(False, "Keep the averages in host memory, as those of what is streamed are in any case.")
+    measure_memory: bool = option(
+        True, "Follow the memory of the first two steps of each block, for log and model card; slows these steps."
     )
 
     def __post_init__(self):

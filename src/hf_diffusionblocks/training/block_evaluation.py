@@ -17,9 +17,10 @@ class BlockEvaluation(Trainer):
         self._evaluated: list[torch.Tensor] = []  # `[rows, B]` losses of the evaluation that runs
         super().__init__(*args, **kwargs)
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
+    def evaluation_loss(self, model, inputs, *args, **kwargs):
+        """What `compute_loss` does in evaluation."""
         result = super().compute_loss(model, inputs, *args, **kwargs)
-        if not model.training and isinstance(result, tuple) and (losses := result[1].get("block_losses")) is not None:
+        if isinstance(result, tuple) and (losses := result[1].get("block_losses")) is not None:
             # As the Trainer does with the loss, so that it is their mean: a batch counts by its rows.
             self._evaluated.append(self.gather_function(losses.repeat(self.args.eval_batch_size, 1)))
         return result

@@ -47,7 +47,8 @@ class StepLedgers(TrainerCallback):
             yield
             return
         averages = trainer.averages.on_device if trainer.averages else ()
-        with StepMemory(trainer.model, trainer.optimizer, averages, trainer.kept_hidden) as self._followed:
+        kept = trainer._together.kept if trainer._together is not None else ()
+        with StepMemory(trainer.model, trainer.optimizer, averages, kept) as self._followed:
             yield
 
     def on_optimizer_step(self, args, state, control, **kwargs):

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .parallel import average_gradients
+
 if TYPE_CHECKING:
     from .trainer import DiffusionBlocksTrainer
 
@@ -47,7 +49,8 @@ class TogetherSteps:
             loss = self._first_to_last(batches, items)
         finally:
             self._entering, self._leaving = [], []
-        trainer.average_gradients(trainer._trained_now()[1])
+        if trainer.args.world_size > 1:
+            average_gradients(trainer._parameters[None])
         return loss
 
     def forget(self) -> None:
@@ -105,9 +108,10 @@ class TogetherSteps:
     def _move(self) -> None:
         """An optimizer step of the active block alone."""
         trainer = self._trainer
-        own, shared = trainer._trained_now()
+        own, shared = trainer._parameters[trainer.active_block], trainer._parameters[None]
         with without_gradients(shared):
-            trainer.average_gradients(own)
+            if trainer.args.world_size > 1:
+                average_gradients(own)
             limit = trainer.args.max_grad_norm
             self._norms.append(trainer.accelerator.clip_grad_norm_(own, limit if limit and limit > 0 else math.inf))
             callbacks = trainer.callback_handler

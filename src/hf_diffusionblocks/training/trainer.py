@@ -13,18 +13,16 @@ from transformers.utils import logging
 
 from ..diffusion.randomness import keyed_generators
 from ..memory.ledger import Ledger
-from ..models.active import TrainedParameters
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..saving import shards
 from ..saving.checks import has_adapters
 from .arguments import DiffusionBlocksTrainingArguments
 from .averages import AveragingTrainer
 from .block_evaluation import BlockEvaluation
-from .block_optimizer import learning_rate_curve, scheduler_by_block, split_by_block
-from .block_schedule import BlockSchedule
+from .block_schedule import BlockSchedule, learning_rate_curve, scheduler_by_block, split_by_block
 from .checks import (
     WithClassLabels, WithoutFullMask, blocks_to_train, check_counts, check_given_to_trainer, check_neftune, check_optimizer,
-    check_processes, columns_to_keep, settle_schedule,
+    check_processes, columns_to_keep, settle_schedule, trained_parameters,
 )  # fmt: skip
 from .parallel import average_gradients, broadcast
 from .process_group import leave_at_exit
@@ -105,7 +103,8 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         self._steps_of_run = StepsOfRun.of(args, self.train_blocks)
         self.add_callback(self._steps_of_run)
         self._together = TogetherSteps(self) if together else None
-        self._trained = TrainedParameters(model, self.train_blocks, args.train_shared)  # known once training begins
+        #: of each block that trains, and of none (those that are frozen just now, too); known once training begins
+        self._parameters: dict[int | None, list[torch.nn.Parameter]] = {}
         self._micro_batch = 0
         self._block_losses = torch.zeros(self.num_blocks, 2, device=args.device)  # sum and count since the last log
         self._ledgers = StepLedgers(self) if args.measure_memory else None
@@ -129,14 +128,9 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         self.active_block = block
         self._micro_batch = 0
 
-    @property
-    def _parameters(self) -> dict[int | None, list[torch.nn.Parameter]]:
-        """Of each block that trains, and of none: those that are frozen just now, too."""
-        return self._trained.of_block
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self.evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         m, self._micro_batch = self._micro_batch, self._micro_batch + 1
         given = {"block_index": self.active_block, "generator": self.noise_generators(m, find_batch_size(inputs))}
         given |= self._together.entering(m) if self._together is not None else {}
@@ -173,14 +167,9 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             return self._together.training_step(inputs, num_items_in_batch)
         is_last = self.accelerator.sync_gradients
         loss = self.block_pass(model, inputs, num_items_in_batch, is_last)
-        if is_last:
-            self.average_gradients(sum(self._trained_now(), []))
+        if is_last and self.args.world_size > 1:
+            average_gradients([*self._parameters[self.active_block], *self._parameters[None]])
         return loss
-
-    @property
-    def kept_hidden(self) -> list[torch.Tensor]:
-        """What other passes of the step have left for the one that goes on."""
-        return [] if self._together is None else self._together.kept
 
     def block_pass(self, model, inputs, num_items_in_batch, is_last: bool) -> torch.Tensor:
         """Forward and backward pass of the active block, over a micro-batch; its loss."""
@@ -200,15 +189,6 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         return loss
 
     # ---- several processes
-
-    def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Over processes, if there are several."""
-        if self.args.world_size > 1:
-            average_gradients(parameters)
-
-    def _trained_now(self) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
-        """Parameters of the active block, and those of all blocks."""
-        return self._parameters[self.active_block], self._parameters[None]
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         # A model that "owns placement and gradient reduction" is not wrapped in DDP, nor moved to the device.
@@ -250,9 +230,11 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
 
     def _get_learning_rate(self) -> float:
         # Of the active block, before the step that is logged; `log` comes after it. The Trainer's is the first group's.
-        rates = zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr())
-        own = {group.get("block"): rate for group, rate in rates}
-        return float(own.get(self.active_block, next(iter(own.values()))))
+        groups, rates = self.optimizer.param_groups, self.lr_scheduler.get_last_lr()
+        for group, rate in zip(groups, rates):
+            if group.get("block") == self.active_block:
+                return float(rate)
+        return float(rates[0])
 
     # ---- reports
 
@@ -274,7 +256,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         for k in self.train_blocks:
             block, schedule, levels = self.model.blocks[k], self.model.noise_schedule, ""
             if schedule is not None:
-                low, high = block.interval(schedule.overlap)
+                low, high = schedule.interval(k, schedule.overlap)
                 levels = f" trains at {schedule.level_name} ({low:.4g}, {high:.4g}],"
             logger.info(
                 f"block {k}: layers {block.layer_indices[0]}-{block.layer_indices[-1]},{levels} "
@@ -282,8 +264,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
             )
         if self._together is not None:
             self._together.forget()
-        self._trained = TrainedParameters(self.model, self.train_blocks, self.args.train_shared)
-        with self._trained:
+        with trained_parameters(self.model, self.train_blocks, self.args.train_shared) as self._parameters:
             if not any(parameter.requires_grad for parameter in sum(self._parameters.values(), [])):
                 raise ValueError(f"no parameter of train_blocks={self.train_blocks} asks for gradients: all are frozen")
             result = super().train(*args, **kwargs)

@@ -1,5 +1,1 @@
 """Autoregressive text."""
-
-from .model import DiffusionBlocksForCausalLM
-
-__all__ = ["DiffusionBlocksForCausalLM"]

@@ -8,10 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.nn import functional as F
 
-from ...diffusion.likelihood import LikelihoodTerms
-from ...diffusion.objectives import IGNORED, rows_per_chunk
+from ...diffusion.objectives import IGNORED, LikelihoodTerms, chunks
 from ..base import DiffusionBlocksPreTrainedModel
-from .text import Text
 
 
 def likelihood_terms(
@@ -33,7 +31,7 @@ def likelihood_terms(
     diffusion = torch.zeros_like(reconstruction)
     strata = max(1, num_samples // config.num_blocks)
     for block in model.blocks:
-        low, high = map(math.log, block.interval())
+        low, high = map(math.log, model.noise_schedule.interval(block.index))
         width = (high - low) / strata
         for stratum in range(strata):
             uniform = torch.rand(len(labels), generator=generator, dtype=torch.float64)
@@ -59,12 +57,11 @@ def _sum_of_rows(
     batch = {name: value.to(model.device) for name, value in batch.items()}
     targets, block = batch["labels"][:, 1:], model.blocks[block_index]
     noise = {"sigma": sigma, "noise": None, "generator": generator}
-    rows, targets = model.formulation.train(block, Text.of(batch), targets, noise)[1].flat(), targets.flatten()
-    vectors, size = model.target_vectors(), rows_per_chunk(len(targets), model.config.vocab_size, targets.device)
-    values = torch.zeros(len(targets), dtype=torch.float64, device=model.device)
-    for start in range(0, len(targets), size):
-        part = slice(start, start + size)
-        logits = model.formulation.logits(block, rows.where(part))
+    rows = [each.flatten(0, 1) for each in model.formulation.train(block, batch, targets, None, noise)[1]]
+    targets, values = targets.flatten(), torch.zeros(targets.numel(), dtype=torch.float64, device=model.device)
+    vectors = model.target_vectors()
+    for part in chunks(len(targets), model.config.vocab_size, targets.device):
+        logits = model.formulation.logits(block, *[each[part] for each in rows])
         values[part] = measure(logits, targets[part].clamp(min=0), vectors).double()
     values[targets == IGNORED] = 0
     return values.unflatten(0, (len(batch["labels"]), -1)).sum(1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 from transformers import set_seed
 
+from ...configuration import option
 from ...processors import load_tokenizer
 from .model import DiffusionBlocksForCausalLM
 
@@ -15,19 +16,12 @@ DEFAULT_NEW_TOKENS = 50
 
 @dataclass
 class TextOptions:
-    prompt: str | None = field(default=None, metadata={"help": "Text: what it begins with."})
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": f"Text: tokens to add, at most. Not given: {DEFAULT_NEW_TOKENS}."}
-    )
-    temperature: float | None = field(
-        default=None, metadata={"help": "Text: sample at this temperature. Not given: what the generation config says."}
-    )
-    top_p: float | None = field(
-        default=None, metadata={"help": "Text: sample from the likeliest tokens of this probability. Not given: the same."}
-    )
-    num_steps: int | None = field(
-        default=None,
-        metadata={"help": "Text: denoiser evaluations of a walk to a token (the paper's preset). Not given: the model's own."},
+    prompt: str | None = option(None, "Text: what it begins with.")
+    max_new_tokens: int | None = option(None, f"Text: tokens to add, at most. Not given: {DEFAULT_NEW_TOKENS}.")
+    temperature: float | None = option(None, "Text: sample at this temperature. Not given: what the generation config says.")
+    top_p: float | None = option(None, "Text: sample from the likeliest tokens of this probability. Not given: the same.")
+    num_steps: int | None = option(
+        None, "Text: denoiser evaluations of a walk to a token (the paper's preset). Not given: the model's own."
     )
 
 

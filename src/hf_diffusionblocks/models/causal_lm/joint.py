@@ -9,15 +9,12 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ...diffusion.gaussian import Preconditioning, corrupt, precondition
-from ...diffusion.likelihood import LikelihoodTerms
-from ...diffusion.objectives import IGNORED, num_counted
-from ...diffusion.randomness import Generators
+from ...diffusion.gaussian import corrupt, precondition
+from ...diffusion.objectives import IGNORED, LikelihoodTerms, num_counted
+from ..base import Formulation
 from ..block import Block
-from ..formulation import Formulation
 from . import bound
-from .streams import CleanKeys, Streams
-from .text import ReadoutInput, Text
+from .streams import CleanKeys, Streams, Text
 from .walk import TextWalk
 
 
@@ -27,86 +24,63 @@ class JointText(Formulation):
     modulated = True
     walks = True  #: whether a token's logits are the end of a walk
 
-    @staticmethod
-    def check_attention(requested: str | None) -> None:
-        if requested not in (None, "sdpa", "eager"):
-            raise ValueError(
-                f"attn_implementation={requested!r} must be 'sdpa' or 'eager' with preset='paper': a noisy token sees the "
-                "clean ones before it and itself, a mask that the others ignore or cannot express"
-            )
-
     # ---- training
 
-    def train(self, block: Block, text: Text, targets: torch.Tensor, noise: Mapping) -> tuple[torch.Tensor, ReadoutInput]:
+    def train(
+        self, block: Block, x: Mapping, targets: torch.Tensor, block_input: torch.Tensor | None, noise: Mapping
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """What has left the block, and what tokens 1 to S-1 are read out from, `[N, S-1, D]` both."""
-        self.model.refuse({"block_input": text.block_input}, "with preset='paper': a block starts from embeddings")
+        self.model.refuse({"block_input": block_input}, "with preset='paper': a block starts from embeddings")
         if not targets.shape[1]:
             raise ValueError(
                 "labels of one token a text must be of at least 2: a block is trained on the tokens after the first"
             )
-        sigma = self.levels(block.index, targets, noise["sigma"], noise["generator"])
-        z = self.corrupt(targets, sigma, noise["noise"], noise["generator"])
-        hidden = self.run(block, text, z, sigma)
-        return hidden, ReadoutInput(hidden, z, sigma)
-
-    def levels(self, block_index: int, targets: torch.Tensor, sigma: torch.Tensor | None, generator) -> torch.Tensor:
-        """Noise levels `[N, S-1]` float32 for the targets `[N, S-1]`: those given, or one drawn for each sequence, whose
-        layers it modulates."""
-        return self.model.draw_levels(block_index, targets.shape[:1], sigma, generator)[:, None].expand(targets.shape)
-
-    def corrupt(self, targets: torch.Tensor, sigma: torch.Tensor, noise, generator: Generators) -> torch.Tensor:
-        """`z = y + sigma eps`, `[N, S-1, D]`."""
-        # A token without loss has no target: any will do.
-        return corrupt(F.embedding(targets.clamp(min=0), self.model.target_vectors()), sigma, noise, generator)
+        model = self.model
+        # One level a sequence, whose layers it modulates.
+        sigma = model.draw_levels(block.index, targets.shape[:1], noise["sigma"], noise["generator"])[:, None]
+        sigma = sigma.expand(targets.shape)
+        y = F.embedding(targets.clamp(min=0), model.target_vectors())  # (what has no loss has no target: any will do)
+        z = corrupt(y, sigma, noise["noise"], noise["generator"])
+        hidden = self.run(block, Text.of(x), z, sigma)
+        return hidden, (hidden, z, sigma)
 
     def run(self, block: Block, text: Text, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """Noisy tokens through a block, `[N, S-1, D]`."""
-        model, text = self.model, text.without_last()
-        clean = block.embed(text.positioned())
-        kept = torch.arange(clean.shape[1], device=clean.device)
-        streams = Streams(model, clean, text, kept, CleanKeys())
-        streams.run_clean(block, streams.enter(block, clean), block.clean_modulations())
-        c_in = precondition(sigma, model.config.sigma_data).input[..., None]
-        noisy = streams.embed_noisy(block, (c_in * z).to(clean.dtype))
-        return streams.run_noisy(block, noisy, block.modulations(sigma[:, 0]))
+        model = self.model
+        streams = Streams(model, text.without_last(), torch.arange(z.shape[1], device=z.device), CleanKeys())
+        streams.run_clean(block, streams.enter(block), block.clean_modulations())
+        return streams.run_noisy(block, z, sigma, block.modulations(sigma[:, 0]))
 
-    def logits(self, block: Block, rows: ReadoutInput) -> torch.Tensor:
-        """`[R, V]` of p(token | before, z), float32."""
-        c = precondition(rows.sigma[:, None], self.model.config.sigma_data)
-        return self.read_out(block, rows.hidden, rows.z, c)
-
-    def read_out(self, block: Block, hidden: torch.Tensor, z: torch.Tensor, c: Preconditioning) -> torch.Tensor:
-        """The head on `(c_skip z + c_out F) / sigma_data`; at sigma_max, where c_out is sigma_data and c_skip nothing, it
-        reads F as the plain model does."""
-        architecture, parts, sigma_data = self.model.architecture, block.readout_parts, self.model.config.sigma_data
-        normed = architecture.final_norm(parts, hidden)
+    def logits(self, block: Block, hidden: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """`[R, V]` of p(token | before, z), float32, of `[R, D]` and levels `[R]`, or `[1]`: the head on
+        `(c_skip z + c_out F) / sigma_data`; at sigma_max, where c_out is sigma_data and c_skip nothing, it reads F as the plain
+        model does."""
+        parts, sigma_data = block.readout_parts, self.model.config.sigma_data
+        c = precondition(sigma[:, None], sigma_data)
+        normed = parts.get_submodule(self.model.architecture.final_norm_path)(hidden)
         estimate = c.skip / sigma_data * z + c.out / sigma_data * normed
-        return architecture.head(parts, estimate.to(normed.dtype)).float()
+        return parts.lm_head(estimate.to(normed.dtype)).float()
 
     # ---- prediction
 
-    def new_walk(self, num_steps: int | None) -> TextWalk:
-        """What goes to the next tokens, in so many evaluations; None is the config's number."""
-        return TextWalk(self.model, num_steps=num_steps)
-
     def predict(
-        self, text: Text, labels, num_items, return_logits: bool | None, text_walk: TextWalk | None, num_steps: int | None,
+        self, x: Mapping, labels, num_items, return_logits: bool | None, text_walk: TextWalk | None, num_steps: int | None,
         use_cache: bool | None = None, logits_to_keep: int | torch.Tensor = 0, **stock,
     ) -> CausalLMOutputWithPast:  # fmt: skip
         """Label-free logits `[N, Q, V]` of the tokens after the clean tokens that are kept: the end of a walk."""
         self.model.refuse(self.model.asked_of_stock_model(stock), "with preset='paper': it is for the plain model")
-        model, config = self.model, self.model.config
+        model, config, text = self.model, self.model.config, Text.of(x)
         if use_cache is None:  # nobody goes on from a text that is scored
             use_cache = config.source_config.use_cache and labels is None and not model.training
         if use_cache and text.past_key_values is None:
             text = text._replace(past_key_values=DynamicCache(config=config.source_config))
-        text_walk = text_walk or self.new_walk(num_steps)
+        text_walk = text_walk or TextWalk(self.model, num_steps=num_steps)
         if labels is not None and return_logits is False:
             loss = self._loss(text, labels, num_items, text_walk)
             return CausalLMOutputWithPast(loss=loss, past_key_values=text.past_key_values)
         kept = logits_to_keep
         if isinstance(kept, int):
-            kept = torch.arange(text.num_tokens, device=model.device)[-kept:]  # 0 keeps all
+            kept = torch.arange(text.tokens.shape[1], device=model.device)[-kept:]  # 0 keeps all
         logits, loss = text_walk.logits(text, kept), None
         if labels is not None:
             loss = model.loss_function(logits, labels, config.vocab_size, num_items_in_batch=num_items)
@@ -120,9 +94,9 @@ class JointText(Formulation):
         total = F.nll_loss(-nats[:, None], following.clamp(max=0), reduction="mean" if num_items is None else "sum")
         return total if num_items is None else total / num_counted(following, num_items, self.model.training)
 
-    def block_logits(self, text: Text) -> torch.Tensor:
+    def block_logits(self, x: Mapping) -> torch.Tensor:
         """Every block's at sigma_max, from keyed noise: `[N, B, S, V]`."""
-        return TextWalk(self.model).block_logits(text)
+        return TextWalk(self.model).block_logits(Text.of(x))
 
     def likelihood_terms(
         self, batch: Mapping[str, torch.Tensor], num_samples: int, generator: torch.Generator

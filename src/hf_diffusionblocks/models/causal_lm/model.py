@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,19 +12,95 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from ...backbones.stock_run import base_of
 from ...configuration import DiffusionBlocksConfig
-from ...diffusion.likelihood import LikelihoodTerms
-from ...diffusion.objectives import chunked_sum, cross_entropy, num_counted, rows_with_loss
+from ...diffusion.objectives import IGNORED, LikelihoodTerms, chunked_cross_entropy, num_counted
 from ...diffusion.randomness import Generators
 from ...streaming import weights_on_device
-from ..base import DiffusionBlocksPreTrainedModel
+from ..base import DiffusionBlocksPreTrainedModel, Formulation
 from ..block import Block
 from ..targets import FixedTargets
 from .generation import WalkGeneration
 from .joint import JointText
-from .local import LocalText
-from .text import ReadoutInput, Text
+from .streams import Text
 from .walk import TextWalk
+
+
+class LocalText(Formulation):
+    """An ordinary causal pass; a block starts from what the blocks before it made of the text. There is no noise: at the
+    paper's highest level, where the target is out of sight, this is what its denoiser learns. In use it is the plain model.
+    """
+
+    passes_on = runs_stock = True
+    walks = False  #: whether a token's logits are the end of a walk
+
+    def train(
+        self, block: Block, x: Mapping, targets: torch.Tensor, block_input: torch.Tensor | None, noise: Mapping
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """What has left a block, `[N, S, D]`, and what tokens 1 to S-1 are read out from, `[N, S-1, D]`.
+
+        Raises:
+            ValueError: `noise` says a level or a draw.
+        """
+        for name in ("sigma", "noise"):
+            if noise.get(name) is not None:
+                raise ValueError(f"{name} must be None with preset='recommended': blocks of next tokens have no noise there")
+        leaving, read = block.run_stock(x, block_input)
+        return leaving, (read[:, :-1],)
+
+    def logits(self, block: Block, hidden: torch.Tensor) -> torch.Tensor:
+        """`[R, V]` of p(token | before), float32."""
+        return block.head(hidden).float()
+
+    def predict(
+        self, x: Mapping, labels, num_items, return_logits: bool | None, text_walk: None, num_steps: int | None, **stock
+    ) -> CausalLMOutputWithPast:
+        """What the plain model gives; `stock` as it takes it.
+
+        Raises:
+            ValueError: several steps are asked for.
+        """
+        if num_steps not in (None, 1):
+            raise ValueError(
+                f"num_steps={num_steps!r} must be 1 or None with preset='recommended': one evaluation says all, and no other "
+                "follows"
+            )
+        if labels is not None and return_logits is False:
+            return CausalLMOutputWithPast(loss=self.loss(x, labels, num_items))
+        stock = self.model.asked_of_stock_model(stock)
+        if labels is None and "use_cache" not in stock:
+            stock["use_cache"] = None  # as the config says; nobody goes on from a text that is scored
+        if num_items is not None:
+            stock["num_items_in_batch"] = num_items
+        return self.model.backbone(**{**x, **stock}, labels=labels)
+
+    def loss(self, inputs: Mapping, labels: torch.Tensor, num_items: torch.Tensor | int | None = None) -> torch.Tensor:
+        """The mean cross-entropy of what the stock model takes, without ever holding all logits."""
+        return self.model.mean_loss(self.model.blocks[-1], [self._last_hidden(inputs)[:, :-1]], labels[:, 1:], num_items)
+
+    def _last_hidden(self, inputs: Mapping) -> torch.Tensor:
+        """What the head reads, `[N, S, D]`."""
+        return base_of(self.model.backbone, self.model.layers_path)(**inputs).last_hidden_state
+
+    def block_logits(self, x: Mapping) -> torch.Tensor:
+        """Every block's, `[N, B, S, V]`."""
+        entering, found = None, []
+        for block in self.model.blocks:
+            entering, read = block.run_stock(x, entering)
+            found.append(block.head(read.flatten(0, 1)).unflatten(0, read.shape[:2]))
+        return torch.stack(found, 1)
+
+    def likelihood_terms(self, batch: Mapping[str, torch.Tensor], num_samples: int, generator) -> LikelihoodTerms:
+        """The cross-entropy: there is no diffusion to bound."""
+        batch = {name: value.to(self.model.device) for name, value in batch.items()}
+        targets = batch["labels"][:, 1:]
+        hidden = self._last_hidden(self.model.stock_inputs(batch))[:, :-1]
+        nats = [  # a sequence at a time, whose logits are there alone
+            F.cross_entropy(self.model.blocks[-1].head(row).float(), target, ignore_index=IGNORED, reduction="sum").double()
+            for row, target in zip(hidden, targets)
+        ]
+        nats, tokens = torch.stack(nats).cpu(), (targets != IGNORED).sum(1).double().cpu()
+        return LikelihoodTerms(tokens, 0.0, nats, torch.zeros_like(nats))
 
 
 class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration, GenerationMixin):
@@ -50,7 +127,11 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         self.post_init()
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        self.FORMULATIONS[self.config.preset].check_attention(requested_attention)
+        if self.FORMULATIONS[self.config.preset].walks and requested_attention not in (None, "sdpa", "eager"):
+            raise ValueError(
+                f"attn_implementation={requested_attention!r} must be 'sdpa' or 'eager' with preset='paper': a noisy token sees "
+                "the clean ones before it and itself, a mask that the others ignore or cannot express"
+            )
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     @torch.no_grad()
@@ -152,43 +233,43 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         if inputs_embeds is not None and self.blocks[-1].embeds_apart:
             raise ValueError("inputs_embeds must be None with shared='per_block': each block embeds tokens by itself")
         self.check_block_given(block_index, labels)
-        text = Text(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, block_input)
+        x = self.stock_inputs({
+            "input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask,
+            "position_ids": position_ids, "past_key_values": past_key_values,
+        })  # fmt: skip
         draws = {"sigma": sigma, "noise": noise, "generator": generator}
         if block_index is None:
             self.refuse({**draws, "block_input": block_input}, "without block_index: it is of a block that trains")
             stock |= {"use_cache": use_cache, "logits_to_keep": logits_to_keep}
-            return self.formulation.predict(text, labels, num_items_in_batch, return_logits, text_walk, num_steps, **stock)
+            return self.formulation.predict(x, labels, num_items_in_batch, return_logits, text_walk, num_steps, **stock)
         self.refuse(
             {**stock, "num_steps": num_steps}, "with block_index, which has a loss of its own: leave it out of the batch"
         )
         block, targets = self.blocks[block_index], labels[:, 1:]
-        leaving, rows = self.formulation.train(block, text, targets, draws)
-        loss = self._objective(block, rows, targets, num_items_in_batch)
-        logits = self.logits(block_index, rows) if return_logits else None
+        leaving, rows = self.formulation.train(block, x, targets, block_input, draws)
+        loss = self.mean_loss(block, rows, targets, num_items_in_batch)
+        logits = self.logits(block_index, *rows) if return_logits else None
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=(leaving.detach(),))
 
     # ---- one block
 
-    def logits(self, block_index: int, rows: ReadoutInput) -> torch.Tensor:
+    def logits(self, block_index: int, *rows: torch.Tensor) -> torch.Tensor:
         """Logits `[N, S-1, V]` of one block, from rows `[N, S-1, ...]`."""
-        return self.formulation.logits(self.blocks[block_index], rows.flat()).unflatten(0, rows.hidden.shape[:2])
+        flat = [each.flatten(0, 1) for each in rows]
+        return self.formulation.logits(self.blocks[block_index], *flat).unflatten(0, rows[0].shape[:2])
 
-    def _objective(self, block: Block, rows: ReadoutInput, targets: torch.Tensor, num_items) -> torch.Tensor:
-        """The mean cross-entropy of labelled tokens, read out in chunks."""
-        targets = targets.flatten()
-        labelled = rows_with_loss(targets, at_most=len(targets))
-        rows, targets = rows.flat().where(labelled), targets[labelled]
-
-        def loss_of_rows(hidden, targets, *noise):
-            return cross_entropy(self.formulation.logits(block, ReadoutInput(hidden, *noise)), targets).sum()
-
-        noise = [tensor for tensor in rows[1:] if tensor is not None]
-        with block.reading_out() as parameters:
-            total = chunked_sum(loss_of_rows, [rows.hidden, targets, *noise], parameters, self.config.vocab_size)
+    def mean_loss(self, block: Block, rows: Sequence[torch.Tensor], targets: torch.Tensor, num_items) -> torch.Tensor:
+        """The mean cross-entropy of labelled tokens, read out in chunks of rows `[N, S-1, ...]`."""
+        rows, targets = [each.flatten(0, 1) for each in rows], targets.flatten()
+        vocab_size = self.backbone.config.get_text_config().vocab_size
+        with block.reading_out() as (head, parameters):
+            read = head if self.formulation.runs_stock else partial(self.formulation.logits, block)
+            total = chunked_cross_entropy(read, rows, targets, parameters, vocab_size)
         return total / num_counted(targets, num_items, self.training)
 
     def stock_inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return Text.of(batch).of_stock_model()
+        given = {name: value for name, value in batch.items() if value is not None and name in Text._fields}
+        return {"use_cache": False, **given}
 
     # ---- what the blocks say
 
@@ -206,7 +287,9 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
     ) -> torch.Tensor:
         """Label-free logits of every block, `[N, B, S, V]`: through its local head, if it has one; the paper's at sigma_max,
         from the walk's (keyed) starting noise, where only block 0 has been trained."""
-        return self.formulation.block_logits(Text(input_ids, None, attention_mask, position_ids))
+        return self.formulation.block_logits(
+            self.stock_inputs({"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids})
+        )
 
     @torch.no_grad()
     def trajectory(
@@ -222,5 +305,5 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
             raise ValueError(f"preset={self.config.preset!r} must be 'paper': no other walks to a token")
         last = torch.tensor([input_ids.shape[1] - 1], device=self.device)
         positions = None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # as generate's
-        text = Text(input_ids, None, attention_mask, positions)
-        return self.formulation.new_walk(num_steps).trajectory(text, last)[:, 0]
+        text = Text(input_ids, attention_mask=attention_mask, position_ids=positions)
+        return TextWalk(self, num_steps=num_steps).trajectory(text, last)[:, 0]

@@ -7,16 +7,52 @@ reads its keys and values. Sources: DiffusionBlocks (arXiv 2506.14202), appendix
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Mapping
+from functools import cached_property, partial
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 
 from ...backbones.modulation import Modulation
+from ...diffusion.gaussian import precondition
 from ...streaming import weights_on_device
 from ..base import DiffusionBlocksPreTrainedModel
 from ..block import Block
-from .text import Text
+
+
+class Text(NamedTuple):
+    """x: clean tokens, by id or embedded."""
+
+    input_ids: torch.Tensor | None = None  #: `[N, S]`
+    inputs_embeds: torch.Tensor | None = None  #: `[N, S, D]`
+    attention_mask: torch.Tensor | None = None  #: `[N, P + S]`, 0 for padding; or who sees whom, `[N, 1, S, P + S]`
+    position_ids: torch.Tensor | None = None  #: `[N or 1, S]`
+    past_key_values: Any = None  #: of the P tokens before
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> Text:
+        """Of a batch as `forward` takes it."""
+        return cls(*map(batch.get, cls._fields))
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        return self.input_ids if self.inputs_embeds is None else self.inputs_embeds
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """`[N or 1, S]`, of these tokens."""
+        if self.position_ids is not None:
+            return self.position_ids
+        past, tokens = 0 if self.past_key_values is None else self.past_key_values.get_seq_length(), self.tokens
+        return torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
+
+    def without_last(self) -> Text:
+        """All tokens but the last, which is no context of any target."""
+        text = Text(*[each if each is None else each[:, :-1] for each in self])
+        if self.attention_mask is not None and self.attention_mask.dim() == 4:
+            text = text._replace(attention_mask=self.attention_mask[:, :, :-1, :-1])
+        return text
 
 
 class CleanKeys:
@@ -98,43 +134,31 @@ class Streams:
 
     Args:
         model: whose layers run.
-        hidden: any hidden states of the clean tokens `[N, S, D]`, for their shape, dtype and device.
         text: the clean tokens.
         kept: `[Q]`, the clean tokens (of the S) that have a noisy one.
         cache: keys and values of clean tokens: the P earlier ones', and soon these'.
     """
 
-    def __init__(
-        self,
-        model: DiffusionBlocksPreTrainedModel,
-        hidden: torch.Tensor,
-        text: Text,
-        kept: torch.Tensor,
-        cache,
-    ):
+    def __init__(self, model: DiffusionBlocksPreTrainedModel, text: Text, kept: torch.Tensor, cache):
         self.model, self.architecture, self.cache, self.kept = model, model.architecture, cache, kept
-        self.num_clean = hidden.shape[1]
-        self._position_ids, self._hidden = text.positioned()["position_ids"], hidden
+        self._text, self._position_ids, tokens = text, text.positions, text.tokens
+        self.num_clean = tokens.shape[1]
+        #: hidden states of no width, for their shape, dtype and device
+        self._hidden = torch.empty((*tokens.shape[:2], 0), dtype=model.dtype, device=tokens.device)
         self.noisy_position_ids = self._position_ids[:, kept] + 1
         self._prelude_output: torch.Tensor | None = None
-        past = cache if hasattr(cache, "get_seq_length") else None
-        self._mask_arguments = (text.attention_mask, text.position_ids, past)
         # Masks are made before anything runs: they count the tokens that the cache holds now. One row of an explicit
         # mask serves the whole batch where rows do not differ.
-        one_row = hidden if text.attention_mask is not None or len(self._position_ids) > 1 else hidden[:1]
-        self._explicit_mask = self._mask(one_row, explicit=True)
-        self._clean_mask = self._mask(hidden) if self.num_clean > 1 else self._explicit_mask
-
-    def _mask(self, hidden: torch.Tensor, explicit: bool = False) -> torch.Tensor | None:
-        attention_mask, position_ids, past = self._mask_arguments
-        return self.architecture.causal_mask(self.model.backbone, hidden, attention_mask, position_ids, past, explicit=explicit)
-
-    def _positions(self, position_ids: torch.Tensor) -> dict:
-        return self.architecture.positions(self.model.backbone, self._hidden, position_ids)
+        differ = text.attention_mask is not None or len(self._position_ids) > 1
+        past = cache if hasattr(cache, "get_seq_length") else None
+        asked = (text.attention_mask, text.position_ids, past)
+        make = self.architecture.causal_mask
+        self._explicit_mask = make(model.backbone, self._hidden if differ else self._hidden[:1], *asked, explicit=True)
+        self._clean_mask = make(model.backbone, self._hidden, *asked) if self.num_clean > 1 else self._explicit_mask
 
     @cached_property
     def _clean_positions(self) -> dict:
-        return self._positions(self._position_ids)
+        return self.architecture.positions(self.model.backbone, self._hidden, self._position_ids)
 
     @cached_property
     def _clean_attention(self) -> dict:
@@ -145,30 +169,32 @@ class Streams:
         return {
             "attention_mask": noisy_mask(self._explicit_mask, self.kept),
             "past_key_values": StreamsCache(self.cache, num_clean=0),
-            **self._positions(self.noisy_position_ids),
+            **self.architecture.positions(self.model.backbone, self._hidden, self.noisy_position_ids),
         }
 
     @cached_property
     def _joint_attention(self) -> dict:
+        positions = torch.cat([self._position_ids, self.noisy_position_ids], 1)
         return {
             "attention_mask": streams_mask(self._explicit_mask, self.kept),
             "past_key_values": StreamsCache(self.cache, self.num_clean),
-            **self._positions(torch.cat([self._position_ids, self.noisy_position_ids], 1)),
+            **self.architecture.positions(self.model.backbone, self._hidden, positions),
         }
 
-    def enter(self, block: Block, embedded: torch.Tensor) -> torch.Tensor:
-        """Embedded clean tokens `[N, S, D]`, on to the block's first layer. What the prelude makes of them, noisy tokens are
+    def enter(self, block: Block) -> torch.Tensor:
+        """Clean tokens `[N, S, D]`, as they enter the block's first layer. What the prelude makes of them, noisy tokens are
         told, too."""
-        for layer in self.architecture.prelude(block.embedding_parts):
-            embedded = self.model.run_layer(layer, embedded, None, **self._clean_attention)
-        self._prelude_output = embedded
-        return self.architecture.enter(block.embedding_parts, embedded)
+        parts, text = block.embedding_parts, self._text
+        embedded = self.architecture.embed(parts, text.input_ids, text.inputs_embeds, self._position_ids)
+        run = partial(self.model.run_layer, modulation=None, **self._clean_attention)
+        self._prelude_output, entering = self.architecture.enter(parts, embedded, run)
+        return entering
 
-    def embed_noisy(self, block: Block, embeds: torch.Tensor) -> torch.Tensor:
-        """`c_in z` `[N, Q, D]`, as tokens at their positions that enter the block's first layer; once clean ones have entered
-        theirs."""
+    def _embed_noisy(self, block: Block, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """`c_in z`, as tokens at their positions that enter the block's first layer; once clean ones have entered theirs."""
+        embeds = precondition(sigma, self.model.config.sigma_data).input[..., None] * z.reshape(-1, len(self.kept), z.shape[-1])
         return self.architecture.embed_noisy(
-            block.embedding_parts, embeds, self.noisy_position_ids, self._prelude_output, self.kept
+            block.embedding_parts, embeds.to(self._hidden.dtype), self.noisy_position_ids, self._prelude_output, self.kept
         )
 
     def run_clean(self, block: Block, hidden: torch.Tensor, modulations) -> None:
@@ -178,13 +204,16 @@ class Streams:
             hidden = self.model.run_layer(layer, hidden, modulation, **self._clean_attention)
         with weights_on_device(last):
             keys, values = self.architecture.keys_and_values(last, hidden, modulations[-1], **self._clean_positions)
-        self.cache.update(keys, values, self.architecture.cache_slot(last))
+        self.cache.update(keys, values, getattr(last, self.architecture.attention_name).layer_idx)
 
-    def run_noisy(self, block: Block, hidden: torch.Tensor, modulations) -> torch.Tensor:
-        """Noisy tokens `[N, Q, D]` through a block that the clean ones have run through."""
-        return block.run(hidden, modulations, **self._noisy_attention)
+    def run_noisy(self, block: Block, z: torch.Tensor, sigma: torch.Tensor, modulations) -> torch.Tensor:
+        """Noisy tokens `[N, Q, D]` or `[N * Q, D]`, at levels `[N, Q]` or `[1]`, through a block that the clean ones have run
+        through: `[N, Q, D]`."""
+        return block.run(self._embed_noisy(block, z, sigma), modulations, **self._noisy_attention)
 
-    def run_together(self, block: Block, clean: torch.Tensor, noisy: torch.Tensor, modulations) -> torch.Tensor:
-        """Both, `[N, S, D]` and `[N, Q, D]`, through a block in one pass; modulations from [`join`]. What noisy ones become."""
-        hidden = block.run(torch.cat([clean, noisy], 1), modulations, **self._joint_attention)
-        return hidden[:, clean.shape[1] :]
+    def run_together(
+        self, block: Block, clean: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor, modulations
+    ) -> torch.Tensor:
+        """The same, of clean tokens `[N, S, D]` that enter the block, too, in one pass over both; modulations from [`join`]."""
+        both = torch.cat([clean, self._embed_noisy(block, z, sigma)], 1)
+        return block.run(both, modulations, **self._joint_attention)[:, clean.shape[1] :]

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch.nn import functional as F
 from transformers import LogitsProcessorList
 
-from ...diffusion.categorical import hard_bridge
-from ...diffusion.gaussian import Preconditioning, euler_step, precondition
+from ...diffusion.gaussian import euler_step
 from ...diffusion.objectives import rows_per_chunk
-from ...diffusion.randomness import NoiseSource, PositionNoise
-from ...diffusion.samplers import walk
+from ...diffusion.randomness import noise_of_positions, noise_of_rows
+from ...diffusion.samplers import hard_bridge, walk
 from ...whole_numbers import check_whole
 from ..base import DiffusionBlocksPreTrainedModel
 from ..block import Block
-from .streams import CleanKeys, Streams, join
-from .text import Text
-
-
-class WalkLevel(NamedTuple):
-    """A level of a walk, and what depends on it alone."""
-
-    sigma: torch.Tensor  #: `[1]` float32
-    c: Preconditioning
+from .streams import CleanKeys, Streams, Text, join
 
 
 class TextWalk:
@@ -58,10 +47,9 @@ class TextWalk:
         self.targets = model.target_vectors()
         self.sigmas = model.noise_schedule.inference_sigmas(num_steps or model.config.num_inference_steps)
         self.blocks = [model.blocks[k] for k in model.noise_schedule.block_of(self.sigmas[:-1]).tolist()]
-        levels = self.sigmas.to(model.device, torch.float32).split(1)
-        self.levels = [WalkLevel(level, precondition(level, model.config.sigma_data)) for level in levels]
+        self.levels = self.sigmas.to(model.device, torch.float32).split(1)
         self.clean_modulations = [block.clean_modulations() for block in model.blocks]
-        self.noisy_modulations = [block.modulations(level.sigma) for block, level in zip(self.blocks, self.levels)]
+        self.noisy_modulations = [block.modulations(level) for block, level in zip(self.blocks, self.levels)]
         self._joint_modulations = {}
 
     def joint_modulations(self, step: int) -> list:
@@ -79,7 +67,7 @@ class TextWalk:
             Logits of the last evaluation, `[N, Q, V]`.
         """
         run = _Run(self, text, kept)
-        logits, _ = walk(run.denoise, self.targets, self.sigmas, run.noise, self.bridge)
+        logits, _ = walk(run.denoise, self.targets, self.sigmas, run.noise(), self.bridge)
         if text.past_key_values is not None:  # blocks that the walk did not visit have clean tokens to remember, too
             run.advance_to(self.config.num_blocks)
         return logits.unflatten(0, (run.num_rows, len(kept)))
@@ -89,10 +77,10 @@ class TextWalk:
 
         A chunk of rows is read out, bridged and moved on at a time: without gradients, no more logits are ever held.
         """
-        run = _Run(self, text, torch.arange(text.num_tokens, device=self.model.device))
+        run = _Run(self, text, torch.arange(text.tokens.shape[1], device=self.model.device))
         size, levels = rows_per_chunk(len(labels), len(self.targets), labels.device), self.sigmas.tolist()
         rows = [
-            levels[0] * PositionNoise(positions, self.config.inference_seed).normal(self.targets.shape[-1])
+            levels[0] * noise_of_positions(positions, self.targets.shape[-1], self.config.inference_seed)
             for positions in run.positions.split(size)
         ]
         nats = []
@@ -119,48 +107,44 @@ class TextWalk:
             seen.append(logits.softmax(-1))
             return logits
 
-        walk(denoise, self.targets, self.sigmas, run.noise, self.bridge)
+        walk(denoise, self.targets, self.sigmas, run.noise(), self.bridge)
         return torch.stack(seen, 1).unflatten(0, (run.num_rows, len(kept)))
 
     def block_logits(self, text: Text) -> torch.Tensor:
         """Every block's logits at sigma_max, from keyed noise: `[N, B, S, V]`."""
-        run, first = _Run(self, text, torch.arange(text.num_tokens, device=self.model.device)), self.levels[0]
-        z = first.sigma * run.noise.normal(self.targets.shape[-1])
+        run, first = _Run(self, text, torch.arange(text.tokens.shape[1], device=self.model.device)), self.levels[0]
+        z = first * run.noise()
         logits = []
         for block in self.model.blocks:
             run.advance_to(block.index + 1)
-            hidden = run.noisy(block, z, first, block.modulations(first.sigma))
+            hidden = run.streams.run_noisy(block, z, first, block.modulations(first))
             logits.append(run.read(block, hidden.flatten(0, 1), z, first))
-        return torch.stack(logits).unflatten(1, (run.num_rows, text.num_tokens)).transpose(0, 1)
-
-    def controlled(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits `[N * Q, V]`, after the controls of generation."""
-        if self.logits_processor is None:
-            return logits
-        return self.logits_processor(self.generated, logits)
+        return torch.stack(logits).unflatten(1, (run.num_rows, text.tokens.shape[1])).transpose(0, 1)
 
 
 class _Run:
     """One batch on its walk: how far its clean tokens have come through the blocks."""
 
     def __init__(self, plan: TextWalk, text: Text, kept: torch.Tensor):
-        self.plan, self.model, self.kept = plan, plan.model, kept
-        self.inputs, shape = text.positioned(), text.shape_in(plan.model.dtype)
-        self.dtype, (self.num_rows, self.num_tokens) = shape.dtype, shape.shape[:2]
+        self.plan, self.model = plan, plan.model
+        self.num_rows, self.num_tokens = text.tokens.shape[:2]
         # (Not an empty cache: with one, Transformers does not look for packed texts.)
         cache = CleanKeys() if text.past_key_values is None else text.past_key_values
-        self.streams = Streams(self.model, shape, text, kept, cache)
+        self.streams = Streams(self.model, text, kept, cache)
         self.positions = self.streams.noisy_position_ids.expand(self.num_rows, -1).flatten()
-        if plan.sample:
-            self.noise = NoiseSource(len(self.positions), 0, torch.default_generator, self.positions.device)
-        else:
-            self.noise = PositionNoise(self.positions, plan.config.inference_seed)
         self._done = 0  # blocks that the clean tokens have run through
         self._embedded: torch.Tensor | None = None
 
+    def noise(self) -> torch.Tensor:
+        """What the walk starts from, standard normal `[N * Q, D]`."""
+        positions, width = self.positions, self.plan.targets.shape[-1]
+        if self.plan.sample:
+            return noise_of_rows(len(positions), width, 0, torch.default_generator, positions.device)
+        return noise_of_positions(positions, width, self.plan.config.inference_seed)
+
     def _entering(self, block: Block) -> torch.Tensor:
         if self._embedded is None or block.embeds_apart:
-            self._embedded = self.streams.enter(block, block.embed(self.inputs))
+            self._embedded = self.streams.enter(block)
         return self._embedded
 
     def advance_to(self, block_index: int) -> None:
@@ -181,24 +165,16 @@ class _Run:
             # One new token: clean and noisy together, in one pass over the block.
             self.advance_to(block.index)
             clean = self._entering(block)
-            noisy = self._embed_noisy(block, z, level)
-            hidden = self.streams.run_together(block, clean, noisy, plan.joint_modulations(step))
+            hidden = self.streams.run_together(block, clean, z, level, plan.joint_modulations(step))
             self._done += 1
             return hidden
         self.advance_to(block.index + 1)
-        return self.noisy(block, z, level, plan.noisy_modulations[step])
+        return self.streams.run_noisy(block, z, level, plan.noisy_modulations[step])
 
-    def _embed_noisy(self, block: Block, z: torch.Tensor, level: WalkLevel) -> torch.Tensor:
-        embeds = (level.c.input * z).to(self.dtype).unflatten(0, (self.num_rows, len(self.kept)))
-        return self.streams.embed_noisy(block, embeds)
-
-    def noisy(self, block: Block, z: torch.Tensor, level: WalkLevel, modulations) -> torch.Tensor:
-        """Noisy tokens through a block, `[N, Q, D]`."""
-        return self.streams.run_noisy(block, self._embed_noisy(block, z, level), modulations)
-
-    def read(self, block: Block, hidden: torch.Tensor, z: torch.Tensor, level: WalkLevel) -> torch.Tensor:
+    def read(self, block: Block, hidden: torch.Tensor, z: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """Logits `[R, V]` from what left a block, `[R, D]`, controls applied."""
-        return self.plan.controlled(self.model.formulation.read_out(block, hidden, z, level.c))
+        logits, controls = self.model.formulation.logits(block, hidden, z, level), self.plan.logits_processor
+        return logits if controls is None else controls(self.plan.generated, logits)
 
 
 def _drawn_bridge(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

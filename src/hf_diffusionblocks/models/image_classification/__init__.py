@@ -1,5 +1,1 @@
 """Image classification."""
-
-from .model import DiffusionBlocksForImageClassification, WalkClassifierOutput
-
-__all__ = ["DiffusionBlocksForImageClassification", "WalkClassifierOutput"]

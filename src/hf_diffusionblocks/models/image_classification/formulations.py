@@ -9,14 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from ...diffusion.categorical import soft_bridge
 from ...diffusion.gaussian import corrupt, precondition
 from ...diffusion.objectives import IGNORED
-from ...diffusion.randomness import NoiseSource
-from ...diffusion.samplers import walk
+from ...diffusion.randomness import noise_of_rows
+from ...diffusion.samplers import soft_bridge, walk
 from ...whole_numbers import whole
+from ..base import Formulation
 from ..block import Block
-from ..formulation import Formulation
 
 
 class NoisyLabelToken(nn.Module):
@@ -69,14 +68,15 @@ class JointImage(Formulation):
 
     def block_logits(self, x: Mapping) -> torch.Tensor:
         """Every block's at sigma_max, `[N, B, V]`, from keyed noise."""
-        start = self._noise(len(x["pixel_values"]), None).normal(self.model.config.hidden_size)
+        start = self._noise(len(x["pixel_values"]), None)
         sigma = torch.full((len(start),), self.model.config.sigma_max, device=self.model.device)
         z, blocks = sigma[:, None] * start, self.model.blocks
         return torch.stack([b.read_out(self._run(b, b.embed(x), z, sigma)) for b in blocks], dim=1)
 
-    def _noise(self, num_rows: int, generator: torch.Generator | None) -> NoiseSource:
-        """Where the noise of a walk comes from: keyed, or of a generator."""
-        return NoiseSource(num_rows, self.model.config.inference_seed, generator, self.model.device)
+    def _noise(self, num_rows: int, generator: torch.Generator | None) -> torch.Tensor:
+        """What a walk starts from, `[N, D]`: keyed, or of a generator."""
+        config = self.model.config
+        return noise_of_rows(num_rows, config.hidden_size, config.inference_seed, generator, self.model.device)
 
     def trajectory(
         self, x: Mapping, num_steps: int | None, generator: torch.Generator | None

@@ -1,5 +1,1 @@
 """Image generation: a diffusion model of images whose blocks are denoisers of their own ranges of noise."""
-
-from .model import DiffusionBlocksForImageGeneration
-
-__all__ = ["DiffusionBlocksForImageGeneration"]

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ...configuration import option
 from ...diffusion.randomness import keyed_generators
 from .model import DiffusionBlocksForImageGeneration
 
 
 @dataclass
 class ImageOptions:
-    class_labels: list[str] | None = field(
-        default=None, metadata={"help": "Images: classes, by number or name. Not given: images of no class."}
-    )
-    num_images: int | None = field(default=None, metadata={"help": "Images: how many of each class. Not given: 1."})
-    output: str | None = field(default=None, metadata={"help": "Images: the PNG file for all of them, in a grid."})
-    num_inference_steps: int | None = field(
-        default=None, metadata={"help": "Images: steps of sampling. Not given: the model's own, else 50."}
-    )
-    guidance_scale: float | None = field(
-        default=None, metadata={"help": "Images: of classifier-free guidance; up to 1 is none. Not given: 1."}
-    )
-    sampler: str | None = field(default=None, metadata={"help": "Images: 'euler' or 'heun'. Not given: 'euler'."})
-    grid: str | None = field(
-        default=None, metadata={"help": "Images: noise levels, 'equal' for all blocks or 'karras'. Not given: 'equal'."}
-    )
+    class_labels: list[str] | None = option(None, "Images: classes, by number or name. Not given: images of no class.")
+    num_images: int | None = option(None, "Images: how many of each class. Not given: 1.")
+    output: str | None = option(None, "Images: the PNG file for all of them, in a grid.")
+    num_inference_steps: int | None = option(None, "Images: steps of sampling. Not given: the model's own, else 50.")
+    guidance_scale: float | None = option(None, "Images: of classifier-free guidance; up to 1 is none. Not given: 1.")
+    sampler: str | None = option(None, "Images: 'euler' or 'heun'. Not given: 'euler'.")
+    grid: str | None = option(None, "Images: noise levels, 'equal' for all blocks or 'karras'. Not given: 'equal'.")
 
 
 def generate(

@@ -20,9 +20,8 @@ from ...presets import PRESETS
 from ...streaming import weights_on_device
 from ...whole_numbers import whole
 from ...backbones.stock_run import without_dropout
-from ..base import DiffusionBlocksPreTrainedModel
+from ..base import DiffusionBlocksPreTrainedModel, Formulation
 from ..block import Block
-from ..formulation import Formulation
 
 #: Sampler -> order of its method.
 SAMPLERS = {"euler": 1, "heun": 2}

@@ -1,5 +1,1 @@
 """Masked diffusion language models."""
-
-from .model import DiffusionBlocksForMaskedLM
-
-__all__ = ["DiffusionBlocksForMaskedLM"]

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from ...diffusion.likelihood import LikelihoodTerms
 from ...diffusion.masking import draw_masked
-from ...diffusion.objectives import IGNORED
+from ...diffusion.objectives import IGNORED, LikelihoodTerms
 from ...diffusion.randomness import Generators
 from ..base import DiffusionBlocksPreTrainedModel
 from .text import MaskedText

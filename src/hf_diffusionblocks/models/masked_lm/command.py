@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
 from transformers import TextDiffusionStreamer
 
+from ...configuration import option
 from ...processors import load_tokenizer
 from .model import DiffusionBlocksForMaskedLM
 
@@ -16,34 +17,19 @@ DEFAULT_NEW_TOKENS = 50
 
 @dataclass
 class MaskedTextOptions:
-    prompt: str | None = field(
-        default=None,
-        metadata={"help": "Masked text: what it begins with; or a text with mask tokens, which are filled in."},
+    prompt: str | None = option(None, "Masked text: what it begins with; or a text with mask tokens, which are filled in.")
+    max_new_tokens: int | None = option(None, f"Masked text: tokens to add. Not given: {DEFAULT_NEW_TOKENS}.")
+    num_inference_steps: int | None = option(
+        None, "Masked text: steps, for all tokens. Not given: the model's own, else one token a step."
     )
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": f"Masked text: tokens to add. Not given: {DEFAULT_NEW_TOKENS}."}
+    block_length: int | None = option(None, "Masked text: write in parts of so many tokens. Not given: as a whole.")
+    remasking: str | None = option(
+        None, "Masked text: which tokens a step reveals, 'random' or 'low_confidence'. Not given: 'random'."
     )
-    num_inference_steps: int | None = field(
-        default=None,
-        metadata={"help": "Masked text: steps, for all tokens. Not given: the model's own, else one token a step."},
-    )
-    block_length: int | None = field(
-        default=None, metadata={"help": "Masked text: write in parts of so many tokens. Not given: as a whole."}
-    )
-    remasking: str | None = field(
-        default=None,
-        metadata={"help": "Masked text: which tokens a step reveals, 'random' or 'low_confidence'. Not given: 'random'."},
-    )
-    temperature: float | None = field(
-        default=None, metadata={"help": "Masked text: sample at this temperature; 0 takes the likeliest. Not given: 1."}
-    )
-    top_p: float | None = field(
-        default=None, metadata={"help": "Masked text: sample from the likeliest tokens of this probability. Not given: 1."}
-    )
-    cfg_scale: float | None = field(
-        default=None, metadata={"help": "Masked text: guidance by what is given. Not given: 0, which is none."}
-    )
-    drafts: bool = field(default=False, metadata={"help": "Masked text: show it as it is unmasked, on a terminal."})
+    temperature: float | None = option(None, "Masked text: sample at this temperature; 0 takes the likeliest. Not given: 1.")
+    top_p: float | None = option(None, "Masked text: sample from the likeliest tokens of this probability. Not given: 1.")
+    cfg_scale: float | None = option(None, "Masked text: guidance by what is given. Not given: 0, which is none.")
+    drafts: bool = option(False, "Masked text: show it as it is unmasked, on a terminal.")
 
 
 class Drafts(TextDiffusionStreamer):

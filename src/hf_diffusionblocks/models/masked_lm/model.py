@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from inspect import signature
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils import logging
@@ -15,12 +17,11 @@ from transformers.utils.generic import can_return_tuple
 
 from ...configuration import DiffusionBlocksConfig
 from ...diffusion.masking import MaskingSchedule, draw_counts, draw_masked
-from ...diffusion.objectives import IGNORED, chunked_sum, cross_entropy, num_counted, rows_per_chunk, rows_with_loss
+from ...diffusion.objectives import IGNORED, chunked_cross_entropy, chunks, num_counted
 from ...diffusion.randomness import Generators, keyed_generators
 from ...presets import PRESETS
-from ..base import DiffusionBlocksPreTrainedModel
+from ..base import DiffusionBlocksPreTrainedModel, Formulation
 from ..block import Block
-from ..formulation import Formulation
 from .bound import likelihood_terms
 from .generation import UnmaskingGeneration
 from .text import MaskedText
@@ -54,6 +55,8 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
     def __init__(self, config: DiffusionBlocksConfig):
         super().__init__(config)
         self.mask_token_id: int = config.mask_token_id
+        #: of the stock model's `forward` (not all know of token types, positions or a cache)
+        self._arguments = frozenset(signature(self.backbone.forward).parameters)
         self.post_init()
 
     @classmethod
@@ -145,14 +148,22 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         if block_index is None:
             return self._predict(text, labels, num_items_in_batch, return_logits)
         self._refuse_masked(text)
-        block, maskable = self.blocks[block_index], (labels != IGNORED) & text.attended
-        counts = self._counts(block_index, text, maskable, mask_ratio, generator)
+        block, schedule, attended = self.blocks[block_index], self.noise_schedule, text.attended
+        maskable, overlap = (labels != IGNORED) & attended, schedule.overlap if self.training else 0.0
+        tokens, labelled, length = attended.sum(1), maskable.sum(1), labels.shape[1]
+        if mask_ratio is None:
+            at_most = schedule.most(block_index, length, overlap)
+            counts = draw_counts(*schedule.counts(block_index, tokens, labelled, overlap), generator)
+        else:
+            at_most, ratio = length, torch.as_tensor(mask_ratio, dtype=torch.float64, device=tokens.device)
+            counts = torch.minimum((ratio * tokens).round().long().clamp(min=1), labelled)
         masked = draw_masked(counts, maskable, generator)
         hidden = self.read(block, text.masked(masked, self.mask_token_id))
-        weights = self._weights(block_index, text, masked, maskable)
-        items = num_counted(labels.masked_fill(~maskable, IGNORED), num_items_in_batch, self.training)
-        targets = labels.masked_fill(~masked, IGNORED)
-        loss = self._weighted_sum(block, hidden, targets, weights, self._at_most(block_index, targets, mask_ratio)) / items
+        loss = self._weighted_sum(
+            block, hidden, labels.masked_fill(~masked, IGNORED), self._weights(block_index, tokens, labelled, masked),
+            len(labels) * at_most,
+        )  # fmt: skip
+        loss = loss / num_counted(labels.masked_fill(~maskable, IGNORED), num_items_in_batch, self.training)
         return MaskedLMOutput(loss=loss, logits=self._all_logits(block, hidden) if return_logits else None)
 
     def counted_labels(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -167,18 +178,7 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
                 "itself. A collator must not, as DataCollatorForLanguageModeling(mlm=False) does not"
             )
 
-    def _counts(
-        self, block_index: int, text: MaskedText, maskable: torch.Tensor, mask_ratio: torch.Tensor | float | None, generator
-    ) -> torch.Tensor:
-        """How many tokens of each text to mask, `[N]`."""
-        tokens, most = text.attended.sum(1), maskable.sum(1)
-        if mask_ratio is None:
-            overlap = self.noise_schedule.overlap if self.training else 0.0
-            return draw_counts(*self.noise_schedule.counts(block_index, tokens, most, overlap), generator)
-        ratio = torch.as_tensor(mask_ratio, dtype=torch.float64, device=tokens.device)
-        return torch.minimum((ratio * tokens).round().long().clamp(min=1), most)
-
-    def _weights(self, block_index: int, text: MaskedText, masked: torch.Tensor, maskable: torch.Tensor) -> torch.Tensor:
+    def _weights(self, block_index: int, tokens: torch.Tensor, labelled: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """What the masked tokens of each text weigh in a block's loss, `[N]`: `B (n_k / L) (L / l)`, for l masked of L
         labels, and n_k counts in the block's own range.
 
@@ -186,40 +186,34 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         overlap) of the block's share of the bound per token; with B the mean over blocks, which the Trainer logs, is the
         bound. A text with no count in the range adds nothing.
         """
-        least, most = self.noise_schedule.counts(block_index, text.attended.sum(1), maskable.sum(1))
+        least, most = self.noise_schedule.counts(block_index, tokens, labelled)
         return self.num_blocks * (most - least + 1).clamp(min=0) / masked.sum(1).clamp(min=1)
-
-    def _at_most(self, block_index: int, targets: torch.Tensor, mask_ratio: torch.Tensor | float | None) -> int:
-        """How many of the tokens `[N, S]` a block can find masked, by what is known without a look at them."""
-        num_rows, length = targets.shape
-        overlap = self.noise_schedule.overlap if self.training else 0.0
-        return num_rows * (length if mask_ratio is not None else self.noise_schedule.most(block_index, length, overlap))
 
     def _weighted_sum(
         self, block: Block, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, at_most: int
     ) -> torch.Tensor:
         """`-ln p` of the targets `[N, S]`, weighted by text and summed, in chunks."""
-        masked = rows_with_loss(targets.flatten(), at_most)
-
-        def loss_of_rows(hidden, targets, weights):
-            return (weights * cross_entropy(self.logits(block, hidden).float(), targets)).sum()
-
-        rows = [hidden.flatten(0, 1)[masked], targets.flatten()[masked], weights[masked // targets.shape[1]]]
-        with block.reading_out() as parameters:
-            return chunked_sum(loss_of_rows, rows, parameters, self.config.vocab_size)
+        vocab_size = self.backbone.config.get_text_config().vocab_size
+        weights = weights[:, None].expand(targets.shape).flatten()
+        with block.reading_out() as (head, parameters):
+            return chunked_cross_entropy(
+                partial(self._read, head), [hidden.flatten(0, 1)], targets.flatten(), parameters, vocab_size, weights, at_most
+            )
 
     def read(self, block: Block, text: MaskedText) -> torch.Tensor:
         """What the head reads of a text that one block has run, `[N, S, D]`."""
         return block.run_stock(self.stock_inputs(text._asdict())).read
 
     def stock_inputs(self, batch: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
-        known = signature(self.backbone.forward).parameters  # (not all know of token types, positions or a cache)
-        given = {name: batch[name] for name in MaskedText._fields if batch.get(name) is not None and name in known}
-        return {"use_cache": False, **given} if "use_cache" in known else given
+        given = {name: batch[name] for name in MaskedText._fields if batch.get(name) is not None and name in self._arguments}
+        return {"use_cache": False, **given} if "use_cache" in self._arguments else given
 
     def logits(self, block: Block, hidden: torch.Tensor) -> torch.Tensor:
         """`[R, D]` of what the head reads -> `[R, V]`; MASK is never an answer."""
-        logits = block.head(hidden)
+        return self._read(block.head, hidden)
+
+    def _read(self, head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        logits = head(hidden)
         logits[..., self.mask_token_id] = -torch.inf
         return logits
 
@@ -276,11 +270,9 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         """`-ln p` of each text's masked tokens, summed: `[N]` float64, of hidden states `[N, S, D]`. In chunks."""
         where = masked.nonzero(as_tuple=True)
         row_of, hidden, targets = where[0], hidden[where], labels[where]
-        size = rows_per_chunk(len(targets), self.config.vocab_size, targets.device)
         sums = torch.zeros(len(masked), dtype=torch.float64, device=masked.device)
-        for start in range(0, len(targets), size):
-            part = slice(start, start + size)
-            losses = cross_entropy(self.logits(block, hidden[part]).float(), targets[part])
+        for part in chunks(len(targets), self.config.vocab_size, targets.device):
+            losses = F.cross_entropy(self.logits(block, hidden[part]).float(), targets[part], reduction="none")
             sums = sums.index_add(0, row_of[part], losses.double())
         return sums
 

@@ -1,5 +1,1 @@
 """Text classification."""
-
-from .model import DiffusionBlocksForSequenceClassification
-
-__all__ = ["DiffusionBlocksForSequenceClassification"]
