@@ -149,7 +149,8 @@ def test_train_names_what_is_wrong(args, status, named, recipe_saw, fail):
 def test_recipes_are_found_in_the_package():
     recipes = train.find_recipes()
     tasks = ["causal-lm", "image-classification", "image-generation", "masked-lm", "text-classification"]
-    assert list(recipes) == [*tasks, "finetune", "finetune-image-classification", "finetune-image-model", "finetune-masked-lm"]
+    tuning = ["", "-block-diffusion", "-image-classification", "-image-model", "-masked-lm"]
+    assert list(recipes) == [*tasks, *(f"finetune{each}" for each in tuning)]
     for task, recipe in recipes.items():
         name = f"{task.replace('-', '_')}.py"
         assert Path(recipe).name == (name if name.startswith("finetune") else f"train_{name}") and Path(recipe).is_file()
