@@ -121,8 +121,9 @@ class CanvasTrainer(Trainer):
         canvas = noised(clean, shares, self.model.config.get_text_config().vocab_size)
         inputs = {**inputs, "decoder_input_ids": canvas}
         if self._self_conditioning:
+            given = {name: value for name, value in inputs.items() if name != "labels"}
             with torch.no_grad():
-                inputs["self_conditioning_logits"] = model(**{**inputs, "labels": None}).logits
+                inputs["self_conditioning_logits"] = model(**given).logits
             shown = torch.rand(len(clean), device=clean.device) < self._self_conditioning
             inputs["self_conditioning_mask"] = shown
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -71,7 +71,7 @@ def make_hub(cache: Path) -> None:
         vocab_size=128256, max_position_embeddings=131072, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     llama.save_pretrained(snapshot(cache, "meta-llama/Llama-3.1-8B"))
-    GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(snapshot(cache, "gpt2"))
+    GPT2Config(n_layer=6, architectures=["GPT2LMHeadModel"]).save_pretrained(snapshot(cache, "distilbert/distilgpt2"))
 
 
 def write_texts(folder: Path) -> None:
