@@ -13,6 +13,10 @@ fresh ones, for 1,000 updates of 16 x 128 characters. Rows differ in three thing
   shares, beside one copy and one adapter of as many parameters; at equal updates in all, and of each. Their heads read
   in place.
 
+At equal compute one model wins: three copies with a third of the updates have 3.148 bits and one 2.897, three with all updates
+2.817 and one with three times the updates 2.692; three adapters 3.243 and 2.917, one 3.015 with the updates of one. (Stored rows
+of "machine" 1 and 2 are each compared with a base of their own, 2.894 and 2.897.)
+
 Measured as in quality_masked.py: the bound in bits a character on held-out works, with the same masks for all rows.
 """
 
