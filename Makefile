@@ -1,6 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Packages are installed without compiled modules: Python writes those that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-docs docs check-gpu
 
 demo: .venv/installed
