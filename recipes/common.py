@@ -255,31 +255,6 @@ def _sample(data: Dataset, size: int | None, seed: int) -> Dataset:
     return data.select(chosen.sort().values.tolist())
 
 
-# ---- streaming, of recipes that say how much of a model stays on the device
-
-
-def check_keep(keep: str | None, stream: bool) -> None:
-    """Raises ValueError if layers are to stay of a model that is not streamed."""
-    if keep is not None and not stream:
-        raise ValueError(f"keep={keep!r} needs stream: without it, all layers stay on the device")
-
-
-def stream_keeping(model: torch.nn.Module, keep: str | None, device: torch.device) -> db.LayerStream:
-    """Stream a model, of which so many layers stay on the device, or as many as fit into a budget; None: none."""
-    keep = keep or "0"
-    return db.stream_layers(model, device, keep=int(keep) if keep.isdigit() else keep)
-
-
-def print_stream(trainer: Trainer, stream: db.LayerStream | None) -> None:
-    """What a run has streamed, if anything."""
-    if stream is not None:
-        to_device, to_host = (number / 1e9 for number in stream.copied.values())
-        trainer.accelerator.print(
-            f"\nstreamed: {len(stream.units)} units, at most {stream.peak_units} on the device at once; "
-            f"{to_device:.3g} GB copied there, {to_host:.3g} GB back"
-        )
-
-
 # ---- model and training
 
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 import hf_diffusionblocks as db
 from hf_diffusionblocks.cli.arguments import parse
 from hf_diffusionblocks.extras import from_extra
-from hf_diffusionblocks.recipes import common, text
+from hf_diffusionblocks.recipes import common, streamed_runs, text
 from hf_diffusionblocks.recipes.common import option
 
 with from_extra("trl", "fine-tuning of text", "sft"):
@@ -39,16 +39,14 @@ class ModelArguments(ModelConfig):
     model: str = field(kw_only=True, metadata={"help": "Hub id or folder of the model to tune, with its tokenizer."})
     lora: bool = option(False, "Train LoRA adapters, and leave the model as it is; lora_r and the like say which.")
     stream: bool = option(False, common.STREAM)
-    keep: str | None = option(
-        None, "With stream: how many layers stay on the device, or as many as fit into a budget such as 20GiB."
-    )
+    keep: str | None = option(None, streamed_runs.KEEP)
     model_name_or_path: str | None = field(init=False, default=None)
     use_peft: bool = field(init=False, default=False)
 
     def __post_init__(self):
         super().__post_init__()
         self.model_name_or_path, self.use_peft = self.model, self.lora
-        common.check_keep(self.keep, self.stream)
+        streamed_runs.check_keep(self.keep, self.stream)
         of_lora = [each for each in fields(ModelConfig) if each.name.startswith(("lora_", "use_rslora", "use_dora"))]
         for each in of_lora:
             if (value := getattr(self, each.name)) != each.default and not self.lora:
@@ -110,12 +108,16 @@ def prepare(
     )  # fmt: skip
     stream = None
     if model_args.stream:
-        stream = common.stream_keeping(model, model_args.keep, training_args.device)
+        stream = streamed_runs.stream_keeping(model, model_args.keep, training_args.device)
     trainer = SFTTrainer(
         model, args=training_args, train_dataset=data, eval_dataset=eval_data, peft_config=get_peft_config(model_args)
     )
-    shown = (eval_data or data).select(range(min(data_args.samples, len(eval_data or data))))
-    return trainer, [prompt_of(row, training_args.dataset_text_field) for row in shown], stream
+    return trainer, prompts_of(eval_data or data, data_args.samples, training_args.dataset_text_field), stream
+
+
+def prompts_of(rows: Dataset, num_prompts: int, text_field: str | None = None) -> list[str | list[dict]]:
+    """Of the first rows, as many as there are."""
+    return [prompt_of(row, text_field) for row in rows.select(range(min(num_prompts, len(rows))))]
 
 
 def prompt_of(row: dict, text_field: str | None = None) -> str | list[dict]:
@@ -152,7 +154,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
     metrics = common.train(trainer, resume_from)
     trainer.create_model_card(dataset_name=None if Path(data_args.data).exists() else data_args.data)
     print_samples(trainer, prompts)
-    common.print_stream(trainer, stream)
+    streamed_runs.print_stream(trainer, stream)
     return metrics
 
 

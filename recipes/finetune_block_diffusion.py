@@ -13,7 +13,6 @@ text, in steps. Its class has no loss; this recipe's is in `canvas_loss`.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,15 +22,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoProcessor, DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerBase, ProcessorMixin, Trainer,
-    TrainerCallback, TrainingArguments, set_seed,
+    TrainerCallback, TrainingArguments,
 )  # fmt: skip
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.cli.arguments import parse
 from hf_diffusionblocks.conversion import read_config
 from hf_diffusionblocks.memory.estimate import DTYPES
 from hf_diffusionblocks.processors import load_tokenizer
-from hf_diffusionblocks.recipes import answers, common, finetune, text
+from hf_diffusionblocks.recipes import answers, common, finetune, streamed_runs, text
 from hf_diffusionblocks.recipes.common import option
 
 PROG = "finetune_block_diffusion.py"
@@ -45,12 +43,10 @@ class ModelArguments:
     model: str = field(metadata={"help": "Hub id or folder of the model to tune, with its tokenizer."})
     dtype: str = option("float32", f"Of the weights that are trained: {', '.join(DTYPES)}.")
     stream: bool = option(False, common.STREAM)
-    keep: str | None = option(
-        None, "With stream: how many layers stay on the device, or as many as fit into a budget such as 20GiB."
-    )
+    keep: str | None = option(None, streamed_runs.KEEP)
 
     def __post_init__(self):
-        common.check_keep(self.keep, self.stream)
+        streamed_runs.check_keep(self.keep, self.stream)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
 
@@ -192,7 +188,7 @@ def load_model(args: ModelArguments, device: torch.device) -> tuple[nn.Module, d
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(args.model, dtype=DTYPES[args.dtype], use_safetensors=True)
     for name, part in model.model.encoder.named_children():
         part.requires_grad_(name == "language_model")
-    return model, common.stream_keeping(model, args.keep, device) if args.stream else None
+    return model, streamed_runs.stream_keeping(model, args.keep, device) if args.stream else None
 
 
 def load_processor(source: str, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin | PreTrainedTokenizerBase:
@@ -254,8 +250,7 @@ def prepare(
         model, training_args, Collate(padding), data["data"], data.get("eval_data"),
         processing_class=load_processor(model_args.model, tokenizer), self_conditioning=data_args.self_conditioning,
     )  # fmt: skip
-    shown = rows.get("eval_data", rows["data"])
-    prompts = [finetune.prompt_of(row) for row in shown.select(range(min(data_args.samples, len(shown))))]
+    prompts = finetune.prompts_of(rows.get("eval_data", rows["data"]), data_args.samples)
     trainer.add_callback(PrintAnswers(trainer, tokenizer, prompts))
     return trainer, resume_from, stream
 
@@ -263,15 +258,7 @@ def prepare(
 def main(args: Sequence[str] | None = None) -> dict[str, float]:
     """Run the recipe with a command line (None: `sys.argv[1:]`); bad input exits with one line on standard error."""
     types = (ModelArguments, DataArguments, TrainingArguments)
-    *given, training_args = parse(types, args, prog=PROG, description=__doc__.splitlines()[0])
-    set_seed(training_args.seed)
-    try:
-        trainer, resume_from, stream = prepare(*given, training_args)
-    except common.BAD_INPUT as error:
-        sys.exit(f"{PROG}: error: {' '.join(str(error).split())}")
-    metrics = common.train(trainer, resume_from)
-    common.print_stream(trainer, stream)
-    return metrics
+    return streamed_runs.run_streamed(prepare, types, args, PROG, description=__doc__.splitlines()[0])
 
 
 if __name__ == "__main__":

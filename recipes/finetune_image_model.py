@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +24,8 @@ from peft import LoraConfig
 from transformers import TrainingArguments, set_seed
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.cli.arguments import parse
 from hf_diffusionblocks.extras import from_extra
-from hf_diffusionblocks.recipes import common
+from hf_diffusionblocks.recipes import common, streamed_runs
 from hf_diffusionblocks.recipes.common import option
 
 with from_extra("diffusers", "fine-tuning of image models", "diffusers"):
@@ -56,16 +54,14 @@ class ModelArguments:
         "to_k,to_q,to_v,to_out.0", "With lora: which matrices have an adapter, as ends of their names in the transformer."
     )
     stream: bool = option(False, common.STREAM)
-    keep: str | None = option(
-        None, "With stream: how many layers stay on the device, or as many as fit into a budget such as 8GB."
-    )
+    keep: str | None = option(None, streamed_runs.KEEP)
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} must be {' or '.join(map(repr, DTYPES))}")
         if self.lora_r < 1:
             raise ValueError(f"lora_r={self.lora_r} must be at least 1")
-        common.check_keep(self.keep, self.stream)
+        streamed_runs.check_keep(self.keep, self.stream)
 
 
 @dataclass
@@ -249,7 +245,7 @@ def make_transformer(
         add_adapters(transformer, model_args)
     stream = None
     if model_args.stream:
-        stream = common.stream_keeping(transformer, model_args.keep, training_args.device)
+        stream = streamed_runs.stream_keeping(transformer, model_args.keep, training_args.device)
     return transformer, stream
 
 
@@ -295,15 +291,7 @@ def prepare(
 def main(args: Sequence[str] | None = None) -> dict[str, float]:
     """Run the recipe with a command line (None: `sys.argv[1:]`); bad input exits with one line on standard error."""
     types = (ModelArguments, DataArguments, LossArguments, SampleArguments, ImageTrainingArguments)
-    *given, training_args = parse(types, args, prog=PROG, description=__doc__.splitlines()[0])
-    set_seed(training_args.seed)
-    try:
-        trainer, resume_from, stream = prepare(*given, training_args)
-    except common.BAD_INPUT as error:
-        sys.exit(f"{PROG}: error: {' '.join(str(error).split())}")
-    metrics = common.train(trainer, resume_from)
-    common.print_stream(trainer, stream)
-    return metrics
+    return streamed_runs.run_streamed(prepare, types, args, PROG, description=__doc__.splitlines()[0])
 
 
 if __name__ == "__main__":

@@ -164,8 +164,7 @@ def prepare(
         data_collator=partial(collate, end=text.end_token_id(tokenizer)), processing_class=tokenizer,
     )  # fmt: skip
     if training_args.train_blocks is None:  # (a job alone answers nothing)
-        shown = rows.get("eval_data", rows["data"])
-        prompts = [finetune.prompt_of(row) for row in shown.select(range(min(data_args.samples, len(shown))))]
+        prompts = finetune.prompts_of(rows.get("eval_data", rows["data"]), data_args.samples)
         trainer.add_callback(PrintAnswers(trainer, prompts))
     return trainer, resume_from
 
