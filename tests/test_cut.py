@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import BERT, TEXT_CONFIGS, watching
+from torch.nn import functional as F
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -32,12 +33,13 @@ import breadth_cut  # noqa: E402
 from tiny_models import tiny_model  # noqa: E402
 
 #: What each is in for: soft caps and windows, shared keys and values, buffers that are not saved, experts, states instead of
-#: attention, two norms, layers that return several things, towers of images, an encoder before the decoder, rows that say how a
-#: batch is padded.
+#: attention, two norms, layers that return several things, towers of images, layers that count as two, an encoder before the
+#: decoder, rows that say how a batch is padded.
 SAMPLE = [
     ("causal-lm", "gemma2"), ("causal-lm", "gemma4_text"), ("causal-lm", "falcon_h1"), ("causal-lm", "gpt_oss"),
     ("causal-lm", "mamba"),
-    ("causal-lm", "openai-gpt"), ("causal-lm", "gemma3"), ("causal-lm", "phi3"), ("masked-lm", "deberta-v2"),
+    ("causal-lm", "openai-gpt"), ("causal-lm", "gemma3"), ("causal-lm", "phi3"), ("causal-lm", "longcat_flash"),
+    ("masked-lm", "deberta-v2"),
     ("masked-lm", "roberta"), ("sequence-classification", "bart"), ("sequence-classification", "distilbert"),
     ("sequence-classification", "qwen3"), ("image-classification", "dinov2"), ("image-classification", "beit"),
 ]  # fmt: skip
@@ -48,7 +50,6 @@ REFUSED = {
     ("sequence-classification", "t5"): "their logits differ",  # the first layer hands on positions
     ("image-classification", "swin"): "cannot be cut into blocks",  # no head reads what has another width
     ("causal-lm", "xlnet"): "its tokens see those after them, and must not",
-    ("causal-lm", "bart"): "its own loss of a text is",  # of labels that are shifted before
 }
 
 
@@ -88,6 +89,14 @@ def test_text_is_generated_as_the_stock_model_does():
     model, prompt = db.convert(stock, 2), torch.arange(1, 6)[None]
     options = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(model.generate(prompt, **options), stock.generate(prompt, **options))
+
+
+@torch.no_grad()
+def test_labels_are_of_the_next_token_whatever_the_stock_loss_takes():
+    """BART's takes labels that are shifted before."""
+    model, tokens = db.convert(tiny_model("causal-lm", "bart"), 2).eval(), torch.arange(1, 9)[None]
+    found = model(tokens, labels=tokens)
+    assert torch.allclose(found.loss, F.cross_entropy(found.logits[0, :-1], tokens[0, 1:]))
 
 
 # ---- running one block

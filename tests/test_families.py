@@ -284,6 +284,7 @@ def test_evaluation_loss_is_the_cross_entropy_of_label_free_logits(case, return_
     expected = F.cross_entropy(logits.flatten(0, -2), labelled(batch["labels"]).flatten())
     found = model(**batch, return_logits=return_logits).loss
     assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.equal(model(**batch, return_logits=return_logits, return_dict=False)[0], found)
 
 
 @pytest.mark.parametrize(**grid(lambda case: case.gives_logits))

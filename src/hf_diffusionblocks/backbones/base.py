@@ -94,7 +94,7 @@ class Backbone:
         """
         decodes = config.is_encoder_decoder or getattr(config, "is_decoder", False)
         names = ("decoder_layers", "num_decoder_layers") if decodes else ()
-        return _said(config, *names, "num_hidden_layers")
+        return _said(config, *names, "num_layers", "num_hidden_layers")
 
     def width(self, config: PreTrainedConfig) -> int:
         """D, of hidden states."""

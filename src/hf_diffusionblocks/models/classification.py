@@ -63,9 +63,9 @@ class LocalClasses(Formulation):
         """What the plain model gives. (Not its loss: shares of classes it would take for classes of their own.)"""
         num_items = stock.pop("num_items_in_batch", None)
         found = self.model.backbone(**x, **self.model.asked_of_stock_model(stock))
-        if labels is not None:
-            found["loss"] = self.model.mean_loss(found.logits, labels, num_items)
-        return found
+        if labels is None:
+            return found
+        return type(found)(loss=self.model.mean_loss(found.logits, labels, num_items), **found)
 
     def block_logits(self, x: Mapping) -> torch.Tensor:
         """Every block's, `[N, B, V]`."""

@@ -70,9 +70,12 @@ class LocalText(Formulation):
         stock = self.model.asked_of_stock_model(stock)
         if labels is None and "use_cache" not in stock:
             stock["use_cache"] = None  # as the config says; nobody goes on from a text that is scored
-        if num_items is not None:
-            stock["num_items_in_batch"] = num_items
-        return self.model.backbone(**{**x, **stock}, labels=labels)
+        found = self.model.backbone(**{**x, **stock})
+        if labels is None:
+            return found
+        vocab_size = self.model.backbone.config.get_text_config().vocab_size
+        loss = self.model.loss_function(found.logits, labels, vocab_size, num_items_in_batch=num_items)
+        return type(found)(loss=loss, **found)  # (not its own: some expect labels that are shifted before)
 
     def loss(self, inputs: Mapping, labels: torch.Tensor, num_items: torch.Tensor | int | None = None) -> torch.Tensor:
         """The mean cross-entropy of what the stock model takes, without ever holding all logits."""
