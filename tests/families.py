@@ -161,6 +161,12 @@ CASES = {
     "gpt2, masked": Case(TEXT_CONFIGS["gpt2"], {"task": "fill-mask"}, trained=False),
     "bert, classes": Case(BertConfig(**{**BERT.to_dict(), "num_labels": 5}), CLASSES),
     "llama, classes": Case(LlamaConfig(**LLAMA, pad_token_id=0, num_labels=5), {**CLASSES, "local_head_layers": 1}),
+    "llama, classes, paper": Case(LlamaConfig(**LLAMA, num_labels=5), {**CLASSES, "preset": "paper"}),
+    "gpt2, classes, paper, own": Case(
+        GPT2Config(**{**TEXT_CONFIGS["gpt2"].to_dict(), "num_labels": 5}),
+        {**CLASSES, "preset": "paper", "shared": "per_block"},
+        trained=False,
+    ),
     "modernbert, classes, own": Case(
         ModernBertConfig(**{**MODERNBERT.to_dict(), "num_labels": 5}), {**CLASSES, "shared": "per_block"}, trained=False
     ),

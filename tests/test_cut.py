@@ -195,7 +195,11 @@ def test_a_config_alone_is_for_the_usual_task():
     ("config", "fields", "message"),
     [
         (BERT, {"task": "text-generation"}, "its tokens see those after them, and must not"),
-        (BERT, {"task": "text-classification", "preset": "paper"}, "preset='paper' must be 'recommended' for task 'text-cl"),
+        (
+            BERT,
+            {"task": "text-classification", "preset": "paper"},
+            "preset='paper' must be 'recommended' for model_type='bert'",
+        ),
         (
             BertConfig(**{**BERT.to_dict(), "is_decoder": True}),
             {"task": "text-generation", "preset": "paper"},

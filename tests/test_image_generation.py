@@ -118,6 +118,8 @@ def test_the_loss_weights_every_image_by_its_own_level():
     errors = (found.estimate - images()).square().mean((1, 2, 3))
     expected = torch.stack([edm_loss_weight(s, 0.5) * error for s, error in zip(sigma, errors)]).mean()
     assert torch.allclose(found.loss, expected)
+    as_tuple = model(images(), LABELS, block_index=1, sigma=sigma, noise=noise, return_dict=False)
+    assert torch.equal(as_tuple[0], found.loss)
     z, block = images() + at(sigma) * noise, model.blocks[1]
     assert torch.allclose(found.estimate, model.formulation.estimate(block, z, sigma, LABELS), atol=1e-6)
 

@@ -1,7 +1,9 @@
 """All that is registered: the tasks, and the architectures of which more is known than their stock class."""
 
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM
-from transformers import ViTForImageClassification
+from transformers import (
+    AutoConfig, AutoModelForCausalLM, GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM,
+    LlamaForSequenceClassification, Qwen3ForCausalLM, Qwen3ForSequenceClassification, ViTForImageClassification,
+)  # fmt: skip
 
 from .backbones.dit import DiTBackbone, DiTConfig
 from .backbones.gpt2 import GPT2Backbone
@@ -29,6 +31,9 @@ for model_type, task_name, backbone in (
     ("llama", "text-generation", LlamaBackbone(LlamaForCausalLM)),
     ("qwen3", "text-generation", Qwen3Backbone(Qwen3ForCausalLM)),
     (RecurrentDepthLlamaConfig.model_type, "text-generation", RecurrentDepthLlamaBackbone(RecurrentDepthLlamaForCausalLM)),
+    ("gpt2", "text-classification", GPT2Backbone(GPT2ForSequenceClassification, "score")),
+    ("llama", "text-classification", LlamaBackbone(LlamaForSequenceClassification, "score")),
+    ("qwen3", "text-classification", Qwen3Backbone(Qwen3ForSequenceClassification, "score")),
     ("vit", "image-classification", ViTBackbone(ViTForImageClassification)),
     (DiTConfig.model_type, "image-generation", DiTBackbone()),
 ):

@@ -24,6 +24,10 @@ class Decoder(PiecewiseBackbone):
     mlp_name: ClassVar[str] = "mlp"
     final_norm_path: ClassVar[str]
 
+    def __init__(self, plain_class: type[PreTrainedModel], head_name: str = "lm_head"):
+        super().__init__(plain_class)
+        self.head_name = head_name
+
     def check_modulation(self, config: PreTrainedConfig) -> None:
         """All can be."""
 
@@ -109,4 +113,4 @@ class Decoder(PiecewiseBackbone):
 
     def read_out(self, plain: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., D]` -> `[..., V]`."""
-        return plain.lm_head(plain.get_submodule(self.final_norm_path)(hidden))
+        return plain.get_submodule(self.head_name)(plain.get_submodule(self.final_norm_path)(hidden))

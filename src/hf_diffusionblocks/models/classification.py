@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
+from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import ModelOutput
 
@@ -16,6 +18,8 @@ from ..configuration import DiffusionBlocksConfig
 from ..diffusion.objectives import IGNORED, num_counted
 from .base import DiffusionBlocksPreTrainedModel, Formulation
 from .block import Block
+from .noisy_label import NoisyLabelToken
+from .targets import FixedTargets
 
 
 @dataclass
@@ -96,10 +100,22 @@ class DiffusionBlocksClassifier(DiffusionBlocksPreTrainedModel):
     """
 
     accepts_loss_kwargs = True  # the Trainer gives num_items_in_batch: every row of a step counts alike
+    copied_modules = ("noisy_labels",)
 
     def __init__(self, config: DiffusionBlocksConfig):
         _check_problem(config)
         super().__init__(config)
+        if self.formulation.modulated:
+            self.label_embeddings = FixedTargets(config.num_labels, config.hidden_size)
+            copies = range(self.sharing.num_copies)
+            self.noisy_labels = nn.ModuleList(NoisyLabelToken(config.hidden_size) for _ in copies)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, NoisyLabelToken):
+            init.zeros_(module.position)
 
     def _classify(
         self, x: Mapping[str, Any], labels: torch.Tensor | None, block_index: int | None, block_input: torch.Tensor | None,

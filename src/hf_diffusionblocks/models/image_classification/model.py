@@ -5,16 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from ...configuration import DiffusionBlocksConfig
 from ...diffusion.randomness import Generators
 from ..classification import DiffusionBlocksClassifier, LocalClasses, WalkClassifierOutput
-from ..targets import FixedTargets
-from .formulations import JointImage, NoisyLabelToken
+from ..noisy_label import NoisyLabel
 
 
 class DiffusionBlocksForImageClassification(DiffusionBlocksClassifier):
@@ -27,24 +23,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksClassifier):
 
     main_input_name = "pixel_values"
     task = "image-classification"
-    FORMULATIONS = {"recommended": LocalClasses, "paper": JointImage}
-    copied_modules = ("noisy_labels",)
-
-    def __init__(self, config: DiffusionBlocksConfig):
-        super().__init__(config)
-        if self.formulation.modulated:
-            self.label_embeddings = FixedTargets(config.num_labels, config.hidden_size)
-            copies = range(self.sharing.num_copies)
-            self.noisy_labels = nn.ModuleList(NoisyLabelToken(config.hidden_size) for _ in copies)
-        self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, NoisyLabelToken):
-            init.zeros_(module.position)
-
-    # ---- training and evaluation
+    FORMULATIONS = {"recommended": LocalClasses, "paper": NoisyLabel}
 
     @can_return_tuple
     def forward(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel  # noqa: F401  diffusers looks for this name here, to load a pipeline's component
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from ...configuration import DiffusionBlocksConfig
 from ...diffusion.gaussian import corrupt, edm_loss_weight, precondition
@@ -104,6 +105,7 @@ class DiffusionBlocksForImageGeneration(DiffusionBlocksPreTrainedModel):
 
     # ---- training and evaluation
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor,

@@ -6,22 +6,21 @@ import torch
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from ...configuration import DiffusionBlocksConfig
 from ...diffusion.randomness import Generators
 from ..classification import DiffusionBlocksClassifier, LocalClasses, WalkClassifierOutput
+from .formulations import NoisyLabelAfterText
 
 
 class DiffusionBlocksForSequenceClassification(DiffusionBlocksClassifier):
-    """A text classifier, encoder or decoder, whose blocks tell the class, each by itself: on the cross-entropy of what it has
-    made of the text. The whole is used as the plain model is."""
+    """A text classifier, encoder or decoder, whose blocks tell the class, each by itself.
+
+    Recommended: each on the cross-entropy of what it has made of the text; the whole is used as the plain model is. As the
+    paper's images are classified, decoders alone: each a denoiser of the label's embedding, at its own noise levels.
+    """
 
     main_input_name = "input_ids"
     task = "text-classification"
-    FORMULATIONS = {"recommended": LocalClasses}
-
-    def __init__(self, config: DiffusionBlocksConfig):
-        super().__init__(config)
-        self.post_init()
+    FORMULATIONS = {"recommended": LocalClasses, "paper": NoisyLabelAfterText}
 
     @can_return_tuple
     def forward(
@@ -46,8 +45,11 @@ class DiffusionBlocksForSequenceClassification(DiffusionBlocksClassifier):
         Args:
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds: as in the plain model.
             labels: `[N]` class numbers, of which -100 has no loss; or `[N, num_labels]`, shares of the classes.
-            block_index: the block to train. Needs `labels`.
-            sigma, noise, generator, return_logits: for all tasks alike; there is no noise, and logits are always returned.
+            block_index: the block to train. Needs `labels`. The paper's logits then know the true label, through z.
+            sigma: the paper's: noise levels `[N]` to train at; drawn for the block when None.
+            noise: the paper's: standard normal `[N, D]`; drawn when None.
+            generator: of the draws; or one a text, N of them.
+            return_logits: for all tasks alike; logits of classes are always returned.
             block_input: the hidden states `[N, S, D]` that enter the block, where the earlier blocks are not run but
                 their output is there.
             num_items_in_batch: texts that the summed loss is divided by; None is those of this batch.
@@ -58,7 +60,7 @@ class DiffusionBlocksForSequenceClassification(DiffusionBlocksClassifier):
             without gradient (a tuple of one, `[N, S, D]`, for the next).
 
         Raises:
-            ValueError: labels are missing for a block, or a block for training; or noise is given.
+            ValueError: labels are missing for a block, or a block for training; or an argument is not of this formulation.
         """
         x = _stock_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         draws = {"sigma": sigma, "noise": noise, "generator": generator}
@@ -70,7 +72,8 @@ class DiffusionBlocksForSequenceClassification(DiffusionBlocksClassifier):
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
     ) -> torch.Tensor:
-        """Label-free logits of every block, `[N, B, num_labels]`: through its local head, if it has one."""
+        """Label-free logits of every block, `[N, B, num_labels]`: through its local head, if it has one; the paper's at
+        sigma_max, from keyed noise."""
         return self.formulation.block_logits(_stock_inputs(input_ids, attention_mask, token_type_ids))
 
     def predict(
@@ -78,9 +81,11 @@ class DiffusionBlocksForSequenceClassification(DiffusionBlocksClassifier):
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> WalkClassifierOutput:
-        """Classify, and show how, block by block."""
-        return self._predict(_stock_inputs(input_ids, attention_mask, token_type_ids))
+        """Classify, and show how: block by block, or, the paper's, by walking from noise to a label, as of images."""
+        return self._predict(_stock_inputs(input_ids, attention_mask, token_type_ids), num_inference_steps, generator)
 
 
 def _stock_inputs(input_ids, attention_mask=None, token_type_ids=None, position_ids=None, inputs_embeds=None) -> dict:

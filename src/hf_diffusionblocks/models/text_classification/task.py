@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
-from ...tasks import LABEL_FREE_LOGITS, OF_TEXT, Task
+from ...tasks import LABEL_FREE_LOGITS, OF_TEXT, Task, a_step_a_block, gaussian_noise
 from .model import DiffusionBlocksForSequenceClassification
 
 
@@ -37,6 +37,7 @@ TEXT_CLASSIFICATION = Task(
     plain_loss=plain_loss,
     **OF_TEXT,
     usage='classify = pipeline("text-classification", model={name})\nclassify("A text whose class is asked for.")',
-    formulations={"recommended": {"local_head_layers": 0}},
+    formulations={"recommended": {"local_head_layers": 0}, "paper": gaussian_noise(overlap=0.05)},
     evaluation=LABEL_FREE_LOGITS,
+    settle=a_step_a_block,
 )
