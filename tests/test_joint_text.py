@@ -100,28 +100,3 @@ def test_a_walk_asks_the_network_that_was_trained(plain, joint, ids, monkeypatch
         trained = model.formulation.run(block, followed, z.unflatten(0, (3, LENGTH)), sigma)
         torch.testing.assert_close(hidden, trained.flatten(0, 1), rtol=1e-4, atol=1e-5)
     assert [block.index for block, *_ in asked] == BLOCKS
-
-
-@pytest.mark.parametrize("num_items", [None, 7])
-def test_a_walk_is_scored_in_chunks(plain, joint, ids, num_items, monkeypatch):
-    """The same loss, of padded and partly labelled texts, a quarter of the logits at a time; each is gone by the next."""
-    monkeypatch.setattr(objectives, "WHOLE", 0)
-    model = make(plain, **joint)
-    mask, labels = torch.ones_like(ids), ids.clone()
-    mask[1, :4], labels[1, :4], labels[0, 6:] = 0, -100, -100
-    made, read = [], model.formulation.logits
-
-    def watched(*args):
-        assert not [logits for logits, _ in made if logits() is not None]
-        logits = read(*args)
-        made.append((weakref.ref(logits), len(logits)))
-        return logits
-
-    def loss(**kwargs):
-        with torch.no_grad():
-            return model(ids, attention_mask=mask, labels=labels, num_items_in_batch=num_items, **kwargs).loss.item()
-
-    expected = loss()
-    monkeypatch.setattr(model.formulation, "logits", watched)
-    assert loss(return_logits=False) == pytest.approx(expected, rel=1e-6)
-    assert [rows for _, rows in made] == [8, 8, 8, 6] * 2  # of 30, at both levels

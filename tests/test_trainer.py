@@ -200,7 +200,6 @@ def test_best_model_is_loaded_at_the_end(plain_model, tmp_path):
         ({"updates_per_block": 0}, r"updates_per_block=0 must be a whole number from 1, or None"),
         ({"updates_per_block": 1.5}, r"updates_per_block=1.5 must be a whole number from 1, or None"),
         ({"ema_decay": "0.9"}, r"ema_decay='0.9' must be above 0 and below 1"),
-        ({"ema_in_host_memory": True}, r"ema_in_host_memory=True needs ema_decay"),
         ({"updates_per_block": 3, "max_steps": 6}, r"updates_per_block=3 and max_steps=6 both"),
     ],
 )

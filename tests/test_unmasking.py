@@ -57,12 +57,11 @@ def test_a_step_reveals_its_share_by_one_block(remasking, prompts):
 
 
 @pytest.mark.parametrize("config", [BERT, MODERNBERT, *TEXT_CONFIGS.values()], ids=["bert", "modernbert", *TEXT_CONFIGS])
-@pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
 @torch.no_grad()
-def test_prompts_of_different_length_are_as_each_alone(config, cfg_scale, prompts):
+def test_prompts_of_different_length_are_as_each_alone(config, prompts):
     """Padded on the left, without a draw: the surest token first."""
     model = masked_model(config, num_blocks=3).double()  # (no two tokens are as sure, but for rounding)
-    options = {"max_new_tokens": 6, "remasking": "low_confidence", "temperature": 0.0, "cfg_scale": cfg_scale}
+    options = {"max_new_tokens": 6, "remasking": "low_confidence", "temperature": 0.0}
     attention = torch.ones_like(prompts)
     attention[1, :2] = 0
     together = model.generate(prompts, attention_mask=attention, **options)
@@ -79,8 +78,6 @@ def test_options_of_the_draws(prompts):
     assert torch.equal(one, again) and not torch.equal(one, other)
     likeliest = model.generate(prompts, **call, temperature=0.0, generator=seeded())
     assert torch.equal(likeliest, model.generate(prompts, **call, top_p=1e-4, generator=seeded()))
-    guided = model.generate(prompts, **call, temperature=0.0, cfg_scale=4.0, generator=seeded())
-    assert not torch.equal(guided, likeliest) and not (guided == MASK).any()
     rows = [[seeded(seed) for seed in range(3)], [seeded(2)]]
     texts = [model.generate(given, **call, generator=each) for given, each in zip((prompts, prompts[2:]), rows)]
     assert torch.equal(texts[0][2:], texts[1])  # a text's own generator is all it draws from
@@ -136,7 +133,6 @@ def test_streamers_get_finished_parts_and_drafts(prompts, capsys):
         ({"remasking": "best"}, "remasking='best' must be one of 'random', 'low_confidence'"),
         ({"temperature": -1.0}, "temperature=-1.0 must be a finite number from 0"),
         ({"top_p": 0.0}, "top_p=0.0 must be a number above 0 and at most 1"),
-        ({"cfg_scale": -0.5}, "cfg_scale=-0.5 must be a finite number from 0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number from 1"),
         ({"max_new_tokens": 13}, "max_new_tokens=13 after 4 must make at most max_position_embeddings=16"),
         ({"block_length": 3}, "block_length=3 must divide max_new_tokens=8"),

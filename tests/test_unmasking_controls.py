@@ -62,15 +62,15 @@ def test_several_texts_of_each_prompt(model, prompts):
 
 
 def test_a_config_says_what_arguments_leave_out(model, prompts):
-    config = GenerationConfig(max_new_tokens=8, do_sample=False, bos_token_id=0, num_beams=1, cfg_scale=0.5)
-    expected = written(model, prompts, max_new_tokens=8, do_sample=False, cfg_scale=0.5, generator=seeded())
+    config = GenerationConfig(max_new_tokens=8, do_sample=False, bos_token_id=0, num_beams=1, remasking="low_confidence")
+    expected = written(model, prompts, max_new_tokens=8, do_sample=False, remasking="low_confidence", generator=seeded())
     bare = {"generator": seeded(), "generation_config": config}
     assert torch.equal(model.generate(prompts, **bare), expected)
     over = model.generate(prompts, **bare | {"generator": seeded()}, do_sample=True, max_length=PROMPT + 6)
-    assert torch.equal(over, written(model, prompts, max_new_tokens=6, cfg_scale=0.5, generator=seeded()))
+    assert torch.equal(over, written(model, prompts, max_new_tokens=6, remasking="low_confidence", generator=seeded()))
     masks = torch.full((1, 5), MASK)
     filled = model.infill(masks, generation_config=config, generator=seeded())
-    assert torch.equal(filled, model.infill(masks, temperature=0, cfg_scale=0.5, generator=seeded()))
+    assert torch.equal(filled, model.infill(masks, temperature=0, remasking="low_confidence", generator=seeded()))
     model.generation_config = config
     assert torch.equal(model.generate(prompts, generator=seeded()), expected)
 

@@ -45,7 +45,6 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
         "Keep exponential moving averages (EMA) of the trained weights, in float32, for evaluation and what save_model "
         "writes: the decay at each update of a weight (less at its first ones), 0.999 for example. Default: none are kept.",
     )
-    ema_in_host_memory: bool = option(False, "Keep the averages in host memory, as those of what is streamed are in any case.")
     measure_memory: bool = option(
         True, "Follow the memory of the first two steps of each block, for log and model card; slows these steps."
     )
@@ -56,8 +55,6 @@ class DiffusionBlocksTrainingArguments(TrainingArguments):
             raise ValueError(f"block_schedule={self.block_schedule!r} must be one of {', '.join(map(repr, allowed))}")
         if self.ema_decay is not None and not (isinstance(self.ema_decay, float) and 0 < self.ema_decay < 1):
             raise ValueError(f"ema_decay={self.ema_decay!r} must be above 0 and below 1, or None for no averages")
-        if self.ema_in_host_memory and self.ema_decay is None:
-            raise ValueError("ema_in_host_memory=True needs ema_decay, without which there are no averages")
         if self.updates_per_block is not None:
             check_whole("updates_per_block", self.updates_per_block, 1, ", or None")
             if self.max_steps > 0:

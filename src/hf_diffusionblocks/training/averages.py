@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback
 
+from ..streaming import stream_of
 from .run_report import RunReports
 
 FILE = "averages.safetensors"  #: of a checkpoint
@@ -33,11 +34,10 @@ class WeightAverages(TrainerCallback):
 
     Args:
         trainer: whose model.
-        in_host_memory: keep the averages there, and average there.
     """
 
-    def __init__(self, trainer: AveragingTrainer, in_host_memory: bool):
-        self._trainer, self._in_host_memory = trainer, in_host_memory
+    def __init__(self, trainer: AveragingTrainer):
+        self._trainer = trainer
         self._parameters: dict[str, nn.Parameter] = {}  # by their names in the model, as all that follows
         self._averages: dict[str, torch.Tensor] = {}
         self.updates: dict[str, int] = {}  #: how often each was updated
@@ -51,9 +51,11 @@ class WeightAverages(TrainerCallback):
         self._averages, self.updates = {}, {}
 
     @property
-    def on_device(self) -> Collection[torch.Tensor]:
-        """Those that take the device's memory."""
-        return () if self._in_host_memory else self._averages.values()
+    def on_device(self) -> list[torch.Tensor]:
+        """Those that take the device's memory: each is where its parameter is."""
+        stream = stream_of(self._trainer.model)
+        away = set() if stream is None else set(stream.host_parameters)
+        return [average for name, average in self._averages.items() if self._parameters[name] not in away]
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not self._averages:  # nor were they loaded
@@ -62,9 +64,7 @@ class WeightAverages(TrainerCallback):
 
     def _place(self, values: Mapping[str, torch.Tensor]) -> None:
         self._averages = {
-            name: torch.empty(
-                value.shape, dtype=torch.float32, device="cpu" if self._in_host_memory else self._parameters[name].device
-            ).copy_(value)
+            name: torch.empty(value.shape, dtype=torch.float32, device=self._parameters[name].device).copy_(value)
             for name, value in values.items()
         }
 
@@ -76,7 +76,7 @@ class WeightAverages(TrainerCallback):
             self.updates[name] += 1
             average = self._averages[name]
             weight = 1 - decay_after(self.updates[name], self._trainer.args.ema_decay)
-            average.lerp_(parameter.to(average.device, average.dtype), weight)
+            average.lerp_(parameter.to(average.dtype), weight)
 
     # ---- in the model
 
@@ -137,7 +137,7 @@ class AveragingTrainer(RunReports):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.averages = WeightAverages(self, self.args.ema_in_host_memory) if self.args.ema_decay is not None else None
+        self.averages = WeightAverages(self) if self.args.ema_decay is not None else None
         if self.averages:
             self.add_callback(self.averages)
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...diffusion.gaussian import corrupt, precondition
-from ...diffusion.objectives import IGNORED, LikelihoodTerms, num_counted
+from ...diffusion.objectives import LikelihoodTerms
 from ..base import Formulation
 from ..block import Block
 from . import bound
@@ -75,24 +75,14 @@ class JointText(Formulation):
         if use_cache and text.past_key_values is None:
             text = text._replace(past_key_values=DynamicCache(config=config.source_config))
         text_walk = text_walk or TextWalk(self.model, num_steps=num_steps)
-        if labels is not None and return_logits is False:
-            loss = self._loss(text, labels, num_items, text_walk)
-            return CausalLMOutputWithPast(loss=loss, past_key_values=text.past_key_values)
         kept = logits_to_keep
         if isinstance(kept, int):
             kept = torch.arange(text.tokens.shape[1], device=model.device)[-kept:]  # 0 keeps all
         logits, loss = text_walk.logits(text, kept), None
         if labels is not None:
             loss = model.loss_function(logits, labels, config.vocab_size, num_items_in_batch=num_items)
+        logits = None if return_logits is False else logits
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=text.past_key_values)
-
-    def _loss(self, text: Text, labels: torch.Tensor, num_items, text_walk: TextWalk) -> torch.Tensor:
-        """The mean cross-entropy, without ever holding all logits."""
-        following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-        nats = text_walk.losses(text, following)
-        # Added up as a cross-entropy is, whose last bit it then has: each token's nats are those of its one class.
-        total = F.nll_loss(-nats[:, None], following.clamp(max=0), reduction="mean" if num_items is None else "sum")
-        return total if num_items is None else total / num_counted(following, num_items, self.model.training)
 
     def block_logits(self, x: Mapping) -> torch.Tensor:
         """Every block's at sigma_max, from keyed noise: `[N, B, S, V]`."""

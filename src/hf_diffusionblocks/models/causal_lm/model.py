@@ -215,8 +215,8 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
             noise: the paper's: standard normal `[N, S-1, D]`; drawn when None.
             generator: of the draws; or one a sequence, N of them.
             num_items_in_batch: tokens that the summed loss is divided by; None is those of this batch.
-            return_logits: whether to hold and return all logits; None returns them unless a block is trained. False: rows
-                are read out in chunks, and no more logits are held. (A walk with gradients holds what these need.)
+            return_logits: whether to return all logits; None returns them unless a block is trained. False: rows are read
+                out in chunks, and no more logits are held (but at the end of a walk).
             text_walk: what [`generate`] keeps from token to token.
             num_steps: the paper's: denoiser evaluations of a walk; None is `config.num_inference_steps`.
             block_input: the hidden states `[N, S, D]` that enter the block, where the earlier blocks are not run but

@@ -6,8 +6,6 @@ import torch
 from torch.nn import functional as F
 from transformers import LogitsProcessorList
 
-from ...diffusion.gaussian import euler_step
-from ...diffusion.objectives import rows_per_chunk
 from ...diffusion.randomness import noise_of_positions, noise_of_rows
 from ...diffusion.samplers import hard_bridge, walk
 from ...whole_numbers import check_whole
@@ -72,32 +70,6 @@ class TextWalk:
             run.advance_to(self.config.num_blocks)
         return logits.unflatten(0, (run.num_rows, len(kept)))
 
-    def losses(self, text: Text, labels: torch.Tensor) -> torch.Tensor:
-        """Walk as [`logits`] does, and score its end: nats of `labels [N * S]`, float32; none where these are -100.
-
-        A chunk of rows is read out, bridged and moved on at a time: without gradients, no more logits are ever held.
-        """
-        run = _Run(self, text, torch.arange(text.tokens.shape[1], device=self.model.device))
-        size, levels = rows_per_chunk(len(labels), len(self.targets), labels.device), self.sigmas.tolist()
-        rows = [
-            levels[0] * noise_of_positions(positions, self.targets.shape[-1], self.config.inference_seed)
-            for positions in run.positions.split(size)
-        ]
-        nats = []
-        for step, (block, level) in enumerate(zip(self.blocks, self.levels)):
-            hidden = run.hidden(torch.cat(rows), step).flatten(0, 1)
-            for part, (chunk, label) in enumerate(zip(hidden.split(size), labels.split(size))):
-                logits = run.read(block, chunk, rows[part], level)
-                if step < len(self.blocks) - 1:
-                    estimate = self.bridge(logits, self.targets)
-                    rows[part] = euler_step(rows[part], estimate, levels[step], levels[step + 1])
-                else:
-                    nats.append(F.cross_entropy(logits, label, reduction="none"))
-                del logits
-        if text.past_key_values is not None:
-            run.advance_to(self.config.num_blocks)
-        return torch.cat(nats)
-
     def trajectory(self, text: Text, kept: torch.Tensor) -> torch.Tensor:
         """Walk as [`logits`] does; the probabilities at every evaluation, `[N, Q, T, V]`, at the highest noise first."""
         run, seen = _Run(self, text, kept), []
@@ -156,10 +128,6 @@ class _Run:
 
     def denoise(self, z: torch.Tensor, step: int) -> torch.Tensor:
         """`z [N * Q, D]` to logits `[N * Q, V]` at one level of the walk."""
-        return self.read(self.plan.blocks[step], self.hidden(z, step).flatten(0, 1), z, self.plan.levels[step])
-
-    def hidden(self, z: torch.Tensor, step: int) -> torch.Tensor:
-        """`z [N * Q, D]` to what leaves the block of one level of the walk, `[N, Q, D]`."""
         plan, block, level = self.plan, self.plan.blocks[step], self.plan.levels[step]
         if self.num_tokens == 1 and self._done <= block.index:
             # One new token: clean and noisy together, in one pass over the block.
@@ -167,9 +135,10 @@ class _Run:
             clean = self._entering(block)
             hidden = self.streams.run_together(block, clean, z, level, plan.joint_modulations(step))
             self._done += 1
-            return hidden
-        self.advance_to(block.index + 1)
-        return self.streams.run_noisy(block, z, level, plan.noisy_modulations[step])
+        else:
+            self.advance_to(block.index + 1)
+            hidden = self.streams.run_noisy(block, z, level, plan.noisy_modulations[step])
+        return self.read(block, hidden.flatten(0, 1), z, level)
 
     def read(self, block: Block, hidden: torch.Tensor, z: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """Logits `[R, V]` from what left a block, `[R, D]`, controls applied."""

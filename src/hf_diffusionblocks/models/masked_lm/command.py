@@ -28,7 +28,6 @@ class MaskedTextOptions:
     )
     temperature: float | None = option(None, "Masked text: sample at this temperature; 0 takes the likeliest. Not given: 1.")
     top_p: float | None = option(None, "Masked text: sample from the likeliest tokens of this probability. Not given: 1.")
-    cfg_scale: float | None = option(None, "Masked text: guidance by what is given. Not given: 0, which is none.")
     drafts: bool = option(False, "Masked text: show it as it is unmasked, on a terminal.")
 
 

@@ -22,7 +22,7 @@ REMASKING = ("random", "low_confidence")
 CONTROLS = ("do_sample", "temperature", "top_k", "top_p", "num_return_sequences", "return_dict_in_generate")
 ENDS = ("max_new_tokens", "max_length", "eos_token_id", "pad_token_id")
 #: Our own.
-OWN = ("remasking", "cfg_scale", "generator")
+OWN = ("remasking", "generator")
 #: Fields of a config that a result does not depend on.
 WITHOUT_EFFECT = ("bos_token_id", "decoder_start_token_id", "use_cache", "transformers_version", "_from_model_config")
 #: Fields that ask for nothing where they are 1; the others do not where they are None, 0 or False.
@@ -35,7 +35,6 @@ INSTEAD = {
     "num_beams": "there is no beam search: temperature=0 or remasking='low_confidence' looks for likely texts",
     "repetition_penalty": "remasking='random' repeats itself least",
     "no_repeat_ngram_size": "remasking='random' repeats itself least",
-    "guidance_scale": "cfg_scale guides by what is given",
     "min_p": "top_p and top_k leave unlikely tokens out",
     "typical_p": "top_p and top_k leave unlikely tokens out",
     "stopping_criteria": "eos_token_id ends texts; with block_length nothing is written after that",
@@ -110,8 +109,6 @@ class Sampling:
         temperature: of the draws.
         top_k: draw from so many of the likeliest tokens; 0 is all.
         top_p: draw from the likeliest tokens that have this probability together.
-        cfg_scale: w of guidance by what is given, `none + (w + 1) * (given - none)`; 0 is none. Above, each step also looks
-            at the texts with all that was given masked.
         generator: of all draws; or one a text, N of them.
 
     Raises:
@@ -123,7 +120,6 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-    cfg_scale: float = 0.0
     generator: Generators = None
 
     def __post_init__(self):
@@ -135,7 +131,6 @@ class Sampling:
         for name, allowed, holds in (
             ("temperature", "a finite number from 0", lambda value: 0 <= value < math.inf),
             ("top_p", "a number above 0 and at most 1", lambda value: 0 < value <= 1),
-            ("cfg_scale", "a finite number from 0", lambda value: 0 <= value < math.inf),
         ):
             value = getattr(self, name)
             if not isinstance(value, Real) or isinstance(value, bool) or not holds(value):

@@ -68,7 +68,7 @@ class UnmaskingGeneration:
             options: as in Transformers `max_new_tokens` or `max_length`, one of which there must be; `do_sample` (None:
                 tokens are drawn), `temperature`, `top_k`, `top_p`; `num_return_sequences`; `eos_token_id`, after which a text
                 holds `pad_token_id` (None: the end token itself), and runs for no further part; `return_dict_in_generate`,
-                whether to tell which step and block revealed each token. Of ours `remasking`, `cfg_scale`, `generator`, as in
+                whether to tell which step and block revealed each token. Of ours `remasking`, `generator`, as in
                 [`Sampling`].
 
         Returns:
@@ -166,7 +166,6 @@ class UnmaskingGeneration:
     ) -> Iterator[tuple[int, UnmaskedText]]:
         """Reveal regions (bool, `[N, S]`) one after the other, each in so many steps: gives its number, and the draft. Texts
         that have ended are padding after that."""
-        given = text.attended & ~text.holds(self.mask_token_id)
         revealed = torch.full_like(text.input_ids, -1)
         draft, step = UnmaskedText(sequences=text.input_ids, steps=revealed, blocks=revealed), 0
         with without_dropout(self):
@@ -176,7 +175,7 @@ class UnmaskingGeneration:
                     if not bool(masked.any()):
                         break
                     counts = -(-masked.sum(1) // left)
-                    chosen, tokens, blocks = self._reveal(text, masked, counts, given, sampling)
+                    chosen, tokens, blocks = self._reveal(text, masked, counts, sampling)
                     text = text._replace(input_ids=torch.where(chosen, tokens, text.input_ids))
                     draft = UnmaskedText(
                         sequences=text.input_ids,
@@ -190,16 +189,12 @@ class UnmaskingGeneration:
                     yield number, draft
 
     def _reveal(
-        self, text: MaskedText, masked: torch.Tensor, counts: torch.Tensor, given: torch.Tensor, sampling: Sampling
+        self, text: MaskedText, masked: torch.Tensor, counts: torch.Tensor, sampling: Sampling
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`counts` `[N]` of the masked positions, what stands there, and the blocks that say so; `[N, S]` each."""
         random = sampling.remasking == "random"
         where = draw_masked(counts, masked, sampling.generator) if random else masked
         logits, blocks = self._logits_at(text, where)
-        if sampling.cfg_scale:
-            none, _ = self._logits_at(text.masked(given, self.mask_token_id), where)
-            logits = none + (sampling.cfg_scale + 1) * (logits - none)
-            logits[:, self.mask_token_id] = -torch.inf  # (it was, in both: their difference is not a number)
         drawn = sampling.draw_tokens(logits, where)
         chosen = where
         if not random:
