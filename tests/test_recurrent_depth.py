@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import randomized
 from families import CASES, RECURRENT, VOCAB, WIDTH, reloaded, same, trainer_of
-from text_models import logits_in_another_process
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -207,11 +206,6 @@ def test_numbers_of_steps_that_mean_nothing_are_refused(model, ids):
 
 
 # ---- the rest of the house
-
-
-def test_a_reloaded_model_is_the_same_in_another_process(model, ids, tmp_path):
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits_in_another_process(tmp_path, ids, num_steps=3), model(ids, num_steps=3).logits)
 
 
 def test_the_estimate_is_what_a_step_holds():
