@@ -281,6 +281,13 @@ def test_stop_gives_the_stock_model_back():
     assert_same(gradients(model), gradients(stock))
 
 
+def test_a_model_whose_forward_was_set_runs_when_its_stream_has_stopped(model):
+    with db.stream_layers(model, device="cpu"):
+        model.forward = MethodType(model.forward.__func__, model)  # as Accelerate
+        expected = backward(model, tokens())
+    assert backward(model, tokens()) == expected
+
+
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
 def test_an_error_in_the_middle_leaves_parameters_where_they_were(error, model):
     parameters = dict(model.named_parameters())

@@ -103,6 +103,8 @@ class StreamedModel:
     def around(forward: Callable) -> Callable:
         @functools.wraps(forward)
         def running(self, *args, **kwargs):
+            if not isinstance(self, StreamedModel):  # no longer: this was set on the instance
+                return forward(self, *args, **kwargs)
             with self._stream.pass_of(self), self._stream.deferring_logits(_deferring_head(self, kwargs)):
                 return forward(self, *args, **kwargs)
 
