@@ -130,6 +130,16 @@ def test_a_weight_that_moves_between_forward_and_backward_is_an_error_as_in_a_st
         loss.backward()
 
 
+def test_a_weight_that_is_read_under_autocast_has_its_own_dtype(model):
+    """As TRL's losses read the head's."""
+    db.stream_layers(model, device="cpu")
+    seen = []
+    model.model.norm.register_forward_hook(lambda *_: seen.append(model.lm_head.weight.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**tokens())
+    assert seen == [torch.float32]
+
+
 def test_parts_that_a_model_calls_by_themselves_come_by_themselves():
     from diffusers import DiTTransformer2DModel
 

@@ -155,11 +155,11 @@ class Stream:
         return DeferredLogits(hidden, all_logits, summed_loss, head.out_features, dtype)
 
     def read(self, unit: Unit, module: nn.Module, name: str) -> torch.Tensor:
-        """A parameter that is read while the model runs, but not by its own module: its copy on the device."""
+        """A parameter that is read while the model runs, but not by its own module: its copy on the device, in the dtype it has
+        (autocast casts what is computed with, and who reads it may ask for float32)."""
         unit.belongs_to(module)
-        autocast = autocast_dtype(self.device)
-        key = next(each for (child, of), each in keys_of(module, autocast).items() if child is module and of == name)
-        return tied(key.parameter, self.use(unit, module, autocast)[key.id].tensor, self._copies)
+        key = next(each for (child, of), each in keys_of(module, None).items() if child is module and of == name)
+        return tied(key.parameter, self.use(unit, module, None)[key.id].tensor, self._copies)
 
     # ---- comes and goes
 
