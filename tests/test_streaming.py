@@ -140,6 +140,21 @@ def test_a_weight_that_is_read_under_autocast_has_its_own_dtype(model):
     assert seen == [torch.float32]
 
 
+def test_batch_norms_count_a_batch_once():
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[2, 2], num_labels=2)
+    stock = ResNetForImageClassification(config).train()
+    model = copy.deepcopy(stock)
+    db.stream_layers(model, device="cpu")
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
+    for each in (stock, model):
+        for _ in range(2):
+            backward(each, batch)
+    assert_same(gradients(model), gradients(stock))
+    assert_same(dict(model.named_buffers()), dict(stock.named_buffers()))
+
+
 def test_parts_that_a_model_calls_by_themselves_come_by_themselves():
     from diffusers import DiTTransformer2DModel
 
@@ -243,6 +258,15 @@ def test_generates_as_the_stock_model_with_a_cache(model):
     stream = db.stream_layers(model, device="cpu")
     assert torch.equal(model.generate(prompt, max_new_tokens=6, do_sample=False), expected)
     assert stream.peak_units == 2
+
+
+def test_generates_in_training_mode_too():
+    model = llama(attention_dropout=0.0).train()
+    prompt = tokens()["input_ids"][:, :4]
+    expected = model.generate(prompt, max_new_tokens=6, do_sample=False)
+    db.stream_layers(model, device="cpu")
+    assert torch.equal(model.generate(prompt, max_new_tokens=6, do_sample=False), expected)
+    assert model.is_activation_checkpointing
 
 
 def test_a_vocabulary_that_grows_and_adapters_added_later_are_streamed(model):

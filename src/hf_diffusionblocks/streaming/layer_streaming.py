@@ -17,7 +17,7 @@ from .checks import check_device, check_model, check_parameter, check_processes
 from .device_steps import StepsOnDevice
 from .layers import find_layers, find_rest, named_layers, switch_checkpointing
 from .lending import LentUnit, StreamedModel, enter, leave
-from .stream import Stream
+from .stream import Stream, without_checkpointing
 from .units import Unit
 
 
@@ -154,7 +154,8 @@ class LayerStream(Stream):
             if _seen(model) != model.__dict__.get("_seen"):
                 self._look(model)
             self._place(model)
-            with self._watching(model):
+            # Where no gradient is asked for nothing runs again, and Transformers' checkpointing would drop caches in training mode.
+            with self._watching(model), without_checkpointing(() if torch.is_grad_enabled() else model.modules()):
                 yield
 
     def _look(self, model: nn.Module) -> None:

@@ -114,21 +114,18 @@ class Stream:
             return
         copies = self.use(unit, module, autocast)
         lent = {each.id: tied(each.parameter, copies[each.id].tensor, self._copies) for each in keys.values()}
-        checkpointing = [child for child in module.modules() if child is not module and _checkpoints(child)]
+        inside = [child for child in module.modules() if child is not module]
         unit.depth += 1
         try:
-            for child in checkpointing:  # it would run again when nothing is lent; the unit does, as a whole
-                child.gradient_checkpointing = False
             for (child, name), each in keys.items():
                 child._parameters[name] = lent[each.id]
-            with SavedAsOrigins(self._origins):
+            # (what is checkpointed inside would run again when nothing is lent; the unit does, as a whole)
+            with SavedAsOrigins(self._origins), without_checkpointing(inside), _statistics_taken_once(module):
                 yield
         finally:
             unit.depth -= 1
             for (child, name), each in keys.items():
                 child._parameters[name] = each.parameter
-            for child in checkpointing:
-                child.gradient_checkpointing = True
 
     @contextmanager
     def deferring_logits(self, head: nn.Module | None) -> Iterator[None]:
@@ -234,8 +231,32 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return dtype
 
 
-def _checkpoints(module: nn.Module) -> bool:
-    return getattr(module, "gradient_checkpointing", False) is True
+@contextmanager
+def without_checkpointing(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While this runs, these modules do not checkpoint."""
+    on = [module for module in modules if getattr(module, "gradient_checkpointing", False) is True]
+    try:
+        for module in on:
+            module.gradient_checkpointing = False
+        yield
+    finally:
+        for module in on:
+            module.gradient_checkpointing = True
+
+
+@contextmanager
+def _statistics_taken_once(module: nn.Module) -> Iterator[None]:
+    """While this runs in a backward pass, which repeats a forward, batch norms inside do not count the batch again."""
+    repeats = torch._C._current_graph_task_id() >= 0  # (no public function tells; a test fails if this one goes)
+    counting = [each for each in module.modules() if repeats and each.training and getattr(each, "track_running_stats", False)]
+    own = {each: each._buffers for each in counting}
+    try:
+        for each, buffers in own.items():
+            each._buffers = {name: value if value is None else value.clone() for name, value in buffers.items()}
+        yield
+    finally:
+        for each, buffers in own.items():
+            each._buffers = buffers
 
 
 def _writes_to_cache(args: tuple, kwargs: dict[str, Any]) -> bool:
