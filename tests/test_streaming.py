@@ -7,7 +7,7 @@ from types import MethodType
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from streaming_models import MODELS, assert_same, backward, gradients, llama, pair, tokens, weights, with_checkpointing
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -153,6 +153,25 @@ def test_batch_norms_count_a_batch_once():
             backward(each, batch)
     assert_same(gradients(model), gradients(stock))
     assert_same(dict(model.named_buffers()), dict(stock.named_buffers()))
+
+
+@pytest.mark.parametrize(
+    "name, adapters",
+    [
+        ("llama", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),  # finds the embedding by two paths
+        ("mixtral", LoraConfig(target_modules=["q_proj"], target_parameters=["experts.down_proj"], init_lora_weights=False)),
+    ],
+    ids=["prompt tuning", "lora of experts"],
+)
+def test_adapters_that_do_more_than_stand_beside_weights(name, adapters):
+    stock, model = (get_peft_model(each, copy.deepcopy(adapters)) for each in pair(name))
+    model.load_state_dict(stock.state_dict())
+    db.stream_layers(model, device="cpu")
+    for each in (stock, model):
+        for _ in range(2):
+            backward(each, tokens())
+    assert_same(gradients(model), gradients(stock))
+    assert dict(model.named_buffers()).keys() == dict(stock.named_buffers()).keys()
 
 
 def test_parts_that_a_model_calls_by_themselves_come_by_themselves():

@@ -163,8 +163,7 @@ class LayerStream(Stream):
         vocabulary, adapters)."""
         found = find_layers(model) if self._named is None else {}
         for path, layer in found.items():
-            if not isinstance(layer, LentUnit):
-                self._add(path, layer)
+            self._add(path, layer)
         layers = [module for module in model.modules() if isinstance(module, LentUnit)]
         for path, module in find_rest(model, layers).items():
             self._add(path, module)
@@ -180,6 +179,8 @@ class LayerStream(Stream):
         self._place(model)
 
     def _add(self, path: str, module: nn.Module, **how: bool) -> None:
+        if isinstance(module, LentUnit):  # it is one already, or is found by another path, too
+            return
         enter(module, LentUnit)
         module.__dict__["_unit"], module.__dict__["_stream"] = Unit(path, module, **how), self
         for name, parameter in module.named_parameters():

@@ -125,6 +125,8 @@ class Stream:
         finally:
             unit.depth -= 1
             for (child, name), each in keys.items():
+                # (There peft, which parametrizes weights for a call, puts back what is no parameter.)
+                child._buffers.pop(name, None)
                 child._parameters[name] = each.parameter
 
     @contextmanager
