@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,9 +49,9 @@ def assert_same_training(folder, **how) -> None:
     assert_same(*outcomes)
 
 
-def adapted(when: str = "before"):
+def adapted(config: LoraConfig = LORA):
     set_seed(1)
-    return get_peft_model(llama(), LORA)
+    return get_peft_model(llama(), config)
 
 
 class OwnLoss(Trainer):
@@ -82,6 +83,7 @@ class MasksGradients(TrainerCallback):
         {"model": MODELS["llama, tied"], "bf16": True},
         {"model": adapted},
         {"model": adapted, "bf16": True},
+        {"model": lambda: adapted(replace(LORA, use_dora=True)), "bf16": True},
         {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"trainer_class": OwnLoss},
         {"callbacks": [MasksGradients()]},
@@ -94,6 +96,7 @@ class MasksGradients(TrainerCallback):
         "tied, bf16",
         "lora",
         "lora, bf16",
+        "dora, bf16",
         "reentrant",
         "own loss",
         "masked",

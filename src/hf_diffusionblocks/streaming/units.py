@@ -69,14 +69,16 @@ def keys_of(module: nn.Module, autocast: torch.dtype | None) -> dict[tuple[nn.Mo
 
 
 def _modules_of_adapters(module: nn.Module) -> set[nn.Module]:
-    """Those of peft, which looks at the dtype of their weights before autocast would cast them (and they are small)."""
+    """Those of peft, which looks at the dtype of their weights before autocast would cast them (and they are small); and what
+    they adapt, where a variant computes with its weight (DoRA's norm)."""
     lists = [
         child._modules[name]
         for child in module.modules()
         for name in getattr(type(child), "adapter_layer_names", ())
         if child._modules.get(name) is not None
     ]
-    return {adapter for each in lists for adapter in each.modules()}
+    read = {child.get_base_layer() for child in module.modules() if getattr(child, "lora_variant", None)}
+    return {adapter for each in lists for adapter in each.modules()} | read
 
 
 def _dtype_of_copy(module: nn.Module, parameter: nn.Parameter, autocast: torch.dtype | None) -> torch.dtype:
