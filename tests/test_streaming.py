@@ -242,6 +242,15 @@ def test_adapters_merged_and_unmerged_are_seen(keep, model):
 # ---- kept
 
 
+def test_copies_of_an_evaluation_in_inference_mode_train(model):
+    db.stream_layers(model, device="cpu", keep=2)
+    with torch.inference_mode():
+        model(**tokens())
+    stock, _ = pair("llama")
+    assert backward(model, tokens()) == backward(stock, tokens())
+    assert_same(gradients(model), gradients(stock))
+
+
 def test_layers_that_are_kept_do_not_move_again(model):
     size = sum(p.nbytes for p in model.model.layers[0].parameters())
     for keep, kept in ((2, 2), (f"{2.5 * size / 2**20} MiB", 2)):

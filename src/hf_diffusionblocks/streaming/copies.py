@@ -31,6 +31,7 @@ class Copies:
         self._homeward: deque[torch.Event] = deque()
         self._last_homeward: torch.Event | None = None
 
+    @torch.inference_mode(False)  # a copy may be used again in training
     def fetch(self, hosts: Sequence[tuple[torch.Tensor, torch.dtype]]) -> tuple[list[torch.Tensor], torch.Event | None]:
         """Copies of host tensors on the device, each in the dtype in which it crosses; and when they are there."""
         if self._inward is None:
