@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import MethodType
 
 import pytest
@@ -295,6 +298,21 @@ def test_generates_in_training_mode_too():
     db.stream_layers(model, device="cpu")
     assert torch.equal(model.generate(prompt, max_new_tokens=6, do_sample=False), expected)
     assert model.is_activation_checkpointing
+
+
+def test_several_threads_use_a_model(model):
+    batches = [tokens(seed=seed) for seed in range(3)]
+    with torch.no_grad():
+        expected = [model.eval()(**batch).loss for batch in batches]
+    db.stream_layers(model, device="cpu")
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(len(batches)) as pool:
+            losses = list(pool.map(torch.no_grad()(lambda batch: [model(**batch).loss for _ in range(20)]), batches))
+    finally:
+        sys.setswitchinterval(interval)
+    assert losses == [[loss] * 20 for loss in expected]
 
 
 def test_a_vocabulary_that_grows_and_adapters_added_later_are_streamed(model):

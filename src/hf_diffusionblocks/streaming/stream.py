@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -44,6 +45,7 @@ class Stream:
         self._updates = 0  # steps of optimizers
         self._round = 0  # forward passes of the model
         self._computing = 0
+        self._one_thread = threading.RLock()  # runs the model at a time
         self._deferring: nn.Module | None = None  # the head whose logits are
 
     @property
@@ -68,14 +70,15 @@ class Stream:
     @contextmanager
     def running(self) -> Iterator[bool]:
         """While a forward pass of the model runs; gives whether it is the outermost."""
-        self._computing += 1
-        is_outermost = self._computing == 1
-        self._round += is_outermost
-        try:
-            with SavedAsOrigins(self._origins) if is_outermost else nullcontext():
-                yield is_outermost
-        finally:
-            self._computing -= 1
+        with self._one_thread:
+            self._computing += 1
+            is_outermost = self._computing == 1
+            self._round += is_outermost
+            try:
+                with SavedAsOrigins(self._origins) if is_outermost else nullcontext():
+                    yield is_outermost
+            finally:
+                self._computing -= 1
 
     def let_go(self) -> None:
         """Hold nothing on the device, what stays included; it comes again when it is used."""
