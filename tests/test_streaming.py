@@ -432,6 +432,14 @@ def test_float16_autocast_is_refused(model):
         model(**tokens())
 
 
+def test_keys_and_values_of_earlier_tokens_are_refused_in_training(model):
+    adapted = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    db.stream_layers(adapted, device="cpu")
+    with pytest.raises(ValueError, match="past_key_values cannot be given"):
+        adapted(**tokens())
+    adapted.eval()(**tokens())
+
+
 def test_several_processes_on_accelerators_are_refused(monkeypatch):
     monkeypatch.setattr(checks.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(checks.dist, "get_world_size", lambda: 2)

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.cache_utils import Cache
 
 from .lending import LentUnit, StreamedModel
 
@@ -77,4 +78,18 @@ def check_processes(device: torch.device) -> None:
         raise ValueError(
             f"{dist.get_world_size()} processes on {device.type} cannot train a streamed model: parameters in host memory are "
             "not averaged there; use one process, or FSDP2 with CPUOffloadPolicy"
+        )
+
+
+def check_cache(given: dict) -> None:
+    """To be called with what a model is given that trains with activation checkpointing.
+
+    Raises:
+        ValueError: there are keys and values of earlier tokens, which Transformers' layers drop then.
+    """
+    cache = given.get("past_key_values")
+    if isinstance(cache, Cache) and cache.get_seq_length():
+        raise ValueError(
+            "past_key_values cannot be given to a streamed model that trains (prefix tuning does): layers that run again in the "
+            "backward pass take no cache; take prompt tuning or LoRA"
         )

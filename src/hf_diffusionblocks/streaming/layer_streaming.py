@@ -7,13 +7,14 @@ import re
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .checks import check_device, check_model, check_parameter, check_processes
+from .checks import check_cache, check_device, check_model, check_parameter, check_processes
 from .device_steps import StepsOnDevice
 from .layers import find_layers, find_rest, named_layers, switch_checkpointing
 from .lending import LentUnit, StreamedModel, enter, leave
@@ -143,9 +144,11 @@ class LayerStream(Stream):
     # ---- what a model's pass begins with
 
     @contextmanager
-    def pass_of(self, model: nn.Module) -> Iterator[None]:
-        """While a forward pass of a model, or of one inside of it, runs."""
+    def pass_of(self, model: nn.Module, given: dict[str, Any]) -> Iterator[None]:
+        """While a forward pass of a model, or of one inside of it, runs with what it is given."""
         with self.running() as is_outermost:
+            if model.training and torch.is_grad_enabled() and _is_checkpointed(model):
+                check_cache(given)
             if not is_outermost:
                 yield
                 return

@@ -105,13 +105,13 @@ class StreamedModel:
         def running(self, *args, **kwargs):
             if not isinstance(self, StreamedModel):  # no longer: this was set on the instance
                 return forward(self, *args, **kwargs)
-            with self._stream.pass_of(self), self._stream.deferring_logits(_deferring_head(self, kwargs)):
+            with self._stream.pass_of(self, kwargs), self._stream.deferring_logits(_deferring_head(self, kwargs)):
                 return forward(self, *args, **kwargs)
 
         return running
 
     def __call__(self, *args, **kwargs):
-        with self._stream.pass_of(self):
+        with self._stream.pass_of(self, kwargs):
             return super().__call__(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
