@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.streaming import checks
+from hf_diffusionblocks.streaming.lending import LentUnit
 
 
 @pytest.fixture
@@ -366,6 +367,17 @@ def test_a_model_whose_forward_was_set_runs_when_its_stream_has_stopped(model):
         model.forward = MethodType(model.forward.__func__, model)  # as Accelerate
         expected = backward(model, tokens())
     assert backward(model, tokens()) == expected
+
+
+def test_a_stream_stops_after_its_model_was_merged(model):
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    stream = db.stream_layers(adapted, device="cpu")
+    adapted = adapted.merge_and_unload()  # as peft shows it: its wrapper goes
+    gc.collect()
+    stream.stop()
+    assert adapted is model
+    assert type(model).__mro__[1].__name__ == "LlamaPreTrainedModel"
+    assert not any(isinstance(module, LentUnit) for module in model.modules()) and not model.is_activation_checkpointing
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])

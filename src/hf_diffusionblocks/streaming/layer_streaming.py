@@ -67,6 +67,7 @@ class LayerStream(Stream):
     def __init__(self, model: nn.Module, device: torch.device, layers, keep: int | str, optimizer_device: str):
         super().__init__(device)
         self._model = weakref.ref(model)
+        self._entered: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # (a model may outlive its wrapper, as peft's)
         found = find_layers(model) if layers is None else named_layers(model, layers)
         if not found:
             raise ValueError(f"model={type(model).__name__} has no layers that can be found: name them by layers=")
@@ -104,11 +105,11 @@ class LayerStream(Stream):
 
     def stop(self) -> None:
         """Give the stock model back, all of it in host memory."""
-        model = self._model()
         self.let_go()
         for hook in self._hooks:
             hook.remove()
-        for module in list(model.modules()):
+        models = []
+        for module in {part for each in self._entered for part in each.modules()}:
             if isinstance(module, LentUnit):
                 leave(module, LentUnit)
                 del module._unit, module._stream
@@ -116,9 +117,11 @@ class LayerStream(Stream):
                 leave(module, StreamedModel)
                 del module._stream
                 module.__dict__.pop("_seen", None)
-        model.to("cpu")
-        if not self._checkpointed_before:
-            _set_checkpointing(model, False)
+                models.append(module)
+        for model in models:
+            model.to("cpu")
+            if not self._checkpointed_before:
+                _set_checkpointing(model, False)
 
     def __enter__(self) -> LayerStream:
         return self
@@ -174,6 +177,7 @@ class LayerStream(Stream):
             is_model = module is model or isinstance(inspect.getattr_static(type(module), "device", None), property)
             if is_model and not isinstance(module, (StreamedModel, LentUnit)):
                 enter(module, StreamedModel)
+                self._entered.add(module)
                 module.__dict__["_stream"] = self
                 if "forward" in module.__dict__:
                     module.forward = module.__dict__["forward"]  # (set before: from now on as ours, too)
@@ -185,6 +189,7 @@ class LayerStream(Stream):
         if isinstance(module, LentUnit):  # it is one already, or is found by another path, too
             return
         enter(module, LentUnit)
+        self._entered.add(module)
         module.__dict__["_unit"], module.__dict__["_stream"] = Unit(path, module, **how), self
         for name, parameter in module.named_parameters():
             check_parameter(f"{path}.{name}", parameter)
