@@ -169,6 +169,19 @@ def test_an_optimizer_that_looks_at_all_parameters_is_refused_on_the_device():
         db.stream_layers(llama(), optimizer_device="cpu")
 
 
+def test_hooks_of_steps_on_the_device():
+    model = llama().train()
+    db.stream_layers(model, device="cpu", optimizer_device="device")
+    optimizer, steps = torch.optim.SGD(model.parameters(), 0.1), []
+    optimizer.register_step_post_hook(lambda *_: steps.append(len(optimizer.param_groups[0]["params"])))
+    backward(model, tokens())
+    optimizer.step()
+    assert steps == [len(list(model.parameters()))]
+    optimizer.register_step_pre_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="takes no step_pre_hook"):
+        optimizer.step()
+
+
 def test_a_run_killed_and_resumed_is_the_uninterrupted_one(tmp_path):
     """A checkpoint of a stock run is resumed streamed, and one of a streamed run as a stock model."""
     whole = trained(tmp_path / "whole", False, max_steps=4, save_strategy="steps", save_steps=2)

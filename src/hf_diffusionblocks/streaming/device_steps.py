@@ -31,17 +31,16 @@ class StepsOnDevice:
 
     def __init__(self, device: torch.device, units):
         self._device, self._units = device, units
-        self._stepping = False
         self._gradients: list[tuple[nn.Parameter, torch.Tensor]] = []
 
     def before_step(self, optimizer: optim.Optimizer, args: tuple, kwargs: dict) -> None:
         """A hook before each step: what is left for the step itself is what no unit owns.
 
         Raises:
-            ValueError: the optimizer does not move each parameter by itself, or is given a closure.
+            ValueError: the optimizer does not move each parameter by itself, or is given a closure or a hook before steps.
         """
         ours = [parameters for parameters in self._owned(optimizer) if parameters]
-        if self._stepping or not ours:
+        if not ours:
             return
         if unwrap(type(optimizer).step) not in map(unwrap, (each.step for each in BY_PARAMETER)):
             allowed = ", ".join(dict.fromkeys(each.__name__ for each in BY_PARAMETER))
@@ -49,24 +48,21 @@ class StepsOnDevice:
                 f"optimizer_device='device' with {type(optimizer).__name__} must be one of {allowed}, which step "
                 "a layer at a time"
             )
+        if optimizer._optimizer_step_pre_hooks:
+            raise ValueError('optimizer_device="device" takes no step_pre_hook: units have stepped before it is called')
         if any(each is not None for each in (*args[1:], *kwargs.values())):
             raise ValueError('optimizer_device="device" takes no closure: call step() without one')
-        self._stepping = True
-        try:
-            for parameters in ours:
-                self._step(optimizer, parameters)
-        finally:
-            self._stepping = False
+        for parameters in ours:
+            self._step(optimizer, parameters)
         for parameter in (each for parameters in ours for each in parameters):
             self._gradients.append((parameter, parameter.grad))
             parameter.grad = None
 
     def after_step(self) -> None:
         """A hook after each step: gradients are there for who looks at them."""
-        if not self._stepping:
-            for parameter, gradient in self._gradients:
-                parameter.grad = gradient
-            self._gradients.clear()
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        self._gradients.clear()
 
     def _owned(self, optimizer: optim.Optimizer) -> Iterator[list[nn.Parameter]]:
         """Of each unit, those that the optimizer moves in this step; tied ones once."""
@@ -81,7 +77,7 @@ class StepsOnDevice:
             state = optimizer.state.pop(host, {})
             optimizer.state[copy] = {name: self._moved(optimizer, name, value) for name, value in state.items()}
         with _groups_of(optimizer, there):
-            type(optimizer).step(optimizer)  # (what learning-rate schedules count is the step of the instance)
+            type(optimizer).step.__wrapped__(optimizer)  # without hooks of steps, and not the instance's, which schedules count
         with torch.no_grad():
             for host, copy in there.items():
                 host.copy_(copy)
