@@ -316,6 +316,15 @@ def test_several_threads_use_a_model(model):
     assert losses == [[loss] * 20 for loss in expected]
 
 
+def test_a_head_that_is_parametrized_later(model):
+    stock = copy.deepcopy(model)
+    db.stream_layers(model, device="cpu")
+    for each in (with_checkpointing(stock), model):
+        nn.utils.parametrizations.weight_norm(each.lm_head)
+        backward(each, tokens())
+    assert_same(gradients(model), gradients(stock))
+
+
 def test_a_vocabulary_that_grows_and_adapters_added_later_are_streamed(model):
     stream = db.stream_layers(model, device="cpu")
     model.resize_token_embeddings(120)

@@ -128,6 +128,30 @@ def test_where_no_label_counts_logits_in_parts_have_the_stock_gradients(num_item
     assert not any(gradient.any() for gradient in gradients(model).values())
 
 
+def test_what_logits_in_parts_cannot_give_is_an_error(monkeypatch):
+    monkeypatch.setattr(streamed_loss, "PART_BYTES", 256)
+    model = llama().train()
+    db.stream_layers(model, device="cpu")
+    outputs = model(**tokens())
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(outputs.loss, list(model.parameters()), create_graph=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(**tokens()).loss.backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="logits of 'lm_head' are computed when they are looked at"):
+        outputs.logits.argmax(-1)
+
+
+def test_a_backward_hook_of_the_head_is_called(monkeypatch):
+    monkeypatch.setattr(streamed_loss, "PART_BYTES", 256)
+    model = llama().train()
+    db.stream_layers(model, device="cpu")
+    seen = []
+    model.lm_head.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].shape))
+    backward(model, tokens())
+    assert seen == [(2, LENGTH, VOCABULARY)]
+
+
 def test_a_label_out_of_the_vocabulary_is_an_error_where_logits_come_in_parts(monkeypatch):
     monkeypatch.setattr(streamed_loss, "PART_BYTES", 256)
     model = llama().train()

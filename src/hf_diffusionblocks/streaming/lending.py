@@ -91,7 +91,9 @@ def _deferring_head(model: nn.Module, given: dict[str, Any]) -> nn.Module | None
     if getattr(model, "loss_function", None) is not causal_lm_loss:
         return None
     head = model.get_output_embeddings()
-    return head if isinstance(head, LentUnit) and type(head).__bases__[1] is nn.Linear else None
+    if not isinstance(head, LentUnit) or nn.Linear not in type(head).__bases__:
+        return None
+    return None if head._backward_hooks or head._backward_pre_hooks else head  # (these want the gradient of all logits)
 
 
 class StreamedModel:

@@ -124,6 +124,8 @@ class CrossEntropyInParts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("a loss in parts of the vocabulary has no second derivative: take one of outputs.logits")
         hidden, weight, bias, targets, counts, normalizer = ctx.saved_tensors
         of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         of_bias = torch.empty_like(bias) if bias is not None and ctx.needs_input_grad[2] else None

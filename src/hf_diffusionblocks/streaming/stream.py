@@ -143,8 +143,11 @@ class Stream:
 
     def _deferred(self, unit: Unit, head: nn.Linear, forward, hidden: torch.Tensor) -> DeferredLogits:
         autocast = autocast_dtype(self.device)
+        was = self._moves_of(head)
 
         def all_logits(hidden: torch.Tensor) -> torch.Tensor:
+            if self._moves_of(head) != was:
+                raise RuntimeError(f"logits of {unit.name!r} are computed when they are looked at: do so before weights move")
             with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
                 return self._run_lent(unit, head, forward, (hidden,), {})
 
@@ -155,6 +158,9 @@ class Stream:
 
         dtype = autocast or hidden.dtype
         return DeferredLogits(hidden, all_logits, summed_loss, head.out_features, dtype)
+
+    def _moves_of(self, module: nn.Module) -> list[tuple[int, int]]:
+        return [(p._version, p.requires_grad and self._updates) for p in module.parameters()]
 
     def read(self, unit: Unit, module: nn.Module, name: str) -> torch.Tensor:
         """A parameter that is read while the model runs, but not by its own module: its copy on the device, in the dtype it has
