@@ -7,10 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from streaming_models import MODELS, assert_same, backward, gradients, pair, tokens
+from torch import nn
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.streaming import copies, stream
 from hf_diffusionblocks.streaming.copies import Copies
+from hf_diffusionblocks.streaming.gradients import tied
 
 
 class Event:
@@ -56,6 +58,13 @@ def test_nothing_is_used_before_it_has_come(name, keep, monkeypatch):
                 for parameter in each.parameters():
                     parameter -= 0.1 * parameter.grad
     assert_same(gradients(model), gradients(stock))
+
+
+def test_a_default_device_does_not_matter_to_gradients():
+    parameter, host = nn.Parameter(torch.ones(2)), Copies(torch.device("cpu"))
+    with torch.device("meta"):
+        (tied(parameter, parameter.detach().clone(), host) * 2).sum().backward()
+    assert parameter.grad.tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("forgotten", ["wait_for", "wait"])

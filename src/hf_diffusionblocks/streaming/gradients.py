@@ -55,7 +55,7 @@ class _Arrive(torch.autograd.Function):
     def forward(ctx, parameter: nn.Parameter, dtype: torch.dtype, trip: _Trip) -> torch.Tensor:
         ctx.trip, ctx.dtype = trip, parameter.dtype
         # Shape and dtype of the gradient that is to come, or PyTorch would cast it before it is there; of no size itself.
-        return torch.empty((), dtype=dtype).expand(parameter.shape)
+        return torch.empty((), dtype=dtype, device=parameter.device).expand(parameter.shape)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
