@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 #: Modules whose weights autocast would cast, and nothing else of theirs.
 CAST_BY_AUTOCAST = (nn.Linear, _ConvNd, Conv1D)
-#: Elements of a weight that are looked at to see whether somebody has written into it.
+#: Elements of a weight that are looked at to see whether somebody has written into it, at least: one of each row, all of a vector.
 NUM_SAMPLES = 8
 
 
@@ -117,4 +117,5 @@ def _sample(parameter: nn.Parameter) -> torch.Tensor | None:
     if isinstance(parameter, FakeTensor) or not parameter.numel() or parameter.is_meta:
         return None
     flat = parameter.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // NUM_SAMPLES)].clone()
+    rows = parameter.shape[:1].numel() if parameter.is_floating_point() else 0  # (4 bits are columns of bytes)
+    return flat[:: max(1, flat.numel() // max(NUM_SAMPLES, rows))].clone()
