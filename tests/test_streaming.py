@@ -134,6 +134,14 @@ def test_a_weight_that_moves_between_forward_and_backward_is_an_error_as_in_a_st
         loss.backward()
 
 
+def test_a_weight_that_is_replaced_between_forward_and_backward_is_an_error(model):
+    db.stream_layers(model, device="cpu")
+    loss = model.eval()(**tokens()).loss
+    model.load_state_dict({name: each.clone() for name, each in model.state_dict().items()}, assign=True)
+    with pytest.raises(RuntimeError, match="a weight of 'model.layers.3' that the backward pass needs was replaced"):
+        loss.backward()
+
+
 def test_a_weight_that_is_read_under_autocast_has_its_own_dtype(model):
     """As TRL's losses read the head's."""
     db.stream_layers(model, device="cpu")

@@ -203,7 +203,9 @@ class Stream:
 
     def _fetched_again(self, unit: Unit, autocast: torch.dtype | None, id_: Hashable) -> tuple[torch.Tensor, int]:
         there = self._there.get(unit, {}) if unit is self._current else {}
-        copy = there[id_] if id_ in there else self.use(unit, unit.module, autocast)[id_]
+        copy = there[id_] if id_ in there else self.use(unit, unit.module, autocast).get(id_)
+        if copy is None:
+            raise RuntimeError(f"a weight of {unit.name!r} that the backward pass needs was replaced after the forward pass")
         return copy.tensor, copy.parameter._version
 
     def _is_current(self, copy: Copy | None, key: Key) -> bool:
