@@ -81,14 +81,16 @@ def check_processes(device: torch.device) -> None:
         )
 
 
-def check_cache(given: dict) -> None:
+def check_cache(model: nn.Module, given: dict) -> None:
     """To be called with what a model is given that trains with activation checkpointing.
 
     Raises:
-        ValueError: there are keys and values of earlier tokens, which Transformers' layers drop then.
+        ValueError: there are keys and values of earlier tokens, which Transformers' layers drop then, unless they only read them.
     """
     cache = given.get("past_key_values")
-    if isinstance(cache, Cache) and cache.get_seq_length():
+    if not isinstance(cache, Cache) or not cache.get_seq_length():
+        return
+    if not any(getattr(module, "_can_checkpoint_with_cache", False) for module in model.modules()):
         raise ValueError(
             "past_key_values cannot be given to a streamed model that trains (prefix tuning does): layers that run again in the "
             "backward pass take no cache; take prompt tuning or LoRA"

@@ -151,7 +151,7 @@ class LayerStream(Stream):
         """While a forward pass of a model, or of one inside of it, runs with what it is given."""
         with self.running() as is_outermost:
             if model.training and torch.is_grad_enabled() and _is_checkpointed(model):
-                check_cache(given)
+                check_cache(model, given)
             if not is_outermost:
                 yield
                 return
