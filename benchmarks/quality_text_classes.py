@@ -99,11 +99,13 @@ def run(job: tuple) -> None:
     model = new_model(row, plain_config(row.layers), AutoModelForSequenceClassification)
     trainer = new_trainer(
         model, row, [{"input_ids": tokens, "labels": label} for tokens, label in zip(*data["train"])], settings["updates"],
-        output_dir=settings["output"], per_device_train_batch_size=BATCH_SIZE, learning_rate=2e-3, weight_decay=0.01, seed=seed,
+        output_dir=settings["output"], per_device_train_batch_size=BATCH_SIZE, learning_rate=settings["rate"],
+        weight_decay=0.01, seed=seed,
     )  # fmt: skip
     start = time.process_time()
     trainer.train()
-    result = {"row": name, "seed": seed, "updates": settings["updates"], "seconds": time.process_time() - start}
+    result = {"row": name, "seed": seed, "updates": settings["updates"], "learning rate": settings["rate"]}
+    result["seconds"] = time.process_time() - start
     model.eval()
     for split in SPLITS:
         result |= read(lambda some: model(input_ids=some).logits, split, *data[split])
@@ -144,9 +146,15 @@ def _cell(values: list[float], digits: int) -> str:
 def main() -> None:
     parser = parser_of(__doc__, ROWS, "Gutenberg's train.parquet")
     parser.add_argument("--updates", type=int, default=2000, help="updates of every layer")
+    parser.add_argument("--rate", type=float, default=5e-4, help="learning rate; a folder each")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    settings = {"updates": options.updates, "output": str(options.output), "data": str(prepare(options.data, options.output))}
+    settings = {
+        "updates": options.updates,
+        "rate": options.rate,
+        "output": str(options.output),
+        "data": str(prepare(options.data, options.output)),
+    }
     run_and_report(run, ROWS, table, options, settings)
 
 
