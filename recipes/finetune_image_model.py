@@ -127,7 +127,7 @@ class ImageTrainingArguments(TrainingArguments):
     """The stock ones, and averages of the weights."""
 
     ema_decay: float | None = option(
-        None, "Keep averages (EMA) of the trained weights in host memory, for samples and what is saved in the end."
+        None, "Keep averages (EMA) of the trained weights, each where its weight is, for samples and what is saved in the end."
     )
 
     def __post_init__(self):

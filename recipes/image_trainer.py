@@ -139,7 +139,7 @@ class ImageTrainer(AtomicCheckpoints):
         self._micro_batch = -1, 0  # of which step the last one was, and its number there
         super().__init__(Denoiser(transformer), args, train_dataset=images, data_collator=images.collate)
         self.model_accepts_loss_kwargs = False  # the loss is a mean: over accumulated micro-batches, too
-        self.averages = None if args.ema_decay is None else WeightAverages(self, in_host_memory=True)
+        self.averages = None if args.ema_decay is None else WeightAverages(self)
         if self.averages:
             self.add_callback(self.averages)
 
