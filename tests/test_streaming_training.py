@@ -193,6 +193,27 @@ def test_an_optimizer_that_looks_at_all_parameters_is_refused_on_the_device():
         db.stream_layers(llama(), optimizer_device="cpu")
 
 
+def test_a_step_on_the_device_that_fails_loses_no_state(monkeypatch):
+    """Where the device is out of memory, say."""
+    model = llama().train()
+    db.stream_layers(model, device="cpu", optimizer_device="device")
+    optimizer = torch.optim.AdamW(model.parameters())
+    backward(model, tokens())
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.optim.AdamW.step, "__wrapped__", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    found = optimizer.state_dict()
+    assert found["state"].keys() == before["state"].keys()
+    for number, state in before["state"].items():
+        assert all(torch.equal(value, found["state"][number][name]) for name, value in state.items())
+
+
 def test_hooks_of_steps_on_the_device():
     model = llama().train()
     db.stream_layers(model, device="cpu", optimizer_device="device")

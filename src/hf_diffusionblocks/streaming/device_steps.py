@@ -72,18 +72,22 @@ class StepsOnDevice:
 
     def _step(self, optimizer: optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
         there = {p: nn.Parameter(p.detach().to(self._device, copy=True)) for p in parameters}
-        for host, copy in there.items():
-            copy.grad = host.grad.to(self._device)
-            state = optimizer.state.pop(host, {})
-            optimizer.state[copy] = {name: self._moved(optimizer, name, value) for name, value in state.items()}
-        with _groups_of(optimizer, there):
-            type(optimizer).step.__wrapped__(optimizer)  # without hooks of steps, and not the instance's, which schedules count
-        with torch.no_grad():
+        try:
             for host, copy in there.items():
-                host.copy_(copy)
-                optimizer.state[host] = {
-                    name: value.cpu() if torch.is_tensor(value) else value for name, value in optimizer.state.pop(copy).items()
-                }
+                copy.grad = host.grad.to(self._device)
+                state = optimizer.state.get(host, {})
+                optimizer.state[copy] = {name: self._moved(optimizer, name, value) for name, value in state.items()}
+            with _groups_of(optimizer, there):
+                # Without hooks of steps, and not the instance's, which schedules count.
+                type(optimizer).step.__wrapped__(optimizer)
+            with torch.no_grad():
+                for host, copy in there.items():
+                    host.copy_(copy)
+                    state = optimizer.state[copy].items()
+                    optimizer.state[host] = {name: value.cpu() if torch.is_tensor(value) else value for name, value in state}
+        finally:
+            for copy in there.values():
+                optimizer.state.pop(copy, None)
 
     def _moved(self, optimizer: optim.Optimizer, name: str, value):
         counts_too = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
