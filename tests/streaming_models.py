@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from datasets import Dataset
 from torch import nn
@@ -144,3 +145,8 @@ def assert_same(first: dict[str, torch.Tensor | None], second: dict[str, torch.T
 def text(rows: int = 40) -> Dataset:
     batch = tokens(rows, seed=3)
     return Dataset.from_dict({name: each.tolist() for name, each in batch.items()})
+
+
+@pytest.fixture
+def model():
+    return MODELS["llama"]().train()
