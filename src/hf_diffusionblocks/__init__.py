@@ -4,6 +4,7 @@ Importing this package registers its models with the Auto classes.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from transformers import AutoConfig
 
@@ -25,17 +26,25 @@ from .models.text_classification.model import DiffusionBlocksForSequenceClassifi
 from .saving.merging import merge_blocks
 from .saving.shards import load_block_state_dict
 from .streaming import LayerStream, stream_layers
-from .training import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
+
+if TYPE_CHECKING:
+    from .training import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
 
 AutoConfig.register(DiffusionBlocksConfig.model_type, DiffusionBlocksConfig, exist_ok=True)
 
 
+#: What is imported when it is asked for: what needs packages of an extra, and the Trainer, whose packages take a while.
+_LATER = {
+    "DiffusionBlocksImagePipeline": ".models.image_generation.pipeline",
+    "DiffusionBlocksTrainer": ".training",
+    "DiffusionBlocksTrainingArguments": ".training",
+    "SampleImages": ".models.image_generation.samples",
+}
+
+
 def __getattr__(name: str):
-    # What imports packages of an extra is imported when it is asked for.
-    if name == "DiffusionBlocksImagePipeline":
-        return import_module(".models.image_generation.pipeline", __name__).DiffusionBlocksImagePipeline
-    if name == "SampleImages":
-        return import_module(".models.image_generation.samples", __name__).SampleImages
+    if name in _LATER:
+        return getattr(import_module(_LATER[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

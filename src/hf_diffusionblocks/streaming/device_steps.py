@@ -12,12 +12,11 @@ from inspect import unwrap
 
 import torch
 from torch import nn, optim
-from transformers import Adafactor
 
 #: Those that move each parameter by its own history: a step of some parameters is the same as a step of all.
 BY_PARAMETER = (
     optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax, optim.Adagrad, optim.Adadelta, optim.RMSprop,
-    optim.Rprop, optim.ASGD, optim.Adafactor, Adafactor,
+    optim.Rprop, optim.ASGD, optim.Adafactor,
 )  # fmt: skip
 
 
@@ -42,7 +41,9 @@ class StepsOnDevice:
         ours = [parameters for parameters in self._owned(optimizer) if parameters]
         if not ours:
             return
-        if unwrap(type(optimizer).step) not in map(unwrap, (each.step for each in BY_PARAMETER)):
+        from transformers import Adafactor  # which brings all of PEFT along
+
+        if unwrap(type(optimizer).step) not in map(unwrap, (each.step for each in (*BY_PARAMETER, Adafactor))):
             allowed = ", ".join(dict.fromkeys(each.__name__ for each in BY_PARAMETER))
             raise ValueError(
                 f"optimizer_device='device' with {type(optimizer).__name__} must be one of {allowed}, which step "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from transformers import set_seed
+import torch
 
 from ...configuration import option
 from ...processors import load_tokenizer
@@ -41,6 +41,6 @@ def generate(source: str, options: TextOptions, seed: int | None, load: Callable
     tokenizer, model = load_tokenizer(source), load()
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if seed is not None:
-        set_seed(seed)
+        torch.manual_seed(seed)
     (written,) = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, **given)
     print(tokenizer.decode(written, skip_special_tokens=True))
