@@ -55,6 +55,14 @@ def test_padding_changes_nothing(name, side):
         assert torch.allclose(together[row], model(IDS[row : row + 1, :length]).logits[0], atol=1e-5)
 
 
+def test_resized_embeddings_are_those_of_all_blocks(tmp_path):
+    model = CASES["gpt2, classes, paper, own"].model().eval()
+    model.resize_token_embeddings(100)
+    model(IDS + 50, labels=torch.tensor([0, 1, 2]), block_index=1)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path)(IDS + 50).logits, model(IDS + 50).logits)
+
+
 def test_what_these_decoders_have_not_is_refused():
     model = CASES["llama, classes, paper"].model()
     with pytest.raises(ValueError, match="token_type_ids must not be given with preset='paper'"):

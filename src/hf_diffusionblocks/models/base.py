@@ -200,6 +200,23 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.backbone.set_output_embeddings(new_embeddings)
 
+    def _resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True) -> nn.Embedding:
+        """What `resize_token_embeddings` does: also to the embeddings that blocks have of their own.
+
+        Raises:
+            ValueError: blocks are not loaded; jobs would each draw new tokens of their own.
+        """
+        if len(self.resident_blocks) < self.num_blocks:
+            raise ValueError(
+                f"resident_blocks={self.resident_blocks} must be all {self.num_blocks} to resize token embeddings: jobs "
+                "would each draw new ones. Resize the whole model, save it, and load a part of that"
+            )
+        embeddings = self.backbone.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        path = next(name for name, module in self.backbone.named_modules() if module is embeddings)
+        for parts in (block.embedding_parts for block in self.blocks if block.embeds_apart):
+            self._get_resized_embeddings(parts.get_submodule(path), embeddings.num_embeddings, mean_resizing=mean_resizing)
+        return embeddings
+
     @property
     def layers(self) -> nn.ModuleList:
         """The stock model's, first to last."""

@@ -153,23 +153,10 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         return F.normalize(weight.float(), dim=-1)
 
     def _resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True) -> nn.Embedding:
-        """What `resize_token_embeddings` does: also to the embeddings and heads that blocks have of their own, and to fixed
-        targets.
-
-        Raises:
-            ValueError: blocks are not loaded; jobs would each draw new tokens, and targets, of their own.
-        """
-        if len(self.resident_blocks) < self.num_blocks:
-            raise ValueError(
-                f"resident_blocks={self.resident_blocks} must be all {self.num_blocks} to resize token embeddings: jobs "
-                "would each draw new ones. Resize the whole model, save it, and load a part of that"
-            )
-        embeddings = self.backbone.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        """Also of the heads that blocks have of their own, and of fixed targets."""
+        embeddings = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         size = embeddings.num_embeddings
-        path = next(name for name, module in self.backbone.named_modules() if module is embeddings)
         for block in self.blocks:
-            if block.embeds_apart:
-                self._get_resized_embeddings(block.embedding_parts.get_submodule(path), size, mean_resizing=mean_resizing)
             parts = block.readout_parts
             if parts is not self.backbone:
                 trained = parts.lm_head.weight.requires_grad
