@@ -31,6 +31,7 @@ BAD_FIELDS = [
     ({"sigma_data": "large"}, r"sigma_data='large' must be a finite number above 0"),
     ({"overlap": -0.1}, r"overlap=-0.1 must be a finite number from 0"),
     ({"preset": "best"}, r"preset='best' must be one of 'recommended', 'paper'"),
+    ({"local_head_layers": 13, "preset": "recommended"}, r"local_head_layers=13 must be at most the model's 4 layers"),
     ({"local_head_layers": -1, "preset": "recommended"}, r"local_head_layers=-1 must be a whole number from 0"),
     ({"num_inference_steps": 0}, r"num_inference_steps=0 must be a whole number from 1"),
     ({"shared": "none"}, r"shared='none' must be one of 'common', 'per_block'"),

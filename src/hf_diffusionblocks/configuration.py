@@ -221,6 +221,8 @@ class DiffusionBlocksConfig(PreTrainedConfig):
 
     def _check_cut(self) -> None:
         layers = self.num_hidden_layers
+        if (self.local_head_layers or 0) > layers:
+            raise ValueError(f"local_head_layers={self.local_head_layers} must be at most the model's {layers} layers")
         if self.layers_per_block is None:
             if self.num_blocks > layers:
                 raise ValueError(f"num_blocks={self.num_blocks} must be at most the model's {layers} layers")
