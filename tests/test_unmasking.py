@@ -102,6 +102,13 @@ def test_parts_of_a_text_are_finished_one_after_the_other(prompts):
 
 
 @torch.no_grad()
+def test_tokens_may_be_of_any_whole_numbers(prompts):
+    model, found = masked_model(TEXT_CONFIGS["llama"]), []
+    for tokens in (prompts, prompts.int()):
+        found.append(model.generate(tokens, max_new_tokens=3, generator=seeded()))
+    assert torch.equal(*found)
+
+
 def test_infill_changes_masks_alone(prompts):
     model, z = masked_model(TEXT_CONFIGS["gpt2"]), prompts.clone()
     z[0, 1], z[1, :3] = MASK, MASK

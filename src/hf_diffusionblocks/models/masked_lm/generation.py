@@ -201,7 +201,7 @@ class UnmaskingGeneration:
             surety = torch.full(where.shape, -1.0, device=where.device)
             surety[where] = logits.softmax(-1).gather(-1, drawn[:, None])[:, 0]
             chosen = surety.argsort(1, descending=True).argsort(1) < counts[:, None]
-        tokens, of = torch.zeros_like(text.input_ids), torch.zeros_like(text.input_ids)
+        tokens, of = torch.zeros_like(where, dtype=torch.long), torch.zeros_like(where, dtype=torch.long)
         tokens[where], of[where] = drawn, blocks
         return chosen, tokens, of
 
