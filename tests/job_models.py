@@ -61,7 +61,7 @@ def made(source, fields: dict, resident_blocks=None):
     return db.convert(source, resident_blocks=resident_blocks, **{"num_blocks": 2, "preset": "paper", **fields})
 
 
-def trained(model, folder, texts, **arguments):
+def trained(model, folder, texts, saves: bool = True, **arguments):
     """The trainer of a job, run."""
     args = db.DiffusionBlocksTrainingArguments(
         str(folder), updates_per_block=3, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True, report_to=[],
@@ -69,7 +69,8 @@ def trained(model, folder, texts, **arguments):
     )  # fmt: skip
     trainer = db.DiffusionBlocksTrainer(model=model, args=args, train_dataset=texts, eval_dataset=texts)
     trainer.train()
-    trainer.save_model()
+    if saves:
+        trainer.save_model()
     return trainer
 
 

@@ -44,6 +44,19 @@ def test_carried_jobs_merge_in_order(texts, tmp_path):
     assert same_weights(merged.state_dict(), second.state_dict())
 
 
+@pytest.mark.parametrize("saves", [True, False], ids=["by the Trainer", "by the model"])
+def test_a_job_goes_on_from_the_folder_of_another(saves, texts, tmp_path):
+    """However it is saved, it says what it trained itself, and not what that folder said."""
+    trained(made(CONFIGS["llama"], CARRIED), tmp_path / "job0", texts, train_blocks=[0])
+    second = AutoModelForCausalLM.from_pretrained(tmp_path / "job0")
+    trained(second, tmp_path / "job1", texts, saves, train_blocks=[1])
+    if not saves:
+        second.save_pretrained(tmp_path / "job1")
+    db.merge_blocks([tmp_path / "job0", tmp_path / "job1"], tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert same_weights(merged.state_dict(), second.state_dict())
+
+
 def test_a_block_trained_around_another_predecessor_is_refused(texts, tmp_path):
     trained(made(CONFIGS["llama"], CARRIED, [0]), tmp_path / "job0", texts)
     trained(made(CONFIGS["llama"], CARRIED), tmp_path / "job1", texts, train_blocks=[1])  # around a fresh block 0

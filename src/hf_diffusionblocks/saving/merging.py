@@ -101,11 +101,11 @@ def _check_configs(jobs: list[_Job]) -> None:
 
 
 def _compared(config: DiffusionBlocksConfig) -> dict:
-    """Its fields, and the plain model's; but for `use_cache`, which the Trainer sets of the models that it has."""
+    """Its fields, and the plain model's; but for `use_cache`, which the Trainer sets of the models that it has, and the plain
+    one's `dtype`, which loading does."""
     fields = config.to_dict()
-    plain = fields.pop("source_config")
-    plain.pop("use_cache", None)
-    return fields | {f"source_config.{name}": value for name, value in plain.items()}
+    plain = fields.pop("source_config").items()
+    return fields | {f"source_config.{name}": value for name, value in plain if name not in ("use_cache", "dtype")}
 
 
 def _sources(jobs: list[_Job]) -> dict[int, _Job]:

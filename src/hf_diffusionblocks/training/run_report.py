@@ -14,6 +14,11 @@ from .checkpoints import AtomicCheckpoints
 class RunReports(AtomicCheckpoints):
     """The part of the Trainer that notes in config and model card what it has done."""
 
+    def train(self, *args, **kwargs):
+        result = super().train(*args, **kwargs)
+        self.model.provenance = Provenance(self._updates())  # for whoever saves the model itself
+        return result
+
     def save_model(self, *args, **kwargs) -> None:
         if self.state.global_step:
             self.model.provenance = Provenance(self._updates())
