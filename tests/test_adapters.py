@@ -91,6 +91,19 @@ def test_adapters_around_blocks_are_saved_loaded_and_merged(blocks, tmp_path):
         torch.testing.assert_close(model(IDS).logits, expected)
 
 
+@pytest.mark.parametrize("preset", ["recommended", "paper"])
+@torch.no_grad()
+def test_a_merged_model_whose_blocks_tie_their_own_ends_is_loaded(preset, plain, tmp_path):
+    """Blocks are alike in all of their linear layers, but for what modulates, and heads."""
+    model = db.convert(plain, 2, preset=preset, shared="per_block").eval()
+    lora = LoraConfig(target_modules="all-linear", exclude_modules=".*lm_head", init_lora_weights=False)
+    merged = get_peft_model(model, lora).merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(IDS).logits, merged(IDS).logits) and again.config.tie_word_embeddings
+    assert torch.equal(again.block_logits(IDS), merged.block_logits(IDS))
+
+
 def test_new_rows_of_the_vocabulary_are_saved_with_adapters(blocks, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(blocks)
     model.resize_token_embeddings(GPT2.vocab_size + 2)

@@ -45,17 +45,21 @@ class SigmaEmbedding(nn.Module):
         return self.mlp_out(nn.functional.silu(self.mlp_in(features)))
 
 
-class AdaLNModulation(nn.Linear):
+class AdaLNModulation(nn.Module):
     """One layer's shift, scale and gate from the sigma embedding `[N, D]`.
 
     Starts at zero (set in the model's `_init_weights`), so that the modulated layer starts as the plain layer, bit
-    for bit, fresh or pretrained. A leaf module, since from_pretrained initialises missing weights leaf by leaf.
+    for bit, fresh or pretrained. A leaf module, since from_pretrained initialises missing weights leaf by leaf; no
+    `nn.Linear`, since adapters of all linear layers add to what these return.
     """
 
     def __init__(self, width: int):
-        super().__init__(width, len(Modulation._fields) * width)
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(len(Modulation._fields) * width, width))
+        self.bias = nn.Parameter(torch.zeros(len(Modulation._fields) * width))
 
     def forward(self, sigma_embedding: torch.Tensor) -> Modulation:
-        made = super().forward(nn.functional.silu(sigma_embedding))[:, None, :].chunk(len(Modulation._fields), -1)
+        made = nn.functional.linear(nn.functional.silu(sigma_embedding), self.weight, self.bias)
+        made = made[:, None, :].chunk(len(Modulation._fields), -1)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = made
         return Modulation(shift, 1 + scale, 1 + gate, mlp_shift, 1 + mlp_scale, 1 + mlp_gate)

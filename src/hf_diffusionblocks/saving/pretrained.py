@@ -75,6 +75,8 @@ class SavedByBlock(PreTrainedModel):
         if state_dict is not None:
             self._check_names(state_dict)
         hub_kwargs = {key: kwargs.pop(key) for key in shards.HUB_KWARGS if key in kwargs}
+        if self.sharing.own_modules and self._holds_ties():
+            self.config.tie_word_embeddings = True  # (PEFT's merge compares ends of different blocks, and says False)
         if is_main_process:
             if len(self.resident_blocks) < self.num_blocks:
                 shards.check_overwrite(Path(save_directory), self.resident_blocks)
@@ -86,6 +88,10 @@ class SavedByBlock(PreTrainedModel):
                 cards.write(self, staging, keep_from=Path(save_directory))
         if push_to_hub:
             self.push_to_hub(hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs)
+
+    def _holds_ties(self) -> bool:
+        """Whether a head is its block's token embedding, which then is saved once."""
+        return any(self.get_parameter(head) is self.get_parameter(of) for head, of in self.all_tied_weights_keys.items())
 
     def _check_names(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Raise ValueError if these are not this model's weights, by their names: nothing would read them."""
