@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from families import MODERNBERT
 from job_models import CARRIED, CONFIGS, FORMULATIONS, INDEPENDENT, made, same_weights, trained
 from job_models import config, fields, images, texts  # noqa: F401
 from transformers import AutoModelForCausalLM
@@ -32,6 +33,15 @@ def test_a_part_is_that_part_of_the_whole_model(config, fields, origin, tmp_path
     expected = {name for name in whole.state_dict() if whole.block_of_parameter(name) in (None, 1)}
     assert part.state_dict().keys() == expected
     assert same_weights(part.state_dict(), whole.state_dict())
+
+
+def test_a_stock_model_may_start_the_weights_of_its_parts(tmp_path):
+    """ModernBERT's does, of a head that a job without the last block has not."""
+    fields = {"preset": "recommended", "shared": "per_block"}
+    whole, part = made(MODERNBERT, fields), made(MODERNBERT, fields, resident_blocks=[0])
+    assert same_weights(part.state_dict(), whole.state_dict())
+    part.save_pretrained(tmp_path)
+    assert same_weights(type(part).from_pretrained(tmp_path, resident_blocks=[0]).state_dict(), part.state_dict())
 
 
 @pytest.mark.parametrize("origin", ["pretrained", "folder"])

@@ -25,13 +25,17 @@ class NotLoaded(nn.Module):
     """Stands where a block that is not loaded has its modules.
 
     Args:
-        module: that it stands for, of which it has what others may read (as the kind of attention).
+        module: that it stands for, of which it has what others may read: as the kind of attention, and weights without
+            memory, which a stock model that starts its parts' takes for started.
     """
 
     def __init__(self, module: nn.Module):
         super().__init__()
         plain = {name: value for name, value in vars(module).items() if isinstance(value, (str, int, float))}
         vars(self).update(plain)
+        for name, weight in module.named_parameters(recurse=False):
+            vars(self)[name] = torch.empty_like(weight, device="meta", requires_grad=False)
+            vars(self)[name]._is_hf_initialized = True
 
     def forward(self, *args, **kwargs):
         raise ValueError("this block is not loaded: see model.resident_blocks")
