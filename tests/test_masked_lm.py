@@ -143,6 +143,8 @@ def test_token_embeddings_are_resized(config, ids, tmp_path):
     assert logits.shape[-1] == VOCAB + 3 and torch.allclose(logits[..., :VOCAB], before, atol=1e-6)
     with pytest.raises(ValueError, match="shared='per_block' must be 'common' to resize"):
         masked_model(config, shared="per_block").resize_token_embeddings(VOCAB + 3)
+    with pytest.raises(ValueError, match=f"new_num_tokens={MASK} must be above mask_token_id={MASK}, and keep MASK"):
+        model.resize_token_embeddings(MASK)
 
 
 def tokenizer(mask_token: str | None = "[MASK]") -> PreTrainedTokenizerFast:

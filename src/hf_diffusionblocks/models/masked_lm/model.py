@@ -79,12 +79,14 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
             )
         return weights | {name: _with_mean_row(weights[name]) for name in short}
 
-    def _resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+    def _resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True) -> nn.Embedding:
+        if new_num_tokens is not None and new_num_tokens + -new_num_tokens % (pad_to_multiple_of or 1) <= self.mask_token_id:
+            raise ValueError(f"new_num_tokens={new_num_tokens} must be above mask_token_id={self.mask_token_id}, and keep MASK")
         if self.sharing.own_modules:
             raise ValueError(
                 "shared='per_block' must be 'common' to resize token embeddings: resize the plain model, and convert that"
             )
-        return self.backbone.resize_token_embeddings(*args, **kwargs)
+        return self.backbone.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     @property
     def computes_plain_model(self) -> bool:
