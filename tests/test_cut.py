@@ -99,6 +99,17 @@ def test_labels_are_of_the_next_token_whatever_the_stock_loss_takes():
     assert torch.allclose(found.loss, F.cross_entropy(found.logits[0, :-1], tokens[0, 1:]))
 
 
+def test_a_fresh_part_of_what_a_constructor_alone_sets_is_refused():
+    """Apertus' activations; of a model, they are copied."""
+    plain = tiny_model("causal-lm", "apertus")
+    with pytest.raises(
+        ValueError, match=r"resident_blocks=\[1\] must be None: backbone.*alpha_p has its value from the constr"
+    ):
+        db.convert(plain.config, 2, resident_blocks=[1])
+    part = db.convert(plain, 2, resident_blocks=[1])
+    assert all(tensor.isfinite().all() for tensor in part.state_dict().values())
+
+
 # ---- running one block
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from os import PathLike
 
@@ -88,9 +89,21 @@ def build_empty(
     device = torch.get_default_device()
     if device.type != "meta":
         model.to_empty(device="cpu").tie_weights()
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.fill_(math.nan)  # until it is set: see `unset`
         _initialize(model, set())
         model.to(device)
     return model
+
+
+def unset(model: PreTrainedModel) -> list[str]:
+    """Names of what [`build_empty`] has made and nobody has set since: what the stock model's constructor alone gives values."""
+    return [
+        name
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and tensor.numel() and bool(tensor.flatten()[0].isnan())
+    ]
 
 
 def load(
