@@ -64,7 +64,7 @@ def test_a_stock_model_goes_on_block_by_block_on_its_own_labels(data, tmp_path):
     ("options", "message"),
     [
         ([*BERT, "--label_column", "class"], "label_column='class' must be a column of the train data: text, label"),
-        ([*BERT, "--preset", "paper"], "preset='paper' must be 'recommended' for task 'text-classification'"),
+        ([*BERT, "--preset", "paper"], "preset='paper' must be 'recommended' for model_type='bert'"),
         ([*BERT, "--max_length", "9999"], "max_length=9999 must be at most the model's max_position_embeddings=512"),
         ([*BERT, "--max_length", "0"], "max_length=0 must be at least 2"),
         ([*BERT, "--train_file", "{csv}"], r"train_file='\S+texts\.csv' must end in one of"),
