@@ -22,6 +22,7 @@ from transformers import (
     AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments, default_data_collator, set_seed,
 )  # fmt: skip
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_diffusionblocks as db
@@ -130,7 +131,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
         if last is None:
             raise ValueError(f"resume_from_checkpoint={value!r}: output_dir={args.output_dir!r} has no checkpoint")
         return last
-    if not Path(value).is_dir():
+    if not Path(value, TRAINER_STATE_NAME).is_file():
         raise ValueError(f"resume_from_checkpoint={value!r} must be a checkpoint's folder, or 'last'")
     return value
 

@@ -88,6 +88,9 @@ def load_rows(source: str, name: str, split: str, text_field: str | None = None)
             f"{name}={source!r} must have a column 'messages', or columns 'prompt' and 'completion'{texts}; it has "
             f"{', '.join(rows.column_names)}"
         )
+    for column in next(columns for columns in forms if columns <= {*rows.column_names}):
+        if rows.with_format("arrow")[column][:].null_count:
+            raise ValueError(f"{name}={source!r} must have {column!r} in every row: one is null")
     return rows
 
 
@@ -112,19 +115,22 @@ def prepare(
     trainer = SFTTrainer(
         model, args=training_args, train_dataset=data, eval_dataset=eval_data, peft_config=get_peft_config(model_args)
     )
+    if not len(trainer.train_dataset):
+        raise ValueError(f"data={data_args.data!r} has nothing to learn within max_length={training_args.max_length}")
     return trainer, prompts_of(eval_data or data, data_args.samples, training_args.dataset_text_field), stream
 
 
 def prompts_of(rows: Dataset, num_prompts: int, text_field: str | None = None) -> list[str | list[dict]]:
-    """Of the first rows, as many as there are."""
-    return [prompt_of(row, text_field) for row in rows.select(range(min(num_prompts, len(rows))))]
+    """Of the first rows, as many as there are; those that are empty ask nothing."""
+    found = (prompt_of(row, text_field) for row in rows.select(range(min(num_prompts, len(rows)))))
+    return [prompt for prompt in found if prompt]
 
 
 def prompt_of(row: dict, text_field: str | None = None) -> str | list[dict]:
     """A row without its answer: what the model is asked in use."""
     if "messages" in row:
         messages = row["messages"]
-        return messages[:-1] if messages[-1]["role"] == "assistant" and len(messages) > 1 else messages
+        return messages[:-1] if len(messages) > 1 and messages[-1]["role"] == "assistant" else messages
     return row["prompt"] if "prompt" in row else row[text_field][:60]
 
 

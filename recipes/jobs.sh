@@ -31,16 +31,17 @@ train_block() {
     ((k >= 0 && k < blocks)) || fail "block $k must be one of 0..$((blocks - 1))"
     mkdir -p "$job"
     asked=$(printf '%q ' "$blocks" "$@")
-    if [[ -e $job/command && $(<"$job/command") != "$asked" ]]; then
+    if compgen -G "$job/checkpoint-*" >/dev/null; then
+        resume=(--resume_from_checkpoint last)
+    fi
+    # (A job that has no checkpoint has trained nothing: its options may have been the mistake.)
+    if [[ -e $job/command && (-e $job/done || ${resume[*]}) && $(<"$job/command") != "$asked" ]]; then
         fail "$job was trained by other options: $(<"$job/command"). Choose another OUT_DIR"
     fi
     echo "$asked" >"$job/command"
     if [[ -e $job/done ]]; then
         echo "block $k is done"
         return
-    fi
-    if compgen -G "$job/checkpoint-*" >/dev/null; then
-        resume=(--resume_from_checkpoint last)
     fi
     diffusionblocks train --num_processes 1 "$@" --num_blocks "$blocks" --train_blocks "$k" \
         --shared per_block --output_dir "$job" "${resume[@]}" || exit # it has said why

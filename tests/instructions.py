@@ -46,6 +46,8 @@ def files(tmp_path_factory) -> dict[str, str]:
         "chats": [{"messages": chat((name, answer[:8]), ("More", answer[8:]))} for name, answer in rows],
         "prompts": [{"prompt": f"{name}: ", "completion": answer} for name, answer in rows],
         "texts": [{"text": f"{name}: {answer}"} for name, answer in rows],
+        "nulls": [{"prompt": "Why?", "completion": answer} for answer in ("So.", None)],
+        "unasked": [{"prompt": "", "completion": answer} for _, answer in rows],
         "numbers": [{"number": number} for number in range(3)],
     }
     for form, made in forms.items():

@@ -148,7 +148,7 @@ def test_convert_names_the_bad_option(options, status, named, plain_folder, tmp_
         ("num_blcks: 2", 2, "'num_blcks' is not an option"),
         ("num_blocks: [", 2, "options.yaml"),
         ("preset: both", 2, "preset='both' must be one of ['recommended', 'paper']"),
-        ("num_blocks: 2.5", 1, "num_blocks=2.5 must be a whole number from 1"),
+        ("num_blocks: 2.5", 2, "invalid int value: '2.5'"),
     ],
 )
 def test_convert_names_the_bad_line_of_yaml(text, status, named, plain_folder, tmp_path, fail):

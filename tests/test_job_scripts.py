@@ -16,10 +16,12 @@ import hf_diffusionblocks as db
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS, SLURM = ROOT / "recipes" / "jobs.sh", ROOT / "recipes" / "jobs_slurm.sh"
-#: In place of `diffusionblocks`: notes its arguments and GPU, writes a checkpoint, and fails if the file `fail-K` is there.
+#: In place of `diffusionblocks`: notes its arguments and GPU, refuses `--typo`, writes a checkpoint, and fails if the file
+#: `fail-K` is there.
 FAKE = """#!/usr/bin/env bash
 echo "gpu ${CUDA_VISIBLE_DEVICES-none}: $*" >>calls
 if [[ $1 == train ]]; then
+    if [[ $* == *--typo* ]]; then echo "recipe.py: error: --typo"; exit 2; fi
     [[ $* =~ --train_blocks\\ ([0-9]+).*--output_dir\\ ([^ ]+) ]]
     mkdir -p "${BASH_REMATCH[2]}/checkpoint-2"
     if [[ -e fail-${BASH_REMATCH[1]} ]]; then echo "recipe.py: error: out of luck"; exit 3; fi
@@ -93,6 +95,11 @@ def test_other_options_do_not_go_on_in_the_same_folder(faked):
     failed = run(faked, "block", 0, 2, "out", "causal-lm", "--learning_rate", "2e-2")
     assert failed.returncode == 1
     assert "jobs.sh: error: out/block-0 was trained by other options: 2 causal-lm --learning_rate 1e-2" in failed.stderr
+
+
+def test_options_that_were_refused_can_be_corrected(faked):
+    assert run(faked, "all", 2, "out", *OPTIONS, "--typo").returncode == 1
+    assert run(faked, "all", 2, "out", *OPTIONS).returncode == 0
 
 
 @pytest.mark.parametrize(

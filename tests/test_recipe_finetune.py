@@ -139,6 +139,11 @@ BAD_INPUTS = {
         ["--model", "{model}", "--data", "{chats}", "--stream", "--keep", "3"], "keep=3 must be a number of layers from 0 to 2"
     ),
     "unknown option": (["--model", "{model}", "--data", "{texts}", "--packed"], "--packed"),
+    "a row without an answer": (["--model", "{model}", "--data", "{nulls}"], "must have 'completion' in every row"),
+    "all too long": (["--model", "{model}", "--data", "{prompts}", "--max_length", "1"], "nothing to learn within max_length=1"),
+    "no checkpoint": (
+        ["--model", "{model}", "--data", "{texts}", "--resume_from_checkpoint", "{model}"], "must be a checkpoint's folder"
+    ),
 }  # fmt: skip
 
 
@@ -147,3 +152,16 @@ def test_bad_input_is_one_line_and_a_failure(tmp_path, files, model, capsys, opt
     options = [option.format(model=model, **files) for option in options]
     given = [*TRAINING, *options, "--output_dir", str(tmp_path)]
     assert message in refusal(finetune.main, given, "finetune.py", capsys)
+
+
+def test_a_number_of_a_yaml_file_is_read_as_if_typed(tmp_path, files, model, capsys):
+    """Also of an option that takes a number or a size."""
+    (tmp_path / "options.yaml").write_text("keep: 3\nstream: true\n")
+    given = ["--model", model, "--data", files["texts"], "--config", str(tmp_path / "options.yaml")]
+    line = refusal(finetune.main, [*TRAINING, *given, "--output_dir", str(tmp_path)], "finetune.py", capsys)
+    assert "keep=3 must be a number of layers from 0 to 2" in line
+
+
+def test_empty_prompts_are_trained_and_not_continued(tmp_path, files, model, capsys):
+    finetune.main([*TRAINING, "--model", model, "--data", files["unasked"], "--output_dir", str(tmp_path)])
+    assert " -> " not in capsys.readouterr().out

@@ -146,6 +146,12 @@ def test_what_is_too_long_is_left_out_and_said(tmp_path, files, model, trainers,
     assert 0 < left < 24 and f"{24 - left} of 24 answers of data are left out: longer than max_length=32" in caplog.text
 
 
+def test_empty_prompts_are_trained_and_not_answered(tmp_path, files, model, capsys):
+    """And the model is saved."""
+    tune(tmp_path, "--model", model, "--data", files["unasked"])
+    assert " -> " not in capsys.readouterr().out and AutoModelForMaskedLM.from_pretrained(tmp_path)
+
+
 def test_the_config_that_comes_along_runs(tmp_path, files, model, trainers):
     """With a smaller model, in fewer steps."""
     config = Path(finetune_masked_lm.__file__).parent / "configs" / "finetune_masked_0.6b_8gb.yaml"

@@ -93,7 +93,8 @@ def _take_defaults(parser: Parser, config_file: str) -> None:
         if known[name].choices is not None and value not in (*known[name].choices, None):
             parser.error(f"--config {config_file}: {name}={value!r} must be one of {known[name].choices}")
         known[name].required = False
-    parser.set_defaults(**options)
+    # (Numbers as they would be typed: the option's own type reads them.)
+    parser.set_defaults(**{name: str(value) if type(value) in (int, float) else value for name, value in options.items()})
 
 
 def parse_verb(
