@@ -55,7 +55,9 @@ def prepare(
 
     model = AutoModelForImageClassification.from_pretrained(model_args.model, config=config, ignore_mismatched_sizes=True)
     if is_new:  # also where there are as many labels as before
-        model.classifier.reset_parameters()
+        for part in model.classifier.modules():  # (a ResNet's is a Sequential)
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
     if model_args.stream:
         db.stream_layers(model, training_args.device)
     if model_args.lora:

@@ -144,7 +144,8 @@ def load_images(args: DataArguments) -> Dataset:
         if path.suffix == ".parquet":
             data = load_dataset("parquet", data_files=args.data, split="train")
         elif path.is_dir():
-            data = load_dataset("imagefolder", data_dir=args.data, split="train")
+            # (All of the folder: left to itself, `datasets` takes a file named "test-shot.png" for another split.)
+            data = load_dataset("imagefolder", data_files=f"{args.data}/**", split="train")
         else:
             data = load_dataset(args.data, split="train")
     except DatasetGenerationError as error:

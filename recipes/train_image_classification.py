@@ -63,7 +63,9 @@ def load_data(args: DataArguments, seed: int) -> DatasetDict:
 def _read_files(args: DataArguments) -> DatasetDict:
     if args.train_file:
         files = {"train": args.train_file, "validation": args.validation_file}
-        return load_dataset("parquet", data_files={split: file for split, file in files.items() if file})
+        # (One by one: read together, the second would be given the first's names of classes.)
+        read = {split: load_dataset("parquet", data_files=file, split="train") for split, file in files.items() if file}
+        return DatasetDict(read)
     folders = {"train": args.train_dir, "validation": args.validation_dir}
     return load_dataset("imagefolder", data_files={split: f"{f}/**" for split, f in folders.items() if f})
 
@@ -89,6 +91,12 @@ def find_labels(data: DatasetDict, column: str) -> dict[str | int, str]:
     else:
         labels = {value: str(value) for value in sorted(found["train"])}
     for split, values in found.items():
+        own = getattr(data[split].features[column], "names", None)
+        if own and isinstance(feature, ClassLabel) and own != feature.names:
+            raise ValueError(
+                f"label_column={column!r}: the {split} data has the classes {own}, and must have those of the training "
+                f"data, in their order: {feature.names}"
+            )
         if unknown := values - set(labels):
             raise ValueError(f"label_column={column!r}: {unknown} in the {split} data is no label of the training data")
     return labels

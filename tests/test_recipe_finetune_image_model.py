@@ -126,6 +126,17 @@ def draw(pipe: diffusers.DiTPipeline, number: int) -> np.ndarray:
 
 # ---- what cannot work
 
+
+def test_a_file_s_name_says_nothing_of_its_split(tmp_path):
+    """`datasets` would take the second for the split "test", and the others, with all captions, for none."""
+    names = ["a.png", "test-shot.png", "train-station.png"]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    rows = [json.dumps({"file_name": name, "text": name}) for name in names]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    assert recipe.load_images(recipe.DataArguments(data=str(tmp_path)))["text"][:] == names
+
+
 BAD_INPUTS = {
     "no model": (["--data", "{data}"], "required: --model"),
     "no such model": (["--model", "no/where", "--data", "{data}"], "model='no/where' must be a folder or hub id"),

@@ -5,18 +5,22 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Value
 from peft import PeftModel
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
-from transformers import ViTForImageClassification
+from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification, ViTForImageClassification
 
-from hf_diffusionblocks.recipes import finetune_image_classification, train_image_classification
+from hf_diffusionblocks.recipes import (
+    finetune_image_classification, train_image_classification, train_text_classification,
+)  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 QUIET = ["--use_cpu", "--disable_tqdm", "true", "--report_to", "none"]
@@ -93,6 +97,30 @@ def test_the_model_s_own_labels_keep_its_classifier(tmp_path, digits, vit):
     old, new = (ViTForImageClassification.from_pretrained(folder) for folder in (vit, tmp_path))
     assert old.config.id2label == new.config.id2label
     assert all(torch.equal(new.state_dict()[name], weight) for name, weight in old.state_dict().items())
+
+
+def test_a_new_classifier_of_several_modules(tmp_path, digits, vit):
+    """A ResNet's."""
+    config = ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
+    AutoImageProcessor.from_pretrained(vit).save_pretrained(tmp_path / "resnet")
+    metrics = finetune_image_classification.main(
+        [*TRAINING, "--model", str(tmp_path / "resnet"), *digits["first"], "--output_dir", str(tmp_path / "tuned")]
+    )
+    assert metrics["eval_loss"] < 2
+
+
+@pytest.mark.parametrize("recipe", [train_image_classification, train_text_classification])
+def test_classes_in_another_order_are_refused(tmp_path, recipe):
+    """In files that say the names of their classes, the numbers would mean others."""
+    for name, names in (("train", ["no", "yes"]), ("validation", ["yes", "no"])):
+        features = Features({"text": Value("string"), "image": datasets.Image(), "label": ClassLabel(names=names)})
+        rows = {"text": ["a", "b"], "image": [Image.new("L", (8, 8))] * 2, "label": [0, 1]}
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{name}.parquet")
+    files = [f"--{name}_file={tmp_path / name}.parquet" for name in ("train", "validation")]
+    kind = ["--config_name", "bert" if recipe is train_text_classification else "vit", "--num_blocks", "2"]
+    with pytest.raises(SystemExit, match="must have those of the training data, in their order: \\['no', 'yes'\\]"):
+        recipe.main([*QUIET, *kind, *files, "--output_dir", str(tmp_path / "out")])
 
 
 def test_the_config_that_comes_along_runs(tmp_path, digits, vit):
