@@ -79,7 +79,7 @@ class DataArguments:
     caption_dropout: float = option(0.0, "Share of the images that train without their caption, for guidance.")
     max_sequence_length: int | None = option(None, "Most tokens of a caption. Not given: the pipeline's own.")
     embedded_guidance: float = option(3.5, "Guidance that a guidance-distilled model (FLUX.1-dev) is told in training.")
-    cache_dir: str | None = option(None, "Folder of latents and embeddings. Not given: cache, in output_dir.")
+    cache_dir: str | None = option(None, "Folder of latents and embeddings. Not given: _cache, in output_dir.")
     cache_batch_size: int = option(8, "Prompts that are encoded together; each time, streamed encoders are copied once.")
 
     def __post_init__(self):
@@ -274,7 +274,8 @@ def prepare(
         cached = rows + ([without_prompt(size) for size in {row.size for row in rows}] if args.caption_dropout else [])
         calls = sample_calls(sample_args, args, takes, rows, index)
         cache = Cache(
-            args.cache_dir or Path(training_args.output_dir, "cache"),
+            # (push_to_hub leaves out what begins with "_": images can be read from their latents.)
+            args.cache_dir or Path(training_args.output_dir, "_cache"),
             {"fingerprint": fingerprint(folder), "dtype": model_args.dtype, "max_sequence_length": args.max_sequence_length,
              "embedded_guidance": args.embedded_guidance},
         )  # fmt: skip

@@ -181,6 +181,9 @@ class ImageTrainer(AtomicCheckpoints):
 
     # ---- files
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """None: the stock one, which `push_to_hub` writes, needs the config of a model of Transformers."""
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # The Trainer's own would write all weights, and under names that diffusers does not read.
         folder = Path(self.args.output_dir if output_dir is None else output_dir)

@@ -8,12 +8,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from families import same
+from huggingface_hub.utils import filter_repo_objects
 from image_recipe_runs import FAMILIES, STEPS, TRAINING, data, folders, options, samples_of, trainers
 from PIL import Image
 from refusals import refusal
@@ -135,6 +138,17 @@ def test_a_file_s_name_says_nothing_of_its_split(tmp_path):
     rows = [json.dumps({"file_name": name, "text": name}) for name in names]
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
     assert recipe.load_images(recipe.DataArguments(data=str(tmp_path)))["text"][:] == names
+
+
+def test_latents_are_not_pushed(tmp_path, options, monkeypatch):
+    pushed, hub = [], SimpleNamespace(upload_folder=lambda **given: pushed.append(given))
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: hub)
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, *args, **kwargs: setattr(self, "hub_model_id", "me/style"))
+    given = [each for each in options("flux") if each != "--cache_dir" and "caches" not in each]
+    recipe.main([*given, "--max_steps", "1", "--num_samples", "0", "--push_to_hub", "--output_dir", str(tmp_path)])
+    names = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")]
+    kept = [*filter_repo_objects(names, ignore_patterns=pushed[-1]["ignore_patterns"])]
+    assert "transformer/config.json" in kept and not any("cache" in name for name in kept)
 
 
 BAD_INPUTS = {
