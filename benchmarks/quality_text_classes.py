@@ -96,20 +96,20 @@ def plain_config(model: str, layers: int) -> PreTrainedConfig:
 
 def run(job: tuple) -> None:
     name, seed, settings, file = job
-    row, kind = ROWS[name], name.partition(",")[0]
+    row, model_name = ROWS[name], name.partition(",")[0]
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     data = torch.load(settings["data"])
     set_seed(seed)
-    model = new_model(row, plain_config(kind, row.layers), AutoModelForSequenceClassification)
+    model = new_model(row, plain_config(model_name, row.layers), AutoModelForSequenceClassification)
     trainer = new_trainer(
         model, row, [{"input_ids": tokens, "labels": label} for tokens, label in zip(*data["train"])], settings["updates"],
-        output_dir=settings["output"], per_device_train_batch_size=BATCH_SIZE, learning_rate=RATES[kind],
+        output_dir=settings["output"], per_device_train_batch_size=BATCH_SIZE, learning_rate=RATES[model_name],
         weight_decay=0.01, seed=seed,
     )  # fmt: skip
     start = time.process_time()
     trainer.train()
-    result = {"row": name, "seed": seed, "updates": settings["updates"], "learning rate": RATES[kind]}
+    result = {"row": name, "seed": seed, "updates": settings["updates"], "learning rate": RATES[model_name]}
     result["seconds"] = time.process_time() - start
     model.eval()
     for split in SPLITS:
@@ -121,9 +121,9 @@ def run(job: tuple) -> None:
 
 
 @torch.no_grad()
-def read(model: Callable, split: str, rows: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+def read(gives_logits: Callable, split: str, rows: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     """Accuracy in %, and nats, which tell smaller differences, of what gives logits."""
-    logits = torch.cat([model(some) for some in rows.split(50)])
+    logits = torch.cat([gives_logits(some) for some in rows.split(50)])
     accuracy = 100 * (logits.argmax(-1) == labels).float().mean().item()
     return {split: accuracy, f"{split}, nats": F.cross_entropy(logits, labels).item()}
 

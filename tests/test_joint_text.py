@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
 from families import WIDTH
 from text_models import BLOCKS, LENGTH, block_logits, draw, ids, joint, layer_of, make, plain, text_config  # noqa: F401
 
-from hf_diffusionblocks.diffusion import objectives
 from hf_diffusionblocks.models.causal_lm.streams import CleanKeys, Streams, Text, join
 
 

@@ -1,4 +1,4 @@
-"""Streamed layers: exact gradients, what is on the device at once, and a model that stays the stock model."""
+"""Streamed layers: exact gradients, what is on the device at once, and changes of weights that are seen."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from .models.base import DiffusionBlocksPreTrainedModel
 from .models.verification import check_cut
 from .presets import with_preset
 from .saving.checks import check_no_adapter_folder, check_no_adapters, check_weights, is_untied
-from .saving.resident import HUB_KWARGS, MODEL_KWARGS, NotLoaded, build, checked_blocks, hub_kwargs, unset
+from .saving.resident import HUB_KWARGS, MODEL_KWARGS, NotLoaded, build, checked_blocks, first_unset, hub_kwargs
 from .streaming import stream_of
 from .tasks import TASKS, backbone_for, backbone_named, task_of
 
@@ -153,13 +153,15 @@ def _convert_model(source: nn.Module, config, resident_blocks, **model_kwargs) -
 
 def _checked(model: DiffusionBlocksPreTrainedModel) -> DiffusionBlocksPreTrainedModel:
     """The model, once its blocks have been run beside the stock model. (Where blocks are missing, or weights, nothing can be.)"""
-    is_whole = len(model.resident_blocks) == model.num_blocks
-    if not is_whole and model.device.type != "meta" and (names := unset(model)):
-        raise ValueError(
-            f"resident_blocks={model.resident_blocks} must be None: {names[0]} has its value from the constructor of the whole "
-            "model. Save that, and load a part of it"
-        )
-    if model.formulation.runs_stock and is_whole and model.device.type != "meta":
+    if model.device.type == "meta":
+        return model
+    if len(model.resident_blocks) < model.num_blocks:
+        if name := first_unset(model):
+            raise ValueError(
+                f"resident_blocks={model.resident_blocks} must be None: {name} has its value from the constructor of the whole "
+                "model. Save that, and load a part of it"
+            )
+    elif model.formulation.runs_stock:
         config = model.config.source_config
         longest = getattr(config.get_text_config(), "max_position_embeddings", None)
         num_tokens = min(longest, TOKENS_COMPARED) if isinstance(longest, int) and longest > 0 else TOKENS_COMPARED

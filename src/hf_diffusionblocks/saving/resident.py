@@ -91,19 +91,17 @@ def build_empty(
         model.to_empty(device="cpu").tie_weights()
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():
-                tensor.fill_(math.nan)  # until it is set: see `unset`
+                tensor.fill_(math.nan)  # until it is set: see `first_unset`
         _initialize(model, set())
         model.to(device)
     return model
 
 
-def unset(model: PreTrainedModel) -> list[str]:
-    """Names of what [`build_empty`] has made and nobody has set since: what the stock model's constructor alone gives values."""
-    return [
-        name
-        for name, tensor in model.state_dict().items()
-        if tensor.is_floating_point() and tensor.numel() and bool(tensor.flatten()[0].isnan())
-    ]
+def first_unset(model: PreTrainedModel) -> str | None:
+    """The name of something that [`build_empty`] has made and nobody has set since: what the stock model's constructor alone
+    gives values; None: there is nothing."""
+    made = ((name, tensor) for name, tensor in model.state_dict().items() if tensor.is_floating_point() and tensor.numel())
+    return next((name for name, tensor in made if bool(tensor.flatten()[0].isnan())), None)
 
 
 def load(

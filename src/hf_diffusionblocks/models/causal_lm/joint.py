@@ -81,7 +81,7 @@ class JointText(Formulation):
         logits, loss = text_walk.logits(text, kept), None
         if labels is not None:
             loss = model.loss_function(logits, labels, config.vocab_size, num_items_in_batch=num_items)
-        logits = None if return_logits is False else logits
+            logits = None if return_logits is False else logits
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=text.past_key_values)
 
     def block_logits(self, x: Mapping) -> torch.Tensor:

@@ -19,6 +19,7 @@ from ...diffusion.randomness import Generators
 from ...streaming import weights_on_device
 from ..base import DiffusionBlocksPreTrainedModel, Formulation
 from ..block import Block
+from ..positions import positions_of
 from ..targets import FixedTargets
 from .generation import WalkGeneration
 from .joint import JointText
@@ -294,6 +295,6 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         if not self.formulation.walks:
             raise ValueError(f"preset={self.config.preset!r} must be 'paper': no other walks to a token")
         last = torch.tensor([input_ids.shape[1] - 1], device=self.device)
-        positions = None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # as generate's
+        positions = None if attention_mask is None else positions_of(attention_mask)
         text = Text(input_ids, attention_mask=attention_mask, position_ids=positions)
         return TextWalk(self, num_steps=num_steps).trajectory(text, last)[:, 0]

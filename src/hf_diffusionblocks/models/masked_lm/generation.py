@@ -19,6 +19,7 @@ from ...diffusion.masking import draw_masked
 from ...diffusion.randomness import check_generators
 from ...whole_numbers import whole
 from ...backbones.stock_run import without_dropout
+from ..positions import positions_of
 from .controls import CONTROLS, ENDS, Ends, Sampling, number_of_new, settle
 from .text import MaskedText
 
@@ -221,9 +222,7 @@ class UnmaskingGeneration:
 
 def _positioned(text: MaskedText) -> MaskedText:
     """Tokens are counted from the first that is no padding."""
-    if text.attention_mask is None:
-        return text
-    return text._replace(position_ids=(text.attention_mask.long().cumsum(1) - 1).clamp(min=0))
+    return text if text.attention_mask is None else text._replace(position_ids=positions_of(text.attention_mask))
 
 
 def _parts(prompt: int, new: int, block_length: int | None) -> list[tuple[int, int]]:

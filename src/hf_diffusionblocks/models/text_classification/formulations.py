@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..block import Block
 from ..noisy_label import NoisyLabel
+from ..positions import positions_of
 
 
 class NoisyLabelAfterText(NoisyLabel):
@@ -17,8 +18,8 @@ class NoisyLabelAfterText(NoisyLabel):
 
     def enter(self, block: Block, x: Mapping) -> torch.Tensor:
         self.model.refuse({"token_type_ids": x.get("token_type_ids")}, "with preset='paper': these decoders have none")
-        tokens = x.get("input_ids"), x.get("inputs_embeds")
-        return self.model.architecture.embed(block.embedding_parts, *tokens, _positions(x)[:, :-1])
+        tokens = {name: x.get(name) for name in ("input_ids", "inputs_embeds")}
+        return block.embed({**tokens, "position_ids": _positions(x)[:, :-1]})
 
     def attention(self, x: Mapping, hidden: torch.Tensor) -> dict[str, Any]:
         plain, architecture, mask = self.model.backbone, self.model.architecture, x.get("attention_mask")
@@ -36,7 +37,7 @@ def _positions(x: Mapping) -> torch.Tensor:
     """Of tokens and label, `[N or 1, S+1]`: the label stands after the last token that is no padding."""
     positions, mask = x.get("position_ids"), x.get("attention_mask")
     if positions is None and mask is not None:
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        positions = positions_of(mask)
     elif positions is None:
         tokens = next(iter(x.values()))
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
