@@ -2,9 +2,10 @@
 
     python benchmarks/quality_images.py --data ../shared/data/fashion_mnist --output outputs/quality_images --seeds 0 1 2
 
-One table: end to end, one block's depth, the paper's formulation and the recommended one; equal updates per
-parameter, mean and standard deviation over seeds, every model read by each of its predictors. Runs are cached in the
-output folder one by one, so an interrupted benchmark goes on where it stopped.
+One table: end to end, one block's depth, the paper's formulation and the recommended one, of a ViT; and of a ConvNeXt, whose
+stages are its blocks, and of which depth is worth more. Equal updates per parameter, mean and standard deviation over seeds,
+every model read by each of its predictors. Runs are cached in the output folder one by one, so an interrupted benchmark goes
+on where it stopped.
 """
 
 from __future__ import annotations
@@ -19,22 +20,46 @@ import numpy as np
 import torch
 from cached_runs import add_run_options, results_of, table_of
 from datasets import load_dataset
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
+from transformers import (
+    AutoModelForImageClassification, ConvNextConfig, PreTrainedConfig, Trainer, TrainingArguments, ViTConfig, set_seed,
+)  # fmt: skip
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
 
 LAYERS, BLOCKS = 6, 3
+WIDTHS = [32, 64, 128, 256]  #: of the ConvNeXt's stages, of two layers each
 
-#: Row -> layers of a plain model, or what `convert` is given. "together": all blocks in every step.
-ROWS: dict[str, dict | int] = {
-    "end to end": LAYERS,
-    "end to end, one block's depth": LAYERS // BLOCKS,
-    "paper, B=1": {"preset": "paper", "num_blocks": 1},
-    "paper": {"preset": "paper"},
-    "recommended": {},
-    "recommended, together": {"together": True},
-    "recommended, local head of one layer": {"local_head_layers": 1},
+
+def vit(layers: int = LAYERS) -> ViTConfig:
+    return ViTConfig(
+        num_hidden_layers=layers, hidden_size=64, intermediate_size=256, num_attention_heads=4, image_size=28,
+        patch_size=4, num_channels=1, num_labels=10,
+    )  # fmt: skip
+
+
+def convnext(stages: int = len(WIDTHS)) -> ConvNextConfig:
+    return ConvNextConfig(
+        num_channels=1, patch_size=2, num_stages=stages, hidden_sizes=WIDTHS[:stages], depths=[2] * stages, image_size=28,
+        num_labels=10,
+    )  # fmt: skip
+
+
+#: Row -> the plain model, and what `convert` is given; None: it trains end to end. "together": all blocks in every step.
+ROWS: dict[str, tuple[PreTrainedConfig, dict | None]] = {
+    "end to end": (vit(), None),
+    "end to end, one block's depth": (vit(LAYERS // BLOCKS), None),
+    "paper, B=1": (vit(), {"preset": "paper", "num_blocks": 1}),
+    "paper": (vit(), {"preset": "paper"}),
+    "recommended": (vit(), {}),
+    "recommended, together": (vit(), {"together": True}),
+    "recommended, local head of one layer": (vit(), {"local_head_layers": 1}),
+    **{
+        f"ConvNeXt, end to end, {stages} stage{'s' if stages > 1 else ''}": (convnext(stages), None)
+        for stages in range(len(WIDTHS), 0, -1)
+    },
+    **{f"ConvNeXt, recommended, B={blocks}": (convnext(), {"num_blocks": blocks}) for blocks in (2, 4)},
+    "ConvNeXt, recommended, B=4, together": (convnext(), {"num_blocks": 4, "together": True}),
 }
 READINGS = ("logits", "last block", "mean of blocks", "walk T=3", "walk T=6")
 
@@ -44,13 +69,6 @@ def load_split(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     data = load_dataset("parquet", data_files=str(folder / f"{split}.parquet"), split="train")
     images = torch.tensor(np.stack([np.asarray(image) for image in data["image"]]))
     return ((images.float() / 255 - 0.286) / 0.353)[:, None], torch.tensor(data["label"])
-
-
-def plain_config(layers: int) -> ViTConfig:
-    return ViTConfig(
-        num_hidden_layers=layers, hidden_size=64, intermediate_size=256, num_attention_heads=4, image_size=28,
-        patch_size=4, num_channels=1, num_labels=10,
-    )  # fmt: skip
 
 
 def collate(rows: list) -> dict[str, torch.Tensor]:
@@ -64,21 +82,21 @@ def train_and_read(row: str, seed: int, settings: dict) -> dict[str, float]:
     logging.set_verbosity_error()
     data = torch.load(settings["data"])
     train_set, test_set = (torch.utils.data.TensorDataset(*data[split]) for split in ("train", "test"))
-    spec = ROWS[row]
+    config, fields = ROWS[row]
     set_seed(seed)
     shared_args = dict(
         output_dir=settings["output"], per_device_train_batch_size=64, learning_rate=1e-3, weight_decay=0.05,
         lr_scheduler_type="cosine", warmup_steps=0.05, seed=seed, use_cpu=True, report_to=[], save_strategy="no",
         logging_strategy="no", disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
-    if isinstance(spec, int):
-        model = ViTForImageClassification(plain_config(spec))
+    if fields is None:
+        model = AutoModelForImageClassification.from_config(config)
         args = TrainingArguments(max_steps=settings["updates"], **shared_args)
         trainer = Trainer(model=model, args=args, train_dataset=train_set, data_collator=collate)
     else:
-        fields = {"num_blocks": BLOCKS, **spec}
+        fields = {"num_blocks": BLOCKS, **fields}
         schedule = "together" if fields.pop("together", False) else "random"
-        model = db.convert(plain_config(LAYERS), **fields)
+        model = db.convert(config, **fields)
         args = db.DiffusionBlocksTrainingArguments(
             updates_per_block=settings["updates"], block_schedule=schedule, **shared_args
         )
@@ -117,7 +135,7 @@ def table(results: list[dict], updates: int) -> str:
     """Markdown; accuracies in %, mean +- standard deviation over seeds."""
     lines = [
         f"Test accuracy in %, {updates} updates of 64 images for every parameter; ViT {LAYERS} layers, width 64, "
-        f"patch 4, B={BLOCKS}.",
+        f"patch 4, B={BLOCKS}; ConvNeXt {len(WIDTHS)} stages of two layers, widths {', '.join(map(str, WIDTHS))}.",
         "",
     ]
     return "\n".join(lines + table_of(("", "seeds", *READINGS), ROWS, results, _cells))

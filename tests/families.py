@@ -12,7 +12,7 @@ import torch
 from conftest import FORMULATIONS, randomized
 from datasets import Dataset
 from process_scenarios import DIT, VIT
-from transformers import BertConfig, GPT2Config, LlamaConfig, ModernBertConfig, Qwen3Config
+from transformers import BertConfig, GPT2Config, LlamaConfig, ModernBertConfig, Qwen3Config, ResNetConfig, SwinConfig
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
@@ -49,6 +49,14 @@ MODERNBERT = ModernBertConfig(
     vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48,
     local_attention=4, max_position_embeddings=32, pad_token_id=0, cls_token_id=1, sep_token_id=1, bos_token_id=1,
     eos_token_id=1,
+)  # fmt: skip
+#: Of stages: maps of several sizes, with batch norms; and tokens whose stages return several things.
+RESNET = ResNetConfig(
+    embedding_size=8, hidden_sizes=[8, 16, 16, 24], depths=[1, 1, 1, 1], layer_type="basic", num_labels=5, image_size=16
+)  # fmt: skip
+SWIN = SwinConfig(
+    image_size=16, patch_size=1, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[2, 2, 2, 2], window_size=2, num_labels=5,
+    drop_path_rate=0.0,
 )  # fmt: skip
 PAPER_TEXT = {name: fields for name, fields in FORMULATIONS.items() if fields.get("preset") == "paper"}
 LOCAL_TEXT = {name: fields for name, fields in FORMULATIONS.items() if name not in PAPER_TEXT}
@@ -150,6 +158,8 @@ CASES = {
         for family, config in TEXT_CONFIGS.items()
         for name, fields in TEXT_FORMULATIONS.items()
     },
+    "swin": Case(SWIN),
+    "resnet, own": Case(RESNET, {"shared": "per_block"}),
     "recurrent": Case(RECURRENT),
     "recurrent, own": Case(RECURRENT, {"shared": "per_block"}, trained=False),
     "dit": Case(DIT, {"shared": "common"}),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import BERT, TEXT_CONFIGS, watching
+from families import BERT, RESNET, TEXT_CONFIGS, watching
 from torch.nn import functional as F
 from transformers import (
     BertConfig,
@@ -34,7 +34,7 @@ from tiny_models import tiny_model  # noqa: E402
 
 #: What each is in for: soft caps and windows, shared keys and values, buffers that are not saved, experts, states instead of
 #: attention, two norms, layers that return several things, towers of images, layers that count as two, an encoder before the
-#: decoder, rows that say how a batch is padded.
+#: decoder, rows that say how a batch is padded, stages of several widths.
 SAMPLE = [
     ("causal-lm", "gemma2"), ("causal-lm", "gemma4_text"), ("causal-lm", "falcon_h1"), ("causal-lm", "gpt_oss"),
     ("causal-lm", "mamba"),
@@ -42,13 +42,16 @@ SAMPLE = [
     ("masked-lm", "deberta-v2"),
     ("masked-lm", "roberta"), ("sequence-classification", "bart"), ("sequence-classification", "distilbert"),
     ("sequence-classification", "qwen3"), ("image-classification", "dinov2"), ("image-classification", "beit"),
+    ("image-classification", "resnet"), ("image-classification", "swin"), ("image-classification", "pvt_v2"),
+    ("image-classification", "mobilevit"),
 ]  # fmt: skip
 #: What cannot be cut, and what is said of it.
 REFUSED = {
     ("masked-lm", "albert"): "must have a list of 4 layers",  # one layer, several times over
     ("causal-lm", "zamba"): "which shared='common' makes block 2's",  # layers that share parameters
     ("sequence-classification", "t5"): "their logits differ",  # the first layer hands on positions
-    ("image-classification", "swin"): "cannot be cut into blocks",  # no head reads what has another width
+    ("image-classification", "pvt"): "it has no list of stages",  # a stage's embeddings stand apart from its layers
+    ("image-classification", "levit"): "cannot be cut into blocks",  # which keeps what its layers computed from weights
     ("causal-lm", "xlnet"): "its tokens see those after them, and must not",
 }
 
@@ -108,6 +111,33 @@ def test_a_fresh_part_of_what_a_constructor_alone_sets_is_refused():
         db.convert(plain.config, 2, resident_blocks=[1])
     part = db.convert(plain, 2, resident_blocks=[1])
     assert all(tensor.isfinite().all() for tensor in part.state_dict().values())
+
+
+# ---- stages
+
+
+def test_batch_norms_count_in_their_own_block_s_step_alone():
+    """Of a ResNet; its stem's in block 0's."""
+    model = db.convert(RESNET, 4).train()
+    for block in model.blocks:
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        model(**TASKS["image-classification"].example(RESNET, 4, None), block_index=block.index)
+        moved = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
+        assert moved and {model.block_of_parameter(name) for name in moved} - {None} == {block.index}
+        assert any(name.startswith("backbone.resnet.embedder.") for name in moved) is (block.index == 0)
+
+
+def test_stages_after_a_block_are_not_run():
+    model, images = db.convert(RESNET, 4).train(), TASKS["image-classification"].example(RESNET, 4, None)
+    with watching(model.layers[0]) as before, watching(model.layers[1]) as own, watching(model.layers[2]) as after:
+        entering = model(**images, block_index=0).hidden_states[0]
+        model(**images, block_index=1, block_input=entering)
+    assert (len(before), len(own), len(after)) == (1, 1, 0) and torch.equal(own[0], entering)
+
+
+def test_stages_have_no_local_head_layers():
+    with pytest.raises(ValueError, match="local_head_layers=1 must be 0 for model_type='resnet'"):
+        db.convert(RESNET, 2, local_head_layers=1)
 
 
 # ---- running one block

@@ -12,7 +12,7 @@ import point_family
 import pytest
 import torch
 from conftest import randomized
-from families import CASES, estimate_of, grid, grid_of_blocks, labelled, reloaded, same, seeded, watching
+from families import CASES, RESNET, SWIN, estimate_of, grid, grid_of_blocks, labelled, reloaded, same, seeded, watching
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
@@ -68,7 +68,7 @@ def test_a_block_starts_from_its_own_embeddings_and_ends_in_its_own_head(case):
     assert torch.equal(model(**batch, block_index=0, generator=seeded()).loss, before)
 
 
-@pytest.mark.parametrize(**grid(lambda case: case.is_local))
+@pytest.mark.parametrize(**grid(lambda case: case.is_local and case.config not in (RESNET, SWIN)))
 @torch.no_grad()
 def test_own_parts_of_a_converted_model_start_as_the_model_s(case):
     plain, inputs = case.plain(), case.inputs()
@@ -206,7 +206,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_labelled_logits(case, block_index
     assert torch.allclose(out.loss, expected, atol=1e-5)
 
 
-@everywhere
+@pytest.mark.parametrize(**grid(lambda case: case.config is not RESNET))
 def test_gradient_checkpointing_changes_nothing(case):
     """But how often a layer runs: once more, in the backward pass."""
     model, batch = case.model().train(), case.rows()
@@ -223,11 +223,19 @@ def test_gradient_checkpointing_changes_nothing(case):
     assert counts[1] > counts[0] > 0  # (of the paper's text, clean tokens enter the last one for their keys alone)
 
 
-@pytest.mark.parametrize(**grid(lambda case: case.gives_logits))
+def test_gradient_checkpointing_is_refused_where_the_stock_model_has_none():
+    with pytest.raises(ValueError, match="does not support activation checkpointing"):
+        CASES["resnet, own"].model().gradient_checkpointing_enable()
+
+
+@pytest.mark.parametrize(**grid(lambda case: case.gives_logits and case.config is not RESNET))
 def test_bfloat16_is_as_close_to_float32_as_it_rounds(case):
-    """Loss, gradients and priors, with the same weights and noise: bfloat16 rounds by up to 0.4 % at every step."""
-    half, batch, found = case.model().to(torch.bfloat16).train(), case.rows(), []
+    """Loss, gradients and priors, with the same weights and noise: bfloat16 rounds by up to 0.4 % at every step. (Batch norms of
+    four numbers make more of it.)"""
+    half, found = case.model().to(torch.bfloat16).train(), []
     for model in (half, copy.deepcopy(half).float()):
+        rows = case.rows()
+        batch = {name: each.to(model.dtype) if each.is_floating_point() else each for name, each in rows.items()}
         loss = model(**batch, block_index=case.last_block, generator=seeded()).loss
         loss.backward()
         gradients = [parameter.grad for parameter in model.block_parameters(case.last_block)]
@@ -235,7 +243,8 @@ def test_bfloat16_is_as_close_to_float32_as_it_rounds(case):
         with torch.no_grad():
             prior = None
             if case.has_known_targets:
-                prior = model.eval().block_logits(**case.inputs()).float().log_softmax(-1)
+                inputs = {name: batch[name] for name in case.inputs()}
+                prior = model.eval().block_logits(**inputs).float().log_softmax(-1)
                 assert model(**batch).loss.isfinite()  # of a walk, decided by single tokens
         found.append((loss.item(), torch.cat([gradient.float().flatten() for gradient in gradients]), prior))
     (loss, gradient, prior), (exact_loss, exact_gradient, exact_prior) = found

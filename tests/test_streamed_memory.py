@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig, OpenAIGPTConfig
-from transformers import SwinConfig
+from transformers import PvtConfig, SwinConfig
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.memory import costs as costs_module
@@ -26,7 +26,9 @@ OTHERS = {
     "openai-gpt": OpenAIGPTConfig(n_layer=3, n_embd=32, n_head=2, vocab_size=307, n_positions=64),  # checkpoints nothing
     "mixtral": MixtralConfig(**LAYERS | {"num_hidden_layers": 2}, num_key_value_heads=2, vocab_size=307, num_local_experts=4),
     "swin": SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[2, 1], num_heads=[2, 2], window_size=4),
+    "pvt": PvtConfig(image_size=32, hidden_sizes=[16, 16, 16, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 2, 2]),
 }
+IMAGES = (PvtConfig, SwinConfig)
 EVERYTHING, ADAPTERS = ways_of_streams()
 DTYPES = {"float32": {}, "bfloat16": {"dtype": torch.bfloat16}, "masters": {"bf16": True}}
 
@@ -36,7 +38,7 @@ def fake_mode() -> FakeTensorMode:
 
 
 def followed(way: Way, config, fake: bool = True, **options):
-    options = {"batch_size": 3, "sequence_length": None if isinstance(config, SwinConfig) else 48, **options}
+    options = {"batch_size": 3, "sequence_length": None if isinstance(config, IMAGES) else 48, **options}
     torch.manual_seed(0)
     return followed_stream(way, Workload(config, None, **options), fake_mode() if fake else None)
 
@@ -102,10 +104,10 @@ def test_layers_that_stay_are_counted_on_the_device():
 
 @pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
 def test_any_causal_model_or_image_classifier_is_estimated(config):
-    length = None if isinstance(config, SwinConfig) else 24
+    length = None if isinstance(config, IMAGES) else 24
     estimate = db.estimate_memory(config, batch_size=2, sequence_length=length)
     cut = any("recommended" in name for name in estimate.ledgers)
-    assert cut is not isinstance(config, SwinConfig) and not any("paper" in name for name in estimate.ledgers)
+    assert cut is not isinstance(config, PvtConfig) and not any("paper" in name for name in estimate.ledgers)
     streamed, plain = (estimate.ledgers[name] for name in (EVERYTHING.name, CHECKPOINTING))
     assert streamed.total < plain.total and streamed.host > 0 == plain.host
     assert config.model_type in str(estimate) and ("B=" in str(estimate)) is cut
@@ -118,7 +120,7 @@ def test_any_causal_model_or_image_classifier_is_estimated(config):
     ("name", "fields", "message"),
     [
         ("gemma2", {"sequence_length": 24, "preset": "paper"}, "preset='paper' must be 'recommended' for model_type='gemma2'"),
-        ("swin", {"num_blocks": 2}, "model_type='swin' cannot be cut into blocks: its layers are of several widths"),
+        ("pvt", {"num_blocks": 2}, "model_type='pvt' cannot be cut into blocks: it has no list of stages"),
     ],
 )
 def test_what_cannot_be_cut_has_no_blocks(name, fields, message):

@@ -223,6 +223,11 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         layers = self.num_hidden_layers
         if (self.local_head_layers or 0) > layers:
             raise ValueError(f"local_head_layers={self.local_head_layers} must be at most the model's {layers} layers")
+        if self.local_head_layers and not self.architecture.layers_are_alike:
+            raise ValueError(
+                f"local_head_layers={self.local_head_layers} must be 0 for model_type={self.source_config.model_type!r}: its "
+                "stages are of several widths, and each block has a head of its own"
+            )
         if self.layers_per_block is None:
             if self.num_blocks > layers:
                 raise ValueError(f"num_blocks={self.num_blocks} must be at most the model's {layers} layers")

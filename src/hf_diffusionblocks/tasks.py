@@ -77,6 +77,7 @@ class Task:
         fields_of_source: `folder or hub id, where on the Hub` -> fields that what is saved beside a plain model says.
         generation: what `diffusionblocks generate` does; None where the task generates nothing.
         pipeline_tag: what the Hub calls the task; None is `name`.
+        make_backbone: `(stock class, plain config)` -> how it is cut, where [`register_backbone`] says no more; None: it is not.
     """
 
     name: str
@@ -96,13 +97,14 @@ class Task:
     generation: Generation | None = None
     pipeline_tag: str | None = None
     stock_auto_classes: tuple[type, ...] = ()
+    make_backbone: Callable[[type[nn.Module], PreTrainedConfig], Backbone | None] = lambda stock, config: Backbone(stock)
 
     def backbone_of(self, config: PreTrainedConfig) -> Backbone | None:
         """How a plain model is cut into blocks for this task; None: its architecture does not serve it."""
         if known := _BACKBONES.get((config.model_type, self.name)):
             return known
         found = [stock_class(each, config) for each in self.stock_auto_classes]
-        return next((Backbone(each) for each in found if each), None)
+        return next((self.make_backbone(each, config) for each in found if each), None)
 
     def presets_for(self, config: PreTrainedConfig) -> list[str]:
         """The formulations that an architecture which serves this task can have."""

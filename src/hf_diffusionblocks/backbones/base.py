@@ -27,6 +27,7 @@ class Backbone:
     #: Fields of DiffusionBlocksConfig without a choice for it, and what they are; why is said in `fixed_because`
     fixed_fields: ClassVar[Mapping[str, Any]] = {}
     fixed_because: ClassVar[str] = ""
+    layers_are_alike: ClassVar[bool] = True  #: of one width, so that one head reads what leaves any
 
     def __init__(self, plain_class: type[nn.Module]):
         self.plain_class = plain_class
@@ -35,11 +36,6 @@ class Backbone:
         """Raise ValueError if this config asks for something that cannot be cut into blocks."""
         if getattr(config, "output_router_logits", False):
             raise ValueError("output_router_logits=True must be False: the loss of routers couples all layers")
-        if getattr(config, "depths", None):
-            raise ValueError(
-                f"model_type={config.model_type!r} cannot be cut into blocks: its layers are of several widths, and no head reads "
-                "what leaves a middle one"
-            )
 
     def check_modulation(self, config: PreTrainedConfig) -> None:
         """Raise ValueError if noise levels cannot modulate the layers of this config, as the paper's denoisers ask for."""

@@ -53,7 +53,7 @@ class StockRun:
         block: which of them are the block's.
         parts: the block's own, which are in the stock model meanwhile, by path.
         runs_earlier: whether layers before the block run.
-        entering: what enters the block `[N, S, D]`, if it is there: no layer before it runs, then.
+        entering: what enters the block, `[N, S, D]`, if it is there: no layer before it runs, then.
         local_head: layers that run after the block's, on what its last one is given beside hidden states.
     """
 

@@ -5,7 +5,7 @@ They start from the ledger of a way that is followed, and change what differs. T
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -38,8 +38,9 @@ def ledgers_by_formula(workload: Workload, followed: Mapping[str, Ledger]) -> di
     found = {EIGHT_BIT: eight_bit_adamw(followed[CHECKPOINTING], model)}
     found[FSDP] = fsdp_offload(followed[CHECKPOINTING], model, workload)
     adapted = followed.get(f"{LORA}, checkpointing")
-    if adapted is not None:
-        found[QLORA] = qlora(adapted, model, workload)
+    matrices = matrices_of_layers(model)
+    if adapted is not None and matrices:  # (convolutions have no 4 bits)
+        found[QLORA] = qlora(adapted, matrices, workload)
     return found
 
 
@@ -58,17 +59,19 @@ def eight_bit_adamw(checkpointed: Ledger, model: nn.Module) -> Ledger:
     return _changed(checkpointed, optimizer=state)
 
 
-def qlora(adapted: Ledger, model: nn.Module, workload: Workload) -> Ledger:
+def matrices_of_layers(model: nn.Module) -> list[nn.Parameter]:
+    """Weights that layers map with."""
+    layers = layer_paths(model)
+    inside = (module for name, module in model.named_modules() if name.startswith(layers))
+    return [module.weight for module in inside if isinstance(module, (nn.Linear, Conv1D))]
+
+
+def qlora(adapted: Ledger, matrices: Sequence[nn.Parameter], workload: Workload) -> Ledger:
     """LoRA on a base in 4 bits (NF4, double quantisation), with checkpointing.
 
     Matrices of layers take 0.516 bytes a weight; embeddings, head and norms stay in `dtype`. While a matrix is used it is
     there once more in what it computes in: the largest one's bytes are added to what is temporary.
     """
-    layers = layer_paths(model)
-    matrices = [
-        module.weight for name, module in model.named_modules()
-        if name.startswith(layers) and isinstance(module, (nn.Linear, Conv1D))
-    ]  # fmt: skip
     saved = sum(round(weight.nbytes - BYTES_IN_4_BIT * weight.numel()) for weight in matrices)
     itemsize = 2 if workload.bf16 else workload.dtype.itemsize
     ledger = _changed(adapted, blocks=adapted.parts.blocks - saved)

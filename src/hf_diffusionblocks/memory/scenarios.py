@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -156,7 +157,10 @@ def _steps_of_blocks(way: Way, workload: Workload, fake_mode) -> Iterator[Step]:
 
 
 def _blocks_that_differ(config: DiffusionBlocksConfig) -> list[int]:
-    """The first, the last, and the second where it has more layers: any other holds no more than one of these."""
+    """The first, the last, and the second where it has more layers: any other holds no more than one of these. Stages all
+    differ."""
+    if not config.architecture.layers_are_alike:
+        return [*range(config.num_blocks)]
     last = config.num_blocks - 1
     sizes = [len(config.block_layers(block)) for block in range(config.num_blocks)]
     largest = max(range(config.num_blocks), key=lambda block: (sizes[block], block))
@@ -170,13 +174,13 @@ def _steps_of_all(way: Way, workload: Workload, blocks: list[int], fake_mode) ->
     _make_state(optimizer, optimizer.param_groups[0]["params"])
     for block in blocks:
         # (In turn, earlier blocks run, unless nothing is to be computed: forward and without gradient they hold less.)
-        entering = _entering(workload, fake_mode) if block and way.carried and (way.together or fake_mode) else {}
+        entering = _entering(model, block, workload, fake_mode) if block and way.carried and (way.together or fake_mode) else {}
         arguments = {**workload.batch(), **entering, "block_index": block}
         if way.together and block:  # what all blocks share has a gradient from the first
             with fake_mode or nullcontext():
                 for parameter in model.shared_parameters():
                     parameter.grad = torch.zeros_like(parameter)
-        kept = list(entering.values()) if way.together else []
+        kept = [each for each in tree_leaves(entering) if isinstance(each, torch.Tensor)] if way.together else []
         trained = (*model.block_parameters(block), *model.shared_parameters()) if way.together else model.parameters()
         with _training(model, trained):
             yield Step(model, optimizer, lambda: model(**arguments).loss, kept)
@@ -188,7 +192,7 @@ def _job_step(way: Way, workload: Workload, block: int, fake_mode) -> Iterator[S
     model = _built(_converted(way, workload, run), workload.dtype, fake_mode)
     batch = workload.batch()
     if way.carried and block and fake_mode is not None:
-        batch |= _entering(workload, fake_mode)
+        batch |= _entering(model, block, workload, fake_mode)
     with _training(model, (*model.block_parameters(block), *(model.shared_parameters() if way.train_shared else ()))):
         yield Step(model, _optimizer(model), lambda: model(**batch, block_index=block).loss)
 
@@ -212,9 +216,14 @@ def _converted(
     return lambda: convert(workload.config, workload.num_blocks, workload.task.name, resident_blocks, **way.fields)
 
 
-def _entering(workload: Workload, fake_mode: FakeTensorMode | None) -> dict[str, torch.Tensor]:
+def _entering(
+    model: DiffusionBlocksPreTrainedModel, block: int, workload: Workload, fake_mode: FakeTensorMode | None
+) -> dict[str, Any]:
     """What enters a block, where earlier blocks have run, or would run: forward and without gradient, they hold less than what
     follows."""
+    if not model.architecture.layers_are_alike:  # which nothing but a run tells
+        with nullcontext() if fake_mode is None else WithoutMemory(fake_mode):
+            return {"block_input": model.passed_on(model.blocks[block - 1], workload.batch())}
     with fake_mode or nullcontext():
         return {"block_input": workload.hidden()}
 

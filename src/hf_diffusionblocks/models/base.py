@@ -14,7 +14,7 @@ from transformers import initialization as init
 
 from ..backbones.base import parts_around
 from ..backbones.modulation import AdaLNModulation, Modulation, SigmaEmbedding
-from ..backbones.stock_run import without_dropout
+from ..backbones.stock_run import base_of, without_dropout
 from ..configuration import DiffusionBlocksConfig
 from ..diffusion.randomness import Generators
 from ..diffusion.schedule import NoiseSchedule
@@ -86,7 +86,10 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         base = f"{self.layers_path.split('.')[0]}."
         #: of the stock model, what reads a block out: what it has after its layers, or, where it runs itself, its head
         self.readout_paths = [path for path in around[1] if not (formulation.runs_stock and path.startswith(base))]
-        self.sharing = Sharing(config.shared == "per_block", self.num_blocks, around, embeds_later=not formulation.passes_on)
+        self.sharing = Sharing(
+            config.shared == "per_block", self.num_blocks, around, embeds_later=not formulation.passes_on,
+            reads_earlier=self.architecture.layers_are_alike,
+        )  # fmt: skip
         self.resident_blocks = list(range(self.num_blocks))  #: blocks that are loaded: all, unless asked for some
         self._make_parts(config, formulation.modulated)
         self.tie_within_blocks()
@@ -94,7 +97,9 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         #: levels of noise -> blocks; None where a formulation has no noise
         self.noise_schedule = self.schedule_for(config)
         self.formulation = formulation(self)
-        if not formulation.runs_stock:
+        if formulation.runs_stock:
+            self.supports_gradient_checkpointing = self.backbone.supports_gradient_checkpointing
+        else:
             self._run_layer = self.architecture.run_layer
 
     def _check_task(self, config: DiffusionBlocksConfig) -> None:
@@ -105,8 +110,8 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         """The modules that the stock model has not."""
         for name, module in self.sharing.modules(self.backbone).items():
             self.add_module(name, module)
-        width, layers = config.hidden_size, config.num_hidden_layers
         if modulated:
+            width, layers = config.hidden_size, config.num_hidden_layers
             self.sigma_embeddings = nn.ModuleList(SigmaEmbedding(width) for _ in range(self.sharing.num_copies))
             self.modulations = nn.ModuleList(AdaLNModulation(width) for _ in range(layers))
         if config.local_head_layers:
@@ -286,9 +291,11 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         if not self.formulation.runs_stock:
             self._run_layer = torch.compile(self.architecture.run_layer, **kwargs)
             return
-        compiled = torch.compile(type(self.layers[0]).forward, **kwargs)
-        for layer in (*self.layers, *(layer for head in getattr(self, "local_heads", ()) for layer in head)):
-            layer.forward = partial(compiled, layer)
+        heads = self.local_heads if self.config.local_head_layers else ()
+        layers = [*self.layers, *(layer for head in heads for layer in head)]
+        compiled = {kind: torch.compile(kind.forward, **kwargs) for kind in {*map(type, layers)}}
+        for layer in layers:
+            layer.forward = partial(compiled[type(layer)], layer)
 
     def asked_of_stock_model(self, stock: Mapping[str, Any]) -> dict[str, Any]:
         """What evaluation asks of the stock model beside its inputs: what is given, or else the config's own settings."""
@@ -355,11 +362,12 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         return batch["labels"]
 
     @torch.no_grad()
-    def passed_on(self, block: Block, batch: Mapping[str, Any], entering: torch.Tensor | None = None) -> torch.Tensor:
+    def passed_on(self, block: Block, batch: Mapping[str, Any], entering: Any = None) -> Any:
         """What leaves a block that does not train, `[N, S, D]`.
 
         Args:
             entering: what enters it; None: it embeds, or the blocks before it run.
         """
-        with without_dropout(self.backbone):
-            return block.run_stock(self.stock_inputs(batch), entering).leaving
+        with without_dropout(self.backbone), block.alone(entering) as run:
+            base_of(self.backbone, self.layers_path)(**self.stock_inputs(batch))
+        return run.leaving

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from ..backbones.modulation import Modulation
+from ..backbones.staged import StageRun
 from ..backbones.stock_run import StockRun, base_of, head_of
 from ..streaming import weights_on_device
 
@@ -62,12 +64,12 @@ class Block:
 
     # ---- inside the stock model
 
-    def alone(self, entering: torch.Tensor | None = None) -> StockRun:
+    def alone(self, entering: Any = None) -> StockRun:
         """While this is entered, this block is the one that trains in the stock model's forward, and has its own parts in it.
 
         Args:
-            entering: what enters the block, `[N, S, D]`; None: it embeds, or the blocks before it run, without gradient and
-                dropout.
+            entering: what enters the block, `[N, S, D]` or, of stages, all that the one before has returned; None: it
+                embeds, or the blocks before it run, without gradient and dropout.
 
         Raises:
             ValueError: the block is not loaded.
@@ -75,9 +77,22 @@ class Block:
         self._check_loaded()
         model, head = self.model, self.model.get_submodule(self._local_head) if self._local_head else ()
         if entering is not None:
-            entering = entering.to(model.device, model.dtype)
-        runs_earlier = bool(self.predecessors)
-        return StockRun(model.backbone, model.layers, self.layer_indices, self._own_parts(), runs_earlier, entering, head)
+            entering = tree_map_only(torch.Tensor, lambda each: each.to(model.device, model.dtype), entering)
+        runs_earlier, kind = bool(self.predecessors), StockRun if model.architecture.layers_are_alike else StageRun
+        return kind(model.backbone, model.layers, self.layer_indices, self._own_parts(), runs_earlier, entering, head)
+
+    def classify(self, inputs: Mapping[str, Any], entering: Any = None) -> tuple[Any, torch.Tensor]:
+        """What has left the block, and its logits: the stock model's, or its stage head's.
+
+        Raises:
+            ValueError: the stock model's forward does not call its layers.
+        """
+        logits = None
+        with self.alone(entering) as run:
+            logits = self.model.backbone(**inputs).logits
+        if run.leaving is None:
+            raise ValueError(f"its forward does not call the layers of {self.model.layers_path}")
+        return run.leaving, self.model.local_heads[self.index](run.leaving) if logits is None else logits
 
     def run_stock(self, inputs: Mapping[str, Any], entering: torch.Tensor | None = None) -> BlockOutput:
         """What the block makes of what the stock model takes, by the stock model's forward but for its head."""

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import ModelOutput
 
+from ..backbones.staged import StageHead
 from ..backbones.stock_run import without_dropout
 from ..configuration import DiffusionBlocksConfig
 from ..diffusion.objectives import IGNORED, num_counted
@@ -47,7 +49,7 @@ class LocalClasses(Formulation):
 
     passes_on = runs_stock = True
 
-    def train(self, block: Block, x: Mapping, labels: torch.Tensor, block_input: torch.Tensor | None, noise: Mapping):
+    def train(self, block: Block, x: Mapping, labels: torch.Tensor, block_input: Any, noise: Mapping):
         """What has left a block, `[N, S, D]`, and its logits `[N, V]`.
 
         Raises:
@@ -56,12 +58,7 @@ class LocalClasses(Formulation):
         for name in ("sigma", "noise"):
             if noise.get(name) is not None:
                 raise ValueError(f"{name} must be None with preset='recommended': blocks of classes have no noise there")
-        return self._run(x, block, block_input)
-
-    def _run(self, x: Mapping, block: Block, entering: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        with block.alone(entering) as run:
-            logits = self.model.backbone(**x).logits
-        return run.leaving, logits
+        return block.classify(x, block_input)
 
     def predict(self, x: Mapping, labels: torch.Tensor | None = None, **stock) -> ImageClassifierOutput:
         """What the plain model gives. (Not its loss: shares of classes it would take for classes of their own.)"""
@@ -75,7 +72,7 @@ class LocalClasses(Formulation):
         """Every block's, `[N, B, V]`."""
         entering, found = None, []
         for block in self.model.blocks:
-            entering, logits = self._run(x, block, entering)
+            entering, logits = block.classify(x, entering)
             found.append(logits)
         return torch.stack(found, dim=1)
 
@@ -109,6 +106,10 @@ class DiffusionBlocksClassifier(DiffusionBlocksPreTrainedModel):
             self.label_embeddings = FixedTargets(config.num_labels, config.hidden_size)
             copies = range(self.sharing.num_copies)
             self.noisy_labels = nn.ModuleList(NoisyLabelToken(config.hidden_size) for _ in copies)
+        if not self.architecture.layers_are_alike:  # the last block is read out as the stock model is
+            widths = self.architecture.stages(config.source_config).widths
+            ends = [widths[block.layer_indices[-1]] for block in self.blocks[:-1]]
+            self.local_heads = nn.ModuleList(StageHead(width, config.num_labels) for width in ends)
         self.post_init()
 
     @torch.no_grad()
@@ -116,6 +117,9 @@ class DiffusionBlocksClassifier(DiffusionBlocksPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, NoisyLabelToken):
             init.zeros_(module.position)
+        elif isinstance(module, StageHead):
+            init.normal_(module.weight, std=0.02)
+            init.zeros_(module.bias)
 
     def _classify(
         self, x: Mapping[str, Any], labels: torch.Tensor | None, block_index: int | None, block_input: torch.Tensor | None,
@@ -132,7 +136,8 @@ class DiffusionBlocksClassifier(DiffusionBlocksPreTrainedModel):
         self.refuse(stock, "with block_index, which has a loss of its own: leave it out of the batch")
         leaving, logits = self.formulation.train(self.blocks[block_index], x, labels, block_input, draws)
         loss = self.mean_loss(logits, labels, num_items)
-        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=(leaving.detach(),))
+        leaving = tree_map_only(torch.Tensor, torch.Tensor.detach, leaving)
+        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=(leaving,))
 
     def mean_loss(self, logits: torch.Tensor, labels: torch.Tensor, num_items) -> torch.Tensor:
         """The cross-entropy of those that have a label: their mean, or, of a micro-batch, its part of the mean over the

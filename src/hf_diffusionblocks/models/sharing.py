@@ -21,19 +21,23 @@ class Sharing:
         num_blocks: B.
         around: paths of what stands before the stock model's layers, and after them.
         embeds_later: whether blocks after the first embed.
+        reads_earlier: whether blocks before the last read out as the stock model does.
     """
 
-    def __init__(self, per_block: bool, num_blocks: int, around: tuple[list[str], list[str]], embeds_later: bool):
+    def __init__(
+        self, per_block: bool, num_blocks: int, around: tuple[list[str], list[str]], embeds_later: bool, reads_earlier: bool
+    ):
         self._per_block, self._last = per_block, num_blocks - 1
         self._before, self._after = around
         self._later_embeddings = self._before if embeds_later else []
+        self._earlier_readouts = self._after if reads_earlier else []
         #: names of the modules that `modules` makes
         self.own_modules = ("block_embeddings", "block_readouts") if per_block else ()
         self.num_copies = num_blocks if per_block else 1  #: of what the stock model has not: sigma embeddings and the like
 
     def modules(self, plain: nn.Module) -> dict[str, nn.Module]:
         """Modules of the blocks' own, by their names in the model."""
-        paths = dict(zip(self.own_modules, (self._later_embeddings, self._after)))
+        paths = dict(zip(self.own_modules, (self._later_embeddings, self._earlier_readouts)))
         return {name: nn.ModuleList(Parts(plain, of) for _ in range(self._last)) for name, of in paths.items()}
 
     def embeddings(self, block_index: int) -> str:
@@ -61,7 +65,7 @@ class Sharing:
 
     def own_paths(self, block_index: int) -> dict[str, str]:
         """The stock model's modules that a block has copies of, by path, and the paths of these."""
-        pairs = ((self.embeddings(block_index), self._later_embeddings), (self.readout(block_index), self._after))
+        pairs = ((self.embeddings(block_index), self._later_embeddings), (self.readout(block_index), self._earlier_readouts))
         return {path: f"{own}.{path}" for own, paths in pairs if own != "backbone" for path in paths}
 
     def ties(self, resident_blocks: Sequence[int], stock: dict[str, str]) -> dict[str, str]:

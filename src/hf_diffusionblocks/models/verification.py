@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.utils import logging
 
 from ..backbones.stock_run import base_of, without_dropout
@@ -98,13 +99,10 @@ class _Comparison:
         """The last block's logits, and gradients, passed back from block to block."""
         entering, leaving, hidden = [], [], None
         for block in self._model.blocks:
-            with block.alone(hidden) as run:
-                logits = self._model.backbone(**self._inputs).logits
-            if run.leaving is None:
-                raise ValueError(f"its forward does not call the layers of {self._model.layers_path}")
-            entering.append(hidden)
-            leaving.append(run.leaving)
-            hidden = run.leaving.detach().requires_grad_()
+            left, logits = block.classify(self._inputs, hidden)
+            entering.append(None if hidden is None else tree_leaves(hidden)[0])
+            leaving.append(tree_leaves(left)[0])
+            hidden = tree_map_only(torch.Tensor, lambda each: each.detach().requires_grad_(), left)
         total: list[torch.Tensor | None] = [None] * len(self._watched)
         end, above = (logits * weights).float().sum(), None
         for block, before, after in zip(self._model.blocks[::-1], entering[::-1], [*leaving[-2::-1], None]):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from .parallel import average_gradients
 
@@ -31,8 +32,8 @@ class TogetherSteps:
         #: whether a block starts from what the one before it put out, which is then handed to it here
         self._passes_on = self._model.formulation.passes_on
         self._gathered: list[tuple[dict, Any]] = []  # micro-batches of the step, and their items, until all are there
-        self._entering: list[torch.Tensor | None] = []  # what enters the active block; None: it embeds
-        self._leaving: list[torch.Tensor | None] = []  # what leaves it (each list has a place a micro-batch)
+        self._entering: list[Any] = []  # what enters the active block; None: it embeds
+        self._leaving: list[Any] = []  # what leaves it (each list has a place a micro-batch)
         self._norms: list[torch.Tensor] = []  # of the gradients of the blocks that have moved
 
     def training_step(self, inputs: dict, num_items: torch.Tensor | int | None) -> torch.Tensor:
@@ -60,7 +61,7 @@ class TogetherSteps:
     @property
     def kept(self) -> list[torch.Tensor]:
         """Hidden states that passes leave for later ones."""
-        return [hidden for hidden in (*self._entering, *self._leaving) if hidden is not None]
+        return [each for each in tree_leaves((self._entering, self._leaving)) if isinstance(each, torch.Tensor)]
 
     def norm(self, shared: float) -> float:
         """Of all gradients of the last step, before they were clipped, from that of those of what blocks share."""
@@ -84,12 +85,12 @@ class TogetherSteps:
                 self._entering = self._leaving
         return torch.stack(losses).mean()
 
-    def _passed_on(self, k: int, m: int, batch: dict) -> torch.Tensor:
+    def _passed_on(self, k: int, m: int, batch: dict) -> Any:
         """What leaves a block that does not train."""
         with self._trainer.accelerator.autocast():  # (Accelerate casts in `forward`, of which this is no part)
             return self._model.passed_on(self._model.blocks[k], batch, self._entering[m])
 
-    def entering(self, m: int) -> dict[str, torch.Tensor]:
+    def entering(self, m: int) -> dict[str, Any]:
         """What `forward` is told of a micro-batch, beside the batch, for the pass that comes."""
         return {} if self._entering[m] is None else {"block_input": self._entering[m]}
 

@@ -206,6 +206,11 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         if self.args.world_size > 1:  # as DDP does: all start from rank 0's weights, frozen ones and buffers, too
             broadcast((*self.model.parameters(), *self.model.buffers()), source=0)
 
+    def evaluation_loop(self, *args, **kwargs):
+        if self.args.world_size > 1:  # batch norms, which each process counts for itself: rank 0's, which are saved
+            broadcast(self.model.buffers(), source=0)
+        return super().evaluation_loop(*args, **kwargs)
+
     # ---- optimizer and schedule
 
     def create_optimizer(self, model=None):

@@ -52,8 +52,8 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksClassifier):
             generator: of the draws; or one an image, N of them.
             interpolate_pos_encoding: as in the plain model.
             return_logits: for all tasks alike; logits of images are always returned.
-            block_input: the hidden states `[N, S, D]` that enter the block, where the earlier blocks are not run but
-                their output is there.
+            block_input: the hidden states `[N, S, D]` that enter the block (of stages, what the one before has returned), where
+                the earlier blocks are not run but their output is there.
             num_items_in_batch: images that the summed loss is divided by; None is those of this batch.
             stock: classification: what else the plain model takes (`output_hidden_states`, ...).
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
+from ...backbones.base import Backbone
+from ...backbones.staged import StagedBackbone
 from ...tasks import LABEL_FREE_LOGITS, Task, a_step_a_block, gaussian_noise
 from .model import DiffusionBlocksForImageClassification
 
@@ -31,6 +33,19 @@ def plain_loss(model: PreTrainedModel, **batch: torch.Tensor) -> torch.Tensor:
     return model(**batch).loss
 
 
+def make_backbone(stock_class: type[PreTrainedModel], config: PreTrainedConfig) -> Backbone | None:
+    """Of stages, where a config says several depths, or not how many layers of which width there are. None: it takes other
+    inputs than images."""
+    if getattr(stock_class, "main_input_name", "pixel_values") != "pixel_values":
+        return None
+    backbone = Backbone(stock_class)
+    try:
+        alike = not getattr(config, "depths", None) and backbone.num_layers(config) > 0 and backbone.width(config) > 0
+    except ValueError:
+        alike = False
+    return backbone if alike else StagedBackbone(stock_class, example)
+
+
 def _pair(size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
@@ -51,4 +66,5 @@ IMAGE_CLASSIFICATION = Task(
     formulations={"recommended": {"local_head_layers": 0}, "paper": gaussian_noise(overlap=0.05)},
     evaluation=LABEL_FREE_LOGITS,
     settle=a_step_a_block,
+    make_backbone=make_backbone,
 )
