@@ -123,7 +123,7 @@ def register() -> None:
         Task(
             name=ImageDenoiser.task, model_class=ImageDenoiser, auto_class=AutoModelForImageToImage,
             example=lambda config, num_rows, length: {"pixel_values": torch.randn(num_rows, config.size, config.size)},
-            num_positions=lambda config, length: config.size, takes_sequence_length=False,
+            takes_sequence_length=False,
             plain_loss=lambda model, pixel_values: model(pixel_values, torch.zeros(len(pixel_values))).square().mean(),
             processor="image processor", load_processor=str, usage="model(pixel_values).loss",
             formulations=dict.fromkeys(PRESETS, gaussian_noise(0.05)), evaluation=dict.fromkeys(PRESETS, "A loss."),

@@ -65,7 +65,6 @@ class Task:
         stock_auto_classes: Auto classes of Transformers whose models can be cut for it, the usual one first; none: those that
             [`register_backbone`] names are all.
         example: `(plain config, rows, tokens a row or None) -> batch` of random inputs and labels, to measure memory with.
-        num_positions: `(plain config, tokens a row or None)` -> positions S of the hidden states of one row.
         takes_sequence_length: whether the caller says how many tokens a row has; otherwise the config does.
         plain_loss: `(plain model, **batch)` -> its loss, end to end.
         processor: what prepares its inputs, as users call it; it is saved beside the model.
@@ -84,7 +83,6 @@ class Task:
     model_class: type[PreTrainedModel]
     auto_class: type
     example: Callable[[PreTrainedConfig, int, int | None], dict[str, torch.Tensor]]
-    num_positions: Callable[[PreTrainedConfig, int | None], int]
     takes_sequence_length: bool
     plain_loss: Callable[..., torch.Tensor]
     processor: str
@@ -127,8 +125,7 @@ class Task:
 
 #: What rows of text say alike.
 OF_TEXT = {
-    "num_positions": lambda config, sequence_length: sequence_length, "takes_sequence_length": True, "processor": "tokenizer",
-    "load_processor": load_tokenizer,
+    "takes_sequence_length": True, "processor": "tokenizer", "load_processor": load_tokenizer,
 }  # fmt: skip
 #: `Task.evaluation` of next tokens and classes
 LABEL_FREE_LOGITS = {

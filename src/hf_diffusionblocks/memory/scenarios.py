@@ -137,8 +137,9 @@ def _add_adapters(model: PreTrainedModel) -> None:
     convolutions = {name: module for name, module in inside.items() if isinstance(module, nn.Conv2d)}
     matrices = attention or matrices or convolutions  # (a layer may have none)
     transposed = any(isinstance(module, Conv1D) for module in matrices.values())
-    config = LoraConfig(r=LORA_RANK, target_modules=list(matrices), fan_in_fan_out=transposed)
-    inject_adapter_in_model(config, model)
+    config = LoraConfig(r=LORA_RANK, target_modules=[f"model.{name}" for name in matrices], fan_in_fan_out=transposed)
+    # (Of a model that has a config, PEFT takes some names for those of experts.)
+    inject_adapter_in_model(config, nn.ModuleDict({"model": model}))
 
 
 # ---- blocks
@@ -221,11 +222,8 @@ def _entering(
 ) -> dict[str, Any]:
     """What enters a block, where earlier blocks have run, or would run: forward and without gradient, they hold less than what
     follows."""
-    if not model.architecture.layers_are_alike:  # which nothing but a run tells
-        with nullcontext() if fake_mode is None else WithoutMemory(fake_mode):
-            return {"block_input": model.passed_on(model.blocks[block - 1], workload.batch())}
-    with fake_mode or nullcontext():
-        return {"block_input": workload.hidden()}
+    with nullcontext() if fake_mode is None else WithoutMemory(fake_mode):
+        return {"block_input": model.passed_on(model.blocks[block - 1], workload.batch())}
 
 
 def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:

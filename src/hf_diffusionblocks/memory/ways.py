@@ -62,11 +62,6 @@ class Workload:
         batch = self.stock.batch(self.batch_size, self.sequence_length)
         return {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in batch.items()}
 
-    def hidden(self) -> torch.Tensor:
-        """What enters a block."""
-        positions = self.task.num_positions(self.config, self.sequence_length)
-        return torch.randn(self.batch_size, positions, self.stock.architecture.width(self.config)).to(self.dtype)
-
 
 @dataclass(frozen=True)
 class Way:

@@ -17,15 +17,9 @@ IMAGE_SIZE = 224  #: where a config says none
 def example(config: PreTrainedConfig, num_rows: int, sequence_length: None) -> dict[str, torch.Tensor]:
     """Random images `[N, C, H, W]` and labels `[N]`."""
     seen = getattr(config, "vision_config", config)
-    size = _pair(getattr(seen, "image_size", None) or IMAGE_SIZE)
-    images = torch.randn(num_rows, getattr(seen, "num_channels", 3), *size)
+    size = getattr(seen, "image_size", None) or IMAGE_SIZE
+    images = torch.randn(num_rows, getattr(seen, "num_channels", 3), *((size, size) if isinstance(size, int) else size))
     return {"pixel_values": images, "labels": torch.randint(config.num_labels, (num_rows,))}
-
-
-def num_positions(config: PreTrainedConfig, sequence_length: None) -> int:
-    """CLS, and the patches. (Of what has other tokens, too, an estimate is a little low.)"""
-    (height, width), (rows, columns) = _pair(config.image_size), _pair(config.patch_size)
-    return 1 + (height // rows) * (width // columns)
 
 
 def plain_loss(model: PreTrainedModel, **batch: torch.Tensor) -> torch.Tensor:
@@ -46,17 +40,12 @@ def make_backbone(stock_class: type[PreTrainedModel], config: PreTrainedConfig) 
     return backbone if alike else StagedBackbone(stock_class, example)
 
 
-def _pair(size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
 IMAGE_CLASSIFICATION = Task(
     name=DiffusionBlocksForImageClassification.task,
     model_class=DiffusionBlocksForImageClassification,
     auto_class=AutoModelForImageClassification,
     stock_auto_classes=(AutoModelForImageClassification,),
     example=example,
-    num_positions=num_positions,
     takes_sequence_length=False,
     plain_loss=plain_loss,
     processor="image processor",

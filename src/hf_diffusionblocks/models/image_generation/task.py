@@ -19,11 +19,6 @@ def example(config: DiTConfig, num_rows: int, sequence_length: None) -> dict[str
     return {"pixel_values": images, "class_labels": torch.randint(config.num_embeds_ada_norm, (num_rows,))}
 
 
-def num_positions(config: DiTConfig, sequence_length: None) -> int:
-    """The patches."""
-    return (config.sample_size // config.patch_size) ** 2
-
-
 def plain_loss(model: nn.Module, pixel_values: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
     """An L2 loss of the network's output, which holds what any diffusion loss holds."""
     timestep = torch.zeros(len(pixel_values), device=pixel_values.device)
@@ -36,7 +31,6 @@ IMAGE_GENERATION = Task(
     model_class=DiffusionBlocksForImageGeneration,
     auto_class=AutoModel,
     example=example,
-    num_positions=num_positions,
     takes_sequence_length=False,
     plain_loss=plain_loss,
     processor="none: a recipe prepares images, and the pipeline puts them out",
