@@ -7,6 +7,7 @@ installed name.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,10 +36,16 @@ from hf_diffusionblocks.saving.resident import checked_blocks
 from hf_diffusionblocks.tasks import TASKS
 from hf_diffusionblocks.training.checks import check_one_job
 from hf_diffusionblocks.training.process_group import leave_at_exit
+from hf_diffusionblocks.whole_numbers import check_whole
 
 #: What the libraries below raise on bad input; anything else is a bug and keeps its traceback.
 BAD_INPUT = (ValueError, TypeError, OSError, SafetensorError, StrictDataclassError, MissingExtraError)
 SPLITS = ("train", "validation")
+#: What numbers of a run must be, at least.
+LEAST = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0, "seed": 0,
+}  # fmt: skip
 
 
 STREAM = "Keep weights, gradients and optimizer state in host memory; a layer or two at a time is on the device."
@@ -119,6 +126,15 @@ def _check_one_of(arguments, *names: str) -> None:
 def _check_needs(arguments, name: str, needed: str) -> None:
     if getattr(arguments, name) and not getattr(arguments, needed):
         raise ValueError(f"{name}={getattr(arguments, name)!r} needs {needed}")
+
+
+def begin(args: TrainingArguments) -> None:
+    """Seed the run. Raises ValueError, which names the field, for numbers that the Trainer would stumble over later."""
+    for name, least in LEAST.items():
+        check_whole(name, getattr(args, name), least)
+    if not (isinstance(args.learning_rate, float) and 0 <= args.learning_rate < math.inf):
+        raise ValueError(f"learning_rate={args.learning_rate!r} must be a finite number from 0")
+    set_seed(args.seed)
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
@@ -368,8 +384,8 @@ def run(
     training_args = arguments[-1]
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_diffusionblocks").setLevel(logging.INFO if training_args.should_log else logging.WARNING)
-    set_seed(training_args.seed)
     try:
+        begin(training_args)
         trainer, resume_from = prepare(*arguments)
     except BAD_INPUT as error:
         sys.exit(f"{prog}: error: {' '.join(str(error).split())}")

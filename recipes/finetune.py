@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
 from transformers import AutoModelForCausalLM
 
 import hf_diffusionblocks as db
@@ -25,6 +24,7 @@ from hf_diffusionblocks.cli.arguments import parse
 from hf_diffusionblocks.extras import from_extra
 from hf_diffusionblocks.recipes import common, streamed_runs, text
 from hf_diffusionblocks.recipes.common import option
+from hf_diffusionblocks.recipes.files import read_file
 
 with from_extra("trl", "fine-tuning of text", "sft"):
     from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
@@ -73,14 +73,8 @@ def load_rows(source: str, name: str, split: str, text_field: str | None = None)
     Raises:
         ValueError: they are nothing to tune a model on; names the argument.
     """
-    try:
-        if Path(source).suffix in text.READERS:
-            reader, options = text.READERS[Path(source).suffix]
-            rows = load_dataset(reader, data_files=source, split="train", **options)
-        else:
-            rows = load_dataset(source, split=split)
-    except DatasetGenerationError as error:
-        raise ValueError(f"{name}={source!r} cannot be read: {error.__cause__}") from None
+    is_file = Path(source).suffix in text.READERS
+    rows = read_file(name, source, *text.READERS[Path(source).suffix]) if is_file else load_dataset(source, split=split)
     forms = [{"messages"}, {"prompt", "completion"}, *([{text_field}] if text_field else [])]
     if not any(columns <= {*rows.column_names} for columns in forms):
         texts = f", or a column {text_field!r} (dataset_text_field)" if text_field else ""
@@ -153,6 +147,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
         (ModelArguments, DataArguments, SFTConfig), args, prog=PROG, description=__doc__.splitlines()[0]
     )
     try:
+        common.begin(training_args)
         resume_from = common.checkpoint_to_resume(training_args)
         trainer, prompts, stream = prepare(model_args, data_args, training_args)
     except common.BAD_INPUT as error:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peft import LoraConfig, get_peft_model
-from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
+from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.cli.arguments import parse
@@ -77,8 +77,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse(
         (ModelArguments, DataArguments, TrainingArguments), args, prog=PROG, description=__doc__.splitlines()[0]
     )
-    set_seed(training_args.seed)
     try:
+        common.begin(training_args)
         trainer, resume_from = prepare(model_args, data_args, training_args)
     except common.BAD_INPUT as error:
         sys.exit(f"{PROG}: error: {' '.join(str(error).split())}")

@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from hf_diffusionblocks.recipes.files import opened
 from hf_diffusionblocks.recipes.image_latents import PROBES
 from hf_diffusionblocks.recipes.image_pipelines import Habits, WatchedPipeline, join_rows, split_rows
 
@@ -83,13 +84,9 @@ def plan_rows(data: Dataset, image_column: str, column: str, sizes: Sequence[tup
     """A row for each image. Raises ValueError if one cannot be read."""
     rows = []
     for number, (value, drawn) in enumerate(zip(data[image_column], data[column])):
-        try:
-            content = content_of(value)
-            image = Image.open(io.BytesIO(content))
-        except (OSError, TypeError) as error:
-            raise ValueError(f"image_column={image_column!r} of row {number} is no image: {error}") from None
-        size = size_of(image, sizes)
-        rows.append(Row(number, drawn, size, _name(content, drawn, size)))
+        with opened(value, f"image_column={image_column!r} of row {number}") as image:
+            size = size_of(image, sizes)
+        rows.append(Row(number, drawn, size, _name(content_of(value), drawn, size)))
     return rows
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import Trainer, set_seed
+from transformers import Trainer
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.cli.arguments import parse
@@ -51,8 +51,8 @@ def run_streamed(
         types: all of the recipe's arguments, those of training last.
     """
     *given, training_args = parse(types, args, prog=prog, description=description)
-    set_seed(training_args.seed)
     try:
+        common.begin(training_args)
         trainer, resume_from, stream = prepare(*given, training_args)
     except common.BAD_INPUT as error:
         sys.exit(f"{prog}: error: {' '.join(str(error).split())}")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, List, Value
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import (
@@ -19,7 +19,7 @@ from transformers import (
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.processors import load_tokenizer
-from hf_diffusionblocks.recipes import common
+from hf_diffusionblocks.recipes import common, files
 from hf_diffusionblocks.recipes.common import option
 
 #: Ending of a file -> what `load_dataset` needs to read it. The documents of a text file are its paragraphs.
@@ -108,12 +108,7 @@ def load_data(args: DataArguments, seed: int) -> DatasetDict:
 
 def read_files(args: DataArguments) -> DatasetDict:
     """The data sets of the files that are named, all their columns."""
-    data = DatasetDict()
-    for split, file in (("train", args.train_file), ("validation", args.validation_file)):
-        if file:
-            reader, options = READERS[Path(file).suffix]
-            data[split] = load_dataset(reader, data_files=file, split="train", **options)
-    return data
+    return files.read_files(args, lambda file: READERS[Path(file).suffix])
 
 
 class Packer:

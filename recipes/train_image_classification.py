@@ -16,13 +16,14 @@ from dataclasses import dataclass
 import datasets
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from PIL import Image
 from transformers import (
     AutoImageProcessor, BaseImageProcessor, EvalPrediction, PreTrainedConfig, Trainer, ViTImageProcessorPil,
 )  # fmt: skip
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.cli.arguments import BlocksArguments
-from hf_diffusionblocks.recipes import common
+from hf_diffusionblocks.recipes import common, files
 from hf_diffusionblocks.recipes.common import option
 from hf_diffusionblocks.recipes.formulation import blocks_fields
 
@@ -53,19 +54,24 @@ class DataArguments(common.DataArguments):
 # ---- data
 
 
-def load_data(args: DataArguments, seed: int) -> DatasetDict:
-    """Splits "train" and, if there is anything to evaluate on, "validation"; images are decoded when read."""
+def load_data(args: DataArguments, seed: int, check_size: Callable[[Image.Image], None] | None = None) -> DatasetDict:
+    """Splits "train" and, if there is anything to evaluate on, "validation"; images are decoded when read.
+
+    Args:
+        check_size: raises ValueError for an image that is too small.
+    """
     columns = [name for name in ("image_column", "label_column") if getattr(args, name) is not None]
     data = common.load_data(args, columns, lambda: _read_files(args), seed, ordered=False)
-    return DatasetDict({split: _decode_images(data[split], args.image_column) for split in data})
+    for split in data:
+        data[split] = _decode_images(data[split], args.image_column)
+        _check_images(data[split], split, args.image_column, check_size)
+    return data
 
 
 def _read_files(args: DataArguments) -> DatasetDict:
     if args.train_file:
-        files = {"train": args.train_file, "validation": args.validation_file}
         # (One by one: read together, the second would be given the first's names of classes.)
-        read = {split: load_dataset("parquet", data_files=file, split="train") for split, file in files.items() if file}
-        return DatasetDict(read)
+        return files.read_files(args, lambda file: ("parquet", {}))
     folders = {"train": args.train_dir, "validation": args.validation_dir}
     return load_dataset("imagefolder", data_files={split: f"{f}/**" for split, f in folders.items() if f})
 
@@ -78,6 +84,15 @@ def _decode_images(data: Dataset, column: str) -> Dataset:
     except Exception as error:  # Arrow, PIL and datasets each raise their own
         raise ValueError(f"image_column={column!r} must hold images: {error}") from None
     return data
+
+
+def _check_images(data: Dataset, split: str, column: str, check_size: Callable[[Image.Image], None] | None) -> None:
+    """Look at the header of every image, so that none ends a run that has long begun; raises ValueError, too."""
+    stored = data.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    for number, row in enumerate(stored):
+        with files.opened(row[column], f"image_column={column!r} of row {number} of the {split} data") as image:
+            if check_size is not None:
+                check_size(image)
 
 
 def find_labels(data: DatasetDict, column: str) -> dict[str | int, str]:

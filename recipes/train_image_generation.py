@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from datasets import Dataset
@@ -91,6 +92,15 @@ def check_config(config: PreTrainedConfig) -> None:
 # ---- data
 
 
+def check_size(image: Image.Image, args: DataArguments, size: int) -> None:
+    """Raises ValueError if an image would have to be enlarged."""
+    if min(image.size) < size:
+        raise ValueError(
+            f"image_column={args.image_column!r} has an image of {image.width} x {image.height}, smaller than the "
+            f"model's sample_size={size}"
+        )
+
+
 def make_transform(
     config: DiTConfig, args: DataArguments, class_of: dict[str | int, int] | None, flip: bool
 ) -> Callable[[dict], dict]:
@@ -106,11 +116,6 @@ def make_transform(
     processor = VaeImageProcessor(do_resize=False)
 
     def fitted(image: Image.Image) -> Image.Image:
-        if min(image.size) < size:
-            raise ValueError(
-                f"image_column={args.image_column!r} has an image of {image.width} x {image.height}, smaller than the "
-                f"model's sample_size={size}"
-            )
         image = ImageOps.fit(image.convert(mode), (size, size), Image.Resampling.LANCZOS)
         return ImageOps.mirror(image) if flip and torch.rand(()) < 0.5 else image
 
@@ -149,11 +154,7 @@ def name_classes(config: DiTConfig, labels: dict[str | int, str], is_new: bool) 
 
 
 def measure_sigma_data(data: Dataset, seed: int) -> float:
-    """The standard deviation of the pixels of some training images, drawn at random.
-
-    Raises:
-        ValueError: an image is too small.
-    """
+    """The standard deviation of the pixels of some training images, drawn at random."""
     sample = data.shuffle(seed=seed).select(range(min(MEASURED, len(data))))
     moments = []
     for batch in sample.iter(BATCH):
@@ -183,15 +184,14 @@ def prepare(
     common.check_model(model_args, config, TASK, fields, shapes)
 
     with training_args.main_process_first(local=False, desc="reading the data"):
-        data = load_data(data_args, training_args.seed)
+        data = load_data(data_args, training_args.seed, partial(check_size, args=data_args, size=config.sample_size))
     class_of = None
     if data_args.label_column is not None:
         labels = find_labels(data, data_args.label_column)
         class_of = name_classes(config, labels, is_new=not model_args.model_name_or_path)
     inputs = data.with_transform(make_transform(config, data_args, class_of, flip=False))
-    measured = measure_sigma_data(inputs["train"], training_args.seed)  # (in any case: it finds images that are too small)
     if blocks_args.sigma_data is None:
-        fields["sigma_data"] = measured
+        fields["sigma_data"] = measure_sigma_data(inputs["train"], training_args.seed)
     if data_args.random_flip:
         inputs["train"] = data["train"].with_transform(make_transform(config, data_args, class_of, flip=True))
     training_args.remove_unused_columns = False  # the transform needs the columns that the model does not know

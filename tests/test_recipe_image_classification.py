@@ -172,7 +172,11 @@ BAD_INPUTS = {
     "no data": (MODEL, "exactly one of dataset_name, train_file, train_dir, not none"),
     "two sources": ([*MODEL, "--train_file", "{train}", "--train_dir", "x"], "train_file='{train}' and train_dir='x'"),
     "no such file": ([*MODEL, "--train_file", "x.parquet"], "train_file='x.parquet' must be an existing file"),
-    "not parquet": ([*MODEL, "--train_file", __file__], "magic bytes"),
+    "not parquet": ([*MODEL, "--train_file", __file__], f"train_file='{__file__}' cannot be read: Parquet magic bytes"),
+    "no image": (
+        [*MODEL, "--train_file", "{hole}", "--validation_split", "0"],
+        "image_column='image' of row 3 of the train data is no image: 'NoneType'",
+    ),
     "no such column": ([*MODEL, "--train_file", "{train}", "--label_column", "x"], "must be a column of"),
     "not images": ([*MODEL, "--train_file", "{train}", "--image_column", "label"], "'label' must hold images"),
     "bad override": ([*MODEL[:-1], "depth=2", "--train_file", "{train}"], "config_overrides='depth=2' must be"),
@@ -200,7 +204,10 @@ BAD_INPUTS = {
 @pytest.mark.parametrize(("options", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS.keys())
 def test_bad_input_is_one_line_and_a_failure(tmp_path, digits, capsys, options, message):
     (tmp_path / "options.yaml").write_text("num_block: 3\n")
-    names = {"train": digits / "train.parquet", "yaml": tmp_path / "options.yaml"}
+    table = pyarrow.parquet.read_table(digits / "train.parquet").slice(0, 3)
+    hole = pyarrow.table({"image": [*table["image"].to_pylist(), None], "label": [0, 1, 0, 1]})
+    pyarrow.parquet.write_table(hole, tmp_path / "hole.parquet")
+    names = {"train": digits / "train.parquet", "hole": tmp_path / "hole.parquet", "yaml": tmp_path / "options.yaml"}
     options = [option.format(**names) for option in options]
     given = [*options, "--output_dir", str(tmp_path / "out")]
     assert message.format(**names) in refusal(train_image_classification.main, given, "train_image_classification.py", capsys)

@@ -204,6 +204,37 @@ def test_bad_input_is_one_line_before_any_work(tmp_path, parquet, stock, options
     assert message in stop.value.code
 
 
+def no_image(folder: Path) -> None:
+    (folder / "19.png").write_bytes(b"no image")
+
+
+def deep_image(folder: Path) -> None:
+    Image.fromarray(np.full((10, 12), 60000, dtype=np.uint16)).save(folder / "19.png")
+
+
+def small_image(folder: Path) -> None:
+    Image.new("L", (12, 7)).save(folder / "19.png")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (no_image, "image_column='image' of row 19 of the train data is no image: cannot identify image file"),
+        (deep_image, "row 19 of the train data has PIL's mode 'I;16', and must have 8 bits a channel"),
+        (small_image, "image_column='image' has an image of 12 x 7, smaller than the model's sample_size=8"),
+    ],
+)
+def test_one_image_of_many_that_cannot_be_trained_on_is_found_before_any_work(tmp_path, pictures, monkeypatch, spoil, message):
+    monkeypatch.setattr(train_image_generation, "MEASURED", 1)
+    (images := tmp_path / "images").mkdir()
+    for number, picture in enumerate(pictures):
+        picture.save(images / f"{number:02}.png")
+    spoil(images)
+    with pytest.raises(SystemExit) as stop:
+        run(*MODEL, *TRAINING, "--train_dir", images, "--validation_split", 0, "--output_dir", tmp_path / "out")
+    assert message in stop.value.code and not (tmp_path / "out").exists()
+
+
 def test_the_command_finds_the_recipe():
     assert train_verb.find_recipes()["image-generation"] == train_image_generation.__file__
 
