@@ -7,7 +7,6 @@ installed name.
 from __future__ import annotations
 
 import logging
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments, default_data_collator, set_seed,
+    AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments, default_data_collator,
 )  # fmt: skip
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.trainer import TRAINER_STATE_NAME
@@ -32,20 +31,15 @@ from hf_diffusionblocks.cli.arguments import BlocksArguments, parse
 from hf_diffusionblocks.configuration import option
 from hf_diffusionblocks.conversion import plain_part, read_config
 from hf_diffusionblocks.extras import MissingExtraError
+from hf_diffusionblocks.recipes import checks
 from hf_diffusionblocks.saving.resident import checked_blocks
 from hf_diffusionblocks.tasks import TASKS
 from hf_diffusionblocks.training.checks import check_one_job
 from hf_diffusionblocks.training.process_group import leave_at_exit
-from hf_diffusionblocks.whole_numbers import check_whole
 
 #: What the libraries below raise on bad input; anything else is a bug and keeps its traceback.
 BAD_INPUT = (ValueError, TypeError, OSError, SafetensorError, StrictDataclassError, MissingExtraError)
 SPLITS = ("train", "validation")
-#: What numbers of a run must be, at least.
-LEAST = {
-    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
-    "dataloader_num_workers": 0, "seed": 0,
-}  # fmt: skip
 
 
 STREAM = "Keep weights, gradients and optimizer state in host memory; a layer or two at a time is on the device."
@@ -108,7 +102,7 @@ def check_data(data_args: DataArguments) -> None:
     for name in paths:
         value = getattr(data_args, name)
         kind, exists = ("file", Path.is_file) if name.endswith("file") else ("folder", Path.is_dir)
-        if value and not exists(Path(value)):
+        if value and not (isinstance(value, str) and exists(Path(value))):
             raise ValueError(f"{name}={value!r} must be an existing {kind}")
     if not 0 <= data_args.validation_split < 1:
         raise ValueError(f"validation_split={data_args.validation_split} must be from 0 to below 1")
@@ -126,15 +120,6 @@ def _check_one_of(arguments, *names: str) -> None:
 def _check_needs(arguments, name: str, needed: str) -> None:
     if getattr(arguments, name) and not getattr(arguments, needed):
         raise ValueError(f"{name}={getattr(arguments, name)!r} needs {needed}")
-
-
-def begin(args: TrainingArguments) -> None:
-    """Seed the run. Raises ValueError, which names the field, for numbers that the Trainer would stumble over later."""
-    for name, least in LEAST.items():
-        check_whole(name, getattr(args, name), least)
-    if not (isinstance(args.learning_rate, float) and 0 <= args.learning_rate < math.inf):
-        raise ValueError(f"learning_rate={args.learning_rate!r} must be a finite number from 0")
-    set_seed(args.seed)
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
@@ -385,8 +370,9 @@ def run(
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_diffusionblocks").setLevel(logging.INFO if training_args.should_log else logging.WARNING)
     try:
-        begin(training_args)
+        checks.begin(training_args)
         trainer, resume_from = prepare(*arguments)
+        checks.check_output(trainer)
     except BAD_INPUT as error:
         sys.exit(f"{prog}: error: {' '.join(str(error).split())}")
     metrics = train(trainer, resume_from)

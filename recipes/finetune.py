@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import hf_diffusionblocks as db
 from hf_diffusionblocks.cli.arguments import parse
 from hf_diffusionblocks.extras import from_extra
-from hf_diffusionblocks.recipes import common, streamed_runs, text
+from hf_diffusionblocks.recipes import checks, common, streamed_runs, text
 from hf_diffusionblocks.recipes.common import option
 from hf_diffusionblocks.recipes.files import read_file
 
@@ -147,9 +147,10 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
         (ModelArguments, DataArguments, SFTConfig), args, prog=PROG, description=__doc__.splitlines()[0]
     )
     try:
-        common.begin(training_args)
+        checks.begin(training_args)
         resume_from = common.checkpoint_to_resume(training_args)
         trainer, prompts, stream = prepare(model_args, data_args, training_args)
+        checks.check_output(trainer)
     except common.BAD_INPUT as error:
         sys.exit(f"{PROG}: error: {' '.join(str(error).split())}")
     metrics = common.train(trainer, resume_from)

@@ -20,7 +20,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 import hf_diffusionblocks as db
 from hf_diffusionblocks.cli.arguments import parse
 from hf_diffusionblocks.conversion import read_config
-from hf_diffusionblocks.recipes import common
+from hf_diffusionblocks.recipes import checks, common
 from hf_diffusionblocks.recipes.common import option
 from hf_diffusionblocks.recipes.train_image_classification import (
     DataArguments, accuracy, find_labels, load_data, make_transform, settle_labels,
@@ -78,8 +78,9 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
         (ModelArguments, DataArguments, TrainingArguments), args, prog=PROG, description=__doc__.splitlines()[0]
     )
     try:
-        common.begin(training_args)
+        checks.begin(training_args)
         trainer, resume_from = prepare(model_args, data_args, training_args)
+        checks.check_output(trainer)
     except common.BAD_INPUT as error:
         sys.exit(f"{PROG}: error: {' '.join(str(error).split())}")
     metrics = common.train(trainer, resume_from)

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.cli.arguments import parse
-from hf_diffusionblocks.recipes import common
+from hf_diffusionblocks.recipes import checks, common
 
 KEEP = "With stream: how many layers stay on the device, or as many as fit into a budget such as 20GiB."
 
@@ -52,8 +52,9 @@ def run_streamed(
     """
     *given, training_args = parse(types, args, prog=prog, description=description)
     try:
-        common.begin(training_args)
+        checks.begin(training_args)
         trainer, resume_from, stream = prepare(*given, training_args)
+        checks.check_output(trainer)
     except common.BAD_INPUT as error:
         sys.exit(f"{prog}: error: {' '.join(str(error).split())}")
     metrics = common.train(trainer, resume_from)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 from cli_runs import fail, plain_folder
+from transformers import TrainingArguments
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.cli import VERBS, convert, main, train
+from hf_diffusionblocks.cli.arguments import parse
 
 # ---- the verbs
 
@@ -154,3 +156,10 @@ def test_recipes_are_found_in_the_package():
     for task, recipe in recipes.items():
         name = f"{task.replace('-', '_')}.py"
         assert Path(recipe).name == (name if name.startswith("finetune") else f"train_{name}") and Path(recipe).is_file()
+
+
+def test_yaml_s_no_is_a_choice_and_its_null_is_nothing(tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("save_strategy: no\nmax_steps: null\nseed:\noutput_dir: out\n")
+    (args,) = parse([TrainingArguments], ["--config", str(file)])
+    assert (args.save_strategy, args.max_steps, args.seed) == ("no", -1, 42)

@@ -16,8 +16,9 @@ from transformers import (
 )  # fmt: skip
 
 import hf_diffusionblocks as db
+from refusals import refusal
 from hf_diffusionblocks.cli import train as train_verb
-from hf_diffusionblocks.recipes import train_masked_lm
+from hf_diffusionblocks.recipes import checks, common, train_masked_lm
 from hf_diffusionblocks.recipes.text import ModelArguments, Packer, trained_tokenizer
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -114,6 +115,17 @@ def test_one_block_a_job_then_merged(tmp_path, data, plain, origin):
     whole = load(tmp_path / "whole")
     assert whole.config.training_report["updates_per_block"] == [4, 4]
     assert whole.mask_token_id == AutoTokenizer.from_pretrained(jobs[0]).mask_token_id
+
+
+def test_a_job_that_could_not_be_saved_does_not_begin(tmp_path, data, capsys, monkeypatch):
+    job = [*MODEL, *TRAINING, *data, "--shared", "per_block", "--output_dir", str(tmp_path), "--train_blocks"]
+    train_masked_lm.main([*job, "0"])
+    monkeypatch.setattr(common, "train", lambda *args: pytest.fail("it has begun"))
+    assert "holds model-00002-of-00003.safetensors, which a model with resident_blocks=[1] alone would delete" in refusal(
+        train_masked_lm.main, [*job, "1"], "train_masked_lm.py", capsys
+    )
+    monkeypatch.setattr(checks.os, "access", lambda *args, **kwargs: False)
+    assert "must be a folder that can be written to" in refusal(train_masked_lm.main, [*job, "0"], "train_masked_lm.py", capsys)
 
 
 def test_streamed_it_saves_the_same_weights(tmp_path, data):

@@ -90,11 +90,14 @@ def _take_defaults(parser: Parser, config_file: str) -> None:
     for name, value in options.items():
         if name not in known or name in ("help", "config"):
             parser.error(f"--config {config_file}: {name!r} is not an option")
+        if value is False and "no" in (known[name].choices or ()):
+            options[name] = value = "no"  # (which YAML reads as false)
         if known[name].choices is not None and value not in (*known[name].choices, None):
             parser.error(f"--config {config_file}: {name}={value!r} must be one of {known[name].choices}")
-        known[name].required = False
+        known[name].required = known[name].required and value is None
     # (Numbers as they would be typed: the option's own type reads them.)
-    parser.set_defaults(**{name: str(value) if type(value) in (int, float) else value for name, value in options.items()})
+    given = {name: value for name, value in options.items() if value is not None}  # (null: as if it were not there)
+    parser.set_defaults(**{name: str(value) if type(value) in (int, float) else value for name, value in given.items()})
 
 
 def parse_verb(
