@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig, OpenAIGPTConfig
-from transformers import PvtConfig, SwinConfig
+from transformers import HGNetV2Config, PvtConfig, SwinConfig
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.memory import costs as costs_module
@@ -26,9 +26,24 @@ OTHERS = {
     "openai-gpt": OpenAIGPTConfig(n_layer=3, n_embd=32, n_head=2, vocab_size=307, n_positions=64),  # checkpoints nothing
     "mixtral": MixtralConfig(**LAYERS | {"num_hidden_layers": 2}, num_key_value_heads=2, vocab_size=307, num_local_experts=4),
     "swin": SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[2, 1], num_heads=[2, 2], window_size=4),
+    "hgnet_v2": HGNetV2Config(  # convolutions alone
+        embedding_size=8,
+        depths=[1, 1],
+        hidden_sizes=[16, 32],
+        stem_channels=[3, 8, 8],
+        stage_in_channels=[8, 16],
+        stage_mid_channels=[8, 8],
+        stage_out_channels=[16, 32],
+        stage_num_blocks=[1, 1],
+        stage_numb_of_layers=[1, 1],
+        stage_downsample=[False, True],
+        stage_light_block=[False, False],
+        stage_kernel_size=[3, 3],
+        image_size=32,
+    ),
     "pvt": PvtConfig(image_size=32, hidden_sizes=[16, 16, 16, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 2, 2]),
 }
-IMAGES = (PvtConfig, SwinConfig)
+IMAGES = (HGNetV2Config, PvtConfig, SwinConfig)
 EVERYTHING, ADAPTERS = ways_of_streams()
 DTYPES = {"float32": {}, "bfloat16": {"dtype": torch.bfloat16}, "masters": {"bf16": True}}
 
@@ -108,6 +123,7 @@ def test_any_causal_model_or_image_classifier_is_estimated(config):
     estimate = db.estimate_memory(config, batch_size=2, sequence_length=length)
     cut = any("recommended" in name for name in estimate.ledgers)
     assert cut is not isinstance(config, PvtConfig) and not any("paper" in name for name in estimate.ledgers)
+    assert any("LoRA" in name for name in estimate.ledgers) is not isinstance(config, HGNetV2Config)  # adapters are of matrices
     streamed, plain = (estimate.ledgers[name] for name in (EVERYTHING.name, CHECKPOINTING))
     assert streamed.total < plain.total and streamed.host > 0 == plain.host
     assert config.model_type in str(estimate) and ("B=" in str(estimate)) is cut

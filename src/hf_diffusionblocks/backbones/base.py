@@ -131,8 +131,9 @@ def parts_around(plain: nn.Module, layers_path: str) -> tuple[list[str], list[st
     """Paths of what stands before a list of layers in a stock model, and after it, as all does that stands beside its base
     model. (What has buffers alone, as tables of rotary positions, is neither.)"""
     before, after, module, prefix, names = [], [], plain, "", layers_path.split(".")
+    has_base = isinstance(plain.get_submodule(names[0]), PreTrainedModel)
     for name in names:
-        found = after if module is plain and len(names) > 1 else before
+        found = after if module is plain and has_base else before
         for child_name, child in module.named_children():
             if child_name == name:
                 found = after

@@ -10,11 +10,10 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .costs import Costs
 from .ledger import Ledger, Parts
-from .stock import layer_paths
+from .stock import layer_paths, matrices_of_layers
 from .ways import CHECKPOINTING, LORA, Workload
 
 BY_FORMULA = " (by formula)"
@@ -38,9 +37,8 @@ def ledgers_by_formula(workload: Workload, followed: Mapping[str, Ledger]) -> di
     found = {EIGHT_BIT: eight_bit_adamw(followed[CHECKPOINTING], model)}
     found[FSDP] = fsdp_offload(followed[CHECKPOINTING], model, workload)
     adapted = followed.get(f"{LORA}, checkpointing")
-    matrices = matrices_of_layers(model)
-    if adapted is not None and matrices:  # (convolutions have no 4 bits)
-        found[QLORA] = qlora(adapted, matrices, workload)
+    if adapted is not None:
+        found[QLORA] = qlora(adapted, [matrix.weight for matrix in matrices_of_layers(model).values()], workload)
     return found
 
 
@@ -57,13 +55,6 @@ def eight_bit_adamw(checkpointed: Ledger, model: nn.Module) -> Ledger:
         full = size < LEAST_IN_8_BIT or parameter in embeddings
         state += 8 * size if full else 2 * size + 8 * -(-size // STATE_BLOCK)
     return _changed(checkpointed, optimizer=state)
-
-
-def matrices_of_layers(model: nn.Module) -> list[nn.Parameter]:
-    """Weights that layers map with."""
-    layers = layer_paths(model)
-    inside = (module for name, module in model.named_modules() if name.startswith(layers))
-    return [module.weight for module in inside if isinstance(module, (nn.Linear, Conv1D))]
 
 
 def qlora(adapted: Ledger, matrices: Sequence[nn.Parameter], workload: Workload) -> Ledger:

@@ -25,7 +25,7 @@ from ..streaming import LayerStream, stream_layers
 from ..streaming.layers import switch_checkpointing
 from .costs import Costs, Operations
 from .ledger import Ledger, measure_memory
-from .stock import layer_paths
+from .stock import matrices_of_layers
 from .ways import LORA_RANK, Way, Workload
 
 
@@ -130,12 +130,9 @@ def _add_adapters(model: PreTrainedModel) -> None:
     """LoRA on the matrices of every attention module."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    layers = layer_paths(model)
-    inside = {name: module for name, module in model.named_modules() if name.startswith(layers)}
-    matrices = {name: module for name, module in inside.items() if isinstance(module, (nn.Linear, Conv1D))}
+    matrices = matrices_of_layers(model)
     attention = {name: matrix for name, matrix in matrices.items() if "attn" in name or "attention" in name}
-    convolutions = {name: module for name, module in inside.items() if isinstance(module, nn.Conv2d)}
-    matrices = attention or matrices or convolutions  # (a layer may have none)
+    matrices = attention or matrices
     transposed = any(isinstance(module, Conv1D) for module in matrices.values())
     config = LoraConfig(r=LORA_RANK, target_modules=[f"model.{name}" for name in matrices], fan_in_fan_out=transposed)
     # (Of a model that has a config, PEFT takes some names for those of experts.)

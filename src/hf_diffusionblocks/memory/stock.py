@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..backbones.base import Backbone
 from ..streaming.layers import find_layers
@@ -107,6 +108,13 @@ def cut_task(config: PreTrainedConfig, task_name: str | None = None) -> Task | N
 def layer_paths(model: nn.Module) -> tuple[str, ...]:
     """Paths of a model's layers, each with a dot at its end; of a DiffusionBlocks model, as the stock model inside has them."""
     return tuple(f"{name}." for name in find_layers(_stock_inside(model)))
+
+
+def matrices_of_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """What a model's layers map with, and adapters are for, by path. (A convolution is none.)"""
+    layers = layer_paths(model)
+    inside = ((name, module) for name, module in model.named_modules() if name.startswith(layers))
+    return {name: module for name, module in inside if isinstance(module, (nn.Linear, Conv1D))}
 
 
 def num_logits(model: nn.Module) -> int | None:

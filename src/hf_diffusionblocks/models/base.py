@@ -368,6 +368,8 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         Args:
             entering: what enters it; None: it embeds, or the blocks before it run.
         """
+        # (Stages end where the block does, and some have no base.)
+        base = base_of(self.backbone, self.layers_path) if self.architecture.layers_are_alike else self.backbone
         with without_dropout(self.backbone), block.alone(entering) as run:
-            base_of(self.backbone, self.layers_path)(**self.stock_inputs(batch))
+            base(**self.stock_inputs(batch))
         return run.leaving
