@@ -32,6 +32,8 @@ from hf_diffusionblocks.models.masked_lm.bound import ScoredTexts
 from hf_diffusionblocks.processors import load_tokenizer
 from hf_diffusionblocks.recipes import common, text
 from hf_diffusionblocks.recipes.common import option
+from hf_diffusionblocks.streaming.checks import check_device
+from hf_diffusionblocks.whole_numbers import check_whole
 
 with from_extra("lm-eval", "evaluation on tasks", "lm-eval"):
     from lm_eval import simple_evaluate
@@ -40,6 +42,7 @@ with from_extra("lm-eval", "evaluation on tasks", "lm-eval"):
     from lm_eval.utils import make_table
 
 PROG = "evaluate_masked_lm.py"
+LEAST = {"num_samples": 1, "batch_size": 1, "limit": 1, "max_length": 2, "num_fewshot": 0, "seed": 0}  #: where they are given
 NEW_TOKENS = 256  #: where a task does not say how many it writes
 
 
@@ -63,9 +66,11 @@ class MaskedDiffusionLM(TemplateLM):
         self.tokenizer, self.model = load_tokenizer(model), AutoModelForMaskedLM.from_pretrained(model).eval()
         if not isinstance(self.model, db.DiffusionBlocksForMaskedLM):
             raise ValueError(f"model={model!r} must be a DiffusionBlocks model that fills masks: convert() makes one")
-        self._device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        self._device = check_device(device)
         self.model.to(self._device)
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        if max_length is not None:
+            text.check_length(self.model.config.source_config, max_length, "max_length")
         self.max_length = max_length or getattr(self.model.config, "max_position_embeddings", None) or 2048
 
     @property
@@ -202,9 +207,12 @@ def evaluate(args: Arguments) -> dict:
     Raises:
         ValueError: there is no such task, or an option is out of range.
     """
-    for name in ("num_samples", "batch_size"):
-        if (value := getattr(args, name)) < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+    for name, least in LEAST.items():
+        if getattr(args, name) is not None:
+            check_whole(name, getattr(args, name), least)
+    if args.output:  # (what is in the way of it is to be known before hours of work)
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).open("a").close()
     manager = TaskManager(include_path=args.include_path)
     if missing := [task for task in args.tasks if not manager.match_tasks([task])]:
         raise ValueError(f"tasks={missing} must be names that lm_eval knows (`lm_eval ls tasks` lists them)")

@@ -167,3 +167,11 @@ def test_what_is_wrong_is_one_line(folders, args, named, capsys, monkeypatch):
         generate(*args)
     line = capsys.readouterr().err.splitlines()[-1]
     assert exit_.value.code == 1 and line.startswith("diffusionblocks generate: error: ") and named in line
+
+
+@pytest.mark.parametrize("device", ["zz", "meta"])
+def test_a_device_that_is_not_there_is_one_line(folders, device, capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", str(folders / "text"), "--prompt", "once", "--device", device])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("diffusionblocks generate: error: device=") and device in line

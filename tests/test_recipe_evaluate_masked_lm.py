@@ -136,7 +136,11 @@ def test_tasks_are_run_and_results_written_or_one_line_says_why_not(tmp_path, ma
     assert json.loads((tmp_path / "results.json").read_text())["tiny_choice"]["acc,none"] == found["tiny_choice"]["acc,none"]
     for options, message in (
         (["--tasks", "no_such_task"], "tasks=['no_such_task'] must be names that lm_eval knows"),
-        (["--tasks", "tiny_choice", "--num_samples", "0"], "num_samples=0 must be at least 1"),
+        (["--tasks", "tiny_choice", "--num_samples", "0"], "num_samples=0 must be a whole number from 1"),
+        (["--tasks", "tiny_choice", "--max_length", "-5"], "max_length=-5 must be a whole number from 2"),
+        (["--tasks", *options[1:4], "--max_length", "999"], "max_length=999 must be at most the model's max_position_embed"),
+        (["--tasks", *options[1:4], "--device", "zz"], "device='zz' must be one that is there"),
+        (["--tasks", "tiny_choice", "--output", str(tmp_path)], "Is a directory"),
     ):
         with pytest.raises(SystemExit) as stop:
             evaluate_masked_lm.main(["--model", masked, *options])

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..configuration import option
 from ..models.base import DiffusionBlocksPreTrainedModel
 from ..streaming import stream_layers
+from ..streaming.checks import check_device
 from ..tasks import TASKS, Task
 from .arguments import parse_verb
 from .inspect import read_config
@@ -39,9 +38,10 @@ def run(args: list[str]) -> None:
     if task.generation is None:
         raise ValueError(f"{source} is a model for {task.name}, which generates nothing: pipeline({task.name!r}) runs it")
 
+    device = check_device(place.device)
+
     def load() -> DiffusionBlocksPreTrainedModel:
         model = task.model_class.from_pretrained(folder)
-        device = place.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
         if place.stream:
             stream_layers(model, device)
         return model.to(device)
