@@ -256,7 +256,11 @@ class CachedImages(torch.utils.data.Dataset):
     """Rows of a cache. The number of a row gives its latents and conditions, -1 minus it the same without its caption."""
 
     def __init__(self, cache: Cache, rows: Sequence[Row]):
-        self.cache, self.rows = cache, list(rows)
+        self.cache, self.rows, self.epoch = cache, list(rows), 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """As Accelerate tells the epoch, where it does not reach the sampler: one of several processes that resumes."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -284,7 +288,7 @@ class BucketSampler(torch.utils.data.Sampler):
     """
 
     def __init__(self, images: CachedImages, batch_size: int, caption_dropout: float, seed: int):
-        self._batch_size, self._dropout, self._seed, self._epoch = batch_size, caption_dropout, seed, 0
+        self._batch_size, self._dropout, self._seed, self._images = batch_size, caption_dropout, seed, images
         cache, rows = images.cache, images.rows
         kinds = [kind_of(cache.path(row)) for row in rows]
         self._kinds = [(json.dumps(kind), row.size) for kind, row in zip(kinds, rows)]
@@ -295,7 +299,7 @@ class BucketSampler(torch.utils.data.Sampler):
         self._length = len(self._order())  # (of any epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
+        self._images.set_epoch(epoch)
 
     def __len__(self) -> int:
         return self._length
@@ -304,7 +308,7 @@ class BucketSampler(torch.utils.data.Sampler):
         return iter(self._order())
 
     def _order(self) -> list[int]:
-        drawn = np.random.default_rng([self._seed, self._epoch])
+        drawn = np.random.default_rng([self._seed, self._images.epoch])
         dropped = drawn.random(len(self._kinds)) < self._dropout
         buckets = defaultdict(list)
         for number in drawn.permutation(len(self._kinds)).tolist():

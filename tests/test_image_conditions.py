@@ -10,8 +10,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from image_recipe_runs import CAPTIONS, FAMILIES, STEPS, data, folders, options, samples_of, trainers
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from hf_diffusionblocks.recipes import finetune_image_model as recipe
 from hf_diffusionblocks.recipes.image_cache import BucketSampler, bucket_sizes, read
@@ -170,6 +172,16 @@ def test_batches_are_of_one_bucket_and_an_epoch_has_every_row(tmp_path, options,
         assert set(numbers) == set(range(7)) and min(order) < 0 <= max(order)
         for pair in zip(numbers[::2], numbers[1::2]):
             assert len({images.rows[number].size for number in pair}) == 1
+
+    for processes in (1, 2):  # a run that goes on within an epoch has the order of that epoch
+        loader = DataLoader(images, 2, sampler=BucketSampler(images, 2, 0.5, seed=0))
+        loader = prepare_data_loader(loader, num_processes=processes, process_index=0)
+        loader.set_epoch(1)
+        whole = list(loader.batch_sampler)
+        images.set_epoch(0)
+        resumed = skip_first_batches(loader, 1)
+        resumed.set_epoch(1)
+        assert list(resumed.batch_sampler) == whole[1:]
 
 
 @pytest.mark.parametrize("resolution", [512, 1024])
