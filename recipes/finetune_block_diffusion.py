@@ -27,6 +27,7 @@ from transformers import (
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.conversion import read_config
+from hf_diffusionblocks.diffusion.randomness import seeded
 from hf_diffusionblocks.memory.estimate import DTYPES
 from hf_diffusionblocks.processors import load_tokenizer
 from hf_diffusionblocks.recipes import answers, common, finetune, streamed_runs, text
@@ -113,14 +114,16 @@ class CanvasTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         clean = inputs["labels"]
-        shares = shares_of(len(clean), clean.device)
-        canvas = noised(clean, shares, self.model.config.get_text_config().vocab_size)
+        # (Processes have one seed: they draw the same number, and from it each its own noise.)
+        with seeded([torch.randint(2**31, ()).item(), self.args.process_index], clean.device):
+            shares = shares_of(len(clean), clean.device)
+            canvas = noised(clean, shares, self.model.config.get_text_config().vocab_size)
+            shown = torch.rand(len(clean), device=clean.device) < self._self_conditioning
         inputs = {**inputs, "decoder_input_ids": canvas}
         if self._self_conditioning:
             given = {name: value for name, value in inputs.items() if name != "labels"}
             with torch.no_grad():
                 inputs["self_conditioning_logits"] = model(**given).logits
-            shown = torch.rand(len(clean), device=clean.device) < self._self_conditioning
             inputs["self_conditioning_mask"] = shown
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 

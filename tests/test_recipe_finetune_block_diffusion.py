@@ -120,6 +120,20 @@ def test_the_model_s_own_sampler_writes_what_was_learned(tmp_path):
     assert answered() == written
 
 
+def test_processes_which_have_one_seed_draw_noise_of_their_own(tmp_path, monkeypatch):
+    tuned, canvases = DiffusionGemmaForBlockDiffusion(block_diffusion_config(16, 4)), []
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], label_names=["labels"])
+    trainer = CanvasTrainer(tuned, args, Collate(END))
+    tuned.register_forward_pre_hook(lambda _, args, given: canvases.append(given["decoder_input_ids"]), with_kwargs=True)
+    batch = Collate(END)([{"input_ids": [2], "labels": [3, 4, 5, 6]}] * 8)
+    for process in (0, 0, 1):
+        monkeypatch.setattr(TrainingArguments, "process_index", process)
+        torch.manual_seed(0)
+        trainer.compute_loss(tuned, batch)
+    first, again, other = canvases[::2]  # (two passes each)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
 # ---- the recipe
 
 
