@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
+import pyarrow
 import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM
@@ -85,7 +87,21 @@ def load_rows(source: str, name: str, split: str, text_field: str | None = None)
     for column in next(columns for columns in forms if columns <= {*rows.column_names}):
         if rows.with_format("arrow")[column][:].null_count:
             raise ValueError(f"{name}={source!r} must have {column!r} in every row: one is null")
+    if "messages" in rows.column_names:
+        _check_messages(rows.with_format("arrow")["messages"][:], f"{name}={source!r}")
     return rows
+
+
+def _check_messages(chats: pyarrow.ChunkedArray, given: str) -> None:
+    """Raises ValueError if chats are texts, or a message has neither content nor calls of tools: templates write "None" then."""
+    if pyarrow.types.is_string(chats.type):
+        raise ValueError(f"{given} must have lists of messages in 'messages', and has texts")
+    for messages in (chunk.flatten() for chunk in chats.chunks if isinstance(chunk, pyarrow.ListArray)):
+        fields = messages.flatten() if pyarrow.types.is_struct(messages.type) else []
+        named = {messages.type.field(number).name: field for number, field in enumerate(fields)}
+        said = [named[name].is_valid().to_numpy(zero_copy_only=False) for name in ("content", "tool_calls") if name in named]
+        if said and not np.logical_or.reduce(said).all():
+            raise ValueError(f"{given} must have content in every message: one is null")
 
 
 def prepare(

@@ -47,6 +47,8 @@ def files(tmp_path_factory) -> dict[str, str]:
         "prompts": [{"prompt": f"{name}: ", "completion": answer} for name, answer in rows],
         "texts": [{"text": f"{name}: {answer}"} for name, answer in rows],
         "nulls": [{"prompt": "Why?", "completion": answer} for answer in ("So.", None)],
+        "silent": [{"messages": chat(("Why?", answer))} for answer in ("So.", None)],
+        "flat": [{"messages": f"{name}: {answer}"} for name, answer in rows],
         "unasked": [{"prompt": "", "completion": answer} for _, answer in rows],
         "numbers": [{"number": number} for number in range(3)],
     }

@@ -139,6 +139,8 @@ BAD_INPUTS = {
         ["--model", "{model}", "--data", "{chats}", "--stream", "--keep", "3"], "keep=3 must be a number of layers from 0 to 2"
     ),
     "unknown option": (["--model", "{model}", "--data", "{texts}", "--packed"], "--packed"),
+    "a message that says nothing": (["--model", "{model}", "--data", "{silent}"], "must have content in every message: one is"),
+    "chats that are texts": (["--model", "{model}", "--data", "{flat}"], "must have lists of messages in 'messages', and has"),
     "a row without an answer": (["--model", "{model}", "--data", "{nulls}"], "must have 'completion' in every row"),
     "all too long": (["--model", "{model}", "--data", "{prompts}", "--max_length", "1"], "nothing to learn within max_length=1"),
     "no checkpoint": (
