@@ -99,11 +99,16 @@ def load_data(args: DataArguments, seed: int) -> DatasetDict:
     """Splits "train" and, if there is anything to evaluate on, "validation", with the column of text."""
     # Neighbouring documents often belong together (paragraphs of one book), so they stay in order.
     data = common.load_data(args, ["text_column"], lambda: read_files(args), seed, ordered=True)
-    for split in data:
-        kind = data[split].features[args.text_column]
-        if getattr(kind, "dtype", None) not in ("string", "large_string"):
-            raise ValueError(f"text_column={args.text_column!r} must hold text, in the {split} data it holds {kind}")
+    check_texts(data, args.text_column)
     return data.select_columns(args.text_column)
+
+
+def check_texts(data: DatasetDict, column: str) -> None:
+    """Raises ValueError if a column holds anything else."""
+    for split in data:
+        kind = data[split].features[column]
+        if getattr(kind, "dtype", None) not in ("string", "large_string"):
+            raise ValueError(f"text_column={column!r} must hold text, in the {split} data it holds {kind}")
 
 
 def read_files(args: DataArguments) -> DatasetDict:

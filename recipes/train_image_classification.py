@@ -98,6 +98,9 @@ def _check_images(data: Dataset, split: str, column: str, check_size: Callable[[
 def find_labels(data: DatasetDict, column: str) -> dict[str | int, str]:
     """Value in the data -> name, in the order of the model's classes."""
     feature = data["train"].features[column]
+    for split in data:
+        if not hasattr(kind := data[split].features[column], "dtype"):
+            raise ValueError(f"label_column={column!r} must hold one label a row, in the {split} data it holds {kind}")
     found = {split: set(data[split].unique(column)) for split in data}
     if isinstance(feature, ClassLabel):
         labels = dict(enumerate(feature.names))

@@ -45,11 +45,13 @@ class DataArguments(common.DataArguments):
 def encode(
     data: DatasetDict, tokenizer: PreTrainedTokenizerBase, labels: dict[str | int, str], args: DataArguments
 ) -> DatasetDict:
-    """Tokens and class numbers."""
+    """Tokens and class numbers. Raises ValueError if a text is missing, or has no token."""
     class_of = {value: index for index, value in enumerate(labels)}
 
     def encoded(rows: dict) -> dict:
-        tokens = tokenizer(rows[args.text_column], truncation=True, max_length=args.max_length)
+        tokens = tokenizer([each or "" for each in rows[args.text_column]], truncation=True, max_length=args.max_length)
+        if not all(tokens["input_ids"]) or None in rows[args.text_column]:
+            raise ValueError(f"text_column={args.text_column!r} must have a text in every row, of at least one token")
         return {**tokens, "labels": [class_of[value] for value in rows[args.label_column]]}
 
     return data.map(encoded, batched=True, remove_columns=data["train"].column_names, desc="tokens")
@@ -80,6 +82,7 @@ def prepare(
 
     columns = ("text_column", "label_column")
     data = common.load_data(data_args, columns, lambda: text.read_files(data_args), training_args.seed, ordered=False)
+    text.check_texts(data, data_args.text_column)
     own_labels = list(config.id2label.values()) if model_args.model_name_or_path else []
     labels, is_new = settle_labels(config, find_labels(data, data_args.label_column), own_labels)
 

@@ -78,5 +78,20 @@ def test_bad_input_is_one_line(options, message, data, tmp_path):
         run(data, tmp_path / "out", *(str(csv) if option == "{csv}" else option for option in options))
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "", "label": "sea"}, "text_column='text' must have a text in every row, of at least one token"),
+        ({"text": None, "label": "sea"}, "text_column='text' must have a text in every row, of at least one token"),
+        ({"text": 5, "label": "sea"}, "text_column='text' must hold text, in the train data it holds"),
+        ({"text": "sail", "label": ["sea"]}, "label_column='label' must hold one label a row, in the train data it holds"),
+    ],
+)
+def test_a_row_of_another_kind_is_one_line(row, message, data, tmp_path):
+    (file := tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 3 + data.read_text() * (row["text"] in ("", None)))
+    with pytest.raises(SystemExit, match=f"^train_text_classification.py: error: {message}"):
+        run(file, tmp_path / "out", *BERT)
+
+
 def test_the_command_line_knows_it():
     assert train_verb.find_recipes()["text-classification"] == train_text_classification.__file__
