@@ -300,20 +300,25 @@ def _words(rows: int, length: int, seed: int) -> list[str]:
 
 def _trl(kind: str, folder, streamed: bool, lora: bool) -> dict[str, torch.Tensor]:
     from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+    from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
     set_seed(0)
     model, more = llama(), {}
     if streamed:
         db.stream_layers(model, device="cpu")
-    names = {"sft": ["text"], "dpo": ["prompt", "chosen", "rejected"]}[kind]
+    names = {"sft": ["text"], "dpo": ["prompt", "chosen", "rejected"], "grpo": ["prompt"]}[kind]
     data = Dataset.from_dict({name: _words(20, 5 + 3 * i, i) for i, name in enumerate(names)})
     if kind == "dpo" and not lora:
         more["ref_model"] = llama()
         if streamed:
             db.stream_layers(more["ref_model"], device="cpu")
-    config, trainer_class = {"sft": (SFTConfig, SFTTrainer), "dpo": (DPOConfig, DPOTrainer)}[kind]
-    args = config(**{**arguments(folder, max_steps=3).to_dict(), "bf16": False, "max_length": 32})
+    kinds = {"sft": (SFTConfig, SFTTrainer), "dpo": (DPOConfig, DPOTrainer), "grpo": (GRPOConfig, GRPOTrainer)}
+    config, trainer_class = kinds[kind]
+    own = {"max_length": 32}
+    if kind == "grpo":  # which samples in each step
+        own = {"num_generations": 2, "max_completion_length": 6}
+        more["reward_funcs"] = lambda completions, **_: [float(len({*each.split()})) for each in completions]
+    args = config(**{**arguments(folder, max_steps=3).to_dict(), "bf16": False, **own})
     peft = {"peft_config": copy.deepcopy(LORA)} if lora else {}
     trainer = trainer_class(model, args=args, train_dataset=data, processing_class=_tokenizer(), **peft, **more)
     trainer.train()
@@ -323,6 +328,6 @@ def _trl(kind: str, folder, streamed: bool, lora: bool) -> dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
 def test_trl_trains_the_same(kind, lora, tmp_path):
     assert_same(*(_trl(kind, tmp_path, streamed, lora) for streamed in (False, True)))
