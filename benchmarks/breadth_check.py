@@ -1,4 +1,4 @@
-"""One tiny model, streamed and not: gradients, units that are there at once, and what runs on the host's weights."""
+"""One tiny model, streamed and not: gradients, outputs in evaluation, units there at once, what runs on the host's weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from tiny_batches import loss_of, tiny_batch
+from tiny_batches import loss_of, tensors_of, tiny_batch
 from tiny_diffusers import diffusers_batch, diffusers_model
 from tiny_models import CannotBuild, seed, tiny_model
 from torch import Tensor, nn
@@ -41,7 +41,8 @@ class Result:
         error: why it could not be built, or what it raised; empty if it ran.
         built: whether there was a stock model that ran.
         repeats: whether the stock model's gradients are the same twice.
-        difference: largest relative difference of a gradient from the stock model's, over all steps.
+        difference: largest relative difference of a gradient, or of an output in evaluation, from the stock model's, over all
+            steps.
         peak_units: most units whose weights were there at once.
         on_host: what ran on weights of units in host memory, as "unit: operation".
         moved: share of the parameters' bytes that units hold.
@@ -121,13 +122,23 @@ def _build(mapping: str, name: str) -> tuple[nn.Module, dict]:
 
 
 def gradients(model: nn.Module, batch: dict, step: int) -> dict[str, Tensor | None]:
-    """Of all parameters, from one forward and backward; None where there is none."""
+    """Of all parameters, from one forward and backward, None where there is none; with the loss, and what evaluation gives."""
     model.zero_grad(set_to_none=True)
     seed(5 + step)
     loss = loss_of(model, copy.deepcopy(batch))
     loss.backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return {"loss": loss.detach(), **found}
+    return {"loss": loss.detach(), **found, **evaluated(model, batch)}
+
+
+@torch.no_grad()
+def evaluated(model: nn.Module, batch: dict) -> dict[str, Tensor]:
+    """What the model gives in evaluation."""
+    training = model.training
+    seed(4)
+    outputs = tensors_of(model.eval()(**copy.deepcopy(batch)))
+    model.train(training)
+    return {f"output {number}": each for number, each in enumerate(outputs) if each.is_floating_point()}
 
 
 def _streamed(result: Result, model: nn.Module, batch: dict, expected: list[dict[str, Tensor | None]]) -> None:

@@ -39,16 +39,17 @@ def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     if loss is not None and loss.requires_grad:
         return loss.sum()
     generator = torch.Generator().manual_seed(3)
-    found = [value for value in _tensors(output) if value.is_floating_point() and value.requires_grad]
+    found = [value for value in tensors_of(output) if value.is_floating_point() and value.requires_grad]
     return sum((value.float() * torch.randn(value.shape, generator=generator)).sum() for value in found) / len(found)
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def tensors_of(output: Any) -> list[Tensor]:
+    """All that an output holds."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, Mapping):
         output = list(output.values())
-    return [tensor for part in output for tensor in _tensors(part)] if isinstance(output, (list, tuple)) else []
+    return [tensor for part in output for tensor in tensors_of(part)] if isinstance(output, (list, tuple)) else []
 
 
 def _vocabulary(model: nn.Module) -> int:

@@ -43,6 +43,20 @@ def test_in_evaluation_mode_too(name):
     assert stream.peak_units == 2
 
 
+@pytest.mark.parametrize("trained", [True, False])
+@torch.no_grad()
+def test_what_is_lent_asks_for_gradients_as_the_parameter_does_also_where_none_are_made(trained):
+    """PyTorch goes by it, in the way that it multiplies Mamba's tokens: the last bits are others else."""
+    model, seen = llama().eval().requires_grad_(trained), []
+    db.stream_layers(model, device="cpu")
+    projection = model.model.layers[1].self_attn.q_proj
+    projection.register_forward_pre_hook(lambda module, args: seen.append(module.weight.requires_grad))
+    model(**tokens())
+    with torch.inference_mode():
+        model(**tokens())
+    assert seen == [trained, trained]
+
+
 @pytest.mark.parametrize("switched", ["reentrant", "off", "every other layer"])
 def test_whatever_checkpointing_is_set_over_it(switched):
     stock, model = pair("llama")

@@ -14,9 +14,11 @@ from .copies import Copies
 
 
 def tied(parameter: nn.Parameter, copy: torch.Tensor, copies: Copies) -> torch.Tensor:
-    """The copy, whose gradient goes to the parameter; or the copy as it is, where none is asked for."""
-    if not (parameter.requires_grad and torch.is_grad_enabled()):
+    """The copy, whose gradient goes to the parameter, if one is asked for."""
+    if not parameter.requires_grad:
         return copy
+    if not torch.is_grad_enabled():  # PyTorch multiplies in another way by what asks for gradients, also where none are made
+        return copy.detach().requires_grad_()
     trip = _Trip(copies)
     return _Leave.apply(_Arrive.apply(parameter, copy.dtype, trip), copy, trip)
 
