@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 import hf_diffusionblocks as db
 from hf_diffusionblocks.streaming import copies, stream
 from hf_diffusionblocks.streaming.copies import Copies
-from hf_diffusionblocks.streaming.gradients import tied
+from hf_diffusionblocks.streaming.gradients import _Arrive, _Leave, _Trip, tied
 
 
 class Event:
@@ -104,7 +106,6 @@ class Stream:
 def test_streams_wait_for_one_another_and_the_host_two_units_behind(monkeypatch):
     log: list[str] = []
     monkeypatch.setattr(copies.torch.accelerator, "current_stream", lambda device: Stream("compute", log))
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, on: log.append(f"kept for {on._name}"))
     made = Copies(torch.device("cpu"))
     made._inward, made._outward = Stream("inward", log), Stream("outward", log)
     found, event = made.fetch([(torch.ones(2), torch.bfloat16)])
@@ -114,7 +115,7 @@ def test_streams_wait_for_one_another_and_the_host_two_units_behind(monkeypatch)
     assert found[0].dtype == torch.bfloat16
     log.clear()
     home, _ = made.send_home(torch.ones(2))
-    assert log == ["outward waits for compute", "on outward", "kept for outward", "event on outward"]
+    assert log == ["outward waits for compute", "on outward", "event on outward"]
     assert torch.equal(home, torch.ones(2))
     log.clear()
     for _ in range(4):
@@ -122,3 +123,42 @@ def test_streams_wait_for_one_another_and_the_host_two_units_behind(monkeypatch)
         made.send_home(torch.ones(2))
     made.next_unit()
     assert log.count("host waits") == 3  # of five units that had gradients, two are on their way
+
+
+def test_a_gradient_on_its_way_home_is_written_into_by_nobody(monkeypatch):
+    """Autograd gives one tensor to both sides of a sum, and sums into it what else comes to the other side."""
+    monkeypatch.setattr(copies.torch.accelerator, "current_stream", lambda device: Stream("compute", []))
+    made = Copies(torch.device("cpu"))
+    made._inward, made._outward = Stream("inward", []), Stream("outward", [])
+    under_way = []  # as late as can be; without a reference, which would keep autograd from it
+    made.watch = lambda value, host, is_home: under_way.append((value.data_ptr(), host))
+
+    def come() -> None:
+        address, host = under_way.pop()
+        host.copy_(torch.tensor((ctypes.c_float * 2).from_address(address)))
+
+    monkeypatch.setattr(made._outward, "record_event", lambda: Event(come), raising=False)
+    weight, given, trip = nn.Parameter(torch.ones(2)), torch.ones(2, requires_grad=True), _Trip(made)
+    placeholder = _Arrive.apply(weight, torch.float32, trip)  # (made before all else, so that the host looks at it last)
+    hidden = given.view_as(given)
+    others = hidden * 3
+    summed = _Leave.apply(placeholder, torch.ones(2), trip) + hidden
+    ((summed * 2).sum() + others.sum()).backward()
+    assert weight.grad.tolist() == [2, 2] and given.grad.tolist() == [5, 5]
+
+
+def test_a_gradient_that_is_home_leaves_the_device(monkeypatch):
+    monkeypatch.setattr(copies.torch.accelerator, "current_stream", lambda device: Stream("compute", []))
+    made = Copies(torch.device("cpu"))
+    made._inward, made._outward = Stream("inward", []), Stream("outward", [])
+    gradients = [torch.ones(2) for _ in range(6)]
+    there = [weakref.ref(each) for each in gradients]
+    _, arrival = made.send_home(gradients.pop(0))
+    assert there[0]() is not None
+    arrival.synchronize()
+    assert there[0]() is None
+    while gradients:
+        made.next_unit()
+        made.send_home(gradients.pop(0))
+    made.next_unit()
+    assert [each() is not None for each in there[1:]] == [False, False, False, True, True]

@@ -11,6 +11,20 @@ import torch
 UNITS_ON_THEIR_WAY = 2
 
 
+class Arrival:
+    """When a gradient is in host memory. On the device it is held until the host knows: autograd sums into what nobody else
+    holds, such as a gradient that goes on to another place, too."""
+
+    def __init__(self, event: torch.Event, gradient: torch.Tensor):
+        self._event = event
+        self._gradient: torch.Tensor | None = gradient
+
+    def synchronize(self) -> None:
+        """The host waits."""
+        self._event.synchronize()
+        self._gradient = None
+
+
 class Copies:
     """Makes copies in order, on a stream a direction. (On a CPU: at once.)
 
@@ -28,8 +42,8 @@ class Copies:
         self.watch: Callable[[torch.Tensor, torch.Tensor, bool], None] | None = None
         beside = device.type != "cpu"
         self._inward, self._outward = (torch.Stream(device), torch.Stream(device)) if beside else (None, None)
-        self._homeward: deque[torch.Event] = deque()
-        self._last_homeward: torch.Event | None = None
+        self._homeward: deque[list[Arrival]] = deque()  # of each unit
+        self._last_homeward: list[Arrival] = []  # of this one
 
     @torch.inference_mode(False)  # a copy may be used again in training
     def fetch(self, hosts: Sequence[tuple[torch.Tensor, torch.dtype]]) -> tuple[list[torch.Tensor], torch.Event | None]:
@@ -55,7 +69,7 @@ class Copies:
         if event is not None:
             torch.accelerator.current_stream(self.device).wait_event(event)
 
-    def send_home(self, value: torch.Tensor) -> tuple[torch.Tensor, torch.Event | None]:
+    def send_home(self, value: torch.Tensor) -> tuple[torch.Tensor, Arrival | None]:
         """A copy of a tensor in host memory, and when it is there. `value` may be let go at once."""
         self.to_host_bytes += value.nbytes
         if self._outward is None:
@@ -69,18 +83,19 @@ class Copies:
             host.copy_(value, non_blocking=True)
         if self.watch:
             self.watch(value, host, True)
-        value.record_stream(self._outward)
-        self._last_homeward = self._outward.record_event()
-        return host, self._last_homeward
+        arrival = Arrival(self._outward.record_event(), value)
+        self._last_homeward.append(arrival)
+        return host, arrival
 
     def next_unit(self) -> None:
         """Another unit begins. The host waits if the gradients of more than two before are still on their way: it would ask
         the device for ever more memory otherwise. (The device has work for two units then.)"""
-        if self._last_homeward is not None:
+        if self._last_homeward:
             self._homeward.append(self._last_homeward)
-            self._last_homeward = None
+            self._last_homeward = []
         while len(self._homeward) > UNITS_ON_THEIR_WAY:
-            self._homeward.popleft().synchronize()
+            for arrival in self._homeward.popleft():
+                arrival.synchronize()
 
     def _pinned(self, host: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         host = host.detach()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .copies import Copies
+from .copies import Arrival, Copies
 
 
 def tied(parameter: nn.Parameter, copy: torch.Tensor, copies: Copies) -> torch.Tensor:
@@ -28,7 +28,7 @@ class _Trip:
 
     def __init__(self, copies: Copies):
         self._copies = copies
-        self._arrival: torch.Event | None = None
+        self._arrival: Arrival | None = None
 
     def leave(self, gradient: torch.Tensor) -> torch.Tensor:
         if gradient.layout != torch.strided:
