@@ -62,6 +62,14 @@ def test_nothing_is_used_before_it_has_come(name, keep, monkeypatch):
     assert_same(gradients(model), gradients(stock))
 
 
+def test_no_anomaly_is_found_in_gradients_on_their_way(monkeypatch):
+    monkeypatch.setattr(stream, "Copies", LateCopies)
+    _, model = pair("llama")
+    db.stream_layers(model, device="cpu")
+    with torch.autograd.set_detect_anomaly(True):
+        backward(model, tokens())
+
+
 def test_a_default_device_does_not_matter_to_gradients():
     parameter, host = nn.Parameter(torch.ones(2)), Copies(torch.device("cpu"))
     with torch.device("meta"):
