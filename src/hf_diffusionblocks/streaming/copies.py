@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-#: Units whose gradients may be on their way home while the host goes on: their memory on the device is held until then.
+#: Units whose copies may be on their way while the host goes on. Until they have come they take memory: gradients on the device,
+#: and weights that are cast for the way, in host memory.
 UNITS_ON_THEIR_WAY = 2
 
 
@@ -42,8 +43,8 @@ class Copies:
         self.watch: Callable[[torch.Tensor, torch.Tensor, bool], None] | None = None
         beside = device.type != "cpu"
         self._inward, self._outward = (torch.Stream(device), torch.Stream(device)) if beside else (None, None)
-        self._homeward: deque[list[Arrival]] = deque()  # of each unit
-        self._last_homeward: list[Arrival] = []  # of this one
+        self._on_their_way: deque[list[torch.Event | Arrival]] = deque()  # asked for while each unit was in use
+        self._asked: list[torch.Event | Arrival] = []  # since this one is
 
     @torch.inference_mode(False)  # a copy may be used again in training
     def fetch(self, hosts: Sequence[tuple[torch.Tensor, torch.dtype]]) -> tuple[list[torch.Tensor], torch.Event | None]:
@@ -56,7 +57,9 @@ class Copies:
         with self._inward:
             copies = [self._pinned(host, dtype).to(self.device, non_blocking=True, copy=True) for host, dtype in hosts]
         self._count(hosts, copies)
-        return copies, self._inward.record_event()
+        event = self._inward.record_event()
+        self._asked.append(event)
+        return copies, event
 
     def _count(self, hosts: Sequence[tuple[torch.Tensor, torch.dtype]], copies: Sequence[torch.Tensor]) -> None:
         self.to_device_bytes += sum(copy.nbytes for copy in copies)
@@ -84,18 +87,17 @@ class Copies:
         if self.watch:
             self.watch(value, host, True)
         arrival = Arrival(self._outward.record_event(), value)
-        self._last_homeward.append(arrival)
+        self._asked.append(arrival)
         return host, arrival
 
     def next_unit(self) -> None:
-        """Another unit begins. The host waits if the gradients of more than two before are still on their way: it would ask
-        the device for ever more memory otherwise. (The device has work for two units then.)"""
-        if self._last_homeward:
-            self._homeward.append(self._last_homeward)
-            self._last_homeward = []
-        while len(self._homeward) > UNITS_ON_THEIR_WAY:
-            for arrival in self._homeward.popleft():
-                arrival.synchronize()
+        """Another unit begins. The host waits if what it asked for more than two before is still on its way: it would ask for
+        ever more memory otherwise. (The device has work for two units then.)"""
+        self._on_their_way.append(self._asked)
+        self._asked = []
+        while len(self._on_their_way) > UNITS_ON_THEIR_WAY:
+            for each in self._on_their_way.popleft():
+                each.synchronize()
 
     def _pinned(self, host: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         host = host.detach()
