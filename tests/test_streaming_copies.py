@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -60,6 +61,27 @@ def test_nothing_is_used_before_it_has_come(name, keep, monkeypatch):
                 for parameter in each.parameters():
                     parameter -= 0.1 * parameter.grad
     assert_same(gradients(model), gradients(stock))
+
+
+def test_when_a_pass_ends_its_weights_have_left_host_memory(monkeypatch):
+    """Its caller may write into them, while the device computes."""
+    events, used, come = [], [], []
+
+    class Noted(Copies):
+        def fetch(self, hosts):
+            events.append(Event(partial(come.append, len(events))))
+            return super().fetch(hosts)[0], events[-1]
+
+        def wait_for(self, event):
+            used.append(events.index(event))
+
+    monkeypatch.setattr(stream, "Copies", Noted)
+    _, model = pair("llama")
+    db.stream_layers(model, device="cpu")
+    for _ in range(2):  # the second fetches ahead
+        with torch.no_grad():
+            model(**tokens())
+        assert come[-1] == max(used)  # (fetches are made in order)
 
 
 def test_no_anomaly_is_found_in_gradients_on_their_way(monkeypatch):

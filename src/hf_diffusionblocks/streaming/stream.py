@@ -77,6 +77,9 @@ class Stream:
             try:
                 with SavedAsOrigins(self._origins) if is_outermost else nullcontext():
                     yield is_outermost
+                if is_outermost and self._arrivals.get(self._current) is not None:
+                    # The caller may write into weights now: what the pass computes with has left host memory.
+                    self._arrivals[self._current].synchronize()
             finally:
                 self._computing -= 1
 
