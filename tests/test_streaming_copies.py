@@ -158,6 +158,19 @@ def test_streams_wait_for_one_another_and_the_host_two_units_behind(monkeypatch)
         assert log.count("host waits") == 3  # of five units, what two have asked for is on its way
 
 
+def test_what_is_let_go_is_free_when_the_device_is_done_with_it(monkeypatch):
+    log: list[str] = []
+    monkeypatch.setattr(copies.torch.accelerator, "current_stream", lambda device: Stream("compute", log))
+    _, model = pair("llama")
+    layers = db.stream_layers(model, device="cpu")
+    layers._copies._inward = Stream("inward", log)
+    with torch.no_grad():
+        model(**tokens())
+    log.clear()
+    layers.let_go()
+    assert "inward waits for compute" in log
+
+
 def test_a_gradient_on_its_way_home_is_written_into_by_nobody(monkeypatch):
     """Autograd gives one tensor to both sides of a sum, and sums into it what else comes to the other side."""
     monkeypatch.setattr(copies.torch.accelerator, "current_stream", lambda device: Stream("compute", []))

@@ -29,8 +29,8 @@ class Arrival:
 class Copies:
     """Makes copies in order, on a stream a direction. (On a CPU: at once.)
 
-    What is fetched has memory of its stream's own: before each fetch that stream waits for all that the device was asked
-    for so far, so what was let go by then makes room, and nobody else has to know.
+    What is fetched has memory of its stream's own: before each fetch, and when something is let go, that stream waits for all
+    that the device was asked for so far, so what was let go by then makes room, and nobody else has to know.
 
     Args:
         device: where layers run.
@@ -53,13 +53,19 @@ class Copies:
             copies = [host.detach().to(dtype, copy=True) for host, dtype in hosts]
             self._count(hosts, copies)
             return copies, None
-        self._inward.wait_stream(torch.accelerator.current_stream(self.device))
+        self.let_go()
         with self._inward:
             copies = [self._pinned(host, dtype).to(self.device, non_blocking=True, copy=True) for host, dtype in hosts]
         self._count(hosts, copies)
         event = self._inward.record_event()
         self._asked.append(event)
         return copies, event
+
+    def let_go(self) -> None:
+        """Copies that were used so far may be let go now. (Expandable segments are given back when the stream that they were
+        made for is done, whoever else computes with them.)"""
+        if self._inward is not None:
+            self._inward.wait_stream(torch.accelerator.current_stream(self.device))
 
     def _count(self, hosts: Sequence[tuple[torch.Tensor, torch.dtype]], copies: Sequence[torch.Tensor]) -> None:
         self.to_device_bytes += sum(copy.nbytes for copy in copies)

@@ -221,6 +221,7 @@ class Stream:
                 self._origins.pop(storage_id(copy.tensor), None)
 
     def _evict(self, unit: Unit) -> None:
+        self._copies.let_go()
         self._forget(unit, list(self._there[unit]))
         del self._there[unit]
         self._arrivals.pop(unit, None)
