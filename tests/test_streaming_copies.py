@@ -63,6 +63,35 @@ def test_nothing_is_used_before_it_has_come(name, keep, monkeypatch):
     assert_same(gradients(model), gradients(stock))
 
 
+@pytest.mark.parametrize("keep", [0, 4])
+def test_after_a_step_layers_are_fetched_ahead_as_ever(keep, monkeypatch):
+    """Those that stay, too, of which there are old copies."""
+    log: list[str] = []
+
+    class Noted(Copies):
+        def fetch(self, hosts):
+            log.append(names[hosts[0][0]])
+            return super().fetch(hosts)
+
+    monkeypatch.setattr(stream, "Copies", Noted)
+    _, model = pair("llama")
+    db.stream_layers(model, device="cpu", keep=keep)
+    names = {p: name for name, layer in model.model.layers.named_children() for p in layer.parameters()}
+    names |= {p: name for name, p in model.named_parameters() if p not in names}
+    for name, layer in model.model.layers.named_children():
+        layer.register_forward_hook(lambda *_, name=name: log.append(f"{name} has run"))
+    optimizer = torch.optim.SGD(model.parameters())
+    for _ in range(3):
+        backward(model, tokens())
+        optimizer.step()
+    log.clear()
+    with torch.no_grad():
+        model(**tokens())
+    assert [each for each in log if each[0].isdigit()] == [
+        "0", "1", "0 has run", "2", "1 has run", "3", "2 has run", "3 has run",
+    ]  # fmt: skip
+
+
 def test_when_a_pass_ends_its_weights_have_left_host_memory(monkeypatch):
     """Its caller may write into them, while the device computes."""
     events, used, come = [], [], []

@@ -185,7 +185,7 @@ class Stream:
             self._evict(other)
         self._fetch(unit, module, autocast)
         self._copies.wait_for(self._arrivals.get(unit))
-        if following is not None and following not in self._there and following.module is not None:
+        if following is not None and following.module is not None:  # (what is there may be older than the last step)
             self._fetch(following, following.module, cast)
         return self._there[unit]
 
