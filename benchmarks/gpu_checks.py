@@ -36,6 +36,7 @@ def passes_of(model: db.DiffusionBlocksPreTrainedModel, family: Family, block: i
     output = model(**inputs, block_index=block, generator=generator, return_logits=True)
     output.loss.backward()
     said = output.logits if "logits" in output else output.estimate
+    said = said.masked_fill(said == -torch.inf, 0)  # (of what cannot be said; its error would be no number, which is not found)
     gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
     return [tensor.detach().float().cpu() for tensor in (output.loss, said, torch.cat(gradients))]
 

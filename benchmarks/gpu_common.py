@@ -189,6 +189,8 @@ class Family:
         """What `forward` would draw: devices draw differently."""
         if self.task.name == "fill-mask":  # which tokens, a generator says, of the CPU on every device
             return {"mask_ratio": 0.5}
+        if model.noise_schedule is None:  # the recommended blocks have none
+            return {}
         low, high = model.noise_schedule.interval(block)
         first = next(iter(batch.values()))
         shapes = {

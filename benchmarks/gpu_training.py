@@ -24,6 +24,8 @@ from hf_diffusionblocks.tasks import backbone_for
 from gpu_common import DIT, GPT2, LLAMA, LOCAL, PAPER, VIT, Family, Machine, Row, check, deterministic, equal, within
 
 STEPS, KILLED_AFTER, SAVED_EVERY = 8, 5, 2
+#: (A gradient that is nothing but rounding, as that of a bias of keys, moves its weight by nothing, rather than by a full step.)
+OPTIMIZER = {"learning_rate": 1e-2, "adam_epsilon": 1e-4}
 #: Name -> model, training arguments
 RUNS = {
     "gpt2, in turn": (Family(GPT2, LOCAL), {"block_schedule": "random"}),
@@ -62,7 +64,7 @@ def trained(name: str, folder: Path, device: torch.device, resume: str | None = 
     model = family.model()
     if streamed:
         db.stream_layers(model, device)
-    trainer = trainer_of(model, family.batch(), folder, device, learning_rate=1e-2, **schedule)
+    trainer = trainer_of(model, family.batch(), folder, device, **OPTIMIZER, **schedule)
     with deterministic():
         trainer.train(resume_from_checkpoint=resume)
     return {key: value.cpu() for key, value in trainer.model.state_dict().items()}
@@ -85,8 +87,8 @@ class Killed(TrainerCallback):
 
 def run_to_be_killed(folder: str, device: str, name: str) -> None:
     family, schedule = RUNS[name]
-    saving = {"save_strategy": "steps", "save_steps": SAVED_EVERY, "learning_rate": 1e-2}
-    trainer = trainer_of(family.model(), family.batch(), Path(folder), torch.device(device), **saving, **schedule)
+    saving = {"save_strategy": "steps", "save_steps": SAVED_EVERY}
+    trainer = trainer_of(family.model(), family.batch(), Path(folder), torch.device(device), **saving, **OPTIMIZER, **schedule)
     trainer.add_callback(Killed())
     with deterministic():
         trainer.train()

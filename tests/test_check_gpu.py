@@ -11,7 +11,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import gpu  # noqa: E402
-from gpu_common import Check, Row  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from gpu_checks import CPU, passes  # noqa: E402
+from gpu_common import FAMILIES, Check, Row  # noqa: E402
 
 HOLDS = Check("holds", lambda machine: iter([Row("one and one", "2", "2", True), Row("of a GPU", "3.1x")]), needs_gpu=False)
 FAILS = Check("fails", lambda machine: iter([Row("one and two", "4", "3", False)]), needs_gpu=False)
@@ -74,3 +76,20 @@ def test_it_says_what_it_ran_on(run, tmp_path, capsys):
     about = json.loads((tmp_path / "rows.json").read_text())
     assert about["device"].startswith("CPU") and {"torch", "transformers", "seconds"} <= about.keys()
     assert "No GPU here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_compared_between_devices_can_be_computed(name):
+    found = passes(FAMILIES[name], CPU)
+    assert len(found) >= 3 and all(tensor.isfinite().all() for tensor in found)
+
+
+def test_fsdp2_is_tried_on_a_gpu_alone_and_leaves_no_process_group(monkeypatch):
+    checks = [each for each in gpu.CHECKS if "FSDP2" in each.name]
+    assert [each.needs_gpu for each in checks] == [True]
+    joined = dist.init_process_group
+    monkeypatch.setattr(dist, "init_process_group", lambda backends, **how: joined("gloo", **how))
+    monkeypatch.setattr(dist.fsdp, "CPUOffloadPolicy", dist.fsdp.OffloadPolicy)  # (here is no way to the host)
+    rows = list(checks[0].run(gpu.Machine(CPU)))
+    assert len(rows) == 3 and all("tokens/s" in row.result for row in rows)
+    assert not dist.is_initialized()
