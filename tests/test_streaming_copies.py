@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +21,10 @@ import hf_diffusionblocks as db
 from hf_diffusionblocks.streaming import copies, stream
 from hf_diffusionblocks.streaming.copies import Copies
 from hf_diffusionblocks.streaming.gradients import _Arrive, _Leave, _Trip, tied
+
+
+#: Waits that late_streams.py leaves out, to see that it finds that.
+CONTROLS = ("fetches do not wait for room", "nothing waits for a fetch", "nobody waits for gradients")
 
 
 class Event:
@@ -237,3 +246,17 @@ def test_a_gradient_that_is_home_leaves_the_device(monkeypatch):
         made.send_home(gradients.pop(0))
     made.next_unit()
     assert [each() is not None for each in there[1:]] == [False, False, False, True, True]
+
+
+@pytest.fixture(scope="module")
+def late_streams(tmp_path_factory) -> dict[str, float]:
+    found = tmp_path_factory.mktemp("late") / "found.json"
+    command = [sys.executable, Path(__file__).with_name("late_streams.py"), found]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return json.loads(found.read_text())
+
+
+def test_gradients_are_right_however_late_and_early_streams_work(late_streams):
+    controls = {name: each for name, each in late_streams.items() if name in CONTROLS}
+    assert len(controls) == len(CONTROLS) and all(each == float("inf") for each in controls.values())
+    assert all(each < 1e-5 for name, each in late_streams.items() if name not in CONTROLS), late_streams
