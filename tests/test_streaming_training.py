@@ -128,6 +128,19 @@ def test_where_no_label_counts_logits_in_parts_have_the_stock_gradients(num_item
     assert not any(gradient.any() for gradient in gradients(model).values())
 
 
+def test_a_loss_in_parts_takes_no_autocast_from_who_calls_backward():
+    """Whose dtype a GPU's own thread does not know."""
+    found = []
+    for autocast in (False, True):
+        hidden, weight = torch.linspace(-1, 1, 12).reshape(3, 4), torch.linspace(1, -2, 20).reshape(5, 4)
+        hidden.requires_grad_(), weight.requires_grad_()
+        loss = streamed_loss.CrossEntropyInParts.apply(hidden, weight, None, torch.tensor([0, 4, 2]), -100)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss.backward()
+        found.append({"hidden": hidden.grad, "weight": weight.grad})
+    assert_same(*found)
+
+
 def test_what_logits_in_parts_cannot_give_is_an_error(monkeypatch):
     monkeypatch.setattr(streamed_loss, "PART_BYTES", 256)
     model = llama().train()

@@ -131,17 +131,18 @@ class CrossEntropyInParts(torch.autograd.Function):
         of_bias = torch.empty_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         of_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         scale = torch.where(counts, upstream, 0)[:, None]  # (upstream is infinite where no target counts)
-        for start, logits in _parts(hidden, weight, bias):
-            width = logits.shape[1]
-            of_logits = logits.sub_(normalizer[:, None]).exp_().mul_(scale)
-            column, is_here = _columns(targets, start, width)
-            of_logits.scatter_add_(1, column[:, None], -scale * is_here[:, None])
-            of_logits = of_logits.to(weight.dtype)
-            of_hidden += of_logits @ weight[start : start + width]
-            if of_weight is not None:
-                torch.mm(of_logits.T, hidden, out=of_weight[start : start + width])
-            if of_bias is not None:
-                of_bias[start : start + width] = of_logits.sum(0)
+        with torch.autocast(hidden.device.type, enabled=False):  # (on a GPU's own thread it would be float16's)
+            for start, logits in _parts(hidden, weight, bias):
+                width = logits.shape[1]
+                of_logits = logits.sub_(normalizer[:, None]).exp_().mul_(scale)
+                column, is_here = _columns(targets, start, width)
+                of_logits.scatter_add_(1, column[:, None], -scale * is_here[:, None])
+                of_logits = of_logits.to(weight.dtype)
+                of_hidden += of_logits @ weight[start : start + width]
+                if of_weight is not None:
+                    torch.mm(of_logits.T, hidden, out=of_weight[start : start + width])
+                if of_bias is not None:
+                    of_bias[start : start + width] = of_logits.sum(0)
         return of_hidden.to(hidden.dtype), of_weight, of_bias, None, None
 
 
