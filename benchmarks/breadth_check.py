@@ -178,7 +178,8 @@ def _difference(found: dict[str, Tensor | None], wanted: dict[str, Tensor | None
 
 
 class HostWatch(TorchDispatchMode):
-    """Notes each operation on a unit's own weights in host memory, but those that copy them and those that make views.
+    """Notes each operation on a unit's own weights in host memory, but those that copy them, those that make views, and those
+    that change them (RWKV does, as it goes to evaluation).
 
     It knows a weight by the memory it is in, so a view of it is seen as well.
     """
@@ -196,7 +197,7 @@ class HostWatch(TorchDispatchMode):
         if _computes(func):
             for tensor in _tensors_of((*args, *kwargs.values())):
                 weight = self._units.get(tensor.untyped_storage()._cdata)
-                if weight is not None:
+                if weight is not None and not (func._schema.is_mutable and tensor is args[0]):
                     self.found.add(f"{weight}: {func._schema.name}")
         return func(*args, **kwargs)
 
