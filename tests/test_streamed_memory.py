@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig, OpenAIGPTConfig
-from transformers import HGNetV2Config, PvtConfig, SwinConfig
+from transformers import DbrxConfig, HGNetV2Config, PvtConfig, SwinConfig
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.memory import costs as costs_module
@@ -142,6 +142,17 @@ def test_any_causal_model_or_image_classifier_is_estimated(config):
 def test_what_cannot_be_cut_has_no_blocks(name, fields, message):
     with pytest.raises(ValueError, match=message):
         db.estimate_memory(OTHERS[name], **fields)
+
+
+def test_what_a_step_makes_of_values_cannot_be_followed():
+    """Dbrx looks up which experts have tokens."""
+    experts = {"hidden_size": 32, "ffn_hidden_size": 32, "moe_num_experts": 2, "moe_top_k": 1}
+    config = DbrxConfig(
+        d_model=32, n_heads=4, n_layers=2, max_seq_len=32, vocab_size=99, ffn_config=experts,
+        attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"cannot be estimated: its step depends on values \(aten.nonzero"):
+        db.estimate_memory(config, batch_size=1, sequence_length=8)
 
 
 # ---- by formula

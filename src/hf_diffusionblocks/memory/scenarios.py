@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -266,7 +266,14 @@ class WithoutMemory(TorchDispatchMode):
         self.fake_mode = fake_mode
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        try:
+            return self._followed(func, args, kwargs or {})
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise ValueError(
+                f"the model cannot be estimated: its step depends on values ({error}). Measure one, with `StepMemory`"
+            ) from error
+
+    def _followed(self, func, args, kwargs):
         if func._overloadpacket in (torch.ops.aten.randn, torch.ops.aten.randn_like):
             with self.fake_mode:  # the noise of all targets: large, and never looked at
                 return func(*args, **kwargs)

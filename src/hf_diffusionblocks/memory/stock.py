@@ -111,10 +111,10 @@ def layer_paths(model: nn.Module) -> tuple[str, ...]:
 
 
 def matrices_of_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """What a model's layers map with, and adapters are for, by path. (A convolution is none.)"""
+    """What a model's layers map with, and adapters are for, by path. (Neither convolutions, nor what computes as it likes.)"""
     layers = layer_paths(model)
     inside = ((name, module) for name, module in model.named_modules() if name.startswith(layers))
-    return {name: module for name, module in inside if isinstance(module, (nn.Linear, Conv1D))}
+    return {name: module for name, module in inside if type(module) in (nn.Linear, Conv1D)}
 
 
 def num_logits(model: nn.Module) -> int | None:
