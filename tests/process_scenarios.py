@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from torch.distributed.elastic.multiprocessing.errors import record
-from transformers import GPT2Config, LlamaConfig, ViTConfig
+from transformers import GPT2Config, LlamaConfig, ResNetConfig, ViTConfig
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_diffusionblocks as db
@@ -31,6 +31,9 @@ GPT2 = GPT2Config(
 VIT = ViTConfig(
     num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, image_size=8, patch_size=4,
     num_channels=1, num_labels=5,
+)  # fmt: skip
+RESNET = ResNetConfig(
+    num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5, image_size=8
 )  # fmt: skip
 DIT = DiTConfig(
     num_layers=4, num_attention_heads=2, attention_head_dim=8, in_channels=2, sample_size=8, patch_size=4,
@@ -52,15 +55,16 @@ SCENARIOS: dict[str, tuple[object, dict, dict]] = {
     "data parallel, image generation": (DIT, {}, PLAIN_SGD),
     "data parallel, accumulated": (GPT2, CARRIED, {**PLAIN_SGD, "gradient_accumulation_steps": 2}),
     "data parallel, together": (GPT2, CARRIED, {**PLAIN_SGD, "block_schedule": "together"}),
+    "batch norms": (RESNET, CARRIED, {**PLAIN_SGD, "block_schedule": "random"}),
 }  # fmt: skip
 #: Those that are also stopped after 2 steps and resumed
-RESUMED = ("data parallel, text", "data parallel, together")
+RESUMED = ("data parallel, text", "data parallel, together", "batch norms")
 STEPS, BATCH, PROCESSES = 4, 2, 2
 
 
 def rows(source) -> Dataset:
     generator = torch.Generator().manual_seed(0)
-    if source is VIT:
+    if source is VIT or source is RESNET:
         images = torch.randn(64, 1, 8, 8, generator=generator)
         return Dataset.from_dict({"pixel_values": images.tolist(), "labels": [k % 5 for k in range(64)]}).with_format("torch")
     if source is DIT:

@@ -72,7 +72,7 @@ def test_all_ranks_end_with_the_same_weights(outcomes, name):
         assert other["loss"] == first["loss"]
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name.startswith("data parallel")])
 def test_data_parallel_is_one_process_with_all_rows(outcomes, name, tmp_path):
     """Noise included: it goes with the row. Only the order in which numbers are summed differs."""
     source, fields, arguments = SCENARIOS[name]

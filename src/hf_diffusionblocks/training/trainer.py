@@ -105,6 +105,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         self._together = TogetherSteps(self) if together else None
         #: of each block that trains, and of none (those that are frozen just now, too); known once training begins
         self._parameters: dict[int | None, list[torch.nn.Parameter]] = {}
+        self._statistics: list[torch.Tensor] = []  # of batch norms, and whatever else a model keeps beside its parameters
         self._micro_batch = 0
         self._block_losses = torch.zeros(self.num_blocks, 2, device=args.device)  # sum and count since the last log
         self._ledgers = StepLedgers(self) if args.measure_memory else None
@@ -163,12 +164,16 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         return keyed_generators([self.args.seed, self.state.global_step], range(first, first + num_rows), self.args.device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if self._together is not None:
-            return self._together.training_step(inputs, num_items_in_batch)
         is_last = self.accelerator.sync_gradients
-        loss = self.block_pass(model, inputs, num_items_in_batch, is_last)
+        if self._together is not None:
+            loss = self._together.training_step(inputs, num_items_in_batch)
+        else:
+            loss = self.block_pass(model, inputs, num_items_in_batch, is_last)
         if is_last and self.args.world_size > 1:
-            average_gradients([*self._parameters[self.active_block], *self._parameters[None]])
+            if self._together is None:
+                average_gradients([*self._parameters[self.active_block], *self._parameters[None]])
+            # Batch norms, which each process counts for itself: by rank 0's, which are saved, the next blocks' steps run.
+            broadcast(self._statistics, source=0)
         return loss
 
     def block_pass(self, model, inputs, num_items_in_batch, is_last: bool) -> torch.Tensor:
@@ -205,11 +210,8 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
     def _sync_replicated_trainable_parameters(self, model) -> None:
         if self.args.world_size > 1:  # as DDP does: all start from rank 0's weights, frozen ones and buffers, too
             broadcast((*self.model.parameters(), *self.model.buffers()), source=0)
-
-    def evaluation_loop(self, *args, **kwargs):
-        if self.args.world_size > 1:  # batch norms, which each process counts for itself: rank 0's, which are saved
-            broadcast(self.model.buffers(), source=0)
-        return super().evaluation_loop(*args, **kwargs)
+            saved = self.model.state_dict().keys()
+            self._statistics = [buffer for name, buffer in self.model.named_buffers() if name in saved]
 
     # ---- optimizer and schedule
 
