@@ -51,6 +51,7 @@ REFUSED = {
     ("causal-lm", "zamba"): "which shared='common' makes block 2's",  # layers that share parameters
     ("sequence-classification", "t5"): "their logits differ",  # the first layer hands on positions
     ("image-classification", "pvt"): "it has no list of stages",  # a stage's embeddings stand apart from its layers
+    ("image-classification", "pp_lcnet"): "object has no attribute 'logits'",
     ("image-classification", "levit"): "cannot be cut into blocks",  # which keeps what its layers computed from weights
     ("causal-lm", "xlnet"): "its tokens see those after them, and must not",
 }
@@ -138,6 +139,18 @@ def test_stages_after_a_block_are_not_run():
 def test_stages_have_no_local_head_layers():
     with pytest.raises(ValueError, match="local_head_layers=1 must be 0 for model_type='resnet'"):
         db.convert(RESNET, 2, local_head_layers=1)
+
+
+def test_stages_of_half_precision_are_compared_too():
+    """Of a ConvNeXt, which does not cast images itself."""
+    plain = tiny_model("image-classification", "convnext").to(torch.bfloat16)
+    model = db.convert(plain, 2)
+    assert check_cut(model, TASKS[model.task].example(plain.config, 2, None))
+
+
+def test_widths_of_several_stages_are_no_hidden_size():
+    config = db.convert(RESNET, 2).config
+    assert not hasattr(config, "hidden_size") and config.hidden_sizes == RESNET.hidden_sizes
 
 
 # ---- running one block

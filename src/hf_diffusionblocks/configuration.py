@@ -251,7 +251,10 @@ class DiffusionBlocksConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        return self.architecture.width(self.source_config)
+        try:
+            return self.architecture.width(self.source_config)
+        except ValueError as error:  # stages are of several widths: others ask by `hasattr` whether there is one
+            raise AttributeError(str(error)) from None
 
     def __getattr__(self, name: str) -> Any:
         # What a caller may ask of a stock config (positions, token ids, ...), ours answers by the plain model's.

@@ -73,7 +73,7 @@ class StagedBackbone(Backbone):
         for path, module in ((path, module) for path, modules in lists.items() for module in modules):
             module.register_forward_hook(partial(note, path))
         try:
-            plain(images)
+            plain(images).logits  # (PP-LCNet says them by another name)
         except Exception as error:
             raise self._refused(config, f"of random images it says {type(error).__name__}: {error}") from error
         sizes = {path: _size(modules) for path, modules in lists.items() if [called for called, _ in calls[path]] == modules}

@@ -38,7 +38,9 @@ def check_cut(model: DiffusionBlocksPreTrainedModel, batch: Mapping[str, torch.T
         ValueError: their logits differ, or gradients; or a block reads another's own parameters; or tokens see later ones, and
             must not, or the reverse. Says by how much, and what is known of why.
     """
-    inputs = model.stock_inputs({name: value.to(model.device) for name, value in batch.items()})
+    # (Not every stock model casts images to what it computes in.)
+    there = {name: each.to(model.device, model.dtype if each.is_floating_point() else None) for name, each in batch.items()}
+    inputs = model.stock_inputs(there)
     with without_dropout(model.backbone), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         try:
             expected = model.backbone(**inputs).logits
