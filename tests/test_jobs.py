@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,11 @@ from transformers.utils import logging
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.cli import main
-from hf_diffusionblocks.tasks import backbone_for
+from hf_diffusionblocks.tasks import TASKS, backbone_for
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from tiny_models import tiny_model  # noqa: E402
 
 
 # ---- what is loaded
@@ -178,6 +184,21 @@ def test_frozen_shared_parameters_stay(texts, tmp_path):
     trainer = trained(model, tmp_path, texts, train_blocks=[0], train_shared=False)
     assert all(map(torch.equal, shared, model.shared_parameters()))
     assert {group["block"] for group in trainer.optimizer.param_groups} == {0}
+
+
+def test_statistics_of_shared_batch_norms_stay_so_that_jobs_can_be_merged(tmp_path):
+    """MobileNetV2 has some before its stages, and after them."""
+    plain = tiny_model("image-classification", "mobilenet_v2")
+    rows = TASKS["image-classification"].example(plain.config, 16, None)
+    data = [{name: tensor[row] for name, tensor in rows.items()} for row in range(16)]
+    model = db.convert(plain, 2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for block in (0, 1):  # each around the one before
+        trained(model, tmp_path / str(block), data, train_blocks=[block], train_shared=False)
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {model.block_of_parameter(name) for name in moved if "running_mean" in name} == {0, 1}
+    db.merge_blocks([tmp_path / "0", tmp_path / "1"], tmp_path / "whole")
+    assert same_weights(model.state_dict(), type(model).from_pretrained(tmp_path / "whole").state_dict())
 
 
 def test_a_job_evaluates_the_label_free_loss_of_its_block(texts, tmp_path):

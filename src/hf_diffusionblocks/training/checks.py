@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel, Trainer
 from transformers.training_args import OptimizerNames
 
@@ -105,8 +106,10 @@ def trained_parameters(
 
     Args:
         blocks: that the run trains.
-        train_shared: whether what belongs to no block (None) trains, too.
+        train_shared: whether what belongs to no block (None) trains, too. If not, its batch norms run as they are in use:
+            what they count of batches would differ from job to job.
     """
+    hooks = [] if train_shared else [norm.register_forward_pre_hook(_as_in_use) for norm in _shared_norms(model)]
     trained: dict[int | None, list[nn.Parameter]] = {None: [], **{block: [] for block in blocks}}
     set_aside = []
     for name, parameter in model.named_parameters():
@@ -118,8 +121,20 @@ def trained_parameters(
     try:
         yield trained
     finally:
+        for hook in hooks:
+            hook.remove()
         for parameter in set_aside:
             parameter.requires_grad_(True)
+
+
+def _shared_norms(model: nn.Module) -> list[nn.Module]:
+    """Batch norms that belong to no block."""
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    return [norm for name, norm in norms.items() if model.block_of_parameter(f"{name}.") is None]
+
+
+def _as_in_use(module: nn.Module, args: tuple) -> None:
+    module.eval()
 
 
 def check_one_job(blocks: Sequence[int], num_blocks: int) -> None:
