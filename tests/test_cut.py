@@ -128,6 +128,21 @@ def test_batch_norms_count_in_their_own_block_s_step_alone():
         assert any(name.startswith("backbone.resnet.embedder.") for name in moved) is (block.index == 0)
 
 
+def test_batch_norms_count_a_batch_once_though_checkpointing_repeats_it():
+    """Later blocks' steps run by what earlier ones have counted. (Of a plain model, evaluation alone does.)"""
+    model = db.convert(tiny_model("image-classification", "mobilevit"), 2)
+    batch, found = TASKS[model.task].example(model.config.source_config, 4, None), []
+    for checkpoints in (False, True):
+        each = copy.deepcopy(model)
+        if checkpoints:
+            each.gradient_checkpointing_enable()
+            each = copy.deepcopy(each)  # (which counts for itself)
+        for block in (0, 1):
+            each(**batch, block_index=block).loss.backward()
+        found.append([*each.buffers(), *(parameter.grad for parameter in each.parameters())])
+    assert all(map(torch.equal, *found))
+
+
 def test_stages_after_a_block_are_not_run():
     model, images = db.convert(RESNET, 4).train(), TASKS["image-classification"].example(RESNET, 4, None)
     with watching(model.layers[0]) as before, watching(model.layers[1]) as own, watching(model.layers[2]) as after:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
@@ -19,7 +21,7 @@ from ..configuration import DiffusionBlocksConfig
 from ..diffusion.randomness import Generators
 from ..diffusion.schedule import NoiseSchedule
 from ..saving.pretrained import SavedByBlock
-from ..streaming import weights_on_device
+from ..streaming import statistics_taken_once, weights_on_device
 from .block import Block
 from .sharing import Sharing
 from .targets import FixedTargets
@@ -260,12 +262,16 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     # ---- running layers
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, every_n_layers: int = 1):
-        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+        given = getattr(gradient_checkpointing_func, "keywords", {})
+        if given.get("use_reentrant"):
             raise ValueError(
                 "use_reentrant=True must be False: what enters a block has no gradient, and so would its layers have none"
             )
         if every_n_layers != 1:
             raise ValueError(f"every_n_layers={every_n_layers} must be 1: layers are checkpointed all, or none")
+        if enable and "context_fn" not in given and any(isinstance(module, _BatchNorm) for module in self.modules()):
+            # A repeated forward would count its batch again, and the next block's steps run by what is counted.
+            gradient_checkpointing_func = partial(gradient_checkpointing_func, context_fn=partial(_counting_once, self))
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
         for module in self.modules() if not self.formulation.runs_stock else ():  # layers would do it again, inside of ours
             if module is not self and hasattr(module, "gradient_checkpointing"):
@@ -373,3 +379,8 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         with without_dropout(self.backbone), block.alone(entering) as run:
             base(**self.stock_inputs(batch))
         return run.leaving
+
+
+def _counting_once(model: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """What a checkpointed forward runs in, and its repetition."""
+    return nullcontext(), statistics_taken_once(model)

@@ -126,7 +126,7 @@ class Stream:
             for (child, name), each in keys.items():
                 child._parameters[name] = lent[each.id]
             # (what is checkpointed inside would run again when nothing is lent; the unit does, as a whole)
-            with SavedAsOrigins(self._origins), without_checkpointing(inside), _statistics_taken_once(module):
+            with SavedAsOrigins(self._origins), without_checkpointing(inside), statistics_taken_once(module):
                 yield
         finally:
             unit.depth -= 1
@@ -262,7 +262,7 @@ def without_checkpointing(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _statistics_taken_once(module: nn.Module) -> Iterator[None]:
+def statistics_taken_once(module: nn.Module) -> Iterator[None]:
     """While this runs in a backward pass, which repeats a forward, batch norms inside do not count the batch again."""
     repeats = torch._C._current_graph_task_id() >= 0  # (no public function tells; a test fails if this one goes)
     counting = [each for each in module.modules() if repeats and each.training and getattr(each, "track_running_stats", False)]
