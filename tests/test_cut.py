@@ -16,6 +16,8 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     LlamaForCausalLM,
+    SwinConfig,
+    SwinForImageClassification,
     Trainer,
     TrainingArguments,
 )
@@ -161,6 +163,13 @@ def test_stages_of_half_precision_are_compared_too():
     plain = tiny_model("image-classification", "convnext").to(torch.bfloat16)
     model = db.convert(plain, 2)
     assert check_cut(model, TASKS[model.task].example(plain.config, 2, None))
+
+
+def test_a_converted_model_knows_of_no_image_yet():
+    """A Swin that has seen images of few windows shifts none in larger ones."""
+    config = SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[2, 2], window_size=4, num_labels=5)
+    plain, images = SwinForImageClassification(config).eval(), torch.randn(2, 3, 32, 32)
+    assert torch.equal(db.convert(plain, 2)(images).logits, plain(images).logits)
 
 
 def test_widths_of_several_stages_are_no_hidden_size():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.utils import logging
@@ -41,7 +43,7 @@ def check_cut(model: DiffusionBlocksPreTrainedModel, batch: Mapping[str, torch.T
     # (Not every stock model casts images to what it computes in.)
     there = {name: each.to(model.device, model.dtype if each.is_floating_point() else None) for name, each in batch.items()}
     inputs = model.stock_inputs(there)
-    with without_dropout(model.backbone), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with _kept(model.backbone), without_dropout(model.backbone), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         try:
             expected = model.backbone(**inputs).logits
         except Exception as error:  # (as flash attention before the model is on its device)
@@ -57,6 +59,18 @@ def check_cut(model: DiffusionBlocksPreTrainedModel, batch: Mapping[str, torch.T
         if model.sees_later_tokens is False:
             comparison.check_loss(batch["labels"].to(model.device))
     return True
+
+
+@contextmanager
+def _kept(model: nn.Module) -> Iterator[None]:
+    """Numbers that modules note as they run are as before in the end: a Swin that has seen images of few windows shifts none
+    in larger ones."""
+    noted = [(vars(module), {**vars(module)}) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for now, before in noted:
+            now.update({name: value for name, value in before.items() if isinstance(value, (int, float, tuple))})
 
 
 class _Comparison:
