@@ -211,16 +211,16 @@ def test_gradient_checkpointing_changes_nothing(case):
     """But how often a layer runs: once more, in the backward pass."""
     model, batch = case.model().train(), case.rows()
     gradients, counts = [], []
-    for enable in (None, model.gradient_checkpointing_enable):
-        if enable is not None:
-            enable()
+    for options in (None, {"use_reentrant": False}, {"preserve_rng_state": True}):
+        if options:
+            model.activation_checkpointing_enable(options)
         model.zero_grad()
         with watching(model.blocks[case.last_block].layers[-1]) as entered:
             model(**batch, block_index=case.last_block, generator=seeded()).loss.backward()
         counts.append(len(entered))
         gradients.append([parameter.grad for parameter in model.block_parameters(case.last_block)])
-    assert all(map(torch.equal, *gradients))
-    assert counts[1] > counts[0] > 0  # (of the paper's text, clean tokens enter the last one for their keys alone)
+    assert all(map(torch.equal, *gradients[:2])) and all(map(torch.equal, *gradients[1:]))
+    assert counts[2] == counts[1] > counts[0] > 0  # (of the paper's text, clean tokens enter the last one for their keys alone)
 
 
 def test_gradient_checkpointing_is_refused_where_the_stock_model_has_none():

@@ -269,9 +269,12 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             )
         if every_n_layers != 1:
             raise ValueError(f"every_n_layers={every_n_layers} must be 1: layers are checkpointed all, or none")
-        if enable and "context_fn" not in given and any(isinstance(module, _BatchNorm) for module in self.modules()):
+        options: dict[str, Any] = {"use_reentrant": False}  # (PyTorch's is True, where others alone are given)
+        if any(isinstance(module, _BatchNorm) for module in self.modules()):
             # A repeated forward would count its batch again, and the next block's steps run by what is counted.
-            gradient_checkpointing_func = partial(gradient_checkpointing_func, context_fn=partial(_counting_once, self))
+            options = {"context_fn": partial(_counting_once, self)} | given | options
+        if enable:
+            gradient_checkpointing_func = partial(gradient_checkpointing_func, **options)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
         for module in self.modules() if not self.formulation.runs_stock else ():  # layers would do it again, inside of ours
             if module is not self and hasattr(module, "gradient_checkpointing"):
