@@ -195,6 +195,7 @@ def test_statistics_of_shared_batch_norms_stay_so_that_jobs_can_be_merged(tmp_pa
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for block in (0, 1):  # each around the one before
         trained(model, tmp_path / str(block), data, train_blocks=[block], train_shared=False)
+        assert len({module.training for module in model.modules()}) == 1
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert {model.block_of_parameter(name) for name in moved if "running_mean" in name} == {0, 1}
     db.merge_blocks([tmp_path / "0", tmp_path / "1"], tmp_path / "whole")

@@ -109,7 +109,8 @@ def trained_parameters(
         train_shared: whether what belongs to no block (None) trains, too. If not, its batch norms run as they are in use:
             what they count of batches would differ from job to job.
     """
-    hooks = [] if train_shared else [norm.register_forward_pre_hook(_as_in_use) for norm in _shared_norms(model)]
+    norms = [] if train_shared else _shared_norms(model)
+    hooks = [norm.register_forward_pre_hook(_as_in_use) for norm in norms]
     trained: dict[int | None, list[nn.Parameter]] = {None: [], **{block: [] for block in blocks}}
     set_aside = []
     for name, parameter in model.named_parameters():
@@ -121,8 +122,9 @@ def trained_parameters(
     try:
         yield trained
     finally:
-        for hook in hooks:
+        for hook, norm in zip(hooks, norms):
             hook.remove()
+            norm.train(model.training)
         for parameter in set_aside:
             parameter.requires_grad_(True)
 
