@@ -109,7 +109,9 @@ def trained_parameters(
         train_shared: whether what belongs to no block (None) trains, too. If not, its batch norms run as they are in use:
             what they count of batches would differ from job to job.
     """
-    norms = [] if train_shared else _shared_norms(model)
+    norms = [] if train_shared else [
+        norm for name, norm in batch_norms(model).items() if model.block_of_parameter(f"{name}.") is None
+    ]  # fmt: skip
     hooks = [norm.register_forward_pre_hook(_as_in_use) for norm in norms]
     trained: dict[int | None, list[nn.Parameter]] = {None: [], **{block: [] for block in blocks}}
     set_aside = []
@@ -129,10 +131,9 @@ def trained_parameters(
             parameter.requires_grad_(True)
 
 
-def _shared_norms(model: nn.Module) -> list[nn.Module]:
-    """Batch norms that belong to no block."""
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-    return [norm for name, norm in norms.items() if model.block_of_parameter(f"{name}.") is None]
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """By name: what keeps statistics of batches."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
 
 
 def _as_in_use(module: nn.Module, args: tuple) -> None:

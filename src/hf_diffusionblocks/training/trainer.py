@@ -21,8 +21,8 @@ from .averages import AveragingTrainer
 from .block_evaluation import BlockEvaluation
 from .block_schedule import BlockSchedule, learning_rate_curve, scheduler_by_block, split_by_block
 from .checks import (
-    WithClassLabels, WithoutFullMask, blocks_to_train, check_counts, check_given_to_trainer, check_neftune, check_optimizer,
-    check_processes, columns_to_keep, settle_schedule, trained_parameters,
+    WithClassLabels, WithoutFullMask, batch_norms, blocks_to_train, check_counts, check_given_to_trainer, check_neftune,
+    check_optimizer, check_processes, columns_to_keep, settle_schedule, trained_parameters,
 )  # fmt: skip
 from .parallel import average_gradients, broadcast
 from .process_group import leave_at_exit
@@ -105,7 +105,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         self._together = TogetherSteps(self) if together else None
         #: of each block that trains, and of none (those that are frozen just now, too); known once training begins
         self._parameters: dict[int | None, list[torch.nn.Parameter]] = {}
-        self._statistics: list[torch.Tensor] = []  # of batch norms, and whatever else a model keeps beside its parameters
+        self._statistics: list[torch.Tensor] = []  # of batch norms
         self._micro_batch = 0
         self._block_losses = torch.zeros(self.num_blocks, 2, device=args.device)  # sum and count since the last log
         self._ledgers = StepLedgers(self) if args.measure_memory else None
@@ -210,8 +210,7 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
     def _sync_replicated_trainable_parameters(self, model) -> None:
         if self.args.world_size > 1:  # as DDP does: all start from rank 0's weights, frozen ones and buffers, too
             broadcast((*self.model.parameters(), *self.model.buffers()), source=0)
-            saved = self.model.state_dict().keys()
-            self._statistics = [buffer for name, buffer in self.model.named_buffers() if name in saved]
+            self._statistics = [buffer for norm in batch_norms(self.model).values() for buffer in norm.buffers()]
 
     # ---- optimizer and schedule
 
