@@ -10,6 +10,7 @@ device's own thread. Writes, as JSON, how far gradients are off the stock model'
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import threading
@@ -227,6 +228,25 @@ def off_where_weights_are_written_after() -> float:
     return (memory(found) - expected).abs().max().item()
 
 
+def off_where_weights_are_written_after_backward_passes() -> float:
+    """These have no gradients of weights, which somebody would wait for; each is followed by a write into weights."""
+    model = llama().eval().requires_grad_(False)
+    stock, expected, found = copy.deepcopy(model), [], []
+    streamed(model, "")
+    for _ in range(3):  # the last ones fetch ahead
+        hidden = torch.randn(2, 5, 32)
+        expected.append(hidden.requires_grad_()), found.append(there(hidden).requires_grad_())
+        stock(inputs_embeds=hidden).logits.square().sum().backward()
+        with Device():
+            model(inputs_embeds=found[-1], use_cache=False).logits.square().sum().backward()
+        for each in (stock, model):
+            for parameter in each.model.layers.parameters():
+                parameter.mul_(1.1)
+    Stream.every[0].record_event().synchronize()
+    errors = [(memory(one.grad) - other.grad).norm() / other.grad.norm() for one, other in zip(found, expected)]
+    return torch.stack(errors).max().item()
+
+
 EAGER = ("", "compute", "inward outward")
 #: What is left out, and has to be found.
 CONTROLS = {
@@ -241,6 +261,7 @@ def main() -> None:
     layer_streaming.check_device, layer_streaming.LayerStream._place = lambda device: device, placed
     found = {f"{name}: {eager}": off(name, eager) for name in ("llama, tied", "t5") for eager in EAGER}
     found["written after"] = off_where_weights_are_written_after()
+    found["written after backward passes"] = off_where_weights_are_written_after_backward_passes()
     for name, without in CONTROLS.items():
         with without():
             found[name] = off("llama, tied", "")

@@ -101,7 +101,8 @@ def test_after_a_step_layers_are_fetched_ahead_as_ever(keep, monkeypatch):
     ]  # fmt: skip
 
 
-def test_when_a_pass_ends_its_weights_have_left_host_memory(monkeypatch):
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_when_a_pass_ends_its_weights_have_left_host_memory(backward, monkeypatch):
     """Its caller may write into them, while the device computes."""
     events, used, come = [], [], []
 
@@ -116,9 +117,12 @@ def test_when_a_pass_ends_its_weights_have_left_host_memory(monkeypatch):
     monkeypatch.setattr(stream, "Copies", Noted)
     _, model = pair("llama")
     db.stream_layers(model, device="cpu")
+    model.requires_grad_(False)
+    hidden = torch.randn(2, 12, 32, requires_grad=backward)
     for _ in range(2):  # the second fetches ahead
-        with torch.no_grad():
-            model(**tokens())
+        logits = model(inputs_embeds=hidden).logits
+        if backward:
+            logits.sum().backward()
         assert come[-1] == max(used)  # (fetches are made in order)
 
 

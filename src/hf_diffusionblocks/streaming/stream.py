@@ -44,6 +44,7 @@ class Stream:
         self._follows: dict[tuple[Unit | None, Unit | None], tuple[Unit, torch.dtype | None]] = {}
         self._updates = 0  # steps of optimizers
         self._round = 0  # forward passes of the model
+        self._backward = -1  # the backward pass that fetched last, as autograd numbers them
         self._computing = 0
         self._one_thread = threading.RLock()  # runs the model at a time
         self._deferring: nn.Module | None = None  # the head whose logits are
@@ -77,11 +78,15 @@ class Stream:
             try:
                 with SavedAsOrigins(self._origins) if is_outermost else nullcontext():
                     yield is_outermost
-                if is_outermost and self._arrivals.get(self._current) is not None:
-                    # The caller may write into weights now: what the pass computes with has left host memory.
-                    self._arrivals[self._current].synchronize()
+                if is_outermost:
+                    self._wait_until_used_ones_have_left()
             finally:
                 self._computing -= 1
+
+    def _wait_until_used_ones_have_left(self) -> None:
+        """At the end of a pass: its caller may write into weights, and what it computes with has left host memory then."""
+        if self._arrivals.get(self._current) is not None:
+            self._arrivals[self._current].synchronize()
 
     def let_go(self) -> None:
         """Hold nothing on the device, what stays included; it comes again when it is used."""
@@ -180,6 +185,10 @@ class Stream:
             self._follows[self._before, self._current] = unit, autocast
             self._before, self._current = self._current, unit
             self._copies.next_unit()
+        backward = torch._C._current_graph_task_id()
+        if backward not in (-1, self._backward):  # (one without gradients of weights has no other reason to wait)
+            self._backward = backward
+            torch.autograd.Variable._execution_engine.queue_callback(self._wait_until_used_ones_have_left)
         following, cast = self._follows.get((self._before, unit), (None, None))
         for other in [each for each in self._there if each not in (unit, following) and not each.stays]:
             self._evict(other)
@@ -215,13 +224,13 @@ class Stream:
         return copy is not None and copy.parameter is key.parameter and copy.is_current(self._updates, self._round)
 
     def _forget(self, unit: Unit, ids: Iterable[Hashable]) -> None:
-        for id_ in ids:
-            copy = self._there[unit].pop(id_, None)
-            if copy is not None:
-                self._origins.pop(storage_id(copy.tensor), None)
+        copies = [self._there[unit].pop(id_) for id_ in ids if id_ in self._there[unit]]
+        for copy in copies:
+            self._origins.pop(storage_id(copy.tensor), None)
+        if copies:  # (older than their parameters, also: the device may compute with them still)
+            self._copies.let_go()
 
     def _evict(self, unit: Unit) -> None:
-        self._copies.let_go()
         self._forget(unit, list(self._there[unit]))
         del self._there[unit]
         self._arrivals.pop(unit, None)
