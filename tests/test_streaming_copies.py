@@ -213,6 +213,24 @@ def test_what_is_let_go_is_free_when_the_device_is_done_with_it(monkeypatch):
     assert "inward waits for compute" in log
 
 
+def test_what_is_let_go_is_free_when_every_stream_is_done_with_it(monkeypatch):
+    """Two threads that evaluate may each have a stream of their own."""
+    log: list[str] = []
+    streams = [Stream("one", log), Stream("two", log)]
+    monkeypatch.setattr(copies.torch.accelerator, "current_stream", lambda device: streams[0])
+    made = Copies(torch.device("cpu"))
+    made._inward = Stream("inward", log)
+    for _ in streams:
+        _, event = made.fetch([(torch.ones(2), torch.float32)])
+        made.wait_for(event)
+        streams.reverse()
+    for _ in streams:
+        log.clear()
+        made.fetch([(torch.ones(2), torch.float32)])
+        assert log.index("inward waits for one") < log.index("on inward") > log.index("inward waits for two")
+        streams.reverse()
+
+
 def test_a_gradient_on_its_way_home_is_written_into_by_nobody(monkeypatch):
     """Autograd gives one tensor to both sides of a sum, and sums into it what else comes to the other side."""
     monkeypatch.setattr(copies.torch.accelerator, "current_stream", lambda device: Stream("compute", []))

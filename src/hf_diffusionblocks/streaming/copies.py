@@ -43,6 +43,7 @@ class Copies:
         self.watch: Callable[[torch.Tensor, torch.Tensor, bool], None] | None = None
         beside = device.type != "cpu"
         self._inward, self._outward = (torch.Stream(device), torch.Stream(device)) if beside else (None, None)
+        self._computing: set[torch.Stream] = set()  # that have used copies (a thread may have a stream of its own)
         self._on_their_way: deque[list[torch.Event | Arrival]] = deque()  # asked for while each unit was in use
         self._asked: list[torch.Event | Arrival] = []  # since this one is
 
@@ -65,7 +66,8 @@ class Copies:
         """Copies that were used so far may be let go now. (Expandable segments are given back when the stream that they were
         made for is done, whoever else computes with them.)"""
         if self._inward is not None:
-            self._inward.wait_stream(torch.accelerator.current_stream(self.device))
+            for stream in self._computing | {torch.accelerator.current_stream(self.device)}:
+                self._inward.wait_stream(stream)
 
     def _count(self, hosts: Sequence[tuple[torch.Tensor, torch.dtype]], copies: Sequence[torch.Tensor]) -> None:
         self.to_device_bytes += sum(copy.nbytes for copy in copies)
@@ -76,7 +78,9 @@ class Copies:
     def wait_for(self, event: torch.Event | None) -> None:
         """What the device computes from here on comes after a fetch."""
         if event is not None:
-            torch.accelerator.current_stream(self.device).wait_event(event)
+            stream = torch.accelerator.current_stream(self.device)
+            self._computing.add(stream)
+            stream.wait_event(event)
 
     def send_home(self, value: torch.Tensor) -> tuple[torch.Tensor, Arrival | None]:
         """A copy of a tensor in host memory, and when it is there. `value` may be let go at once."""
