@@ -134,6 +134,12 @@ def test_no_anomaly_is_found_in_gradients_on_their_way(monkeypatch):
         backward(model, tokens())
 
 
+def test_whoever_sends_a_gradient_home_does_not_wait_for_it():
+    """On the device's own thread, it would have nothing to do meanwhile."""
+    host = _Trip(LateCopies(torch.device("cpu"))).leave(torch.ones(2))
+    assert host.isnan().all()
+
+
 def test_a_default_device_does_not_matter_to_gradients():
     parameter, host = nn.Parameter(torch.ones(2)), Copies(torch.device("cpu"))
     with torch.device("meta"):

@@ -34,7 +34,7 @@ class _Trip:
         if gradient.layout != torch.strided:
             return gradient.to("cpu")  # (of an embedding with sparse gradients)
         host, self._arrival = self._copies.send_home(gradient)
-        if torch.is_anomaly_check_nan_enabled():  # (autograd looks at it at once)
+        if torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():  # (autograd looks at it at once)
             self.wait()
         return host
 
