@@ -156,3 +156,12 @@ def test_device_map_is_for_whole_models(gpt2, tmp_path):
             assert torch.equal(model(inputs).logits, made(inputs).logits)
     with pytest.raises(ValueError, match=r"device_map cannot be combined with resident_blocks=\[0\]"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map="cpu", resident_blocks=[0])
+
+
+def test_what_stands_for_a_layer_has_what_its_class_says_of_its_kind():
+    """Inkling's layers say there which mask they want."""
+
+    class Layer(torch.nn.Linear):
+        attention_type = "sliding_attention"
+
+    assert resident.NotLoaded(Layer(2, 2)).attention_type == "sliding_attention"

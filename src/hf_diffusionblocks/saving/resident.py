@@ -32,8 +32,10 @@ class NotLoaded(nn.Module):
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        plain = {name: value for name, value in vars(module).items() if isinstance(value, (str, int, float))}
-        vars(self).update(plain)
+        for of in (*type(module).__mro__[::-1], module):  # its own come last
+            if of not in nn.Module.__mro__:
+                plain = {name: value for name, value in vars(of).items() if isinstance(value, (str, int, float))}
+                vars(self).update({name: value for name, value in plain.items() if not name.startswith("__")})
         for name, weight in module.named_parameters(recurse=False):
             vars(self)[name] = torch.empty_like(weight, device="meta", requires_grad=False)
             vars(self)[name]._is_hf_initialized = True
