@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 
 from .base import Backbone
-from .stock_run import StockRun
+from .stock_run import StockRun, hidden_of
 
 
 class Stages(NamedTuple):
@@ -68,7 +67,7 @@ class StagedBackbone(Backbone):
         calls: dict[str, list[tuple[nn.Module, int]]] = {path: [] for path in lists}
 
         def note(path: str, module: nn.Module, args: tuple, output: Any) -> None:
-            calls[path].append((module, width_of(output)))
+            calls[path].append((module, _width_of(output)))
 
         for path, module in ((path, module) for path, modules in lists.items() for module in modules):
             module.register_forward_hook(partial(note, path))
@@ -90,9 +89,9 @@ def _size(modules: list[nn.Module]) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
-def width_of(output: Any) -> int:
-    """D of what leaves a stage: of maps `[N, D, H, W]` or of tokens `[N, S, D]`, alone or first of several things."""
-    hidden = tree_leaves(output)[0]
+def _width_of(output: Any) -> int:
+    """D of what leaves a stage: of maps `[N, D, H, W]` or of tokens `[N, S, D]`."""
+    hidden = hidden_of(output)
     return hidden.shape[1 if hidden.dim() == 4 else -1]
 
 
@@ -138,6 +137,6 @@ class StageHead(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_labels))
 
     def forward(self, output: Any) -> torch.Tensor:
-        hidden = tree_leaves(output)[0]
+        hidden = hidden_of(output)
         pooled = hidden.flatten(2).mean(-1) if hidden.dim() == 4 else hidden.mean(1)
         return F.linear(F.layer_norm(pooled, pooled.shape[-1:]), self.weight, self.bias)

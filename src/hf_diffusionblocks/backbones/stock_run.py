@@ -119,10 +119,10 @@ def _form(output: Any) -> Any:
 
 
 def hidden_of(output: Any) -> torch.Tensor:
-    """The hidden states that a layer returns, alone or first."""
+    """The hidden states that a layer, or a stage, returns: alone, or first of what may be first again."""
     if isinstance(output, dict):
-        return next(iter(output.values()))
-    return output[0] if isinstance(output, (tuple, list)) else output
+        return hidden_of(next(iter(output.values())))
+    return hidden_of(output[0]) if isinstance(output, (tuple, list)) else output
 
 
 def with_hidden(hidden: torch.Tensor, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -176,22 +176,17 @@ def estimate_memory(
 
 def _of_stock_model(workload: Workload) -> tuple[dict[str, Ledger], dict[str, Costs]]:
     """Ledgers of the ways that need no blocks, and costs of those of them that keep weights in host memory."""
+    with torch.device("meta"):
+        adapts = bool(matrices_of_layers(workload.stock.make()))  # adapters are for matrices
     # (First, since it checks `keep`.)
-    streamed = {way.name: followed_stream(way, workload, _fake_mode()) for way in _possible(ways_of_streams(), workload)}
+    streamed = {way.name: followed_stream(way, workload, _fake_mode()) for way in ways_of_streams() if adapts or not way.lora}
     ledgers, operations = {}, Operations()
-    for way in _possible(ways_of_stock_models(), workload):
+    for way in (way for way in ways_of_stock_models() if adapts or not way.lora):
         with operations if way.name == CHECKPOINTING else nullcontext():
             ledgers[way.name] = _followed(way, workload)
     ledgers |= ledgers_by_formula(workload, ledgers)
     costs = {FSDP: costs_of_fsdp(workload, operations.total)} | {name: cost for name, (_, cost) in streamed.items()}
     return ledgers | {name: ledger for name, (ledger, _) in streamed.items()}, costs
-
-
-def _possible(ways: list[Way], workload: Workload) -> list[Way]:
-    """Those that the stock model has something for: adapters are for matrices."""
-    with torch.device("meta"):
-        has_matrices = bool(matrices_of_layers(workload.stock.make()))
-    return [way for way in ways if has_matrices or not way.lora]
 
 
 def _checked(workload: Workload, config_fields: Mapping) -> tuple[Workload, dict[str, dict]]:

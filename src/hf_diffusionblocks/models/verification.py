@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from transformers.utils import logging
 
-from ..backbones.stock_run import base_of, without_dropout
+from ..backbones.stock_run import base_of, hidden_of, without_dropout
 from ..diffusion.objectives import IGNORED
 from .base import DiffusionBlocksPreTrainedModel
 
@@ -116,8 +116,8 @@ class _Comparison:
         entering, leaving, hidden = [], [], None
         for block in self._model.blocks:
             left, logits = block.classify(self._inputs, hidden)
-            entering.append(None if hidden is None else tree_leaves(hidden)[0])
-            leaving.append(tree_leaves(left)[0])
+            entering.append(None if hidden is None else hidden_of(hidden))
+            leaving.append(hidden_of(left))
             hidden = tree_map_only(torch.Tensor, lambda each: each.detach().requires_grad_(), left)
         total: list[torch.Tensor | None] = [None] * len(self._watched)
         end, above = (logits * weights).float().sum(), None
