@@ -3,8 +3,11 @@ does not fit."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -39,8 +42,8 @@ def made(make: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-def tokens(rows: int, length: int, device: torch.device, vocabulary: int = VOCABULARY) -> dict[str, torch.Tensor]:
-    ids = torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(1)).to(device)
+def tokens(rows: int, length: int, device: torch.device) -> dict[str, torch.Tensor]:
+    ids = torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1)).to(device)
     return {"input_ids": ids, "labels": ids}
 
 
@@ -112,13 +115,41 @@ def fsdp2_with_offload(machine: Machine) -> tuple[nn.Module, Callable[[], None]]
     """PyTorch's own: each layer, embedding and head is gathered from host memory when it is used; in one process."""
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
     mesh = torch.distributed.init_device_mesh(machine.device.type, (1,))
     model = large(machine)
     for part in (*model.model.layers, model.model.embed_tokens, model.lm_head, model):
         fully_shard(part, mesh=mesh, offload_policy=CPUOffloadPolicy())
     return model, _stepping(model)
+
+
+def zero3_with_offload(machine: Machine) -> tuple[nn.Module, Callable[[], None]]:
+    """DeepSpeed's: parameters and optimizer in host memory, in one process. It keeps float32 masters there, too, and compiles
+    its AdamW at first."""
+    import deepspeed
+
+    to_host = {"device": "cpu", "pin_memory": machine.is_gpu}
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,  # (what a batch has is not looked at)
+        "zero_optimization": {"stage": 3, "offload_param": to_host, "offload_optimizer": to_host},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
+        "bf16": {"enabled": machine.is_gpu},
+    }
+    engine = deepspeed.initialize(model=large(machine), config=settings)[0]
+    return engine, engine.step
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Of this process alone. (The Trainers of other checks would see it.)"""
+    os.environ["LOCAL_RANK"] = "0"  # (DeepSpeed asks for it)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+        del os.environ["LOCAL_RANK"]
 
 
 def _stepping(model: nn.Module) -> Callable[[], None]:
@@ -141,7 +172,7 @@ def speed(machine: Machine, name: str, subject: Callable) -> Iterator[Row]:
     for load, (rows, length) in LOADS.items():
         rows, length = (rows, length) if machine.is_gpu else (rows, 64)
         try:
-            batch, update, peak = seconds(machine, model, step, tokens(rows, length, machine.device, model.config.vocab_size))
+            batch, update, peak = seconds(machine, model, step, tokens(rows, length, machine.device))
         except torch.cuda.OutOfMemoryError:
             yield Row(f"streamed speed: {name}, {load}", "out of memory")
             continue
@@ -152,10 +183,18 @@ def speed(machine: Machine, name: str, subject: Callable) -> Iterator[Row]:
 @check("streamed speed: FSDP2", needs_gpu=True)  # (it has no way to the host where the host is the device)
 def speed_of_fsdp2(machine: Machine) -> Iterator[Row]:
     """The same, of PyTorch's own."""
-    try:
+    with process_group():
         yield from speed(machine, "FSDP2 with offload, one process", fsdp2_with_offload)
-    finally:
-        torch.distributed.destroy_process_group()  # (the Trainers of other checks would see it)
+
+
+@check("streamed speed: DeepSpeed")
+def speed_of_deepspeed(machine: Machine) -> Iterator[Row]:
+    """The same, of DeepSpeed's, if it is installed."""
+    if find_spec("deepspeed") is None:
+        yield Row("streamed speed: DeepSpeed", "is not installed")
+        return
+    with process_group():
+        yield from speed(machine, "DeepSpeed ZeRO-3 with offload, one process", zero3_with_offload)
 
 
 @check("streamed copies, hidden")
@@ -165,7 +204,7 @@ def share_hidden(machine: Machine) -> Iterator[Row]:
     found, copied = {}, 0
     for keep in (0, large(machine).config.num_hidden_layers):
         model, step = streamed(machine, keep)
-        batch = tokens(rows, length, machine.device, model.config.vocab_size)
+        batch = tokens(rows, length, machine.device)
         found[keep], _, _ = seconds(machine, model, model.zero_grad, batch)  # (sums in host memory would hide copies, too)
         before = model._stream.copied
         model(**batch).loss.backward()
