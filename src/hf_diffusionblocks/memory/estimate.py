@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration import USER_FIELDS, DiffusionBlocksConfig, check_known
@@ -21,7 +22,7 @@ from .scenarios import followed_stream, ledger_of, ledgers_of
 from .stock import matrices_of_layers
 from .table import UNITS, bytes_as_text, ledger_table, parse_bytes, table_unit
 from .ways import (
-    CHECKPOINTING, Way, Workload, formulations_for, ways_of_blocks, ways_of_stock_models, ways_of_streams
+    CHECKPOINTING, END_TO_END, Way, Workload, formulations_for, ways_of_blocks, ways_of_stock_models, ways_of_streams
 )  # fmt: skip
 
 DTYPES = {
@@ -166,11 +167,12 @@ def estimate_memory(
     limit = None if budget is None else parse_bytes(budget)
     ways = ways_of_blocks(workload.task, formulations) if formulations else []
     ledgers, costs = _of_stock_model(workload)
-    ledgers |= {way.name: _followed(way, workload) for way in ways}
+    ledgers |= {way.name: _followed(way, workload) for way in _shown(ways, "in blocks")}
     fitting = None
     if limit is not None:
         fitting = {name: 1 if ledger.total <= limit else None for name, ledger in ledgers.items()}
-        fitting |= {way.name: smallest_number_of_blocks(way, workload, limit) for way in ways}
+        searched = _shown(ways, "what fits")
+        fitting |= {way.name: smallest_number_of_blocks(way, workload, limit) for way in searched}
     return MemoryEstimate(workload, ledgers, costs, rate, tflops, limit, fitting)
 
 
@@ -179,9 +181,10 @@ def _of_stock_model(workload: Workload) -> tuple[dict[str, Ledger], dict[str, Co
     with torch.device("meta"):
         adapts = bool(matrices_of_layers(workload.stock.make()))  # adapters are for matrices
     # (First, since it checks `keep`.)
-    streamed = {way.name: followed_stream(way, workload, _fake_mode()) for way in ways_of_streams() if adapts or not way.lora}
+    streams, others = ([way for way in of if adapts or not way.lora] for of in (ways_of_streams(), ways_of_stock_models()))
+    streamed = {way.name: followed_stream(way, workload, _fake_mode()) for way in _shown(streams, "streamed")}
     ledgers, operations = {}, Operations()
-    for way in (way for way in ways_of_stock_models() if adapts or not way.lora):
+    for way in _shown(others, END_TO_END):
         with operations if way.name == CHECKPOINTING else nullcontext():
             ledgers[way.name] = _followed(way, workload)
     ledgers |= ledgers_by_formula(workload, ledgers)
@@ -251,6 +254,11 @@ def _fake_mode() -> FakeTensorMode:
 
 def _followed(way: Way, workload: Workload) -> Ledger:
     return ledger_of(way, workload, _fake_mode())
+
+
+def _shown(ways: list[Way], what: str) -> Iterable[Way]:
+    """With a bar of progress, on a terminal: of a large model they take a minute or two."""
+    return tqdm(ways, f"estimating steps, {what}", disable=None, leave=False)
 
 
 def smallest_number_of_blocks(way: Way, workload: Workload, budget: int) -> int | None:
