@@ -96,11 +96,18 @@ def test_numbers_are_the_paper_s(plain_config):
         ({"num_blocks": 3}, [[0, 1], [2], [3]]),
         ({"num_blocks": 2, "layers_per_block": [1, 3]}, [[0], [1, 2, 3]]),
         ({"num_blocks": 1}, [[0, 1, 2, 3]]),
+        ({"layers_per_block": [3, 1]}, [[0, 1, 2], [3]]),
     ],
 )
 def test_layers_of_blocks(plain_config, fields, expected):
     config = DiffusionBlocksConfig(source_config=plain_config, **fields)
     assert [list(config.block_layers(k)) for k in range(config.num_blocks)] == expected
+
+
+@pytest.mark.parametrize("layers, blocks", [(2, 2), (4, 4), (6, 4)])
+def test_not_told_there_are_four_blocks_or_as_many_as_layers(plain_config, layers, blocks):
+    plain_config.num_hidden_layers = layers
+    assert DiffusionBlocksConfig(source_config=plain_config).num_blocks == blocks
 
 
 def test_round_trip_through_auto_config(plain_config, tmp_path):

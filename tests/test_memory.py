@@ -9,6 +9,7 @@ import torch
 from process_scenarios import CARRIED, made, trainer_of
 from process_scenarios import GPT2 as TRAINED
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPT2Config, LlamaConfig, ViTConfig
 from transformers.utils import logging
 
@@ -19,6 +20,7 @@ from hf_diffusionblocks.diffusion.objectives import rows_per_chunk
 from hf_diffusionblocks.memory.activations import SavedActivations, gradient_bytes, state_tensors
 from hf_diffusionblocks.memory.scenarios import ledger_of, steps
 from hf_diffusionblocks.memory.ways import Way, Workload, formulations_for, ways_of_blocks, ways_of_stock_models
+from hf_diffusionblocks.memory.without_memory import WithoutMemory
 from hf_diffusionblocks.tasks import TASKS
 
 GPT2 = GPT2Config(n_layer=4, n_embd=32, n_head=2, vocab_size=307, n_positions=32, bos_token_id=0, eos_token_id=0)
@@ -137,6 +139,32 @@ def test_the_head_has_one_gradient():
     peak = ledger_of(way, Workload(config, 4, 1, 24)).peak
     head = 30011 * 32 * 4
     assert peak.gradients + peak.rest < 2.2 * head
+
+
+OPERATIONS = {
+    "number": lambda x: x.long() + 1, "fraction": lambda x: x.long() + 1.0, "truth": lambda x: x.bool() + True,
+    "product": lambda x: x[None] @ x.T, "view": lambda x: x.view(1, 4, 6), "slice": lambda x: x[1:, ::2],
+    "product's view": lambda x: torch.ops.aten._unsafe_view(x, [1, 4, 6]), "expanded": lambda x: x[:1].expand(3, 6),
+    "copy": lambda x: x.clone(), "columns": lambda x: x.T.clone(), "cast": lambda x: x.bfloat16(), "zeros": torch.zeros_like,
+    "sum": lambda x: x.sum(0, keepdim=True), "parts": lambda x: torch.cat(x.split(2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_what_is_followed_looks_as_pytorch_s_fake_tensors_do(operation):
+    """Also the second time, when it is known what comes of it; whatever else it was called with before."""
+    fake_mode = FakeTensorMode()
+    for x in (torch.ones(4, 6), torch.ones(6, 4).T):
+        fake = fake_mode.from_tensor(x)
+        expected = operation(fake)
+        for _ in range(2):
+            with WithoutMemory(fake_mode):
+                found = operation(fake)
+            for look in (torch.Tensor.size, torch.Tensor.stride, torch.Tensor.storage_offset, torch.Tensor.type):
+                assert look(found) == look(expected)
+            storages = [each.untyped_storage() for each in (found, expected, fake)]
+            assert storages[0].nbytes() == storages[1].nbytes()
+            assert len({each._cdata for each in storages}) == (1 if storages[1]._cdata == storages[2]._cdata else 3)
 
 
 # ---- in the Trainer

@@ -70,7 +70,9 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     )
 
     # The cut
-    num_blocks: int = option(4, "B, how many blocks the layers are cut into.")
+    num_blocks: int | None = option(
+        None, "B, how many blocks the layers are cut into. None: as layers_per_block has it, or else 4, or a layer each."
+    )
     layers_per_block: list[int] | None = option(
         None, "Layers of each block, first block first; None cuts as evenly as possible."
     )
@@ -141,6 +143,9 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         architecture = self.architecture
         if self.preset is None:
             self.preset = architecture.fixed_fields.get("preset", "recommended")
+        if self.num_blocks is None:
+            given, most = self.layers_per_block, architecture.fixed_fields.get("num_blocks", 4)
+            self.num_blocks = len(given) if isinstance(given, (list, tuple)) else min(most, self.num_hidden_layers)
         self._check_choices()
         for name, allowed in architecture.fixed_fields.items():
             if (value := getattr(self, name)) != allowed:

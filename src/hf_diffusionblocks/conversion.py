@@ -42,7 +42,8 @@ def convert(
     Args:
         source: a model (its weights are copied, it is left untouched), a config (fresh weights), or a hub id or
             folder (loaded from safetensors, weights kept).
-        num_blocks: B; None is 4, or, of an architecture that is one block (recurrent depth), 1.
+        num_blocks: B; None is as many as `layers_per_block` names, or else 4, or one a layer where there are fewer; of an
+            architecture that is one block (recurrent depth), 1.
         task: what the model is for, as in `pipeline(task)`; None takes it from the source.
         resident_blocks: the blocks to load, for a job that trains these; the others never take memory. None: all.
             Fresh weights of a block depend on PyTorch's seed and the block, not on what else is loaded.

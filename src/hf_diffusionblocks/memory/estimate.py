@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,7 +19,7 @@ from .formulas import FSDP, costs_of_fsdp, ledgers_by_formula
 from .ledger import Ledger
 from .scenarios import followed_stream, ledger_of, ledgers_of
 from .stock import matrices_of_layers
-from .table import UNITS, bytes_as_text, ledger_table, parse_bytes, table_unit
+from .table import UNITS, as_table, bytes_as_text, ledger_table, parse_bytes, table_unit
 from .ways import (
     CHECKPOINTING, END_TO_END, Way, Workload, formulations_for, ways_of_blocks, ways_of_stock_models, ways_of_streams
 )  # fmt: skip
@@ -55,8 +54,11 @@ class MemoryEstimate:
     fitting: dict[str, int | None] | None = None
 
     def __str__(self) -> str:
-        lines = [self._title, "", ledger_table(self.ledgers, self._columns), ""]
-        if any(name.startswith("streamed") for name in self.ledgers) and self.workload.stock.task_name == "text-generation":
+        fits = {}
+        if self.fitting is not None:
+            fits[f"fits {bytes_as_text(self.budget)}"] = {name: _fits(blocks) for name, blocks in self.fitting.items()}
+        lines = [self._title, "", ledger_table(self.ledgers, fits), "", as_table(self._costs), ""]
+        if self.workload.stock.task_name == "text-generation":
             lines.append("Streamed, large logits are computed in parts; other rows of the stock model hold all, as it does.")
         lines.append("Seconds: copies of a micro-batch, one after the other; AdamW's step on this host, by a probe.")
         return "\n".join(lines)
@@ -77,28 +79,20 @@ class MemoryEstimate:
         ])  # fmt: skip
 
     @property
-    def _columns(self) -> dict[str, dict[str, str]]:
-        """Heading -> way -> cell, of what costs time and of what fits."""
+    def _costs(self) -> list[list[str]]:
+        """Rows of what host memory costs, the heading first."""
         unit, decimals = table_unit(self.ledgers)
-        costs, dtype = self.costs, self.workload.dtype
-        columns = {
-            "copied to the device, and back": {
-                name: f"{each.to_device / UNITS[unit]:,.{decimals}f}, {each.to_host / UNITS[unit]:,.{decimals}f}"
-                for name, each in costs.items()
-            },
-            f"copying, s ({self.bandwidth / 1e9:g} GB/s)": {
-                name: _seconds(each.copying(self.bandwidth)) for name, each in costs.items()
-            },
-            "AdamW on the host, s": {name: _seconds(each.stepping(dtype)) for name, each in costs.items()},
-        }
+        seconds = [f"copying, s ({self.bandwidth / 1e9:g} GB/s)", "AdamW on the host, s"]
+        rows = [[unit, "copied to the device, and back", *seconds]]
+        for name, each in self.costs.items():
+            copied = ", ".join(f"{size / UNITS[unit]:,.{decimals}f}" for size in (each.to_device, each.to_host))
+            stepping = each.stepping(self.workload.dtype)
+            rows.append([name, copied, _seconds(each.copying(self.bandwidth)), _seconds(stepping)])
         if self.tflops is not None:
-            batch_size = self.workload.batch_size
-            columns[f"copies hidden from batch size ({self.tflops:g} TFLOPS)"] = {
-                name: f"{each.hidden_from(self.bandwidth, self.tflops, batch_size):,}" for name, each in costs.items()
-            }
-        if self.fitting is not None:
-            columns[f"fits {bytes_as_text(self.budget)}"] = {name: _fits(blocks) for name, blocks in self.fitting.items()}
-        return columns
+            rows[0].append(f"copies hidden from batch size ({self.tflops:g} TFLOPS)")
+            for row, each in zip(rows[1:], self.costs.values()):
+                row.append(f"{each.hidden_from(self.bandwidth, self.tflops, self.workload.batch_size):,}")
+        return rows
 
 
 def estimate_memory(
@@ -127,7 +121,7 @@ def estimate_memory(
 
     Args:
         model_or_config: stock, of a causal language model or an image classifier, or DiffusionBlocks. Weights are not read.
-        num_blocks: B, where it can be cut; None is the DiffusionBlocks model's, or 4.
+        num_blocks: B, where it can be cut; None is the DiffusionBlocks model's, or what `convert` takes.
         batch_size: rows of a step.
         sequence_length: tokens a row; text only.
         dtype: of parameters, and so of gradients, optimizer state and activations, as when a model is loaded in it (not
@@ -185,8 +179,7 @@ def _of_stock_model(workload: Workload) -> tuple[dict[str, Ledger], dict[str, Co
     streamed = {way.name: followed_stream(way, workload, _fake_mode()) for way in _shown(streams, "streamed")}
     ledgers, operations = {}, Operations()
     for way in _shown(others, END_TO_END):
-        with operations if way.name == CHECKPOINTING else nullcontext():
-            ledgers[way.name] = _followed(way, workload)
+        ledgers[way.name] = _followed(way, workload, operations if way.name == CHECKPOINTING else None)
     ledgers |= ledgers_by_formula(workload, ledgers)
     costs = {FSDP: costs_of_fsdp(workload, operations.total)} | {name: cost for name, (_, cost) in streamed.items()}
     return ledgers | {name: ledger for name, (ledger, _) in streamed.items()}, costs
@@ -215,16 +208,13 @@ def _checked(workload: Workload, config_fields: Mapping) -> tuple[Workload, dict
         if workload.num_blocks is not None or config_fields:
             convert(config, workload.num_blocks, workload.task_name, **config_fields)  # says what cannot be cut
         return workload, {}
-    architecture, num_blocks = stock.architecture, workload.num_blocks
-    if num_blocks is None:
-        num_blocks = architecture.fixed_fields.get("num_blocks", min(4, architecture.num_layers(config)))
-    if config_fields:
-        check_known(config_fields)
-    checked = DiffusionBlocksConfig(source_config=config, task=stock.task_name, num_blocks=num_blocks, **config_fields)
+    check_known(config_fields)
+    fields = {"task": stock.task_name, "num_blocks": workload.num_blocks, **config_fields}
+    checked = DiffusionBlocksConfig(source_config=config, **fields)
     formulations = formulations_for(stock.task, config)
     if config_fields:
         formulations = {checked.preset: {**config_fields, "preset": checked.preset}}
-    return replace(workload, num_blocks=num_blocks), formulations
+    return replace(workload, num_blocks=checked.num_blocks), formulations
 
 
 def _dtype(dtype: torch.dtype | str | None, bf16: bool) -> torch.dtype:
@@ -252,8 +242,8 @@ def _fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def _followed(way: Way, workload: Workload) -> Ledger:
-    return ledger_of(way, workload, _fake_mode())
+def _followed(way: Way, workload: Workload, operations: Operations | None = None) -> Ledger:
+    return ledger_of(way, workload, _fake_mode(), operations)
 
 
 def _shown(ways: list[Way], what: str) -> Iterable[Way]:

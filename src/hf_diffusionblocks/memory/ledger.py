@@ -206,6 +206,8 @@ class StepMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.device):  # (fake tensors are asked for it more often than for anything else)
+            return result
         if func is torch.ops.aten.detach.default and torch._C._current_graph_task_id() >= 0 and args[0].requires_grad:
             self._saved(result)  # as activation checkpointing keeps what it computes again
         of_host = bool(self._on_host) and self._all_on_host(args)

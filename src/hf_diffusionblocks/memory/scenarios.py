@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +26,7 @@ from .costs import Costs, Operations
 from .ledger import Ledger, measure_memory
 from .stock import matrices_of_layers
 from .ways import LORA_RANK, Way, Workload
+from .without_memory import WithoutMemory
 
 
 class Step(NamedTuple):
@@ -39,19 +39,27 @@ class Step(NamedTuple):
     stream: LayerStream | None = None  #: of a streamed model
 
 
-def ledgers_of(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = None) -> Iterator[Ledger]:
-    """The ledgers of a way's steps, one that can be the largest after the other. With a fake mode, tensors have no memory."""
+def ledgers_of(
+    way: Way, workload: Workload, fake_mode: FakeTensorMode | None = None, operations: Operations | None = None
+) -> Iterator[Ledger]:
+    """The ledgers of a way's steps, one that can be the largest after the other. With a fake mode, tensors have no memory.
+
+    Args:
+        operations: counts those of the steps.
+    """
     for step in steps(way, workload, fake_mode):
-        with nullcontext() if fake_mode is None else WithoutMemory(fake_mode):
+        with nullcontext() if fake_mode is None else WithoutMemory(fake_mode), operations or nullcontext():
             averages = _averages(step) if workload.ema else ()
             with reading_out_as_on(workload.device):
                 ledger = measure_memory(*step[:3], averages, step.kept)
         yield ledger
 
 
-def ledger_of(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = None) -> Ledger:
+def ledger_of(
+    way: Way, workload: Workload, fake_mode: FakeTensorMode | None = None, operations: Operations | None = None
+) -> Ledger:
     """The ledger of a way's largest step."""
-    return max(ledgers_of(way, workload, fake_mode), key=lambda ledger: ledger.total)
+    return max(ledgers_of(way, workload, fake_mode, operations), key=lambda ledger: ledger.total)
 
 
 def followed_stream(way: Way, workload: Workload, fake_mode: FakeTensorMode | None = None) -> tuple[Ledger, Costs]:
@@ -253,43 +261,3 @@ def _built(make: Callable[[], PreTrainedModel], dtype: torch.dtype, fake_mode: F
     if isinstance(model, PreTrainedModel):  # not of another library
         model.tie_weights()
     return model.train()
-
-
-class WithoutMemory(TorchDispatchMode):
-    """Runs a step on fake parameters, and real tokens and masks: what depends on values is decided by real ones.
-
-    A fake mode alone would not do: masks select rows by value, and Transformers makes other masks for fake tokens.
-    """
-
-    def __init__(self, fake_mode: FakeTensorMode):
-        super().__init__()
-        self.fake_mode = fake_mode
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        try:
-            return self._followed(func, args, kwargs or {})
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise ValueError(
-                f"the model cannot be estimated: its step depends on values ({error}). Measure one, with `StepMemory`"
-            ) from error
-
-    def _followed(self, func, args, kwargs):
-        if func._overloadpacket in (torch.ops.aten.randn, torch.ops.aten.randn_like):
-            with self.fake_mode:  # the noise of all targets: large, and never looked at
-                return func(*args, **kwargs)
-        if func._overloadpacket is torch.ops.aten._grouped_mm and args[0].dtype != torch.bfloat16:
-            first, second, *rest = args  # (of experts; what knows its shape knows bfloat16 alone)
-            return func(first.bfloat16(), second.bfloat16(), *rest, **kwargs).to(first.dtype)
-        if func._overloadpacket in _BY_INDEX:
-            tensor, indices, *rest = args
-            numbers = [each for index in indices for each in _as_numbers(index)]
-            return func(tensor, numbers, *rest, **kwargs)
-        return func(*args, **kwargs)
-
-
-_BY_INDEX = {torch.ops.aten.index, torch.ops.aten.index_put_, torch.ops.aten.index_put, torch.ops.aten._index_put_impl_}
-
-
-def _as_numbers(index: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """What a mask selects, as index tensors: fake tensors cannot be selected by a mask."""
-    return (index,) if index is None or index.dtype != torch.bool else index.nonzero().unbind(1)

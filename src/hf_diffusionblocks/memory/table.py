@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from .ledger import Ledger, Parts
 
@@ -73,6 +73,11 @@ def ledger_table(ledgers: Mapping[str, Ledger], columns: Mapping[str, Mapping[st
         sizes = (*(in_column(ledger.parts, column) for column in shown), ledger.parts.total, ledger.total)
         cells = [*map(cell, sizes), f"{ledger.total / base.total:.2f}x"]
         rows.append([name, *cells, *(column.get(name, "") for column in columns.values())])
+    return as_table(rows)
+
+
+def as_table(rows: Sequence[Sequence[str]]) -> str:
+    """Markdown, of cells as wide as their columns; the first row is the heading."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join(f"| {line} |" for line in (lines[0], " | ".join("-" * width for width in widths), *lines[1:]))
