@@ -1,4 +1,5 @@
-"""Train Hugging Face transformers block by block (DiffusionBlocks, arXiv 2506.14202).
+"""Train Hugging Face transformers that do not fit in memory, by streamed layers, or block by block (DiffusionBlocks, arXiv
+2506.14202).
 
 Importing this package registers its models with the Auto classes.
 """

@@ -12,7 +12,7 @@ from .._version import __version__
 #: Verb -> its line in `--help`. The module of that name has `run(args)`.
 VERBS = {
     "convert": "cut a plain model, or a config, into blocks and save it",
-    "train": "train block by block with one of the recipes, through accelerate",
+    "train": "train by one of the recipes, in blocks or streamed, through accelerate",
     "generate": "make images or text with a saved model",
     "merge": "join the saved models of jobs that trained different blocks",
     "estimate": "print what training would hold in memory, by ways to train and parts",
@@ -70,7 +70,8 @@ def _help() -> str:
     verbs = "\n".join(f"  {verb:9} {line}" for verb, line in VERBS.items())
     return (
         "usage: diffusionblocks VERB ... | --help | --version\n\n"
-        "Train Hugging Face transformers block by block (DiffusionBlocks, arXiv 2506.14202).\n\n"
+        "Train Hugging Face transformers that do not fit in memory, by streamed layers, or block by block\n"
+        "(DiffusionBlocks, arXiv 2506.14202).\n\n"
         f"verbs:\n{verbs}\n\n"
         "`diffusionblocks VERB --help` lists a verb's options. `--config FILE.yaml` gives them from a file, and the\n"
         "command line overrides it."

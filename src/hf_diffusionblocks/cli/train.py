@@ -17,7 +17,7 @@ from .arguments import Parser
 HELP = """\
 usage: diffusionblocks train [ACCELERATE OPTIONS] TASK [--config FILE.yaml] [--option VALUE ...]
 
-Train block by block: run a task's recipe by `accelerate launch`. What follows TASK is for the recipe
+Train in blocks, or streamed: run a task's recipe by `accelerate launch`. What follows TASK is for the recipe
 (`diffusionblocks train TASK --help` lists it); the exit status is the recipe's.
 
 What precedes TASK is for accelerate, for example `--num_processes 2` or `--mixed_precision bf16`
