@@ -16,6 +16,7 @@ from streaming_models import assert_same, backward, gradients, llama, pair, toke
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.streaming import checks
@@ -193,6 +194,15 @@ def test_a_streamed_model_is_not_streamed_twice(model):
     db.stream_layers(model, device="cpu")
     with pytest.raises(ValueError, match="is streamed already: call stop"):
         db.stream_layers(model, device="cpu")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_without_an_accelerator_it_says_that_nothing_is_saved(model, caplog):
+    logging.get_logger("hf_diffusionblocks").propagate = True
+    db.stream_layers(model, "cpu").stop()
+    assert not caplog.text  # asked for
+    db.stream_layers(model)
+    assert "no accelerator is there" in caplog.text
 
 
 def test_float16_autocast_is_refused(model):

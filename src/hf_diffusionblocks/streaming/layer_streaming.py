@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from transformers.utils import logging
 
 from .checks import check_cache, check_device, check_model, check_parameter, check_processes
 from .device_steps import StepsOnDevice
@@ -20,6 +21,8 @@ from .layers import find_layers, find_rest, named_layers, switch_checkpointing
 from .lending import LentUnit, StreamedModel, enter, leave
 from .stream import Stream, without_checkpointing
 from .units import Unit
+
+logger = logging.get_logger(__name__)
 
 
 def stream_layers(
@@ -54,7 +57,12 @@ def stream_layers(
     check_model(model)
     if optimizer_device not in ("host", "device"):
         raise ValueError(f'optimizer_device={optimizer_device!r} must be "host" or "device"')
-    return LayerStream(model, check_device(device), layers, keep, optimizer_device)
+    there = check_device(device)
+    if device is None and there.type == "cpu":
+        logger.warning(
+            'no accelerator is there: layers are copied within host memory, which saves none of it (device="cpu" is for tests)'
+        )
+    return LayerStream(model, there, layers, keep, optimizer_device)
 
 
 class LayerStream(Stream):
