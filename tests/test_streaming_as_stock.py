@@ -123,9 +123,11 @@ def test_stop_gives_the_stock_model_back():
     assert_same(gradients(model), gradients(stock))
 
 
-def test_a_model_whose_forward_was_set_runs_when_its_stream_has_stopped(model):
+@pytest.mark.parametrize("of", ["", "model.layers.0"])  # as Accelerate does; as diffusers' casts and offloads
+def test_a_model_whose_forward_was_set_runs_when_its_stream_has_stopped(of, model):
     with db.stream_layers(model, device="cpu"):
-        model.forward = MethodType(model.forward.__func__, model)  # as Accelerate
+        module = model.get_submodule(of)
+        module.forward = MethodType(module.forward.__func__, module)
         expected = backward(model, tokens())
     assert backward(model, tokens()) == expected
 

@@ -48,6 +48,8 @@ class LentUnit:
     def around(forward: Callable) -> Callable:
         @functools.wraps(forward)
         def lent(self, *args, **kwargs):
+            if not isinstance(self, LentUnit):  # no longer: somebody has kept this, and set another over it
+                return forward(self, *args, **kwargs)
             return self._stream.run(self._unit, self, functools.partial(forward, self), args, kwargs)
 
         return lent
