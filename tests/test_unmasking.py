@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from families import BERT, MODERNBERT, TEXT_CONFIGS, VOCAB, seeded
 from test_masked_lm import LENGTH, MASK, losses_of_orders, masked_model, runs, tiny_model, tokenizer
 from transformers import TextDiffusionStreamer, TextStreamer
+
+import hf_diffusionblocks as db
 
 
 @pytest.fixture
@@ -54,6 +58,27 @@ def test_a_step_reveals_its_share_by_one_block(remasking, prompts):
     assert not (out.sequences == MASK).any()
     for steps, blocks in zip(out.steps[:, 4:], out.blocks[:, 4:]):
         assert torch.bincount(steps).tolist() == [3, 3, 2, 2] and blocks.tolist() == [read[step] for step in steps]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@torch.no_grad()
+def test_several_threads_use_a_model(streamed):
+    model = masked_model(TEXT_CONFIGS["llama"], num_blocks=3)
+    texts = [torch.randint(MASK + 1, VOCAB, (1, length), generator=seeded()) for length in range(3, 7)]
+
+    def used(text: torch.Tensor) -> list:
+        return [model.generate(text, max_new_tokens=5, temperature=0, generator=seeded()).tolist(), model(text).logits.tolist()]
+
+    expected = [used(text) for text in texts]
+    if streamed:
+        db.stream_layers(model, "cpu")
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(torch.no_grad()(used), texts)) == expected
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.parametrize("config", [BERT, MODERNBERT, *TEXT_CONFIGS.values()], ids=["bert", "modernbert", *TEXT_CONFIGS])

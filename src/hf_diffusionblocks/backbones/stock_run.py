@@ -5,17 +5,28 @@ While a block runs, each layer's `forward` is an attribute of the instance, as A
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from ..streaming import stream_of
+
 #: Class of layers -> what its `forward` returns, with None for the tensors: hidden states alone, or first of several things.
 _OUTPUTS: dict[type[nn.Module], Any] = {}
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+
+
+def one_thread(model: nn.Module) -> threading.RLock:
+    """What is held while a model is altered: two threads would put back each other's. (Of a streamed one its passes hold it.)"""
+    stream = stream_of(model)
+    return _locks.setdefault(model, threading.RLock()) if stream is None else stream.one_thread
 
 
 def alter(until: ExitStack, model: nn.Module, parts: Mapping[str, nn.Module], forwards: Mapping[nn.Module, Callable]) -> None:
@@ -65,11 +76,13 @@ class StockRun:
     ):  # fmt: skip
         self._model, self._layers, self._block, self._parts, self._local_head = model, layers, block, parts, local_head
         self._entering, self._runs_earlier = entering, runs_earlier and entering is None
-        self._kind, self._first = type(layers[block.start]), layers[block.start].forward
+        self._kind = type(layers[block.start])
         self._until_block, self._until_end = ExitStack(), ExitStack()
 
     def __enter__(self) -> StockRun:
         with ExitStack() as until:
+            until.enter_context(one_thread(self._model))
+            self._first = self._layers[self._block.start].forward
             if self._block.start > 0:
                 until.callback(self._until_block.close)
                 self._until_block.enter_context(without_dropout(self._model))
@@ -169,6 +182,6 @@ def head_of(
     for name in layers_path.split(".")[:-1]:  # (some call what is in their base model, as its decoder)
         module = module.get_submodule(name)
         forwards[module] = base
-    with ExitStack() as until:
+    with one_thread(model), ExitStack() as until:
         alter(until, model, parts or {}, forwards)
         yield head

@@ -46,7 +46,7 @@ class Stream:
         self._round = 0  # forward passes of the model
         self._backward = -1  # the backward pass that fetched last, as autograd numbers them
         self._computing = 0
-        self._one_thread = threading.RLock()  # runs the model at a time
+        self.one_thread = threading.RLock()  #: runs the model at a time
         self._deferring: nn.Module | None = None  # the head whose logits are
 
     @property
@@ -71,7 +71,7 @@ class Stream:
     @contextmanager
     def running(self) -> Iterator[bool]:
         """While a forward pass of the model runs; gives whether it is the outermost."""
-        with self._one_thread:
+        with self.one_thread:
             self._computing += 1
             is_outermost = self._computing == 1
             self._round += is_outermost
