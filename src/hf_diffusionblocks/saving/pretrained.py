@@ -30,8 +30,8 @@ class SavedByBlock(PreTrainedModel):
         """
         if not self.computes_plain_model:
             raise ValueError(
-                f"to_plain() needs preset='recommended', this model has preset={self.config.preset!r}: no stock model computes "
-                "its logits"
+                f"to_plain() cannot be had with preset={self.config.preset!r} for task {self.task!r}: no stock model computes "
+                "what its blocks do"
             )
         if len(self.resident_blocks) < self.num_blocks:
             raise ValueError(f"to_plain() needs all {self.num_blocks} blocks: resident_blocks={self.resident_blocks}")
