@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
@@ -38,6 +41,16 @@ def pytest_collection_finish():
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+
+
+@pytest.fixture
+def in_threads() -> Iterator[Callable]:
+    """A map whose calls run in threads, without gradients, which take turns as often as may be."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    with ThreadPoolExecutor(4) as pool:
+        yield lambda call, given: list(pool.map(torch.no_grad()(call), given))
+    sys.setswitchinterval(interval)
 
 
 @pytest.fixture(autouse=True)

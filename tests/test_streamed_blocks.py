@@ -83,6 +83,23 @@ def test_nothing_computes_with_weights_that_are_in_host_memory(case):
     assert stream.peak_units <= 3  # (two, and what reads out, where that is of two parts)
 
 
+@pytest.mark.parametrize("name", ["dit", "llama, classes, paper"])
+def test_several_threads_use_it(name, in_threads):
+    """Of models that call their layers part by part."""
+    case, model = CASES[name], CASES[name].model().eval()
+    rows = [
+        {"class_labels": [k]} if name == "dit" else {key: of[k : k + 1] for key, of in case.inputs().items()} for k in (0, 1)
+    ]
+
+    def use(row: dict) -> list:
+        found = model.predict(**row, num_inference_steps=5)
+        return (found.images if name == "dit" else found.logits).tolist()
+
+    expected = [use(row) for row in rows] * 4
+    db.stream_layers(model, "cpu")
+    assert in_threads(use, rows * 4) == expected
+
+
 def test_it_is_saved_and_made_plain_from_host_memory(tmp_path):
     model, rows = CARRIED.model().eval(), CARRIED.inputs()
     expected = model(**rows).logits

@@ -53,18 +53,12 @@ def test_generates_in_training_mode_too():
     assert model.is_activation_checkpointing
 
 
-def test_several_threads_use_a_model(model):
+def test_several_threads_use_a_model(model, in_threads):
     batches = [tokens(seed=seed) for seed in range(3)]
     with torch.no_grad():
         expected = [model.eval()(**batch).loss for batch in batches]
     db.stream_layers(model, device="cpu")
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        with ThreadPoolExecutor(len(batches)) as pool:
-            losses = list(pool.map(torch.no_grad()(lambda batch: [model(**batch).loss for _ in range(20)]), batches))
-    finally:
-        sys.setswitchinterval(interval)
+    losses = in_threads(lambda batch: [model(**batch).loss for _ in range(20)], batches)
     assert losses == [[loss] * 20 for loss in expected]
 
 

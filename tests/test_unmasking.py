@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
@@ -62,7 +60,7 @@ def test_a_step_reveals_its_share_by_one_block(remasking, prompts):
 
 @pytest.mark.parametrize("streamed", [False, True])
 @torch.no_grad()
-def test_several_threads_use_a_model(streamed):
+def test_several_threads_use_a_model(streamed, in_threads):
     model = masked_model(TEXT_CONFIGS["llama"], num_blocks=3)
     texts = [torch.randint(MASK + 1, VOCAB, (1, length), generator=seeded()) for length in range(3, 7)]
 
@@ -72,13 +70,7 @@ def test_several_threads_use_a_model(streamed):
     expected = [used(text) for text in texts]
     if streamed:
         db.stream_layers(model, "cpu")
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            assert list(pool.map(torch.no_grad()(used), texts)) == expected
-    finally:
-        sys.setswitchinterval(interval)
+    assert in_threads(used, texts) == expected
 
 
 @pytest.mark.parametrize("config", [BERT, MODERNBERT, *TEXT_CONFIGS.values()], ids=["bert", "modernbert", *TEXT_CONFIGS])

@@ -50,7 +50,8 @@ class LentUnit:
         def lent(self, *args, **kwargs):
             if not isinstance(self, LentUnit):  # no longer: somebody has kept this, and set another over it
                 return forward(self, *args, **kwargs)
-            return self._stream.run(self._unit, self, functools.partial(forward, self), args, kwargs)
+            with self._stream.alone():
+                return self._stream.run(self._unit, self, functools.partial(forward, self), args, kwargs)
 
         return lent
 
@@ -82,6 +83,7 @@ def weights_on_device(*modules: nn.Module) -> AbstractContextManager:
         for module in modules:
             for unit in module.modules():
                 if isinstance(unit, LentUnit):
+                    lent.enter_context(unit._stream.alone())
                     lent.enter_context(unit._stream.lent(unit._unit, unit))
         return lent.pop_all()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -67,6 +67,10 @@ class Stream:
     def computing(self) -> bool:
         """Whether the model runs now."""
         return self._computing > 0
+
+    def alone(self) -> AbstractContextManager:
+        """While this is entered, no other thread runs the model. (But those of backward passes, which somebody may wait for.)"""
+        return nullcontext() if torch._C._current_graph_task_id() >= 0 else self.one_thread
 
     @contextmanager
     def running(self) -> Iterator[bool]:
