@@ -127,6 +127,10 @@ def test_jobs_that_do_not_fit_are_refused(jobs, tmp_path):
     shutil.copytree(second, tmp_path / "twice")
     with pytest.raises(ValueError, match="block 1 was trained by both"):
         db.merge_blocks([first, second, tmp_path / "twice"], output)
+    for number, folder in enumerate((first, second)):
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"the": number}}}))
+    with pytest.raises(ValueError, match=r"tokenizers differ: .*job0/tokenizer.json and .*job1/tokenizer.json"):
+        db.merge_blocks([first, second], output)
     change_config(second, sigma_max=70.0)
     with pytest.raises(ValueError, match=r"sigma_max=80.0 in .*job0, 70.0 in .*job1"):
         db.merge_blocks([first, second], output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def merge_blocks(jobs: Sequence[str | PathLike], output_dir: str | PathLike) -> 
 
     Raises:
         OSError: a folder or one of its files is missing or damaged.
-        ValueError: the jobs do not fit: configs or shared parameters differ, a block was trained twice or is nowhere,
+        ValueError: the jobs do not fit: configs, tokenizers or shared parameters differ, a block was trained twice or is nowhere,
             or may have been by a folder that does not tell, or one was trained around another version of an earlier
             block. Says which, and where.
     """
@@ -69,6 +70,7 @@ def merge_blocks(jobs: Sequence[str | PathLike], output_dir: str | PathLike) -> 
         raise ValueError(f"output_dir={str(output_dir)!r} must not be one of the jobs")
     opened = [_open(Path(folder)) for folder in jobs]
     _check_configs(opened)
+    _check_tokens(opened)
     source_of = _sources(opened)
     _check_shared(opened)
     with torch.device("meta"):
@@ -98,6 +100,14 @@ def _check_configs(jobs: list[_Job]) -> None:
                     f"the jobs' configs differ: {name}={expected.get(name)!r} in {first.folder}, "
                     f"{found.get(name)!r} in {job.folder}"
                 )
+
+
+def _check_tokens(jobs: list[_Job]) -> None:
+    """A token has to be the same text to all blocks."""
+    files = [file for job in jobs if (file := job.folder / "tokenizer.json").is_file()]
+    for file in files[1:]:
+        if json.loads(file.read_text())["model"] != json.loads(files[0].read_text())["model"]:
+            raise ValueError(f"the jobs' tokenizers differ: {files[0]} and {file} have other tokens")
 
 
 def _compared(config: DiffusionBlocksConfig) -> dict:
