@@ -37,7 +37,9 @@ def test_without_samples_the_likeliest_tokens_are_taken(model, prompts):
     greedy = written(model, prompts, temperature=0.0)
     assert torch.equal(written(model, prompts, do_sample=False), greedy)
     surest = {"remasking": "low_confidence"}  # the order is not drawn
-    assert torch.equal(written(model, prompts, top_k=1, **surest), written(model, prompts, temperature=0, **surest))
+    for likeliest in ({"top_k": 1}, {"temperature": 1e-40}):
+        assert torch.equal(written(model, prompts, **likeliest, **surest), written(model, prompts, temperature=0, **surest))
+    assert not (written(model, prompts, temperature=1e300) == MASK).any()
     assert not torch.equal(written(model, prompts), greedy)
     assert torch.equal(written(model, prompts, do_sample=True), written(model, prompts))
 

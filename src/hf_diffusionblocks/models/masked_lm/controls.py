@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import GenerationConfig, TopKLogitsWarper, TopPLogitsWarper
 from transformers.utils import logging
 
 from ...diffusion.randomness import Generators, draw, invert_cdf
@@ -148,8 +148,9 @@ class Sampling:
         """A token `[R]` for each row of logits `[R, V]`, which are of the positions `where` of texts (bool, `[N, S]`)."""
         if self.is_greedy:
             return logits.argmax(-1)
-        warpers = [TemperatureLogitsWarper(float(self.temperature))] if self.temperature != 1 else []
-        warpers += [TopKLogitsWarper(int(self.top_k))] if self.top_k else []
+        if self.temperature != 1:  # (any that is a number: the largest logit stays 0, and MASK -inf)
+            logits = (logits - logits.amax(-1, keepdim=True)).double() / float(self.temperature)
+        warpers = [TopKLogitsWarper(int(self.top_k))] if self.top_k else []
         warpers += [TopPLogitsWarper(float(self.top_p))] if self.top_p < 1 else []
         for warper in warpers:
             logits = warper(None, logits)
