@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import randomized
+from torch import nn
 from transformers import SamConfig, ViTConfig, ViTForImageClassification, ViTModel
 
 import hf_diffusionblocks as db
@@ -113,3 +114,22 @@ def test_task_is_taken_from_the_source_or_named(plain_config):
 def test_what_cannot_be_converted_is_refused(plain_config, source, fields, error, message):
     with pytest.raises(error, match=message):
         db.convert(source(plain_config), preset="paper", **fields)
+
+
+def changed(model: ViTForImageClassification, how: str) -> ViTForImageClassification:
+    if how == "head":
+        model.classifier = nn.Sequential(nn.Dropout(0.1), model.classifier)
+    elif how == "extra":
+        model.adapter = nn.Linear(2, 2)
+    elif how == "hook":
+        model.classifier.register_forward_hook(lambda module, args, output: 2 * output)
+    elif how == "config":
+        model.config.layer_norm_eps = 1.0
+    return model
+
+
+@pytest.mark.parametrize("how", ["head", "extra", "hook", "config"])
+def test_a_source_that_is_not_as_its_class_makes_it_is_refused(how, plain_model):
+    message = "must have the weights" if how in ("head", "extra") else "must be as its class and config make it"
+    with pytest.raises(ValueError, match=f"source=ViTForImageClassification {message}"):
+        db.convert(changed(plain_model, how), 2)

@@ -149,10 +149,10 @@ def _convert_model(source: nn.Module, config, resident_blocks, **model_kwargs) -
     model.copy_weights(source)
     if model.can_generate():
         model.generation_config = copy.deepcopy(source.generation_config)
-    return _checked(model.to(next(source.parameters()).device)).train(source.training)
+    return _checked(model.to(next(source.parameters()).device), source).train(source.training)
 
 
-def _checked(model: DiffusionBlocksPreTrainedModel) -> DiffusionBlocksPreTrainedModel:
+def _checked(model: DiffusionBlocksPreTrainedModel, source: nn.Module | None = None) -> DiffusionBlocksPreTrainedModel:
     """The model, once its blocks have been run beside the stock model. (Where blocks are missing, or weights, nothing can be.)"""
     if model.device.type == "meta":
         return model
@@ -168,7 +168,7 @@ def _checked(model: DiffusionBlocksPreTrainedModel) -> DiffusionBlocksPreTrained
         num_tokens = min(longest, TOKENS_COMPARED) if isinstance(longest, int) and longest > 0 else TOKENS_COMPARED
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            check_cut(model, TASKS[model.task].example(config, 2, num_tokens))
+            check_cut(model, TASKS[model.task].example(config, 2, num_tokens), source)
     return model
 
 

@@ -173,8 +173,11 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     def copy_weights(self, plain: nn.Module) -> None:
         """Take over the weights of a stock model: the backbone's, and those of every block's own parts. Local heads start as
         its last layers."""
-        weights = self.weights_of(plain)
-        self.backbone.load_state_dict({name: weights[name] for name in self.backbone.state_dict()})
+        weights, own = self.weights_of(plain), self.backbone.state_dict().keys()
+        whole = len(self.resident_blocks) == self.num_blocks
+        if odd := own ^ weights.keys() if whole else own - weights.keys():
+            raise ValueError(f"source={type(plain).__name__} must have the weights that its class makes, and {min(odd)} is odd")
+        self.backbone.load_state_dict({name: weights[name] for name in own})
         for name in self.sharing.own_modules:
             for parts in getattr(self, name):
                 for path, parameter in parts.named_parameters():

@@ -26,19 +26,22 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 TOLERANCE_OF_HALF = 3e-2
 
 
-def check_cut(model: DiffusionBlocksPreTrainedModel, batch: Mapping[str, torch.Tensor]) -> bool:
+def check_cut(
+    model: DiffusionBlocksPreTrainedModel, batch: Mapping[str, torch.Tensor], source: nn.Module | None = None
+) -> bool:
     """Run a stock model, and its blocks one after the other, each on what the one before it has put out.
 
     Args:
         model: whose blocks the stock model's own forward runs.
         batch: as `forward` takes it.
+        source: that the weights are copied from, if there is one.
 
     Returns:
         Whether they could be compared: the stock model may not run such a batch, or not where it is now.
 
     Raises:
-        ValueError: their logits differ, or gradients; or a block reads another's own parameters; or tokens see later ones, and
-            must not, or the reverse. Says by how much, and what is known of why.
+        ValueError: their logits differ, or gradients; or the source's; or a block reads another's own parameters; or tokens see
+            later ones, and must not, or the reverse. Says by how much, and what is known of why.
     """
     # (Not every stock model casts images to what it computes in.)
     there = {name: each.to(model.device, model.dtype if each.is_floating_point() else None) for name, each in batch.items()}
@@ -51,6 +54,8 @@ def check_cut(model: DiffusionBlocksPreTrainedModel, batch: Mapping[str, torch.T
             logger.warning(f"what was cut could not be compared with {name}, which says: {error}")
             return False
         comparison = _Comparison(model, inputs, expected)
+        if source is not None and source.dtype == model.dtype and model.sees_later_tokens is not True:  # (else it may differ)
+            comparison.check_source(source)
         comparison.check_blocks()
         if model.reads_rows:
             comparison.check_head()
@@ -94,6 +99,20 @@ class _Comparison:
     def _gradients(self, end: torch.Tensor) -> Sequence[torch.Tensor | None]:
         """Of what is watched."""
         return torch.autograd.grad(end, self._watched, allow_unused=True) if self._watched and end.requires_grad else ()
+
+    @torch.no_grad()
+    def check_source(self, source: nn.Module) -> None:
+        """Whether the source is a stock model still: its modules may be others, or have hooks."""
+        with _kept(source), without_dropout(source):
+            try:
+                found = source(**self._inputs).logits
+            except Exception:  # (weights of several dtypes, which autocast computes with)
+                return
+        if (difference := _difference(found, self._expected)) > self._tolerance:
+            raise ValueError(
+                f"source={type(source).__name__} must be as its class and config make it: logits of a stock model with its weights "
+                f"differ by {difference:.2g} of the largest. Its modules, hooks or config were changed"
+            )
 
     # ---- block by block
 
