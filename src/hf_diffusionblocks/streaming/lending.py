@@ -26,9 +26,14 @@ _CLASSES: dict[tuple[type, type], type] = {}
 def enter(module: nn.Module, mixin: type) -> None:
     """Give a module the class of its own name that is `mixin`, too."""
     stock = type(module)
+
+    def new(cls: type, *args, **kwargs) -> nn.Module:
+        """Whoever calls the class gets a stock one. (A copy is made without arguments.)"""
+        return stock(*args, **kwargs) if args or kwargs else stock.__new__(cls)
+
     if (stock, mixin) not in _CLASSES:
         own = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-        own["forward"] = mixin.around(stock.forward)
+        own |= {"forward": mixin.around(stock.forward), "__new__": new}
         _CLASSES[stock, mixin] = type(stock)(stock.__name__, (mixin, stock), own)
     module.__class__ = _CLASSES[stock, mixin]
 
