@@ -224,6 +224,18 @@ def test_walk_with_one_step_a_block_runs_no_layer_in_vain(model, batch):
     assert runs == dict.fromkeys(range(4), 1)
 
 
+def test_a_generator_a_row_draws_a_walk_s_noise(plain_model, batch):
+    model = db.convert(plain_model, num_blocks=2, preset="paper")
+
+    def of(rows: slice, generators: list) -> torch.Tensor:
+        return model.predict(batch["pixel_values"][rows], generator=generators).logits
+
+    seeded = [[torch.Generator().manual_seed(k) for k in range(6)] for _ in range(2)]
+    torch.testing.assert_close(of(slice(2, 4), seeded[0][2:4]), of(slice(6), seeded[1])[2:4])
+    with pytest.raises(TypeError, match="generator=3 must be a torch.Generator"):
+        of(slice(6), 3)
+
+
 def test_a_recommended_model_s_trajectory_is_its_blocks_in_turn(plain_model, batch):
     model = db.convert(plain_model, num_blocks=2, local_head_layers=1)
     out = model.predict(batch["pixel_values"])

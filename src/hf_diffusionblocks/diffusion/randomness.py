@@ -78,17 +78,15 @@ def seeded(key: Sequence[int], device: torch.device) -> Iterator[None]:
         yield
 
 
-def noise_of_rows(
-    num_rows: int, width: int, seed: int, generator: torch.Generator | None, device: torch.device
-) -> torch.Tensor:
-    """Standard normal `[N, D]` for a walk: of the generator, each row its own.
+def noise_of_rows(num_rows: int, width: int, seed: int, generator: Generators, device: torch.device) -> torch.Tensor:
+    """Standard normal `[N, D]` for a walk: of the generators, each row its own.
 
     Without one the noise is *keyed*: a function of the seed alone, equal for every row, so that a row's prediction does not
     depend on what it is batched with, and repeats exactly.
     """
     rows = 1 if generator is None else num_rows
     generator = torch.Generator().manual_seed(seed) if generator is None else generator
-    values = torch.randn((rows, width), generator=generator, device=generator.device, dtype=torch.float32)
+    values = draw(torch.randn, (rows, width), generator, dtype=torch.float32)
     return values.to(device).expand(num_rows, width)
 
 

@@ -18,6 +18,7 @@ from ..backbones.staged import StageHead
 from ..backbones.stock_run import without_dropout
 from ..configuration import DiffusionBlocksConfig
 from ..diffusion.objectives import IGNORED, num_counted
+from ..diffusion.randomness import Generators
 from .base import DiffusionBlocksPreTrainedModel, Formulation
 from .block import Block
 from .noisy_label import NoisyLabelToken
@@ -163,7 +164,7 @@ class DiffusionBlocksClassifier(DiffusionBlocksPreTrainedModel):
         return labels
 
     def _predict(
-        self, x: Mapping[str, Any], num_inference_steps: int | None = None, generator: torch.Generator | None = None
+        self, x: Mapping[str, Any], num_inference_steps: int | None = None, generator: Generators = None
     ) -> WalkClassifierOutput:
         with torch.no_grad(), without_dropout(self):
             logits, trajectory, sigmas = self.formulation.trajectory(x, num_inference_steps, generator)

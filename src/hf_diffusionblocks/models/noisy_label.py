@@ -12,7 +12,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..diffusion.gaussian import corrupt, precondition
 from ..diffusion.objectives import IGNORED
-from ..diffusion.randomness import noise_of_rows
+from ..diffusion.randomness import Generators, noise_of_rows
 from ..diffusion.samplers import soft_bridge, walk
 from ..whole_numbers import whole
 from .base import Formulation
@@ -93,13 +93,13 @@ class NoisyLabel(Formulation):
         z, blocks = sigma[:, None] * start, self.model.blocks
         return torch.stack([self.read_out(b, self._run(b, x, self.enter(b, x), z, sigma)) for b in blocks], dim=1)
 
-    def _noise(self, num_rows: int, generator: torch.Generator | None) -> torch.Tensor:
+    def _noise(self, num_rows: int, generator: Generators) -> torch.Tensor:
         """What a walk starts from, `[N, D]`: keyed, or of a generator."""
         config = self.model.config
         return noise_of_rows(num_rows, config.hidden_size, config.inference_seed, generator, self.model.device)
 
     def trajectory(
-        self, x: Mapping, num_steps: int | None, generator: torch.Generator | None
+        self, x: Mapping, num_steps: int | None, generator: Generators
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of a walk: its last logits `[N, V]`, the probabilities after each of T evaluations `[N, T, V]`, and its levels."""
         model, num_rows, probabilities = self.model, len(next(iter(x.values()))), []

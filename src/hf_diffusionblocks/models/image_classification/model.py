@@ -78,7 +78,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksClassifier):
         self,
         pixel_values: torch.Tensor,
         num_inference_steps: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         interpolate_pos_encoding: bool = False,
     ) -> WalkClassifierOutput:
         """Classify, and show how: block by block, or, the paper's, by walking from noise to a label.
@@ -88,8 +88,8 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksClassifier):
         Args:
             pixel_values: `[N, C, H, W]`.
             num_inference_steps: the paper's: T; None is the config's.
-            generator: the paper's: of the walk's noise, independent for each row; None takes the keyed noise, equal for every
-                row.
+            generator: the paper's: of the walk's noise, independent for each row; or one an image. None takes the keyed noise,
+                equal for every row.
             interpolate_pos_encoding: as in the plain model.
 
         Raises:

@@ -82,7 +82,7 @@ class DiffusionBlocksForSequenceClassification(DiffusionBlocksClassifier):
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         num_inference_steps: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> WalkClassifierOutput:
         """Classify, and show how: block by block, or, the paper's, by walking from noise to a label, as of images."""
         return self._predict(_stock_inputs(input_ids, attention_mask, token_type_ids), num_inference_steps, generator)
