@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import asdict
 
 import pytest
@@ -10,7 +11,7 @@ from process_scenarios import CARRIED, made, trainer_of
 from process_scenarios import GPT2 as TRAINED
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import GPT2Config, LlamaConfig, ViTConfig
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, ViTConfig
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
@@ -103,6 +104,13 @@ def test_parts_are_those_counted_one_by_one(family, name):
             inputs = sum(tensor.nbytes for tensor in sizes.batch().values())
             assert parts.activations <= saved.bytes + sum(hidden.nbytes for hidden in kept) + inputs + chunk
         del graph
+
+
+def test_what_no_gradient_is_asked_of_is_gone():
+    model = GPT2LMHeadModel(GPT2)
+    with db.StepMemory(model, torch.optim.SGD(model.parameters())):
+        unused = weakref.ref(model(torch.zeros((1, 4), dtype=torch.long)).logits.softmax(-1))
+    assert unused() is None
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

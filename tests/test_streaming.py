@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -41,6 +42,20 @@ def test_in_evaluation_mode_too(name):
         assert backward(model, batch) == backward(stock, batch)
     assert_same(gradients(model), gradients(stock))
     assert stream.peak_units == 2
+
+
+def graphs() -> int:
+    gc.collect()
+    return sum(type(node).__name__ == "_ArriveBackward" for node in gc.get_objects())
+
+
+def test_a_graph_through_which_nobody_goes_back_is_gone(model):
+    """Of an evaluation with gradients, and of layers after those that a loss is made of."""
+    db.stream_layers(model, device="cpu")
+    before = graphs()
+    model.eval()(**tokens())
+    model.train()(**tokens(), output_hidden_states=True).hidden_states[1].sum().backward()
+    assert graphs() == before
 
 
 @pytest.mark.parametrize("trained", [True, False])

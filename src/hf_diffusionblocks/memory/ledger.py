@@ -229,7 +229,7 @@ class StepMemory(TorchDispatchMode):
         number = self._note(tensor)
         if self._kinds[number] == "rest":
             self._kinds[number] = "activations"
-        return tensor
+        return tensor.detach()  # (what a node has put out would hold the node)
 
     def _note(self, tensor: torch.Tensor, kind: str | None = None) -> int:
         """The number of a tensor's storage, which is born now if it was not known; `kind` is what it is known to be."""

@@ -43,7 +43,7 @@ class SavedAsOrigins(torch.autograd.graph.saved_tensors_hooks):
         def pack(tensor: torch.Tensor) -> _View | _Other:
             origin = origins.get(storage_id(tensor)) if tensor.layout == torch.strided else None
             if origin is None or origin.dtype != tensor.dtype:
-                return _Other(pack_other(tensor))
+                return _Other(pack_other(tensor.detach()))  # (what a node has put out would hold the node)
             return _View(origin, tensor.size(), tensor.stride(), tensor.storage_offset())
 
         def unpack(kept: _View | _Other) -> torch.Tensor:
