@@ -227,8 +227,7 @@ def test_a_layer_that_hands_on_more_than_hidden_states_is_seen(model, monkeypatc
     """Positive control of the comparison: blocks after the first are given something else."""
     batch = {**TOKENS, "labels": TOKENS["input_ids"]}
     assert check_cut(model, batch)
-    given = stock_run.with_hidden
-    monkeypatch.setattr(stock_run, "with_hidden", lambda hidden, args, kwargs: given(hidden * 1.001, args, kwargs))
+    monkeypatch.setattr(stock_run, "tree_map_only", lambda kind, clone, hidden: hidden * 1.001)
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot be cut into blocks: their logits differ from the model's by"):
         check_cut(model, batch)
 

@@ -207,9 +207,11 @@ def plain_part(config: DiffusionBlocksConfig, resident_blocks: Sequence[int] | N
 
         def __init__(self, config: PreTrainedConfig):
             super().__init__(config)
-            stack = self.get_submodule(architecture.layers_path(self, architecture.num_layers(config)))
-            for layer in layers:
-                stack[layer] = NotLoaded(stack[layer])
+            path = architecture.layers_path(self, architecture.num_layers(config))
+            tied = [name for pair in architecture.ties_of_layers(self, path) for name in pair]
+            for layer in layers:  # (what others share is read)
+                if not any(name.startswith(f"{path}.{layer}.") for name in tied):
+                    self.get_submodule(path)[layer] = NotLoaded(self.get_submodule(f"{path}.{layer}"))
 
     return Part
 

@@ -117,6 +117,11 @@ class Backbone:
             )
         return min(found[::-1], key=lambda path: path.count("."))  # the outermost, and of these the last
 
+    def ties_of_layers(self, plain: nn.Module, layers_path: str) -> list[tuple[str, str]]:
+        """Names of parameters inside of layers that are one (Zamba's)."""
+        ties = getattr(plain, "all_tied_weights_keys", {}).items()
+        return [pair for pair in ties if all(name.startswith(f"{layers_path}.") for name in pair)]
+
 
 def _said(config: PreTrainedConfig, *names: str) -> int:
     """A size by its first name that is known, by the config of a model or, of a composite, of its text."""

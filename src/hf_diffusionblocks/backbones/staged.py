@@ -100,26 +100,16 @@ class _HasLeft(Exception):
 
 
 class StageRun(StockRun):
-    """A forward of a stock model in which one block of stages alone trains. What leaves a stage is all that it returns, and the
-    forward ends where the block does, unless that is the last: what follows is of another width."""
+    """The same of stages: the forward ends where the block does, unless that is the last: what follows is of another width."""
 
     def __exit__(self, kind: type[BaseException] | None, *error) -> bool:
         super().__exit__(kind, *error)
         return kind is _HasLeft
 
     def _run(self, index: int, forward: Callable, *args, **kwargs) -> Any:
-        if index < self._block.start:
-            if self._entering is not None:
-                return self._entering
-            with torch.no_grad():
-                return forward(*args, **kwargs)
-        if index == self._block.start:
-            self._until_block.close()
-        output = forward(*args, **kwargs)
-        if index == self._block[-1]:
-            self.leaving = output
-            if index + 1 < len(self._layers):
-                raise _HasLeft
+        output = super()._run(index, forward, *args, **kwargs)
+        if index == self._block[-1] and index + 1 < len(self._layers):
+            raise _HasLeft
         return output
 
 

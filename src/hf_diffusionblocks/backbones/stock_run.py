@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..streaming import stream_of
@@ -42,12 +43,14 @@ def alter(until: ExitStack, model: nn.Module, parts: Mapping[str, nn.Module], fo
 
 @contextmanager
 def without_dropout(module: nn.Module) -> Iterator[None]:
-    """Put a module in evaluation mode, then give every sub-module back the mode it had."""
+    """Put a module in evaluation mode, then give every sub-module back the mode it had. (What some keep of their weights there,
+    as LeViT does, they forget in training mode.)"""
     modes = [(child, child.training) for child in module.modules()]
-    module.eval()
+    module.train().eval()
     try:
         yield
     finally:
+        module.train()
         for child, training in modes:
             child.training = training
 
@@ -64,15 +67,15 @@ class StockRun:
         block: which of them are the block's.
         parts: the block's own, which are in the stock model meanwhile, by path.
         runs_earlier: whether layers before the block run.
-        entering: what enters the block, `[N, S, D]`, if it is there: no layer before it runs, then.
+        entering: what the last layer before the block has returned, if it is there: none of them runs, then.
         local_head: layers that run after the block's, on what its last one is given beside hidden states.
     """
 
-    leaving: torch.Tensor | None = None  #: what has left the block, `[N, S, D]`; None before
+    leaving: Any = None  #: what the block's last layer has returned; None before
 
     def __init__(
         self, model: nn.Module, layers: Sequence[nn.Module], block: range, parts: Mapping[str, nn.Module], runs_earlier: bool,
-        entering: torch.Tensor | None, local_head: Sequence[nn.Module],
+        entering: Any, local_head: Sequence[nn.Module],
     ):  # fmt: skip
         self._model, self._layers, self._block, self._parts, self._local_head = model, layers, block, parts, local_head
         self._entering, self._runs_earlier = entering, runs_earlier and entering is None
@@ -96,19 +99,19 @@ class StockRun:
 
     def _run(self, index: int, forward: Callable, *args, **kwargs) -> Any:
         if index not in self._block:
+            if index < self._block.start and self._entering is not None:  # (some write into it)
+                return tree_map_only(torch.Tensor, torch.clone, self._entering)
             if index > self._block.start or not self._runs_earlier:
                 return self._handed_on(args, kwargs)
             with torch.no_grad():
                 return forward(*args, **kwargs)
         if index == self._block.start:
             self._until_block.close()
-            if self._entering is not None:
-                args, kwargs = with_hidden(self._entering, args, kwargs)
         output = forward(*args, **kwargs)
         if self._kind not in _OUTPUTS:
             _OUTPUTS[self._kind] = _form(output)
         if index == self._block[-1]:
-            self.leaving = hidden_of(output)
+            self.leaving = output
             for layer in self._local_head:
                 args, kwargs = with_hidden(hidden_of(output), args, kwargs)
                 output = layer(*args, **kwargs)

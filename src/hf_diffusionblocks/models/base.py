@@ -95,7 +95,13 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         self.resident_blocks = list(range(self.num_blocks))  #: blocks that are loaded: all, unless asked for some
         self._make_parts(config, formulation.modulated)
         self.tie_within_blocks()
+        self._tied_across: set[str] = set()  #: names of parameters that layers of several blocks have, which so is no block's
         self.blocks = [self._make_block(k, formulation) for k in range(self.num_blocks)]
+        for pair in self.architecture.ties_of_layers(self.backbone, self.layers_path):
+            names = {f"backbone.{name}" for name in pair}
+            self._tied_across |= names if len({*map(self.block_of_parameter, names)}) > 1 else set()
+        if self._tied_across and self.sharing.own_modules:
+            raise ValueError(f"shared='per_block' must be 'common': layers of several blocks share {min(self._tied_across)}")
         #: levels of noise -> blocks; None where a formulation has no noise
         self.noise_schedule = self.schedule_for(config)
         self.formulation = formulation(self)
@@ -246,7 +252,8 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
 
     def block_of_parameter(self, name: str) -> int | None:
         """The block a parameter belongs to by its name in the state dict, or None if it is shared."""
-        return next((block.index for block in self.blocks if name.startswith(block.prefixes)), None)
+        owners = (block.index for block in self.blocks if name.startswith(block.prefixes))
+        return None if name in self._tied_across else next(owners, None)
 
     @property
     def computes_plain_model(self) -> bool:

@@ -17,10 +17,10 @@ from ..streaming import weights_on_device
 
 
 class BlockOutput(NamedTuple):
-    """What a block has made of x, `[N, S, D]` each."""
+    """What a block has made of x."""
 
-    leaving: torch.Tensor  #: what the next block may start from
-    read: torch.Tensor  #: what the stock model's head reads: after the local head, if there is one, and the final norm
+    leaving: Any  #: what the next block may start from: all that the last layer has returned
+    read: torch.Tensor  #: `[N, S, D]`, what the stock model's head reads: after the local head, if there is one, and the final norm
 
 
 class Block:
@@ -68,8 +68,7 @@ class Block:
         """While this is entered, this block is the one that trains in the stock model's forward, and has its own parts in it.
 
         Args:
-            entering: what enters the block, `[N, S, D]` or, of stages, all that the one before has returned; None: it
-                embeds, or the blocks before it run, without gradient and dropout.
+            entering: what has left the one before; None: it embeds, or the blocks before it run, without gradient and dropout.
 
         Raises:
             ValueError: the block is not loaded.
@@ -77,7 +76,7 @@ class Block:
         self._check_loaded()
         model, head = self.model, self.model.get_submodule(self._local_head) if self._local_head else ()
         if entering is not None:
-            entering = tree_map_only(torch.Tensor, lambda each: each.to(model.device, model.dtype), entering)
+            entering = tree_map_only(torch.Tensor, lambda each: each.to(model.device), entering)
         runs_earlier, kind = bool(self.predecessors), StockRun if model.architecture.layers_are_alike else StageRun
         return kind(model.backbone, model.layers, self.layer_indices, self._own_parts(), runs_earlier, entering, head)
 
@@ -94,7 +93,7 @@ class Block:
             raise ValueError(f"its forward does not call the layers of {self.model.layers_path}")
         return run.leaving, self.model.local_heads[self.index](run.leaving) if logits is None else logits
 
-    def run_stock(self, inputs: Mapping[str, Any], entering: torch.Tensor | None = None) -> BlockOutput:
+    def run_stock(self, inputs: Mapping[str, Any], entering: Any = None) -> BlockOutput:
         """What the block makes of what the stock model takes, by the stock model's forward but for its head."""
         with self.alone(entering) as run:
             read = base_of(self.model.backbone, self.model.layers_path)(**inputs).last_hidden_state

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.utils import logging
 
-from ..backbones.stock_run import base_of, hidden_of, without_dropout
+from ..backbones.stock_run import base_of, without_dropout
 from ..diffusion.objectives import IGNORED
 from .base import DiffusionBlocksPreTrainedModel
 
@@ -132,22 +132,24 @@ class _Comparison:
 
     def _block_by_block(self, weights: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         """The last block's logits, and gradients, passed back from block to block."""
-        entering, leaving, hidden = [], [], None
+        entering, leaving, given = [], [], None
         for block in self._model.blocks:
-            left, logits = block.classify(self._inputs, hidden)
-            entering.append(None if hidden is None else hidden_of(hidden))
-            leaving.append(hidden_of(left))
-            hidden = tree_map_only(torch.Tensor, lambda each: each.detach().requires_grad_(), left)
+            with without_dropout(self._model.backbone):
+                left, logits = block.classify(self._inputs, given)
+            entering.append(_with_gradients(given))
+            given = tree_map_only(torch.Tensor, lambda each: each.detach().requires_grad_(each.requires_grad), left)
+            leaving.append(_with_gradients(left))
         total: list[torch.Tensor | None] = [None] * len(self._watched)
-        end, above = (logits * weights).float().sum(), None
-        for block, before, after in zip(self._model.blocks[::-1], entering[::-1], [*leaving[-2::-1], None]):
-            asked = self._watched if before is None else [*self._watched, before]
-            if not end.requires_grad or not asked:
+        ends, above = [(logits * weights).float().sum()], [None]
+        for block, before, after in zip(self._model.blocks[::-1], entering[::-1], [*leaving[-2::-1], []]):
+            asked = [*self._watched, *before]
+            if not asked or not any(end.requires_grad for end in ends):
                 break
-            gradients = torch.autograd.grad(end, asked, above, allow_unused=True)
+            gradients = torch.autograd.grad(ends, asked, above, allow_unused=True)
             self._check_owners(block.index, gradients)
             total = [_sum(one, other) for one, other in zip(total, gradients)]
-            end, above = after, gradients[-1]
+            passed = [(end, gradient) for end, gradient in zip(after, gradients[len(self._watched) :]) if gradient is not None]
+            ends, above = zip(*passed) if passed else ((), ())
         return logits, total
 
     def _check_owners(self, block_index: int, gradients: Sequence[torch.Tensor | None]) -> None:
@@ -223,6 +225,11 @@ class _Comparison:
 
 def _tolerance(dtype: torch.dtype) -> float:
     return TOLERANCE.get(dtype, TOLERANCE_OF_HALF)
+
+
+def _with_gradients(output: Any) -> list[torch.Tensor]:
+    """What of it is passed back through."""
+    return [each for each in tree_leaves(output) if isinstance(each, torch.Tensor) and each.requires_grad]
 
 
 def _sum(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -240,7 +241,8 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         leaving, rows = self.formulation.train(block, x, targets, block_input, draws)
         loss = self.mean_loss(block, rows, targets, num_items_in_batch)
         logits = self.logits(block_index, *rows) if return_logits else None
-        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=(leaving.detach(),))
+        leaving = tree_map_only(torch.Tensor, torch.Tensor.detach, leaving)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=(leaving,))
 
     # ---- one block
 
