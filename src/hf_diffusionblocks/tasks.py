@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from .backbones.base import Backbone
 from .processors import load_tokenizer
@@ -34,9 +35,11 @@ def a_step_a_block(config: PreTrainedConfig) -> None:
 
 
 def stock_class(auto_class: type, config: PreTrainedConfig) -> type[nn.Module] | None:
-    """What an Auto class of Transformers makes of a config; None: nothing."""
-    found = auto_class._model_mapping.get(type(config), None)
-    return found[0] if isinstance(found, tuple) else found
+    """What an Auto class of Transformers makes of a config, or of the composite that this is a part of; None: nothing."""
+    mapping, kind, name = auto_class._model_mapping, type(config), model_type_to_module_name(config.model_type)
+    found = mapping.get(kind, None) or (mapping.get(CONFIG_MAPPING[name], None) if name in CONFIG_MAPPING else None)
+    found = found[0] if isinstance(found, tuple) else found
+    return found if kind in mapping or found and found.config_class is kind else None
 
 
 @dataclass(frozen=True)
