@@ -138,6 +138,7 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if not labels_given:
             self.id2label, self.label2id = self.source_config.id2label, self.source_config.label2id
+            self.num_labels = self.source_config.num_labels  # (which some say by itself)
         task = task_of(self.source_config, self.task)
         self.task = task.name
         architecture = self.architecture

@@ -207,11 +207,11 @@ def plain_part(config: DiffusionBlocksConfig, resident_blocks: Sequence[int] | N
 
         def __init__(self, config: PreTrainedConfig):
             super().__init__(config)
-            path = architecture.layers_path(self, architecture.num_layers(config))
-            tied = [name for pair in architecture.ties_of_layers(self, path) for name in pair]
-            for layer in layers:  # (what others share is read)
-                if not any(name.startswith(f"{path}.{layer}.") for name in tied):
-                    self.get_submodule(path)[layer] = NotLoaded(self.get_submodule(f"{path}.{layer}"))
+            layers_path = architecture.layers_path(self, architecture.num_layers(config))
+            tied = [name for pair in architecture.ties_of_layers(self, layers_path) for name in pair]
+            for path in (f"{path}.{layer}" for path in architecture.layer_lists(self, layers_path) for layer in layers):
+                if not any(name.startswith(f"{path}.") for name in tied):  # (what others share is read)
+                    self.set_submodule(path, NotLoaded(self.get_submodule(path)))
 
     return Part
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..streaming.layers import find_layers
 from .modulation import Modulation
@@ -117,6 +118,13 @@ class Backbone:
             )
         return min(found[::-1], key=lambda path: path.count("."))  # the outermost, and of these the last
 
+    def layer_lists(self, plain: nn.Module, layers_path: str) -> list[str]:
+        """Paths of the lists that a layer has an element of each of, called in turn: one, but where no module is a layer (XLM)."""
+        paths = dict.fromkeys(path.rpartition(".")[0] for path in find_layers(plain))
+        layers, parent = plain.get_submodule(layers_path), layers_path.rpartition(".")[0]
+        beside = [path for path in paths if path.rpartition(".")[0] == parent and len(plain.get_submodule(path)) == len(layers)]
+        return [layers_path] if isinstance(layers[0], GradientCheckpointingLayer) else beside
+
     def ties_of_layers(self, plain: nn.Module, layers_path: str) -> list[tuple[str, str]]:
         """Names of parameters inside of layers that are one (Zamba's)."""
         ties = getattr(plain, "all_tied_weights_keys", {}).items()
@@ -132,9 +140,9 @@ def _said(config: PreTrainedConfig, *names: str) -> int:
     raise ValueError(f"model_type={config.model_type!r} cannot be cut into blocks: its config says no {names[-1]}")
 
 
-def parts_around(plain: nn.Module, layers_path: str) -> tuple[list[str], list[str]]:
+def parts_around(plain: nn.Module, layers_path: str, lists: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """Paths of what stands before a list of layers in a stock model, and after it, as all does that stands beside its base
-    model. (What has buffers alone, as tables of rotary positions, is neither.)"""
+    model. (What has buffers alone, as tables of rotary positions, is neither; nor are other lists of layers.)"""
     before, after, module, prefix, names = [], [], plain, "", layers_path.split(".")
     has_base = isinstance(plain.get_submodule(names[0]), PreTrainedModel)
     for name in names:
@@ -142,10 +150,17 @@ def parts_around(plain: nn.Module, layers_path: str) -> tuple[list[str], list[st
         for child_name, child in module.named_children():
             if child_name == name:
                 found = after
+            elif prefix + child_name in lists:
+                continue
             elif any(True for _ in child.parameters()) or not any(True for _ in child.buffers()):
                 found.append(prefix + child_name)
         module, prefix = module.get_submodule(name), f"{prefix}{name}."
     return before, after
+
+
+def layers_of(lists: Sequence[nn.ModuleList]) -> list[list[nn.Module]]:
+    """The parts of layers as they are called, of lists that each layer has an element, or a list, of."""
+    return [[part for each in parts for part in (each if isinstance(each, nn.ModuleList) else [each])] for parts in zip(*lists)]
 
 
 class PiecewiseBackbone(Backbone):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,14 +10,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
-from .base import Backbone
+from .base import Backbone, layers_of
 from .stock_run import StockRun, hidden_of
 
 
 class Stages(NamedTuple):
-    """The stages of a stock model, whose path is of their list."""
+    """The stages of a stock model, whose paths are of the lists that each has an element of."""
 
-    path: str
+    paths: tuple[str, ...]
     widths: tuple[int, ...]  #: of what leaves each
 
 
@@ -44,7 +43,10 @@ class StagedBackbone(Backbone):
         return len(self.stages(config).widths)
 
     def layers_path(self, plain: nn.Module, num_layers: int) -> str:
-        return self.stages(plain.config).path
+        return self.stages(plain.config).paths[-1]
+
+    def layer_lists(self, plain: nn.Module, layers_path: str) -> list[str]:
+        return [*self.stages(plain.config).paths]
 
     def stages(self, config: PreTrainedConfig) -> Stages:
         """
@@ -61,25 +63,29 @@ class StagedBackbone(Backbone):
         with torch.device("meta"):
             plain = self.plain_class(config).eval()
             images = self._example(config, 1, None)["pixel_values"].to(plain.dtype)
-        lists = {
-            path: [*module] for path, module in plain.named_modules() if isinstance(module, nn.ModuleList) and len(module) > 1
-        }
-        calls: dict[str, list[tuple[nn.Module, int]]] = {path: [] for path in lists}
-
-        def note(path: str, module: nn.Module, args: tuple, output: Any) -> None:
-            calls[path].append((module, _width_of(output)))
-
-        for path, module in ((path, module) for path, modules in lists.items() for module in modules):
-            module.register_forward_hook(partial(note, path))
+        named = dict(plain.named_modules())
+        lists = [path for path, module in named.items() if isinstance(module, nn.ModuleList) and len(module) > 1]
+        beside: dict[tuple[str, int], tuple[str, ...]] = {}  # those of one length, together a list
+        for path in lists:
+            key = path.rpartition(".")[0], len(named[path])
+            beside[key] = (*beside.get(key, ()), path)
+        found = {paths: layers_of([named[path] for path in paths]) for paths in {*((path,) for path in lists), *beside.values()}}
+        calls: list[tuple[nn.Module, int]] = []
+        for part in {part for layers in found.values() for layer in layers for part in layer}:
+            part.register_forward_hook(lambda module, args, output: calls.append((module, _width_of(output))))
         try:
             plain(images).logits  # (PP-LCNet says them by another name)
         except Exception as error:
             raise self._refused(config, f"of random images it says {type(error).__name__}: {error}") from error
-        sizes = {path: _size(modules) for path, modules in lists.items() if [called for called, _ in calls[path]] == modules}
-        path = max(sizes, key=sizes.get, default="")
-        if 2 * sizes.get(path, 0) < _size([plain]):
+        sizes = {}
+        for paths, layers in found.items():
+            parts = [part for layer in layers for part in layer]
+            if [called for called, _ in calls if called in parts] == parts:
+                sizes[paths] = _size(parts)
+        paths = max(sizes, key=sizes.get, default=())
+        if 2 * sizes.get(paths, 0) < _size([plain]):
             raise self._refused(config, "it has no list of stages, called one after the other, that is half of it or more")
-        return Stages(path, tuple(width for _, width in calls[path]))
+        return Stages(paths, tuple(dict(calls)[layer[-1]] for layer in found[paths]))
 
     def _refused(self, config: PreTrainedConfig, why: str) -> ValueError:
         return ValueError(f"model_type={config.model_type!r} cannot be cut into blocks: {why}")
@@ -106,9 +112,9 @@ class StageRun(StockRun):
         super().__exit__(kind, *error)
         return kind is _HasLeft
 
-    def _run(self, index: int, forward: Callable, *args, **kwargs) -> Any:
-        output = super()._run(index, forward, *args, **kwargs)
-        if index == self._block[-1] and index + 1 < len(self._layers):
+    def _run(self, index: int, number: int, forward: Callable, *args, **kwargs) -> Any:
+        output = super()._run(index, number, forward, *args, **kwargs)
+        if self.leaving is not None and index + 1 < len(self._layers):
             raise _HasLeft
         return output
 

@@ -63,7 +63,7 @@ class StockRun:
 
     Args:
         model: the stock model.
-        layers: all of its layers, in order.
+        layers: the parts of all of its layers, in order, as they are called: usually one each.
         block: which of them are the block's.
         parts: the block's own, which are in the stock model meanwhile, by path.
         runs_earlier: whether layers before the block run.
@@ -72,24 +72,25 @@ class StockRun:
     """
 
     leaving: Any = None  #: what the block's last layer has returned; None before
+    _given: torch.Tensor  # what a layer is given
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[nn.Module], block: range, parts: Mapping[str, nn.Module], runs_earlier: bool,
-        entering: Any, local_head: Sequence[nn.Module],
+        self, model: nn.Module, layers: Sequence[Sequence[nn.Module]], block: range, parts: Mapping[str, nn.Module],
+        runs_earlier: bool, entering: Any, local_head: Sequence[nn.Module],
     ):  # fmt: skip
         self._model, self._layers, self._block, self._parts, self._local_head = model, layers, block, parts, local_head
-        self._entering, self._runs_earlier = entering, runs_earlier and entering is None
-        self._kind = type(layers[block.start])
+        self._entering, self._runs_earlier = entering, runs_earlier
         self._until_block, self._until_end = ExitStack(), ExitStack()
 
     def __enter__(self) -> StockRun:
         with ExitStack() as until:
             until.enter_context(one_thread(self._model))
-            self._first = self._layers[self._block.start].forward
+            self._first = [(type(part), part.forward) for part in self._layers[self._block.start]]
             if self._block.start > 0:
                 until.callback(self._until_block.close)
                 self._until_block.enter_context(without_dropout(self._model))
-            forwards = {layer: partial(self._run, k, layer.forward) for k, layer in enumerate(self._layers)}
+            parts = [(k, number, part) for k, layer in enumerate(self._layers) for number, part in enumerate(layer)]
+            forwards = {part: partial(self._run, k, number, part.forward) for k, number, part in parts}
             alter(until, self._model, self._parts, forwards)
             self._until_end = until.pop_all()
         return self
@@ -97,32 +98,36 @@ class StockRun:
     def __exit__(self, *error) -> None:
         self._until_end.close()
 
-    def _run(self, index: int, forward: Callable, *args, **kwargs) -> Any:
+    def _run(self, index: int, number: int, forward: Callable, *args, **kwargs) -> Any:
+        ends = number + 1 == len(self._layers[index])
+        if number == 0:
+            self._given = args[0] if args else next(iter(kwargs.values()))
         if index not in self._block:
-            if index < self._block.start and self._entering is not None:  # (some write into it)
+            skips = ends and (number == 0 or index + 1 == self._block.start)  # (parts of layers are of several widths)
+            if skips and index < self._block.start and self._entering is not None:  # (some write into it)
                 return tree_map_only(torch.Tensor, torch.clone, self._entering)
             if index > self._block.start or not self._runs_earlier:
-                return self._handed_on(args, kwargs)
+                return self._handed_on(number, args, kwargs)
             with torch.no_grad():
                 return forward(*args, **kwargs)
         if index == self._block.start:
             self._until_block.close()
         output = forward(*args, **kwargs)
-        if self._kind not in _OUTPUTS:
-            _OUTPUTS[self._kind] = _form(output)
-        if index == self._block[-1]:
+        _OUTPUTS.setdefault(self._first[number][0], _form(output))
+        if ends and index == self._block[-1]:
             self.leaving = output
             for layer in self._local_head:
                 args, kwargs = with_hidden(hidden_of(output), args, kwargs)
                 output = layer(*args, **kwargs)
         return output
 
-    def _handed_on(self, args: tuple, kwargs: dict) -> Any:
-        """What a layer returns that does nothing."""
-        if self._kind not in _OUTPUTS:  # before the block has run: nothing is dropped
+    def _handed_on(self, number: int, args: tuple, kwargs: dict) -> Any:
+        """What a part of a layer returns that does nothing."""
+        kind, first = self._first[number]
+        if kind not in _OUTPUTS:  # before the block has run: nothing is dropped
             with torch.no_grad():
-                _OUTPUTS[self._kind] = _form(self._first(*args, **kwargs))
-        hidden, form = args[0] if args else next(iter(kwargs.values())), _OUTPUTS[self._kind]
+                _OUTPUTS[kind] = _form(first(*args, **kwargs))
+        hidden, form = self._given, _OUTPUTS[kind]
         if isinstance(form, dict):
             return {name: value if number else hidden for number, (name, value) in enumerate(form.items())}
         return hidden if form is None else type(form)((hidden, *form[1:]))

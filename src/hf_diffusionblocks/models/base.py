@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from ..backbones.base import parts_around
+from ..backbones.base import layers_of, parts_around
 from ..backbones.modulation import AdaLNModulation, Modulation, SigmaEmbedding
 from ..backbones.stock_run import base_of, without_dropout
 from ..configuration import DiffusionBlocksConfig
@@ -78,13 +78,15 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         self.architecture = config.architecture
         # `from_pretrained(..., num_labels=...)` and the like reach the outer config only.
         config.source_config.id2label, config.source_config.label2id = config.id2label, config.label2id
+        config.source_config.num_labels = config.num_labels
         self.backbone = self.architecture.make_plain(config.source_config)
         self.layers_path = self.architecture.layers_path(self.backbone, config.num_hidden_layers)
         self._no_split_modules = getattr(self.backbone, "_no_split_modules", None)
 
         formulation = self.FORMULATIONS[config.preset]
         self.num_blocks = config.num_blocks
-        around = parts_around(self.backbone, self.layers_path)
+        self.layer_lists = self.architecture.layer_lists(self.backbone, self.layers_path)
+        around = parts_around(self.backbone, self.layers_path, self.layer_lists)
         base = f"{self.layers_path.split('.')[0]}."
         #: of the stock model, what reads a block out: what it has after its layers, or, where it runs itself, its head
         self.readout_paths = [path for path in around[1] if not (formulation.runs_stock and path.startswith(base))]
@@ -123,6 +125,11 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             self.sigma_embeddings = nn.ModuleList(SigmaEmbedding(width) for _ in range(self.sharing.num_copies))
             self.modulations = nn.ModuleList(AdaLNModulation(width) for _ in range(layers))
         if config.local_head_layers:
+            if len(self.layer_lists) > 1:
+                raise ValueError(
+                    f"local_head_layers={config.local_head_layers} must be 0 for model_type={config.source_config.model_type!r}: "
+                    "no module is a layer of its own"
+                )
             # The last block has none: it reads out as the stock model does.
             self.local_heads = nn.ModuleList(
                 nn.ModuleList(self._make_layer() for _ in range(config.local_head_layers)) for _ in range(self.num_blocks - 1)
@@ -138,7 +145,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     def _make_block(self, k: int, formulation: type[Formulation]) -> Block:
         layers = self.config.block_layers(k)
         has_head = self.config.local_head_layers and k < self.num_blocks - 1
-        prefixes = [f"backbone.{self.layers_path}.{layer}." for layer in layers]
+        prefixes = [f"backbone.{path}.{layer}." for path in self.layer_lists for layer in layers]
         prefixes += [f"modulations.{layer}." for layer in layers] + [f"local_heads.{k}."]
         prefixes += self.sharing.prefixes(k, ("sigma_embeddings", *self.copied_modules))
         return Block(
@@ -238,6 +245,11 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         """The stock model's, first to last."""
         return self.backbone.get_submodule(self.layers_path)
 
+    @property
+    def parts_of_layers(self) -> list[list[nn.Module]]:
+        """Of each, its modules as they are called: usually one."""
+        return layers_of([self.backbone.get_submodule(path) for path in self.layer_lists])
+
     # ---- which parameter belongs to which block
 
     def block_layers(self, block_index: int) -> range:
@@ -311,7 +323,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             self._run_layer = torch.compile(self.architecture.run_layer, **kwargs)
             return
         heads = self.local_heads if self.config.local_head_layers else ()
-        layers = [*self.layers, *(layer for head in heads for layer in head)]
+        layers = [part for layer in (*self.parts_of_layers, *heads) for part in layer]
         compiled = {kind: torch.compile(kind.forward, **kwargs) for kind in {*map(type, layers)}}
         for layer in layers:
             layer.forward = partial(compiled[type(layer)], layer)

@@ -78,7 +78,7 @@ class Block:
         if entering is not None:
             entering = tree_map_only(torch.Tensor, lambda each: each.to(model.device), entering)
         runs_earlier, kind = bool(self.predecessors), StockRun if model.architecture.layers_are_alike else StageRun
-        return kind(model.backbone, model.layers, self.layer_indices, self._own_parts(), runs_earlier, entering, head)
+        return kind(model.backbone, model.parts_of_layers, self.layer_indices, self._own_parts(), runs_earlier, entering, head)
 
     def classify(self, inputs: Mapping[str, Any], entering: Any = None) -> tuple[Any, torch.Tensor]:
         """What has left the block, and its logits: the stock model's, or its stage head's.
