@@ -39,6 +39,7 @@ MAPPINGS = {
 #: Stock classes that expect labels which are shifted before.
 SHIFTED_BEFORE = {
     "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart", "trocr", "whisper",
+    "xlm",
 }  # fmt: skip
 TOKENS = 8
 MASK = 5  #: a token of each vocabulary

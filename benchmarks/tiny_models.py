@@ -112,6 +112,9 @@ def randomized(model: nn.Module, dropout: bool = False) -> nn.Module:
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0  # (Youtu's is when it is loaded)
     if not dropout:
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -207,8 +210,9 @@ def _for_task(config: PreTrainedConfig, mapping: str) -> None:
             part.pad_token_id = 0
         if part.is_encoder_decoder and getattr(part, "decoder_start_token_id", None) is None:
             part.decoder_start_token_id = 0
-        if mapping == "causal-lm" and hasattr(part, "is_decoder"):
-            part.is_decoder = True
+        for field in ("is_decoder", "causal"):
+            if mapping == "causal-lm" and hasattr(part, field):
+                setattr(part, field, True)
         if hasattr(part, "use_cache"):
             part.use_cache = False
     if mapping.endswith("classification"):

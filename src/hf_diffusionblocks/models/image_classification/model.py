@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksClassifier):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         block_index: int | None = None,
         sigma: torch.Tensor | None = None,
@@ -55,7 +56,8 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksClassifier):
             block_input: the hidden states `[N, S, D]` that enter the block (of stages, what the one before has returned), where
                 the earlier blocks are not run but their output is there.
             num_items_in_batch: images that the summed loss is divided by; None is those of this batch.
-            stock: classification: what else the plain model takes (`output_hidden_states`, ...).
+            stock: what else the plain model takes: tensors (`spatial_shapes`), and in classification what it is asked for
+                (`output_hidden_states`, ...).
 
         Returns:
             `loss` (with labels) and `logits`; of a block also `hidden_states`, what has left it, without gradient (a tuple of
@@ -65,21 +67,24 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksClassifier):
         Raises:
             ValueError: labels are missing for a block, or a block for training; or an argument is not of this formulation.
         """
-        x = _stock_inputs(pixel_values, interpolate_pos_encoding)
+        x, stock = _stock_inputs(pixel_values, interpolate_pos_encoding, stock)
         draws = {"sigma": sigma, "noise": noise, "generator": generator}
         return self._classify(x, labels, block_index, block_input, draws, num_items_in_batch, stock)
 
-    def block_logits(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+    def block_logits(
+        self, pixel_values: torch.Tensor | None = None, interpolate_pos_encoding: bool = False, **stock: torch.Tensor
+    ) -> torch.Tensor:
         """Label-free logits of every block, `[N, B, num_labels]`: through its local head, if it has one; the paper's at
         sigma_max, from the walk's (keyed) starting noise, where only block 0 has been trained."""
-        return self.formulation.block_logits(_stock_inputs(pixel_values, interpolate_pos_encoding))
+        return self.formulation.block_logits(_stock_inputs(pixel_values, interpolate_pos_encoding, stock)[0])
 
     def predict(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         num_inference_steps: int | None = None,
         generator: Generators = None,
         interpolate_pos_encoding: bool = False,
+        **stock: torch.Tensor,
     ) -> WalkClassifierOutput:
         """Classify, and show how: block by block, or, the paper's, by walking from noise to a label.
 
@@ -95,10 +100,16 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksClassifier):
         Raises:
             ValueError: steps or a generator are given where nothing walks.
         """
-        return self._predict(_stock_inputs(pixel_values, interpolate_pos_encoding), num_inference_steps, generator)
+        x, _ = _stock_inputs(pixel_values, interpolate_pos_encoding, stock)
+        return self._predict(x, num_inference_steps, generator)
 
 
-def _stock_inputs(pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> dict[str, Any]:
-    """(Not every classifier knows of positions.)"""
-    asked = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
-    return {"pixel_values": pixel_values, **asked}
+def _stock_inputs(
+    pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool, others: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the plain model takes of an image, and what else of `others` it is asked for. (Not every classifier knows of
+    positions.)"""
+    tensors = {name: value for name, value in others.items() if isinstance(value, torch.Tensor)}
+    x = {"pixel_values": pixel_values, **tensors, "interpolate_pos_encoding": interpolate_pos_encoding or None}
+    asked = {name: value for name, value in others.items() if name not in tensors}
+    return {name: value for name, value in x.items() if value is not None}, asked

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isqrt
+
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
@@ -15,11 +17,16 @@ IMAGE_SIZE = 224  #: where a config says none
 
 
 def example(config: PreTrainedConfig, num_rows: int, sequence_length: None) -> dict[str, torch.Tensor]:
-    """Random images `[N, C, H, W]` and labels `[N]`."""
-    seen = getattr(config, "vision_config", config)
-    size = getattr(seen, "image_size", None) or IMAGE_SIZE
-    images = torch.randn(num_rows, getattr(seen, "num_channels", 3), *((size, size) if isinstance(size, int) else size))
-    return {"pixel_values": images, "labels": torch.randint(config.num_labels, (num_rows,))}
+    """Random labels `[N]` and images `[N, C, H, W]`; or their tokens `[N, S]` (ImageGPT), or patches `[N, H * W, D]` (Siglip 2)."""
+    seen, labels = getattr(config, "vision_config", config), {"labels": torch.randint(config.num_labels, (num_rows,))}
+    channels, size = getattr(seen, "num_channels", 3), getattr(seen, "image_size", None) or IMAGE_SIZE
+    if hasattr(seen, "n_positions"):
+        return {"input_ids": torch.randint(seen.vocab_size - 1, (num_rows, seen.n_positions)), **labels}
+    if not hasattr(seen, "image_size") and (side := isqrt(getattr(seen, "num_patches", 0))):
+        patches, mask = torch.randn(num_rows, side**2, channels * seen.patch_size**2), torch.ones(num_rows, side**2, dtype=int)
+        shapes = torch.tensor([[side, side]] * num_rows)
+        return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes, **labels}
+    return {"pixel_values": torch.randn(num_rows, channels, *((size, size) if isinstance(size, int) else size)), **labels}
 
 
 def plain_loss(model: PreTrainedModel, **batch: torch.Tensor) -> torch.Tensor:
@@ -30,7 +37,7 @@ def plain_loss(model: PreTrainedModel, **batch: torch.Tensor) -> torch.Tensor:
 def make_backbone(stock_class: type[PreTrainedModel], config: PreTrainedConfig) -> Backbone | None:
     """Of stages, where a config says several depths, or not how many layers of which width there are. None: it takes other
     inputs than images."""
-    if getattr(stock_class, "main_input_name", "pixel_values") != "pixel_values":
+    if getattr(stock_class, "main_input_name", "pixel_values") not in ("pixel_values", "input_ids"):
         return None
     backbone = Backbone(stock_class)
     try:
