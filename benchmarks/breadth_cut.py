@@ -118,7 +118,9 @@ def trained(mapping: str, name: str) -> str:
     if task == "text-generation":  # the first label, which nothing predicts, the stock Trainer counts in some models
         rows["labels"] = rows["labels"].clone()
         rows["labels"][:, 0] = -100
-    of_stock = rows | {"labels": F.pad(rows["labels"][:, 1:], (0, 1), value=-100)} if name in SHIFTED_BEFORE else rows
+    of_stock = rows
+    if task == "text-generation" and name in SHIFTED_BEFORE:
+        of_stock = rows | {"labels": F.pad(rows["labels"][:, 1:], (0, 1), value=-100)}
     start = dict(tiny_model(mapping, name).named_parameters())
     twin = tiny_model(mapping, name)
     with torch.no_grad():

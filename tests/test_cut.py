@@ -36,7 +36,8 @@ from tiny_models import tiny_model  # noqa: E402
 
 #: What each is in for: soft caps and windows, shared keys and values, buffers that are not saved, experts, states instead of
 #: attention, two norms, layers that return several things, towers of images, layers that count as two, an encoder before the
-#: decoder, rows that say how a batch is padded, stages of several widths.
+#: decoder, rows that say how a batch is padded, stages of several widths; a part of a composite, layers that hand on what the
+#: next one needs, that share parameters, or are of several parts; what is kept of weights; images as tokens, and as patches.
 SAMPLE = [
     ("causal-lm", "gemma2"), ("causal-lm", "gemma4_text"), ("causal-lm", "falcon_h1"), ("causal-lm", "gpt_oss"),
     ("causal-lm", "mamba"),
@@ -46,15 +47,16 @@ SAMPLE = [
     ("sequence-classification", "qwen3"), ("image-classification", "dinov2"), ("image-classification", "beit"),
     ("image-classification", "resnet"), ("image-classification", "swin"), ("image-classification", "pvt_v2"),
     ("image-classification", "mobilevit"),
+    ("causal-lm", "emu3"), ("causal-lm", "hy_v4"), ("sequence-classification", "t5"), ("causal-lm", "zamba2"),
+    ("masked-lm", "xlm"), ("image-classification", "pvt"), ("image-classification", "levit"),
+    ("image-classification", "imagegpt"), ("image-classification", "siglip2"),
 ]  # fmt: skip
 #: What cannot be cut, and what is said of it.
 REFUSED = {
     ("masked-lm", "albert"): "must have a list of 4 layers",  # one layer, several times over
-    ("causal-lm", "zamba"): "which shared='common' makes block 2's",  # layers that share parameters
-    ("sequence-classification", "t5"): "their logits differ",  # the first layer hands on positions
-    ("image-classification", "pvt"): "it has no list of stages",  # a stage's embeddings stand apart from its layers
+    ("causal-lm", "mllama"): "its forward does not call the layers",  # which an image alone is for
+    ("causal-lm", "musicgen"): "what was cut cannot be compared with MusicgenForCausalLM",  # rows of several streams
     ("image-classification", "pp_lcnet"): "object has no attribute 'logits'",
-    ("image-classification", "levit"): "cannot be cut into blocks",  # which keeps what its layers computed from weights
     ("causal-lm", "xlnet"): "its tokens see those after them, and must not",
 }
 
@@ -175,6 +177,54 @@ def test_a_converted_model_knows_of_no_image_yet():
 def test_widths_of_several_stages_are_no_hidden_size():
     config = db.convert(RESNET, 2).config
     assert not hasattr(config, "hidden_size") and config.hidden_sizes == RESNET.hidden_sizes
+
+
+# ---- layers that share parameters, and layers of several parts
+
+
+def test_what_layers_of_several_blocks_share_is_no_block_s_and_jobs_load_it(tmp_path):
+    """Zamba's third and last layers have one transformer."""
+    plain = tiny_model("causal-lm", "zamba").eval()
+    plain.save_pretrained(tmp_path / "plain")
+    whole = db.convert(plain, 2)
+    whole.save_pretrained(tmp_path / "blocks")
+    names = [name for name in whole.state_dict() if "shared_transf" in name]
+    assert names and {whole.block_of_parameter(name) for name in names} == {None}
+    for resident in ([0], [0, 1]):
+        for job in (
+            db.convert(tmp_path / "plain", 2, resident_blocks=resident),
+            type(whole).from_pretrained(tmp_path / "blocks", resident_blocks=resident),
+        ):
+            assert {whole.block_of_parameter(name) for name in job.state_dict()} == {None, *resident}
+            assert all(torch.equal(each, whole.state_dict()[name]) for name, each in job.state_dict().items())
+    assert db.convert(tiny_model("causal-lm", "zamba"), 1).block_of_parameter(names[0]) == 0
+    with pytest.raises(ValueError, match="shared='per_block' must be 'common': layers of several blocks share backbone.model"):
+        db.convert(plain, 2, shared="per_block")
+
+
+def test_jobs_have_the_parts_of_their_layers_alone(tmp_path):
+    tiny_model("masked-lm", "xlm").save_pretrained(tmp_path)
+    job = db.convert(tmp_path, 2, "fill-mask", resident_blocks=[1])
+    kept = {name.split(".")[2] for name, _ in job.named_parameters() if name.split(".")[3] in ("0", "1")}
+    assert not kept and job.block_of_parameter("backbone.transformer.attentions.2.q_lin.weight") == 1
+    assert job(**job.blocks[1].model.stock_inputs(TOKENS), labels=TOKENS["input_ids"], block_index=1).loss.isfinite()
+
+
+def test_layers_of_several_parts_are_no_local_head():
+    with pytest.raises(ValueError, match="local_head_layers=1 must be 0 for model_type='xlm': no module is a layer"):
+        db.convert(tiny_model("sequence-classification", "xlm"), 2, "text-classification", local_head_layers=1)
+
+
+def test_what_is_kept_of_weights_in_evaluation_is_forgotten_with_the_next_pass():
+    """LeViT's biases of attention: earlier blocks are evaluated while one trains."""
+    model = db.convert(tiny_model("image-classification", "levit"), 2).train()
+    batch = TASKS[model.task].example(model.config.source_config, 4, None)
+    before = model.passed_on(model.blocks[0], batch)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("attention_biases"):
+                parameter += torch.randn_like(parameter)
+    assert not torch.equal(model.passed_on(model.blocks[0], batch), before)
 
 
 # ---- running one block

@@ -50,11 +50,8 @@ def check_cut(
         try:
             expected = model.backbone(**inputs).logits
         except Exception as error:
-            says, attention = (
-                f"{type(model.backbone).__name__}, which says: {error}",
-                model.backbone.config._attn_implementation,
-            )
-            if model.device.type == "cpu" and model.dtype == torch.float32 and "flash" not in str(attention):
+            says, there = f"{type(model.backbone).__name__}, which says: {error}", model.backbone.config
+            if (model.device.type, model.dtype) == ("cpu", torch.float32) and "flash" not in str(there._attn_implementation):
                 raise ValueError(f"what was cut cannot be compared with {says}") from error
             logger.warning(f"what was cut could not be compared with {says}")  # (a kernel may be missing here)
             return False
@@ -130,8 +127,8 @@ class _Comparison:
             raise self._refused(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}") from error
         if (difference := _difference(found, self._expected)) > 0:
             raise self._refused(
-                f"their logits differ from the model's by {difference:.2g} of the largest. Layers that run twice, or hand on more "
-                "than hidden states, cannot be told apart so"
+                f"their logits differ from the model's by {difference:.2g} of the largest. Layers that run twice, or hand on "
+                "more than they return, cannot be told apart so"
             )
         self._compare(of_stock, of_blocks)
 
@@ -171,8 +168,8 @@ class _Comparison:
         worst, name = max(zip(differences, self._names), default=(0.0, ""))
         if worst > _tolerance(self._model.dtype):
             raise self._refused(
-                f"their gradient of {name} differs from the model's by {worst:.2g} of the largest. Layers that share parameters, "
-                "or hand on more than hidden states, cannot train apart"
+                f"their gradient of {name} differs from the model's by {worst:.2g} of the largest. Layers that hand on more "
+                "than they return cannot train apart"
             )
 
     # ---- tokens
