@@ -5,6 +5,7 @@ While a block runs, each layer's `forward` is an attribute of the instance, as A
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..streaming import stream_of
@@ -124,9 +125,10 @@ class StockRun:
     def _handed_on(self, number: int, args: tuple, kwargs: dict) -> Any:
         """What a part of a layer returns that does nothing."""
         kind, first = self._first[number]
-        if kind not in _OUTPUTS:  # before the block has run: nothing is dropped
+        if kind not in _OUTPUTS:  # before the block has run: nothing is dropped, and no cache is written to
+            there = {id(each): each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)}
             with torch.no_grad():
-                _OUTPUTS[kind] = _form(first(*args, **kwargs))
+                _OUTPUTS[kind] = _form(first(*copy.deepcopy(args, there), **copy.deepcopy(kwargs, there)))
         hidden, form = self._given, _OUTPUTS[kind]
         if isinstance(form, dict):
             return {name: value if number else hidden for number, (name, value) in enumerate(form.items())}

@@ -102,8 +102,6 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         for pair in self.architecture.ties_of_layers(self.backbone, self.layers_path):
             names = {f"backbone.{name}" for name in pair}
             self._tied_across |= names if len({*map(self.block_of_parameter, names)}) > 1 else set()
-        if self._tied_across and self.sharing.own_modules:
-            raise ValueError(f"shared='per_block' must be 'common': layers of several blocks share {min(self._tied_across)}")
         #: levels of noise -> blocks; None where a formulation has no noise
         self.noise_schedule = self.schedule_for(config)
         self.formulation = formulation(self)
