@@ -179,6 +179,21 @@ def test_widths_of_several_stages_are_no_hidden_size():
     assert not hasattr(config, "hidden_size") and config.hidden_sizes == RESNET.hidden_sizes
 
 
+def test_images_of_patches_are_trained_on_and_told_apart(tmp_path):
+    """Siglip 2 takes masks and shapes beside: the Trainer keeps them."""
+    model = db.convert(tiny_model("image-classification", "siglip2").eval(), 2)
+    batch = TASKS[model.task].example(model.config.source_config, 4, None)
+    arguments = db.DiffusionBlocksTrainingArguments(
+        str(tmp_path), per_device_train_batch_size=4, max_steps=1, report_to=[], use_cpu=True, save_strategy="no"
+    )
+    rows = [{name: tensor[row] for name, tensor in batch.items()} for row in range(4)]
+    assert db.DiffusionBlocksTrainer(model.train(), arguments, train_dataset=rows).train().training_loss > 0
+    x, stock = model.stock_inputs(batch), model.eval().to_plain()
+    with torch.no_grad():
+        assert torch.equal(model.predict(**x).logits, stock(**x).logits)
+        assert torch.equal(model.block_logits(**x)[:, -1], stock(**x).logits)
+
+
 # ---- layers that share parameters, and layers of several parts
 
 

@@ -67,6 +67,9 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     FORMULATIONS: ClassVar[Mapping[str, type[Formulation]]]  #: by `config.preset`
     reads_rows: ClassVar[bool] = False  #: whether tokens are read out by themselves, in parts
     sees_later_tokens: ClassVar[bool | None] = None  #: whether a token sees those after it; None: as the stock model has it
+    takes_any_tensor: ClassVar[bool] = (
+        False  #: whether `forward` hands tensors on by whatever name the stock model has for them
+    )
     copied_modules: ClassVar[tuple[str, ...]] = ()  #: lists of modules with a copy a block if it has its own
 
     gradient_checkpointing = False  #: Transformers' switch, of all layers

@@ -23,6 +23,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksClassifier):
     """
 
     main_input_name = "pixel_values"
+    takes_any_tensor = True
     task = "image-classification"
     FORMULATIONS = {"recommended": LocalClasses, "paper": NoisyLabel}
 
