@@ -225,7 +225,7 @@ def test_jobs_have_the_parts_of_their_layers_alone(tmp_path):
 
 
 def test_layers_of_several_parts_are_no_local_head():
-    with pytest.raises(ValueError, match="local_head_layers=1 must be 0 for model_type='xlm': no module is a layer"):
+    with pytest.raises(ValueError, match="local_head_layers=1 must be 0: no module of this model is a layer"):
         db.convert(tiny_model("sequence-classification", "xlm"), 2, "text-classification", local_head_layers=1)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig, OpenAIGPTConfig
-from transformers import DbrxConfig, HGNetV2Config, PvtConfig, SwinConfig
+from transformers import DbrxConfig, HGNetV2Config, HrmTextConfig, SwinConfig
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.memory import costs as costs_module
@@ -41,9 +41,19 @@ OTHERS = {
         stage_kernel_size=[3, 3],
         image_size=32,
     ),
-    "pvt": PvtConfig(image_size=32, hidden_sizes=[16, 16, 16, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 2, 2]),
+    "hrm_text": HrmTextConfig(  # whose layers repeat
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=307,
+        num_layers_per_stack=1,
+        H_cycles=1,
+        L_cycles=2,
+    ),  # fmt: skip
 }
-IMAGES = (HGNetV2Config, PvtConfig, SwinConfig)
+IMAGES = (HGNetV2Config, SwinConfig)
 EVERYTHING, ADAPTERS = ways_of_streams()
 DTYPES = {"float32": {}, "bfloat16": {"dtype": torch.bfloat16}, "masters": {"bf16": True}}
 
@@ -122,7 +132,7 @@ def test_any_causal_model_or_image_classifier_is_estimated(config):
     length = None if isinstance(config, IMAGES) else 24
     estimate = db.estimate_memory(config, batch_size=2, sequence_length=length)
     cut = any("recommended" in name for name in estimate.ledgers)
-    assert cut is not isinstance(config, PvtConfig) and not any("paper" in name for name in estimate.ledgers)
+    assert cut is not isinstance(config, HrmTextConfig) and not any("paper" in name for name in estimate.ledgers)
     assert any("LoRA" in name for name in estimate.ledgers) is not isinstance(config, HGNetV2Config)  # adapters are of matrices
     streamed, plain = (estimate.ledgers[name] for name in (EVERYTHING.name, CHECKPOINTING))
     assert streamed.total < plain.total and streamed.host > 0 == plain.host
@@ -136,7 +146,7 @@ def test_any_causal_model_or_image_classifier_is_estimated(config):
     ("name", "fields", "message"),
     [
         ("gemma2", {"sequence_length": 24, "preset": "paper"}, "preset='paper' must be 'recommended' for model_type='gemma2'"),
-        ("pvt", {"num_blocks": 2}, "model_type='pvt' cannot be cut into blocks: it has no list of stages"),
+        ("hrm_text", {"sequence_length": 24, "num_blocks": 2}, "HrmTextForCausalLM cannot be cut into blocks"),
     ],
 )
 def test_what_cannot_be_cut_has_no_blocks(name, fields, message):

@@ -69,9 +69,7 @@ class StagedBackbone(Backbone):
         for path in lists:
             key = path.rpartition(".")[0], len(named[path])
             beside[key] = (*beside.get(key, ()), path)
-        found = {
-            paths: layers_of([named[path] for path in paths]) for paths in {*((path,) for path in lists), *beside.values()}
-        }
+        found = {paths: layers_of(plain, paths) for paths in {*((path,) for path in lists), *beside.values()}}
         calls: list[tuple[nn.Module, int]] = []
         for part in {part for layers in found.values() for layer in layers for part in layer}:
             part.register_forward_hook(lambda module, args, output: calls.append((module, _width_of(output))))

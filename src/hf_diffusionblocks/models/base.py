@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
@@ -67,22 +67,21 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
     FORMULATIONS: ClassVar[Mapping[str, type[Formulation]]]  #: by `config.preset`
     reads_rows: ClassVar[bool] = False  #: whether tokens are read out by themselves, in parts
     sees_later_tokens: ClassVar[bool | None] = None  #: whether a token sees those after it; None: as the stock model has it
-    takes_any_tensor: ClassVar[bool] = (
-        False  #: whether `forward` hands tensors on by whatever name the stock model has for them
-    )
+    takes_stock_tensors: ClassVar[bool] = False  #: whether `forward` takes tensors by any name that the stock model has
     copied_modules: ClassVar[tuple[str, ...]] = ()  #: lists of modules with a copy a block if it has its own
 
     gradient_checkpointing = False  #: Transformers' switch, of all layers
     trained_block: int | None = None  #: that a Trainer's step trains just now
+    _tied_across: Collection[str] = ()  # names of parameters that layers of several blocks have, so that they are no block's
 
     def __init__(self, config: DiffusionBlocksConfig):
         super().__init__(config)
         self._check_task(config)
         self.architecture = config.architecture
         # `from_pretrained(..., num_labels=...)` and the like reach the outer config only.
-        config.source_config.id2label, config.source_config.label2id = config.id2label, config.label2id
-        config.source_config.num_labels = config.num_labels
-        self.backbone = self.architecture.make_plain(config.source_config)
+        plain = config.source_config
+        plain.id2label, plain.label2id, plain.num_labels = config.id2label, config.label2id, config.num_labels
+        self.backbone = self.architecture.make_plain(plain)
         self.layers_path = self.architecture.layers_path(self.backbone, config.num_hidden_layers)
         self._no_split_modules = getattr(self.backbone, "_no_split_modules", None)
 
@@ -100,11 +99,10 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         self.resident_blocks = list(range(self.num_blocks))  #: blocks that are loaded: all, unless asked for some
         self._make_parts(config, formulation.modulated)
         self.tie_within_blocks()
-        self._tied_across: set[str] = set()  #: names of parameters that layers of several blocks have, which so is no block's
         self.blocks = [self._make_block(k, formulation) for k in range(self.num_blocks)]
-        for pair in self.architecture.ties_of_layers(self.backbone, self.layers_path):
-            names = {f"backbone.{name}" for name in pair}
-            self._tied_across |= names if len({*map(self.block_of_parameter, names)}) > 1 else set()
+        pairs = self.architecture.ties_of_layers(self.backbone, self.layers_path)
+        owners = {name: self.block_of_parameter(f"backbone.{name}") for pair in pairs for name in pair}
+        self._tied_across = {f"backbone.{name}" for one in pairs for name in one if owners[one[0]] != owners[one[1]]}
         #: levels of noise -> blocks; None where a formulation has no noise
         self.noise_schedule = self.schedule_for(config)
         self.formulation = formulation(self)
@@ -126,11 +124,6 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             self.sigma_embeddings = nn.ModuleList(SigmaEmbedding(width) for _ in range(self.sharing.num_copies))
             self.modulations = nn.ModuleList(AdaLNModulation(width) for _ in range(layers))
         if config.local_head_layers:
-            if len(self.layer_lists) > 1:
-                raise ValueError(
-                    f"local_head_layers={config.local_head_layers} must be 0 for model_type={config.source_config.model_type!r}: "
-                    "no module is a layer of its own"
-                )
             # The last block has none: it reads out as the stock model does.
             self.local_heads = nn.ModuleList(
                 nn.ModuleList(self._make_layer() for _ in range(config.local_head_layers)) for _ in range(self.num_blocks - 1)
@@ -138,6 +131,8 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
 
     def _make_layer(self) -> nn.Module:
         """One more layer like the last, with no weights yet."""
+        if len(self.layer_lists) > 1:
+            raise ValueError(f"local_head_layers={self.config.local_head_layers} must be 0: no module of this model is a layer")
         layer = copy.deepcopy(self.layers[-1])
         for each in (*layer.modules(), *layer.parameters()):
             each._is_hf_initialized = False
@@ -246,11 +241,6 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         """The stock model's, first to last."""
         return self.backbone.get_submodule(self.layers_path)
 
-    @property
-    def parts_of_layers(self) -> list[list[nn.Module]]:
-        """Of each, its modules as they are called: usually one."""
-        return layers_of([self.backbone.get_submodule(path) for path in self.layer_lists])
-
     # ---- which parameter belongs to which block
 
     def block_layers(self, block_index: int) -> range:
@@ -324,7 +314,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
             self._run_layer = torch.compile(self.architecture.run_layer, **kwargs)
             return
         heads = self.local_heads if self.config.local_head_layers else ()
-        layers = [part for layer in (*self.parts_of_layers, *heads) for part in layer]
+        layers = [part for layer in (*layers_of(self.backbone, self.layer_lists), *heads) for part in layer]
         compiled = {kind: torch.compile(kind.forward, **kwargs) for kind in {*map(type, layers)}}
         for layer in layers:
             layer.forward = partial(compiled[type(layer)], layer)

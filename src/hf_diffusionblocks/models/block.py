@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from ..backbones.base import layers_of
 from ..backbones.modulation import Modulation
 from ..backbones.staged import StageRun
 from ..backbones.stock_run import StockRun, base_of, head_of
@@ -80,7 +81,8 @@ class Block:
         if entering is not None:
             entering = tree_map_only(torch.Tensor, lambda each: each.to(model.device), entering)
         runs_earlier, kind = bool(self.predecessors), StockRun if model.architecture.layers_are_alike else StageRun
-        return kind(model.backbone, model.parts_of_layers, self.layer_indices, self._own_parts(), runs_earlier, entering, head)
+        layers = layers_of(model.backbone, model.layer_lists)
+        return kind(model.backbone, layers, self.layer_indices, self._own_parts(), runs_earlier, entering, head)
 
     def classify(self, inputs: Mapping[str, Any], entering: Any = None) -> tuple[Any, torch.Tensor]:
         """What has left the block, and its logits: the stock model's, or its stage head's.

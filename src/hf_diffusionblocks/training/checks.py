@@ -155,7 +155,7 @@ def columns_to_keep(model: DiffusionBlocksPreTrainedModel, accepted: Sequence[st
     ours, stock = (signature(each.forward).parameters for each in (model, model.architecture.plain_class))
     of_data = {*stock, model.main_input_name}  # (which the stock model may call otherwise)
     labels = ["labels"] if WithClassLabels.is_for(model) else []
-    accepted = dict.fromkeys((*accepted, *stock)) if model.takes_any_tensor else accepted
+    accepted = dict.fromkeys((*accepted, *stock)) if model.takes_stock_tensors else accepted
     return [name for name in (*accepted, *labels) if name not in ours or name in of_data]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksClassifier):
     """
 
     main_input_name = "pixel_values"
-    takes_any_tensor = True
+    takes_stock_tensors = True
     task = "image-classification"
     FORMULATIONS = {"recommended": LocalClasses, "paper": NoisyLabel}
 
@@ -68,7 +69,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksClassifier):
         Raises:
             ValueError: labels are missing for a block, or a block for training; or an argument is not of this formulation.
         """
-        x, stock = _stock_inputs(pixel_values, interpolate_pos_encoding, stock)
+        x, stock = self._stock_inputs(pixel_values, interpolate_pos_encoding, stock)
         draws = {"sigma": sigma, "noise": noise, "generator": generator}
         return self._classify(x, labels, block_index, block_input, draws, num_items_in_batch, stock)
 
@@ -77,7 +78,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksClassifier):
     ) -> torch.Tensor:
         """Label-free logits of every block, `[N, B, num_labels]`: through its local head, if it has one; the paper's at
         sigma_max, from the walk's (keyed) starting noise, where only block 0 has been trained."""
-        return self.formulation.block_logits(_stock_inputs(pixel_values, interpolate_pos_encoding, stock)[0])
+        return self.formulation.block_logits(self._stock_inputs(pixel_values, interpolate_pos_encoding, stock)[0])
 
     def predict(
         self,
@@ -101,16 +102,16 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksClassifier):
         Raises:
             ValueError: steps or a generator are given where nothing walks.
         """
-        x, _ = _stock_inputs(pixel_values, interpolate_pos_encoding, stock)
+        x, _ = self._stock_inputs(pixel_values, interpolate_pos_encoding, stock)
         return self._predict(x, num_inference_steps, generator)
 
-
-def _stock_inputs(
-    pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool, others: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the plain model takes of an image, and what else of `others` it is asked for. (Not every classifier knows of
-    positions.)"""
-    tensors = {name: value for name, value in others.items() if isinstance(value, torch.Tensor)}
-    x = {"pixel_values": pixel_values, **tensors, "interpolate_pos_encoding": interpolate_pos_encoding or None}
-    asked = {name: value for name, value in others.items() if name not in tensors}
-    return {name: value for name, value in x.items() if value is not None}, asked
+    def _stock_inputs(
+        self, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool, others: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the plain model takes of an image, and what else of `others` it is asked for. (Not every classifier knows of
+        positions.)"""
+        named = signature(self.architecture.plain_class.forward).parameters
+        tensors = {name: value for name, value in others.items() if isinstance(value, torch.Tensor) and name in named}
+        x = {"pixel_values": pixel_values, **tensors, "interpolate_pos_encoding": interpolate_pos_encoding or None}
+        asked = {name: value for name, value in others.items() if name not in tensors}
+        return {name: value for name, value in x.items() if value is not None}, asked
