@@ -68,7 +68,7 @@ class StockRun:
         block: which of them are the block's.
         parts: the block's own, which are in the stock model meanwhile, by path.
         runs_earlier: whether layers before the block run.
-        entering: what the last layer before the block has returned, if it is there: none of them runs, then.
+        entering: what the last layer before the block has returned, if it is there: those of one part do not run, then.
         local_head: layers that run after the block's, on what its last one is given beside hidden states.
     """
 

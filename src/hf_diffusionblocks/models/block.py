@@ -79,7 +79,11 @@ class Block:
         self._check_loaded()
         model, head = self.model, self.model.get_submodule(self._local_head) if self._local_head else ()
         if entering is not None:
-            entering = tree_map_only(torch.Tensor, lambda each: each.to(model.device), entering)
+            # (Under autocast Accelerate makes float32 of what leaves `forward`.)
+            dtype = model.dtype if torch.is_autocast_enabled(model.device.type) else None
+            entering = tree_map_only(
+                torch.Tensor, lambda each: each.to(model.device, dtype if each.is_floating_point() else None), entering
+            )
         runs_earlier, kind = bool(self.predecessors), StockRun if model.architecture.layers_are_alike else StageRun
         layers = layers_of(model.backbone, model.layer_lists)
         return kind(model.backbone, layers, self.layer_indices, self._own_parts(), runs_earlier, entering, head)

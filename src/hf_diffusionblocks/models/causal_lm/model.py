@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -189,7 +190,7 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
         return_logits: bool | None = None,
         text_walk: TextWalk | None = None,
         num_steps: int | None = None,
-        block_input: torch.Tensor | None = None,
+        block_input: Any = None,
         **stock,
     ) -> CausalLMOutputWithPast:
         """Train one block (`block_index` given), or predict next tokens.
@@ -208,13 +209,12 @@ class DiffusionBlocksForCausalLM(DiffusionBlocksPreTrainedModel, WalkGeneration,
                 out in chunks, and no more logits are held (but at the end of a walk).
             text_walk: what [`generate`] keeps from token to token.
             num_steps: the paper's: denoiser evaluations of a walk; None is `config.num_inference_steps`.
-            block_input: the hidden states `[N, S, D]` that enter the block, where the earlier blocks are not run but
-                their output is there.
+            block_input: what has left the block before, as it gives it, where the earlier blocks are not run.
             stock: prediction: what else the plain model takes (`output_hidden_states`, ...).
 
         Returns:
             `loss` (with labels) and `logits`: of a block, `[N, S-1, V]`, for tokens 1 to S-1, and `hidden_states`, what has
-            left it, without gradient (a tuple of one; recommended: `[N, S, D]`, for the next). Without `block_index`
+            left it, without gradient (a tuple of one, for the next). Without `block_index`
             `[N, S, V]`, for the tokens after each, and label-free: recommended, what the plain model gives; the paper's,
             the end of the walk from keyed noise.
 

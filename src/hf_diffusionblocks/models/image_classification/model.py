@@ -39,7 +39,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksClassifier):
         generator: Generators = None,
         interpolate_pos_encoding: bool = False,
         return_logits: bool | None = None,
-        block_input: torch.Tensor | None = None,
+        block_input: Any = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **stock,
     ) -> ImageClassifierOutput:
@@ -55,8 +55,7 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksClassifier):
             generator: of the draws; or one an image, N of them.
             interpolate_pos_encoding: as in the plain model.
             return_logits: for all tasks alike; logits of images are always returned.
-            block_input: the hidden states `[N, S, D]` that enter the block (of stages, what the one before has returned), where
-                the earlier blocks are not run but their output is there.
+            block_input: what has left the block before, as it gives it, where the earlier blocks are not run.
             num_items_in_batch: images that the summed loss is divided by; None is those of this batch.
             stock: what else the plain model takes: tensors (`spatial_shapes`), and in classification what it is asked for
                 (`output_hidden_states`, ...).
@@ -78,7 +77,9 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksClassifier):
     ) -> torch.Tensor:
         """Label-free logits of every block, `[N, B, num_labels]`: through its local head, if it has one; the paper's at
         sigma_max, from the walk's (keyed) starting noise, where only block 0 has been trained."""
-        return self.formulation.block_logits(self._stock_inputs(pixel_values, interpolate_pos_encoding, stock)[0])
+        x, others = self._stock_inputs(pixel_values, interpolate_pos_encoding, stock)
+        self.refuse(others, "to see what every block says")
+        return self.formulation.block_logits(x)
 
     def predict(
         self,
@@ -102,7 +103,8 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksClassifier):
         Raises:
             ValueError: steps or a generator are given where nothing walks.
         """
-        x, _ = self._stock_inputs(pixel_values, interpolate_pos_encoding, stock)
+        x, others = self._stock_inputs(pixel_values, interpolate_pos_encoding, stock)
+        self.refuse(others, "to predict")
         return self._predict(x, num_inference_steps, generator)
 
     def _stock_inputs(

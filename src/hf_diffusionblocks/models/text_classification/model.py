@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
@@ -36,7 +38,7 @@ class DiffusionBlocksForSequenceClassification(DiffusionBlocksClassifier):
         noise: torch.Tensor | None = None,
         generator: Generators = None,
         return_logits: bool | None = None,
-        block_input: torch.Tensor | None = None,
+        block_input: Any = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **stock,
     ) -> ImageClassifierOutput:
@@ -50,14 +52,13 @@ class DiffusionBlocksForSequenceClassification(DiffusionBlocksClassifier):
             noise: the paper's: standard normal `[N, D]`; drawn when None.
             generator: of the draws; or one a text, N of them.
             return_logits: for all tasks alike; logits of classes are always returned.
-            block_input: the hidden states `[N, S, D]` that enter the block, where the earlier blocks are not run but
-                their output is there.
+            block_input: what has left the block before, as it gives it, where the earlier blocks are not run.
             num_items_in_batch: texts that the summed loss is divided by; None is those of this batch.
             stock: classification: what else the plain model takes (`output_hidden_states`, ...).
 
         Returns:
             `loss` (with labels) and `logits` `[N, num_labels]`, label-free; of a block also `hidden_states`, what has left it,
-            without gradient (a tuple of one, `[N, S, D]`, for the next).
+            without gradient (a tuple of one, for the next).
 
         Raises:
             ValueError: labels are missing for a block, or a block for training; or an argument is not of this formulation.
