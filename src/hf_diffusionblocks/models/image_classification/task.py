@@ -17,16 +17,20 @@ IMAGE_SIZE = 224  #: where a config says none
 
 
 def example(config: PreTrainedConfig, num_rows: int, sequence_length: None) -> dict[str, torch.Tensor]:
-    """Random labels `[N]` and images `[N, C, H, W]`; or their tokens `[N, S]` (ImageGPT), or patches `[N, H * W, D]` (Siglip 2)."""
-    seen, labels = getattr(config, "vision_config", config), {"labels": torch.randint(config.num_labels, (num_rows,))}
+    """Random images `[N, C, H, W]`, or their tokens `[N, S]` (ImageGPT), or patches `[N, H * W, D]` (Siglip 2); labels `[N]`."""
+    seen = getattr(config, "vision_config", config)
     channels, size = getattr(seen, "num_channels", 3), getattr(seen, "image_size", None) or IMAGE_SIZE
     if hasattr(seen, "n_positions"):
-        return {"input_ids": torch.randint(seen.vocab_size - 1, (num_rows, seen.n_positions)), **labels}
-    if not hasattr(seen, "image_size") and (side := isqrt(getattr(seen, "num_patches", 0))):
-        patches, mask = torch.randn(num_rows, side**2, channels * seen.patch_size**2), torch.ones(num_rows, side**2, dtype=int)
-        shapes = torch.tensor([[side, side]] * num_rows)
-        return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes, **labels}
-    return {"pixel_values": torch.randn(num_rows, channels, *((size, size) if isinstance(size, int) else size)), **labels}
+        images = {"input_ids": torch.randint(seen.vocab_size - 1, (num_rows, seen.n_positions))}
+    elif not hasattr(seen, "image_size") and (side := isqrt(getattr(seen, "num_patches", 0))):
+        images = {
+            "pixel_values": torch.randn(num_rows, side**2, channels * seen.patch_size**2),
+            "pixel_attention_mask": torch.ones(num_rows, side**2, dtype=torch.long),
+            "spatial_shapes": torch.tensor([[side, side]] * num_rows),
+        }
+    else:
+        images = {"pixel_values": torch.randn(num_rows, channels, *((size, size) if isinstance(size, int) else size))}
+    return {**images, "labels": torch.randint(config.num_labels, (num_rows,))}
 
 
 def plain_loss(model: PreTrainedModel, **batch: torch.Tensor) -> torch.Tensor:
