@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -21,7 +20,7 @@ from ..configuration import DiffusionBlocksConfig
 from ..diffusion.randomness import Generators
 from ..diffusion.schedule import NoiseSchedule
 from ..saving.pretrained import SavedByBlock
-from ..streaming import statistics_taken_once, weights_on_device
+from ..streaming import counting_once, weights_on_device
 from .block import Block
 from .sharing import Sharing
 from .targets import FixedTargets
@@ -285,7 +284,7 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         options: dict[str, Any] = {"use_reentrant": False}  # (PyTorch's is True, where others alone are given)
         if any(isinstance(module, _BatchNorm) for module in self.modules()):
             # A repeated forward would count its batch again, and the next block's steps run by what is counted.
-            options = {"context_fn": partial(_counting_once, self)} | given | options
+            options = {"context_fn": partial(counting_once, self)} | given | options
         if enable:
             gradient_checkpointing_func = partial(gradient_checkpointing_func, **options)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
@@ -295,7 +294,6 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
 
     def run_layer(self, layer: nn.Module, hidden: torch.Tensor, modulation: Modulation | None, **attention) -> torch.Tensor:
         """One layer by itself, checkpointed where gradient checkpointing is on; as in [`PiecewiseBackbone.run_layer`]."""
-
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(partial(self._run_there, layer, **attention), hidden, modulation)
         return self._run_there(layer, hidden, modulation, **attention)
@@ -395,8 +393,3 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         with without_dropout(self.backbone), block.alone(entering) as run:
             base(**self.stock_inputs(batch))
         return run.leaving
-
-
-def _counting_once(model: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """What a checkpointed forward runs in, and its repetition."""
-    return nullcontext(), statistics_taken_once(model)

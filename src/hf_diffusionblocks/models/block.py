@@ -21,9 +21,7 @@ class BlockOutput(NamedTuple):
     """What a block has made of x."""
 
     leaving: Any  #: what the next block may start from: all that the last layer has returned
-    read: (
-        torch.Tensor
-    )  #: `[N, S, D]`, what the stock model's head reads: after the local head, if there is one, and the final norm
+    read: torch.Tensor  #: `[N, S, D]`, what the stock model's head reads: after local head, if there is one, and final norm
 
 
 class Block:

@@ -2,6 +2,6 @@
 
 from .layer_streaming import LayerStream, stream_layers, stream_of
 from .lending import weights_on_device
-from .stream import statistics_taken_once
+from .stream import counting_once
 
-__all__ = ["LayerStream", "statistics_taken_once", "stream_layers", "stream_of", "weights_on_device"]
+__all__ = ["LayerStream", "counting_once", "stream_layers", "stream_of", "weights_on_device"]

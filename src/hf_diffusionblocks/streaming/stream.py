@@ -289,6 +289,11 @@ def statistics_taken_once(module: nn.Module) -> Iterator[None]:
             each._buffers = buffers
 
 
+def counting_once(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """What a checkpointed forward of the module runs in, and its repetition."""
+    return nullcontext(), statistics_taken_once(module)
+
+
 def _writes_to_cache(args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether a call that is run twice would write its keys twice."""
     return any(isinstance(each, Cache) for each in (*args, *kwargs.values()))
