@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 from transformers import Trainer, TrainingArguments, set_seed
+from transformers.training_args import OptimizerNames
+from transformers.utils import is_torchao_available
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.saving.shards import check_overwrite
@@ -25,6 +27,8 @@ def begin(args: TrainingArguments) -> None:
         check_whole(name, getattr(args, name), least)
     if not (isinstance(args.learning_rate, float) and 0 <= args.learning_rate < math.inf):
         raise ValueError(f"learning_rate={args.learning_rate!r} must be a finite number from 0")
+    if args.optim in (OptimizerNames.ADAMW_TORCH_4BIT, OptimizerNames.ADAMW_TORCH_8BIT) and not is_torchao_available():
+        raise ValueError(f"optim={args.optim.value!r} needs torchao: pip install torchao")
     set_seed(args.seed)
 
 

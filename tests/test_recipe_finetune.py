@@ -113,8 +113,8 @@ def test_two_processes_end_where_one_does(tmp_path, files, model):
 
 @pytest.mark.parametrize("name", ["finetune_8b_16gb", "finetune_8b_8gb"])
 def test_the_configs_that_come_along_run(tmp_path, files, model, trainers, name):
-    """With a smaller model, in fewer steps."""
-    config = ["--config", str(Path(finetune.__file__).parent / "configs" / f"{name}.yaml")]
+    """With a smaller model, in fewer steps, and without torchao's optimizer."""
+    config = ["--config", str(Path(finetune.__file__).parent / "configs" / f"{name}.yaml"), "--optim", "adamw_torch"]
     small = ["--model", model, "--data", files["chats"], "--max_steps", "2", "--use_cpu", "--output_dir", str(tmp_path)]
     finetune.main([*config, *small])
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LlamaForCausalLM
@@ -134,6 +134,9 @@ BAD_INPUTS = {
     "kept without streaming": (["--model", "{model}", "--data", "{chats}", "--keep", "2"], "keep='2' needs stream"),
     "completions of texts": (
         ["--model", "{model}", "--data", "{texts}", "--assistant_only_loss"], "only supported for conversational datasets"
+    ),
+    "an optimizer that is not installed": (
+        ["--model", "{model}", "--data", "{chats}", "--optim", "adamw_torch_8bit"], "needs torchao: pip install torchao"
     ),
     "too many kept": (
         ["--model", "{model}", "--data", "{chats}", "--stream", "--keep", "3"], "keep=3 must be a number of layers from 0 to 2"
