@@ -13,7 +13,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest tests -n 2
 
 test-docs: .venv/installed
-	TYPE_ALL_DOCS=1 $(BIN)/python -m pytest tests/test_docs.py -n 2
+	TYPE_ALL_DOCS=1 $(BIN)/python -m pytest tests/test_docs.py tests/test_packaging.py -n 2
 
 docs: .venv/installed
 	$(BIN)/mkdocs build --strict

@@ -85,6 +85,7 @@ def test_the_site_builds_with_every_link_in_its_place(tmp_path):
     assert "stream_layers" in api and "layers that stay on the device" in api  # (what a docstring says of an argument)
 
 
+@pytest.mark.skipif("TYPE_ALL_DOCS" not in os.environ, reason="`make test-docs` runs them")
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=[file.stem for file in NOTEBOOKS])
 def test_notebooks_run_as_they_stand(file, tmp_path, monkeypatch):
     """And end as what is stored in them: sizes, counts and equalities."""
