@@ -27,6 +27,13 @@ SHORTER = {
         "--sample_steps",
         "2",
     ],
+    r"diffusionblocks train finetune --config recipes/configs/finetune_8b": [  # (torchao is not installed here)
+        "--max_steps",
+        "2",
+        "--use_cpu",
+        "--optim",
+        "adamw_torch",
+    ],
     r"accelerate launch recipes/finetune|diffusionblocks train finetune": ["--max_steps", "2", "--use_cpu"],
 }
 SHORTER_PYTHON = {
