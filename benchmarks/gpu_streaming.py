@@ -3,9 +3,7 @@ does not fit."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 
@@ -15,6 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 import hf_diffusionblocks as db
 from gpu_common import Clock, Machine, Row, check, deterministic, equal, within
+from zero3 import process_group, zero3_with_offload
 
 VOCABULARY = 512
 EXACT = {
@@ -122,34 +121,8 @@ def fsdp2_with_offload(machine: Machine) -> tuple[nn.Module, Callable[[], None]]
     return model, _stepping(model)
 
 
-def zero3_with_offload(machine: Machine) -> tuple[nn.Module, Callable[[], None]]:
-    """DeepSpeed's: parameters and optimizer in host memory, in one process. It keeps float32 masters there, too, and compiles
-    its AdamW at first."""
-    import deepspeed
-
-    to_host = {"device": "cpu", "pin_memory": machine.is_gpu}
-    settings = {
-        "train_micro_batch_size_per_gpu": 1,  # (what a batch has is not looked at)
-        "zero_optimization": {"stage": 3, "offload_param": to_host, "offload_optimizer": to_host},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
-        "bf16": {"enabled": machine.is_gpu},
-    }
-    engine = deepspeed.initialize(model=large(machine), config=settings)[0]
-    return engine, engine.step
-
-
-@contextmanager
-def process_group() -> Iterator[None]:
-    """Of this process alone. (The Trainers of other checks would see it.)"""
-    os.environ["LOCAL_RANK"] = "0"  # (DeepSpeed asks for it)
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-        del os.environ["LOCAL_RANK"]
+def deepspeed_with_offload(machine: Machine) -> tuple[nn.Module, Callable[[], None]]:
+    return zero3_with_offload(large(machine), pinned=machine.is_gpu, bf16={"enabled": machine.is_gpu})
 
 
 def _stepping(model: nn.Module) -> Callable[[], None]:
@@ -194,7 +167,7 @@ def speed_of_deepspeed(machine: Machine) -> Iterator[Row]:
         yield Row("streamed speed: DeepSpeed", "is not installed")
         return
     with process_group():
-        yield from speed(machine, "DeepSpeed ZeRO-3 with offload, one process", zero3_with_offload)
+        yield from speed(machine, "DeepSpeed ZeRO-3 with offload, one process", deepspeed_with_offload)
 
 
 @check("streamed copies, hidden")

@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from zero3 import process_group, zero3_with_offload
 
 import hf_diffusionblocks as db
 
@@ -49,21 +50,6 @@ def stepping(model: nn.Module) -> Callable[[], None]:
     return step
 
 
-def in_deepspeed(model: nn.Module) -> tuple[nn.Module, Callable[[], None]]:
-    import deepspeed
-
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    os.environ["LOCAL_RANK"] = "0"
-    to_host = {"device": "cpu"}
-    settings = {
-        "train_micro_batch_size_per_gpu": 4, "gradient_clipping": 1.0, "optimizer": {"type": "AdamW"},
-        "zero_optimization": {"stage": 3, "offload_param": to_host, "offload_optimizer": to_host},
-    }  # fmt: skip
-    engine = deepspeed.initialize(model=checkpointed(model), config=settings)[0]
-    return engine, engine.step
-
-
 def seconds_of(model: nn.Module, step: Callable[[], None], ids: torch.Tensor) -> float:
     """CPU seconds of a step."""
     start = time.process_time()
@@ -78,29 +64,35 @@ def ratio(seconds: Sequence[float], stock: Sequence[float]) -> dict:
     return {"ratio": statistics.median(ratios), "ratio_quartiles": quartiles}
 
 
+def compare(steps: int) -> dict:
+    torch.manual_seed(0)
+    streamed = LlamaForCausalLM(CONFIG).train()
+    stock = checkpointed(streamed)
+    ways = {"stock": (stock, stepping(stock)), "streamed": (streamed, stepping(streamed))}
+    if find_spec("deepspeed"):
+        ways["deepspeed"] = zero3_with_offload(checkpointed(streamed), pinned=False, gradient_clipping=1.0)
+    stream = db.stream_layers(streamed, device="cpu")
+    ids = torch.randint(CONFIG.vocab_size, (4, 256))
+    rounds = [[seconds_of(*way, ids) for way in ways.values()] for _ in range(steps + 2)][2:]
+    seconds = dict(zip(ways, zip(*rounds)))
+    found = {
+        "stock_seconds": statistics.median(seconds["stock"]), **ratio(seconds["streamed"], seconds["stock"]),
+        "peak_units": stream.peak_units, "equal_weights": all(map(torch.equal, stock.parameters(), streamed.parameters())),
+        "steps": steps,
+    }  # fmt: skip
+    if "deepspeed" in ways:
+        found["deepspeed"] = {"version": version("deepspeed"), **ratio(seconds["deepspeed"], seconds["stock"])}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="steps of each that count, after two that warm up")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    streamed = LlamaForCausalLM(CONFIG).train()
-    stock = checkpointed(streamed)
-    ways = {"stock": (stock, stepping(stock)), "streamed": (streamed, stepping(streamed))}
-    if find_spec("deepspeed") is not None:
-        ways["deepspeed"] = in_deepspeed(streamed)
-    stream = db.stream_layers(streamed, device="cpu")
-    ids = torch.randint(CONFIG.vocab_size, (4, 256))
-    rounds = [[seconds_of(*way, ids) for way in ways.values()] for _ in range(options.steps + 2)][2:]
-    seconds = dict(zip(ways, zip(*rounds)))
-    found = {
-        "stock_seconds": statistics.median(seconds["stock"]), **ratio(seconds["streamed"], seconds["stock"]),
-        "peak_units": stream.peak_units, "equal_weights": all(map(torch.equal, stock.parameters(), streamed.parameters())),
-        "steps": options.steps,
-    }  # fmt: skip
-    if "deepspeed" in ways:
-        found["deepspeed"] = {"version": version("deepspeed"), **ratio(seconds["deepspeed"], seconds["stock"])}
+    with process_group() if find_spec("deepspeed") else nullcontext():
+        found = compare(options.steps)
     print(json.dumps(found, indent=1))
     if options.output:
         options.output.write_text(json.dumps(found, indent=1) + "\n")
