@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping
 from functools import partial
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -81,6 +82,8 @@ class DiffusionBlocksPreTrainedModel(SavedByBlock):
         plain = config.source_config
         plain.id2label, plain.label2id, plain.num_labels = config.id2label, config.label2id, config.num_labels
         self.backbone = self.architecture.make_plain(plain)
+        #: of the stock model's `forward` (not all know of token types, positions or a cache)
+        self.stock_arguments = frozenset(signature(self.backbone.forward).parameters)
         self.layers_path = self.architecture.layers_path(self.backbone, config.num_hidden_layers)
         self._no_split_modules = getattr(self.backbone, "_no_split_modules", None)
 

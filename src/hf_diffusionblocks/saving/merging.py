@@ -105,8 +105,9 @@ def _check_configs(jobs: list[_Job]) -> None:
 def _check_tokens(jobs: list[_Job]) -> None:
     """A token has to be the same text to all blocks."""
     files = [file for job in jobs if (file := job.folder / "tokenizer.json").is_file()]
-    for file in files[1:]:
-        if json.loads(file.read_text())["model"] != json.loads(files[0].read_text())["model"]:
+    models = [json.loads(file.read_text())["model"] for file in files]
+    for file, model in zip(files[1:], models[1:]):
+        if model != models[0]:
             raise ValueError(f"the jobs' tokenizers differ: {files[0]} and {file} have other tokens")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from inspect import signature
 from typing import Any
 
 import torch
@@ -112,8 +111,8 @@ class DiffusionBlocksForImageClassification(DiffusionBlocksClassifier):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the plain model takes of an image, and what else of `others` it is asked for. (Not every classifier knows of
         positions.)"""
-        named = signature(self.architecture.plain_class.forward).parameters
-        tensors = {name: value for name, value in others.items() if isinstance(value, torch.Tensor) and name in named}
+        named = ((name, value) for name, value in others.items() if name in self.stock_arguments)
+        tensors = {name: value for name, value in named if isinstance(value, torch.Tensor)}
         x = {"pixel_values": pixel_values, **tensors, "interpolate_pos_encoding": interpolate_pos_encoding or None}
         asked = {name: value for name, value in others.items() if name not in tensors}
         return {name: value for name, value in x.items() if value is not None}, asked

@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from inspect import signature
 
 import torch
 from torch import nn
@@ -55,8 +54,6 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
     def __init__(self, config: DiffusionBlocksConfig):
         super().__init__(config)
         self.mask_token_id: int = config.mask_token_id
-        #: of the stock model's `forward` (not all know of token types, positions or a cache)
-        self._arguments = frozenset(signature(self.backbone.forward).parameters)
         self.post_init()
 
     @classmethod
@@ -207,8 +204,10 @@ class DiffusionBlocksForMaskedLM(DiffusionBlocksPreTrainedModel, UnmaskingGenera
         return block.run_stock(self.stock_inputs(text._asdict())).read
 
     def stock_inputs(self, batch: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
-        given = {name: batch[name] for name in MaskedText._fields if batch.get(name) is not None and name in self._arguments}
-        return {"use_cache": False, **given} if "use_cache" in self._arguments else given
+        given = {
+            name: batch[name] for name in MaskedText._fields if batch.get(name) is not None and name in self.stock_arguments
+        }
+        return {"use_cache": False, **given} if "use_cache" in self.stock_arguments else given
 
     def logits(self, block: Block, hidden: torch.Tensor) -> torch.Tensor:
         """`[R, D]` of what the head reads -> `[R, V]`; MASK is never an answer."""
