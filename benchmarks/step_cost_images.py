@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 from whole_steps import WholeSteps
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.memory.activations import SavedActivations, gradient_bytes
 
 FORMULATIONS = {
     "paper": {"preset": "paper"},
@@ -54,15 +54,8 @@ class Subject:
 
     def bytes(self) -> tuple[int, int]:
         """Stored activations and gradients of the largest block's step."""
-        activations, gradients = [], []
-        for block in self.blocks:
-            self.optimizer.zero_grad()
-            with SavedActivations(self.model.parameters()) as saved:
-                loss = self._loss(block)
-            loss.backward()
-            activations.append(saved.bytes)
-            gradients.append(gradient_bytes(self.model.parameters()))
-        return max(activations), max(gradients)
+        ledgers = [db.measure_memory(self.model, self.optimizer, partial(self._loss, block)) for block in self.blocks]
+        return tuple(max(getattr(ledger.parts, part) for ledger in ledgers) for part in ("activations", "gradients"))
 
 
 def fastest(runs: list[list[float]]) -> float:

@@ -219,14 +219,15 @@ def titles(layers: int, num_blocks: int) -> dict[str, str]:
 
 def plain_step(model, pixel_values, labels) -> int:
     """Bytes of saved activations and of gradients in a training step of a plain model."""
-    from hf_diffusionblocks.memory.activations import SavedActivations, gradient_bytes
+    import torch
+
+    import hf_diffusionblocks as db
 
     model.train()
-    with SavedActivations(model.parameters()) as saved:
-        loss = model(pixel_values=pixel_values, labels=labels).loss
-    loss.backward()
+    still = torch.optim.SGD(model.parameters(), lr=0.0)
+    parts = db.measure_memory(model, still, lambda: model(pixel_values=pixel_values, labels=labels).loss).parts
     model.eval()
-    return saved.bytes + gradient_bytes(model.parameters())
+    return parts.activations + parts.gradients
 
 
 def report_drawing(folder: Path, classifier) -> None:

@@ -9,6 +9,7 @@ import torch
 from conftest import randomized
 from families import ENDS, LLAMA, TEXT_CONFIGS, VOCAB, WIDTH
 from peft import LoraConfig, get_peft_model
+from saved_activations import SavedActivations
 from text_models import BLOCKS, LENGTH, block_logits, draw, draw_of, layer_of, make
 from text_models import ids, joint, plain, text_config, text_formulation  # noqa: F401
 from torch.nn import functional as F
@@ -18,7 +19,6 @@ import hf_diffusionblocks as db
 from hf_diffusionblocks.diffusion import objectives as losses
 from hf_diffusionblocks.diffusion.gaussian import precondition
 from hf_diffusionblocks.diffusion.randomness import noise_of_positions
-from hf_diffusionblocks.memory.activations import SavedActivations
 
 
 # ---- conversion (test_lossless.py has more)

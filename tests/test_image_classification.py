@@ -7,11 +7,11 @@ from collections import Counter
 import pytest
 import torch
 from conftest import randomized
+from saved_activations import SavedActivations
 from transformers import AutoModelForImageClassification, ViTConfig, ViTImageProcessorPil, pipeline
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.diffusion.randomness import noise_of_rows
-from hf_diffusionblocks.memory.activations import SavedActivations
 
 BLOCKS = [0, 1]
 

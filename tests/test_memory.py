@@ -9,16 +9,16 @@ import pytest
 import torch
 from process_scenarios import CARRIED, made, trainer_of
 from process_scenarios import GPT2 as TRAINED
+from saved_activations import SavedActivations
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, ViTConfig
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.memory.ledger import PARTS, Ledger, Parts
+from hf_diffusionblocks.memory.ledger import PARTS, Ledger, Parts, state_tensors
 from hf_diffusionblocks.diffusion import objectives
 from hf_diffusionblocks.diffusion.objectives import rows_per_chunk
-from hf_diffusionblocks.memory.activations import SavedActivations, gradient_bytes, state_tensors
 from hf_diffusionblocks.memory.scenarios import ledger_of, steps
 from hf_diffusionblocks.memory.ways import Way, Workload, formulations_for, ways_of_blocks, ways_of_stock_models
 from hf_diffusionblocks.memory.without_memory import WithoutMemory
@@ -84,7 +84,7 @@ def test_parts_are_those_counted_one_by_one(family, name):
         torch.manual_seed(0)
         with db.StepMemory(model, optimizer, kept=kept) as memory:
             loss().backward()
-        gradients = gradient_bytes(model.parameters())
+        gradients = sum(each.grad.nbytes for each in model.parameters() if each.grad is not None)
         optimizer.step()
         parts = memory.ledger().parts
         optimizer.zero_grad()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..streaming import stream_of
-from .activations import state_tensors
 from .stock import layer_paths, num_logits
 
 #: What the bytes of a training step are, in the order in which tables list them.
@@ -251,6 +250,13 @@ class StepMemory(TorchDispatchMode):
 
     def _died(self, address: int) -> None:
         self._events.append(~self._known.pop(address)[0])
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, without: Collection[torch.nn.Parameter] = ()) -> Iterator[torch.Tensor]:
+    """The tensors of an optimizer's state, but for some parameters'."""
+    for parameter, state in optimizer.state.items():
+        if parameter not in without:
+            yield from (value for value in state.values() if torch.is_tensor(value))
 
 
 def part_of_parameter(name: str, layers: Collection[str]) -> str:

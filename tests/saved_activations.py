@@ -1,9 +1,9 @@
-"""Bytes of a training step, counted rather than timed."""
+"""What a forward pass keeps for its backward pass, counted by autograd's own hooks: the other way to what ledgers follow."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 
@@ -45,15 +45,3 @@ class _Saved:
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor
-
-
-def gradient_bytes(parameters: Iterable[torch.nn.Parameter]) -> int:
-    """Bytes of the gradients that parameters hold now."""
-    return sum(p.grad.nbytes for p in parameters if p.grad is not None)
-
-
-def state_tensors(optimizer: torch.optim.Optimizer, without: Collection[torch.nn.Parameter] = ()) -> Iterator[torch.Tensor]:
-    """The tensors of an optimizer's state, but for some parameters'."""
-    for parameter, state in optimizer.state.items():
-        if parameter not in without:
-            yield from (value for value in state.values() if torch.is_tensor(value))
