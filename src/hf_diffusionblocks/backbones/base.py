@@ -158,12 +158,6 @@ def parts_around(plain: nn.Module, layers_path: str, lists: Sequence[str] = ()) 
     return before, after
 
 
-def layers_of(plain: nn.Module, lists: Sequence[str]) -> list[list[nn.Module]]:
-    """The parts of each layer as they are called, of lists, by path, that it has an element, or a list, of."""
-    layers = zip(*map(plain.get_submodule, lists))
-    return [[part for each in parts for part in (each if isinstance(each, nn.ModuleList) else [each])] for parts in layers]
-
-
 class PiecewiseBackbone(Backbone):
     """A stock model that is run piece by piece: where noise levels modulate its layers, or each block conditions itself.
 

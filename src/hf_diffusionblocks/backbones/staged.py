@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
-from .base import Backbone, layers_of
-from .stock_run import StockRun, hidden_of
+from .base import Backbone
+from .stock_run import StockRun, hidden_of, layers_of
 
 
 class Stages(NamedTuple):

@@ -56,6 +56,12 @@ def without_dropout(module: nn.Module) -> Iterator[None]:
             child.training = training
 
 
+def layers_of(plain: nn.Module, lists: Sequence[str]) -> list[list[nn.Module]]:
+    """The parts of each layer as they are called, of lists, by path, that it has an element, or a list, of."""
+    layers = zip(*map(plain.get_submodule, lists))
+    return [[part for each in parts for part in (each if isinstance(each, nn.ModuleList) else [each])] for parts in layers]
+
+
 class StockRun:
     """A forward of a stock model in which one block alone trains, while this is entered.
 

@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from ..backbones.base import layers_of, parts_around
+from ..backbones.base import parts_around
 from ..backbones.modulation import AdaLNModulation, Modulation, SigmaEmbedding
-from ..backbones.stock_run import base_of, without_dropout
+from ..backbones.stock_run import base_of, layers_of, without_dropout
 from ..configuration import DiffusionBlocksConfig
 from ..diffusion.randomness import Generators
 from ..diffusion.schedule import NoiseSchedule

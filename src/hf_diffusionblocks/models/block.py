@@ -10,10 +10,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from ..backbones.base import layers_of
 from ..backbones.modulation import Modulation
 from ..backbones.staged import StageRun
-from ..backbones.stock_run import StockRun, base_of, head_of
+from ..backbones.stock_run import StockRun, base_of, head_of, layers_of
 from ..streaming import weights_on_device
 
 

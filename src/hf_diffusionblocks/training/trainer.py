@@ -133,8 +133,10 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         if not model.training:
             return self.evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         m, self._micro_batch = self._micro_batch, self._micro_batch + 1
-        given = {"block_index": self.active_block, "generator": self.noise_generators(m, find_batch_size(inputs))}
+        given = {"block_index": self.active_block}
         given |= self._together.entering(m) if self._together is not None else {}
+        if self.model.noise_schedule is not None:
+            given["generator"] = self.noise_generators(m, find_batch_size(inputs))
         loss, outputs = super().compute_loss(model, {**inputs, **given}, True, num_items_in_batch)
         for value in outputs.values():  # of a block that is frozen, whose step moves nothing
             if torch.is_tensor(value):
