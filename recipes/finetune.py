@@ -42,6 +42,9 @@ class ModelArguments(ModelConfig):
     lora: bool = option(False, "Train LoRA adapters, and leave the model as it is; lora_r and the like say which.")
     stream: bool = option(False, common.STREAM)
     keep: str | None = option(None, streamed_runs.KEEP)
+    optimizer_in_backward: bool = option(
+        False, "Move each weight as soon as its gradient is there, and keep no gradients. Needs max_grad_norm=0."
+    )
     model_name_or_path: str | None = field(init=False, default=None)
     use_peft: bool = field(init=False, default=False)
 
@@ -113,6 +116,9 @@ def prepare(
         eval_data = data_args.eval_data and load_rows(
             data_args.eval_data, "eval_data", "test", training_args.dataset_text_field
         )
+    callbacks = [db.OptimizerInBackward()] if model_args.optimizer_in_backward else []
+    for callback in callbacks:
+        callback.check(training_args)
     quantization = get_quantization_config(model_args)
     model = AutoModelForCausalLM.from_pretrained(
         model_args.model, revision=model_args.model_revision, dtype=model_args.dtype, quantization_config=quantization,
@@ -123,8 +129,9 @@ def prepare(
     if model_args.stream:
         stream = streamed_runs.stream_keeping(model, model_args.keep, training_args.device)
     trainer = SFTTrainer(
-        model, args=training_args, train_dataset=data, eval_dataset=eval_data, peft_config=get_peft_config(model_args)
-    )
+        model, args=training_args, train_dataset=data, eval_dataset=eval_data, peft_config=get_peft_config(model_args),
+        callbacks=callbacks,
+    )  # fmt: skip
     if not len(trainer.train_dataset):
         raise ValueError(f"data={data_args.data!r} has nothing to learn within max_length={training_args.max_length}")
     return trainer, prompts_of(eval_data or data, data_args.samples, training_args.dataset_text_field), stream

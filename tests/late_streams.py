@@ -22,7 +22,7 @@ from unittest import mock
 
 import torch
 from no_waits import DEVICE, FAKE
-from streaming_models import MODELS, gradients, llama, pair, tokens
+from streaming_models import MODELS, gradients, llama, pair, tokens, weights
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -187,8 +187,9 @@ def streamed(model: nn.Module, eager: str) -> None:
     db.stream_layers(model, DEVICE)
 
 
-def off(kind: str, eager: str) -> float:
-    """In two steps, the largest error of a gradient, over its size; infinite where it is no number."""
+def off(kind: str, eager: str, in_backward: bool = False) -> float:
+    """In two steps, the largest error of a gradient, over its size; infinite where it is no number. Of
+    weights in host memory that an optimizer moves in the backward pass, theirs."""
     stock, model = pair(kind)
     for module in (*stock.modules(), *model.modules()):  # (what is done late draws late)
         for name in ("p", "dropout", "dropout_rate", "attention_dropout"):
@@ -196,14 +197,23 @@ def off(kind: str, eager: str) -> float:
                 setattr(module, name, 0.0)
     streamed(model, eager)
     worst = 0.0
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.device != DEVICE], lr=0.1)
+    if in_backward:
+        db.OptimizerInBackward.attach(optimizer)
     for _ in range(2):  # the second fetches ahead
+        before = weights(stock)
         stock.zero_grad(), model.zero_grad()
         stock(**MODELS[kind].batch()).loss.backward()
         given = {key: there(value) for key, value in MODELS[kind].batch().items()}
         with Device():
             model(**given, use_cache=False).loss.backward()
         Stream.every[0].record_event().synchronize()
-        expected, found = gradients(stock), {key: memory(each) for key, each in gradients(model).items()}
+        expected, found = gradients(stock), gradients(model)
+        for key, moved in model.named_parameters():
+            if found[key] is None:
+                expected[key], found[key] = before[key] - 0.1 * expected[key], moved.detach().clone()
+            else:
+                found[key] = memory(found[key])
         for key, each in expected.items():
             error = ((found[key] - each).norm() / each.norm()).item()
             worst = max(worst, error if error == error else float("inf"))
@@ -260,6 +270,7 @@ def main() -> None:
     torch.accelerator.current_stream, copies.torch.Stream = current_stream, Stream
     layer_streaming.check_device, layer_streaming.LayerStream._place = lambda device: device, placed
     found = {f"{name}: {eager}": off(name, eager) for name in ("llama, tied", "t5") for eager in EAGER}
+    found["optimizer in the backward pass"] = off("llama, tied", "", in_backward=True)
     found["written after"] = off_where_weights_are_written_after()
     found["written after backward passes"] = off_where_weights_are_written_after_backward_passes()
     for name, without in CONTROLS.items():

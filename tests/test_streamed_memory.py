@@ -54,7 +54,7 @@ OTHERS = {
     ),  # fmt: skip
 }
 IMAGES = (HGNetV2Config, SwinConfig)
-EVERYTHING, ADAPTERS = ways_of_streams()
+EVERYTHING, IN_BACKWARD, ADAPTERS = ways_of_streams()
 DTYPES = {"float32": {}, "bfloat16": {"dtype": torch.bfloat16}, "masters": {"bf16": True}}
 
 
@@ -97,6 +97,16 @@ def test_host_memory_has_weights_gradients_and_moments_and_the_device_two_units(
     table, of_embedding = 1003 * 64, 4 if dtype == "masters" else element  # (autocast does not cast an embedding)
     assert costs.to_device == pytest.approx(7 * layer * element + table * (element + 2 * of_embedding), rel=0.01)
     assert costs.to_host == pytest.approx(4 * layer * element + table * (element + of_embedding), rel=0.01)
+
+
+@pytest.mark.parametrize("dtype, element, in_bf16", [("float32", 4, 0), ("masters", 4, 2), ("bfloat16", 2, 0)])
+def test_an_optimizer_in_the_backward_pass_leaves_the_largest_gradient_in_host_memory(dtype, element, in_bf16):
+    """Of masters it comes in bfloat16, and is cast there."""
+    size = sum(p.numel() for p in AutoModelForCausalLM.from_config(LLAMA).parameters())
+    for fake in (True, False):
+        ledger, costs = followed(IN_BACKWARD, LLAMA, fake, **DTYPES[dtype])
+        assert ledger.host == pytest.approx(element * 3 * size + (element + in_bf16) * 1003 * 64, rel=0.01)
+        assert costs == followed(EVERYTHING, LLAMA, **DTYPES[dtype])[1]
 
 
 def test_the_ledger_follows_a_streamed_model_of_one_s_own():

@@ -24,6 +24,7 @@ from .models.image_classification.model import DiffusionBlocksForImageClassifica
 from .models.image_generation.model import DiffusionBlocksForImageGeneration
 from .models.masked_lm.model import DiffusionBlocksForMaskedLM
 from .models.text_classification.model import DiffusionBlocksForSequenceClassification
+from .optimizers import OptimizerInBackward
 from .saving.merging import merge_blocks
 from .saving.shards import load_block_state_dict
 from .streaming import LayerStream, stream_layers
@@ -64,6 +65,7 @@ __all__ = [
     "LikelihoodBound",
     "MemoryEstimate",
     "NoiseSchedule",
+    "OptimizerInBackward",
     "StepMemory",
     "bits_per_byte",
     "convert",

@@ -20,6 +20,7 @@ from ..configuration import DiffusionBlocksConfig
 from ..conversion import convert
 from ..diffusion.objectives import reading_out_as_on
 from ..models.base import DiffusionBlocksPreTrainedModel
+from ..optimizers import OptimizerInBackward
 from ..streaming import LayerStream, stream_layers
 from ..streaming.layers import switch_checkpointing
 from .costs import Costs, Operations
@@ -120,18 +121,11 @@ def _stock_step(way: Way, workload: Workload, fake_mode) -> Iterator[Step]:
         switch_checkpointing(model, on=True)
     optimizer, batch = _optimizer(model), workload.batch()
     if way.in_backward:
-        trained = optimizer.param_groups[0]["params"]
-        _make_state(optimizer, trained)
-        for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(_used)
+        _make_state(optimizer, optimizer.param_groups[0]["params"])
+        OptimizerInBackward.attach(optimizer)
     # (Without memory, the CPU's tensors are as good as a device's.)
     stream = stream_layers(model, None if fake_mode is None else "cpu", keep=workload.keep) if way.streamed else None
     yield Step(model, optimizer, lambda: stock.loss(model, batch), stream=stream)
-
-
-def _used(parameter: nn.Parameter) -> None:
-    """What is left of a gradient once the optimizer has moved its parameter."""
-    parameter.grad = None
 
 
 def _add_adapters(model: PreTrainedModel) -> None:

@@ -115,6 +115,7 @@ def ways_of_stock_models() -> list[Way]:
 def ways_of_streams() -> list[Way]:
     """Layers that come and go."""
     ways = [Way("streamed, everything trained", streamed=True)]
+    ways += [Way("streamed, optimizer in the backward pass", streamed=True, in_backward=True)]
     return ways + ([Way(f"streamed, {LORA}", streamed=True, lora=True)] if is_peft_available() else [])
 
 

@@ -147,8 +147,8 @@ class LayerStream(Stream):
         if self._steps is not None:
             self._steps.before_step(optimizer, args, kwargs)
 
-    def _after_step(self, *_) -> None:
-        self._updates += 1
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_) -> None:
+        self._updates.update(id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
         if self._steps is not None:
             self._steps.after_step()
 

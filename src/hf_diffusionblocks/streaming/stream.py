@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -42,7 +43,7 @@ class Stream:
         self._before: Unit | None = None
         self._current: Unit | None = None
         self._follows: dict[tuple[Unit | None, Unit | None], tuple[Unit, torch.dtype | None]] = {}
-        self._updates = 0  # steps of optimizers
+        self._updates: Counter[int] = Counter()  # steps of optimizers, by the id of what they have moved
         self._round = 0  # forward passes of the model
         self._backward = -1  # the backward pass that fetched last, as autograd numbers them
         self._computing = 0
@@ -172,7 +173,7 @@ class Stream:
         return DeferredLogits(hidden, all_logits, summed_loss, head.out_features, dtype)
 
     def _moves_of(self, module: nn.Module) -> list[tuple[int, int]]:
-        return [(p._version, p.requires_grad and self._updates) for p in module.parameters()]
+        return [(p._version, self._updates[id(p)]) for p in module.parameters()]
 
     def read(self, unit: Unit, module: nn.Module, name: str) -> torch.Tensor:
         """A parameter that is read while the model runs, but not by its own module: its copy on the device, in the dtype it has
@@ -211,7 +212,7 @@ class Stream:
         self._forget(unit, [each.id for each in missing])
         tensors, self._arrivals[unit] = self._copies.fetch([(each.parameter, each.dtype) for each in missing])
         for each, tensor in zip(missing, tensors):
-            copy = there[each.id] = Copy.of(each, tensor, self._updates, self._round)
+            copy = there[each.id] = Copy.of(each, tensor, self._updates[id(each.parameter)], self._round)
             self._origins[storage_id(tensor)] = Origin(
                 unit.name, partial(self._fetched_again, unit, autocast, each.id), each.dtype, copy.version
             )
@@ -225,7 +226,8 @@ class Stream:
         return copy.tensor, copy.parameter._version
 
     def _is_current(self, copy: Copy | None, key: Key) -> bool:
-        return copy is not None and copy.parameter is key.parameter and copy.is_current(self._updates, self._round)
+        updates = self._updates[id(key.parameter)]
+        return copy is not None and copy.parameter is key.parameter and copy.is_current(updates, self._round)
 
     def _forget(self, unit: Unit, ids: Iterable[Hashable]) -> None:
         copies = [self._there[unit].pop(id_) for id_ in ids if id_ in self._there[unit]]

@@ -104,7 +104,7 @@ class Copy:
     def is_current(self, updates: int, round_: int) -> bool:
         """Whether the parameter is what it was: by its version, by the steps of optimizers since (fused ones leave versions as
         they are), and, once a round, by a few of its elements (`.data` that is written into tells nobody)."""
-        if self.version != self.parameter._version or (self.parameter.requires_grad and self.updates != updates):
+        if self.version != self.parameter._version or self.updates != updates:
             return False
         if self.looked_at != round_:
             self.looked_at = round_

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, Trainer
 from transformers.training_args import OptimizerNames
 
 from ..models.base import DiffusionBlocksPreTrainedModel
+from ..optimizers import check_counts
 from ..saving.resident import checked_blocks
 from .arguments import DiffusionBlocksTrainingArguments
-from .together import without_gradients
 
 
 def check_given_to_trainer(args: DiffusionBlocksTrainingArguments, given: Mapping[str, Any]) -> None:
@@ -186,33 +186,6 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: DiffusionBlo
             "it of the converted model"
         )
     check_counts(optimizer)
-
-
-def check_counts(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError if an optimizer counts its steps for all parameters alike: each block's turn is a step of it. A step
-    without gradients tells, which leaves alone what counts by parameter. (Those that wait for a gradient go by name.)"""
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # (of Accelerate's)
-    counted = {"k", "d", "train_mode", "lr_max"} & set().union(*(group.keys() for group in optimizer.param_groups))
-    if not counted:
-        before = _numbers_of(optimizer)
-        with without_gradients([parameter for group in optimizer.param_groups for parameter in group["params"]]):
-            optimizer.step()
-        counted = {name for _, name, _ in _numbers_of(optimizer) - before}
-    if counted:
-        raise ValueError(
-            f"optimizer={type(optimizer).__name__} must count steps by parameter, as AdamW does, and keeps {min(counted)!r} for "
-            "all of a group: every block's turn would be a step of the others"
-        )
-
-
-def _numbers_of(optimizer: torch.optim.Optimizer) -> set[tuple[int, str, float]]:
-    """What an optimizer keeps beside the state of parameters: group (the last is itself), name, value."""
-    return {
-        (index, name, float(value))
-        for index, entries in enumerate([*optimizer.param_groups, vars(optimizer)])
-        for name, value in entries.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) or torch.is_tensor(value) and value.numel() == 1
-    }
 
 
 class WithClassLabels:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from ..optimizers import without_gradients
 from .parallel import average_gradients
 
 if TYPE_CHECKING:
@@ -121,16 +120,3 @@ class TogetherSteps:
             trainer.control = callbacks.on_optimizer_step(trainer.args, trainer.state, trainer.control)
             for parameter in own:
                 parameter.grad = None
-
-
-@contextmanager
-def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Set their gradients aside: an optimizer leaves them as they are, then."""
-    aside = [(parameter, parameter.grad) for parameter in parameters]
-    for parameter, _ in aside:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, gradient in aside:
-            parameter.grad = gradient

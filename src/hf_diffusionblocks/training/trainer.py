@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..diffusion.randomness import keyed_generators
 from ..memory.ledger import Ledger
 from ..models.base import DiffusionBlocksPreTrainedModel
+from ..optimizers import OptimizerInBackward, check_counts
 from ..saving import shards
 from ..saving.checks import has_adapters
 from .arguments import DiffusionBlocksTrainingArguments
@@ -21,7 +22,7 @@ from .averages import AveragingTrainer
 from .block_evaluation import BlockEvaluation
 from .block_schedule import BlockSchedule, learning_rate_curve, scheduler_by_block, split_by_block
 from .checks import (
-    WithClassLabels, WithoutFullMask, batch_norms, blocks_to_train, check_counts, check_given_to_trainer, check_neftune,
+    WithClassLabels, WithoutFullMask, batch_norms, blocks_to_train, check_given_to_trainer, check_neftune,
     check_optimizer, check_processes, columns_to_keep, settle_schedule, trained_parameters,
 )  # fmt: skip
 from .parallel import average_gradients, broadcast
@@ -261,6 +262,8 @@ class DiffusionBlocksTrainer(BlockEvaluation, AveragingTrainer):
         super().log(logs, *args, **kwargs)
 
     def train(self, *args, **kwargs):
+        if any(isinstance(each, OptimizerInBackward) for each in self.callback_handler.callbacks):
+            raise ValueError("callbacks must hold no OptimizerInBackward: gradients of one block are there at a time as it is")
         for k in self.train_blocks:
             block, schedule, levels = self.model.blocks[k], self.model.noise_schedule, ""
             if schedule is not None:
