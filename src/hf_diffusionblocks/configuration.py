@@ -46,7 +46,7 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     """
 
     model_type = "diffusionblocks"
-    keys_to_ignore_at_inference: ClassVar = ["past_key_values", "block_losses"]
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values", "cache", "block_losses"]
     sub_configs_defaults: ClassVar = {"source_config": SubConfigSpec(config_class=AutoConfig, model_type="vit")}
 
     # Set by `convert` and the Trainer

@@ -11,8 +11,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from .modulation import Modulation
+from ..cache_name import CACHE
 from .base import PiecewiseBackbone
+from .modulation import Modulation
 
 
 class Decoder(PiecewiseBackbone):
@@ -89,7 +90,7 @@ class Decoder(PiecewiseBackbone):
         # accelerator to say so.
         may_look = attention_mask is None or attention_mask.device.type == "cpu" or not plain.training
         return create_causal_mask(
-            config=plain.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=past_key_values,
+            config=plain.config, inputs_embeds=hidden, attention_mask=attention_mask, **{CACHE: past_key_values},
             position_ids=position_ids, allow_is_causal_skip=not explicit and may_look,
         )  # fmt: skip
 

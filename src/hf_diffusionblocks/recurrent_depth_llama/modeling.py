@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import (
 )  # fmt: skip
 from transformers.utils.generic import can_return_tuple
 
+from ..cache_name import CACHE
 from ..diffusion.randomness import noise_of_positions
 from ..whole_numbers import check_whole
 from .configuration import RecurrentDepthLlamaConfig
@@ -94,15 +95,15 @@ class RecurrentDepthLlamaModel(RecurrentDepthLlamaPreTrainedModel):
             if attention_mask is not None and attention_mask.dim() == 2:  # the state's noise is keyed by position
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
         mask = create_causal_mask(
-            config=self.config, inputs_embeds=embeds, attention_mask=attention_mask, past_key_values=past_key_values,
-            position_ids=position_ids,
+            config=self.config, inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids,
+            **{CACHE: past_key_values},
         )  # fmt: skip
         attention = {
             "attention_mask": mask, "position_ids": position_ids,
             "position_embeddings": self.rotary_emb(embeds, position_ids=position_ids),
         }  # fmt: skip
         hidden = self._run_all(embeds, position_ids, past_key_values, steps, attention)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **{CACHE: past_key_values})
 
     def _run_all(
         self, embeds: torch.Tensor, position_ids: torch.Tensor, cache: Cache | None, steps: int, attention: dict[str, Any]
@@ -112,7 +113,7 @@ class RecurrentDepthLlamaModel(RecurrentDepthLlamaPreTrainedModel):
         def run(layers: Sequence[nn.Module], hidden: torch.Tensor, earlier_runs: int = 0) -> torch.Tensor:
             slots = None if cache is None else SlotsOfRun(cache, earlier_runs * len(core))
             for layer in layers:
-                hidden = layer(hidden, past_key_values=slots, **attention)
+                hidden = layer(hidden, **{CACHE: slots}, **attention)
             return hidden
 
         prelude_output, state = run(self.prelude, embeds), self._initial_state(embeds, position_ids)
@@ -188,12 +189,13 @@ class RecurrentDepthLlamaForCausalLM(RecurrentDepthLlamaPreTrainedModel, Generat
         num_items_in_batch: torch.Tensor | int | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits `[N, S, V]` of the tokens after each, and, with `labels`, their mean cross-entropy.
 
         Args:
             num_steps: how often the core runs; None is `mean_recurrence`, and in training drawn at random around it.
-            past_key_values: an empty `DynamicCache()`, or one filled with the same `num_steps`.
+            past_key_values, cache: an empty `DynamicCache()`, or one filled with the same `num_steps`, by either name.
             output_attentions, output_hidden_states: None or False; PEFT names them.
 
         The others are as in `LlamaForCausalLM`. Gradients run through the last `num_backprop_steps` runs of
@@ -208,11 +210,12 @@ class RecurrentDepthLlamaForCausalLM(RecurrentDepthLlamaPreTrainedModel, Generat
                 raise ValueError(f"{name}={asked} must be False: a layer of the core has as many as there are runs")
         if use_cache is None and labels is not None:
             use_cache = False  # nobody goes on from a text that is scored
+        past_key_values = past_key_values if cache is None else cache
         outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, num_steps)
         logits, loss = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)), None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: outputs.past_key_values})
 
     def generate(self, *args, num_steps: int | None = None, **kwargs):
         """As in Transformers. `num_steps` is how often the core runs for each token; None is `mean_recurrence`."""
@@ -224,7 +227,7 @@ class RecurrentDepthLlamaForCausalLM(RecurrentDepthLlamaPreTrainedModel, Generat
                 f"cache_implementation={generation_config.cache_implementation!r} must be None or 'dynamic': the number of slots "
                 "depends on num_steps, and others are of a fixed number"
             )
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if given is None and "past_key_values" in model_kwargs:
-            model_kwargs["past_key_values"] = DynamicCache()  # of no fixed number of slots
+        if given is None and CACHE in model_kwargs:
+            model_kwargs[CACHE] = DynamicCache()  # of no fixed number of slots

@@ -87,7 +87,7 @@ def check_cache(model: nn.Module, given: dict) -> None:
     Raises:
         ValueError: there are keys and values of earlier tokens, which Transformers' layers drop then, unless they only read them.
     """
-    cache = given.get("past_key_values")
+    cache = given.get("cache", given.get("past_key_values"))  # (by the name that Transformers has, and had)
     if not isinstance(cache, Cache) or not cache.get_seq_length():
         return
     if not any(getattr(module, "_can_checkpoint_with_cache", False) for module in model.modules()):

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ...cache_name import CACHE
 from ...diffusion.gaussian import corrupt, precondition
 from ...diffusion.objectives import LikelihoodTerms
 from ..base import Formulation
@@ -65,11 +66,13 @@ class JointText(Formulation):
 
     def predict(
         self, x: Mapping, labels, num_items, return_logits: bool | None, text_walk: TextWalk | None, num_steps: int | None,
-        use_cache: bool | None = None, logits_to_keep: int | torch.Tensor = 0, **stock,
+        use_cache: bool | None = None, logits_to_keep: int | torch.Tensor = 0, cache=None, **stock,
     ) -> CausalLMOutputWithPast:  # fmt: skip
         """Label-free logits `[N, Q, V]` of the tokens after the clean tokens that are kept: the end of a walk."""
         self.model.refuse(self.model.asked_of_stock_model(stock), "with preset='paper': it is for the plain model")
         model, config, text = self.model, self.model.config, Text.of(x)
+        if cache is not None:  # (by the name that newer Transformers have)
+            text = text._replace(past_key_values=cache)
         if use_cache is None:  # nobody goes on from a text that is scored
             use_cache = config.source_config.use_cache and labels is None and not model.training
         if use_cache and text.past_key_values is None:
@@ -82,7 +85,7 @@ class JointText(Formulation):
         if labels is not None:
             loss = model.loss_function(logits, labels, config.vocab_size, num_items_in_batch=num_items)
             logits = None if return_logits is False else logits
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=text.past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: text.past_key_values})
 
     def block_logits(self, x: Mapping) -> torch.Tensor:
         """Every block's at sigma_max, from keyed noise: `[N, B, S, V]`."""

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...backbones.modulation import Modulation
+from ...cache_name import CACHE
 from ...diffusion.gaussian import precondition
 from ...streaming import weights_on_device
 from ..base import DiffusionBlocksPreTrainedModel
@@ -162,13 +163,13 @@ class Streams:
 
     @cached_property
     def _clean_attention(self) -> dict:
-        return {"attention_mask": self._clean_mask, "past_key_values": self.cache, **self._clean_positions}
+        return {"attention_mask": self._clean_mask, CACHE: self.cache, **self._clean_positions}
 
     @cached_property
     def _noisy_attention(self) -> dict:
         return {
             "attention_mask": noisy_mask(self._explicit_mask, self.kept),
-            "past_key_values": StreamsCache(self.cache, num_clean=0),
+            CACHE: StreamsCache(self.cache, num_clean=0),
             **self.architecture.positions(self.model.backbone, self._hidden, self.noisy_position_ids),
         }
 
@@ -177,7 +178,7 @@ class Streams:
         positions = torch.cat([self._position_ids, self.noisy_position_ids], 1)
         return {
             "attention_mask": streams_mask(self._explicit_mask, self.kept),
-            "past_key_values": StreamsCache(self.cache, self.num_clean),
+            CACHE: StreamsCache(self.cache, self.num_clean),
             **self.architecture.positions(self.model.backbone, self._hidden, positions),
         }
 
