@@ -32,7 +32,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
+def captioned(tmp_path_factory) -> str:
     """Seven images of three shapes."""
     folder, drawn, rows = tmp_path_factory.mktemp("images"), np.random.default_rng(0), []
     for number in range(7):
@@ -44,7 +44,7 @@ def data(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def options(folders, data, tmp_path_factory):
+def options(folders, captioned, tmp_path_factory):
     """Options for a family, whose runs share a cache."""
     caches = tmp_path_factory.mktemp("caches")
     sizes = {"sana": ["--resolution", "64", "--bucket_step", "32"], "dit": ["--resolution", "16", "--caption_column", "label"]}
@@ -53,7 +53,7 @@ def options(folders, data, tmp_path_factory):
         size = sizes.get(name, ["--resolution", "32"])
         size = size if "--bucket_step" in size else [*size, "--bucket_step", "8"]
         length = [] if name == "dit" else ["--max_sequence_length", "300" if name == "qwen" else "40"]
-        given = ["--model", folders[name], "--data", data, "--cache_dir", str(caches / name)]
+        given = ["--model", folders[name], "--data", captioned, "--cache_dir", str(caches / name)]
         return [*given, *size, *length, *TRAINING, "--sample_steps", "2"]
 
     return of

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Picture
-from tiny_block_diffusion import block_diffusion_config
+from recipe_runs import block_diffusion_config
 from tiny_pipelines import save_pipeline
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
-from image_recipe_runs import CAPTIONS, FAMILIES, STEPS, data, folders, options, samples_of, trainers
+from image_recipe_runs import CAPTIONS, FAMILIES, STEPS, captioned, folders, options, samples_of, trainers
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -69,7 +69,7 @@ def by_script(name: str, pipe: diffusers.DiffusionPipeline, pixels: torch.Tensor
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_loss_is_that_of_a_script_written_for_the_family(tmp_path, options, folders, data, trainers, name):
+def test_the_loss_is_that_of_a_script_written_for_the_family(tmp_path, options, folders, captioned, trainers, name):
     """Of a row whose latents and embeddings come from the cache; noise and level are the same."""
     given = ["--max_steps", "1", "--num_samples", "0", "--weighting_scheme", "cosmap", "--per_device_train_batch_size", "1"]
     recipe.main([*options(name), *given, "--learning_rate", "0", "--output_dir", str(tmp_path)])
@@ -79,7 +79,7 @@ def test_the_loss_is_that_of_a_script_written_for_the_family(tmp_path, options, 
         ours = trainer.objective(partial(trainer.denoise, trainer.model.eval(), row["conditions"]), row["latents"], seed)
         pipe = diffusers.DiffusionPipeline.from_pretrained(folders[name])
         size = (64, 64) if name == "sana" else (32, 32)
-        image = Image.open(Path(data, "0.png")).resize(size, Image.Resampling.LANCZOS)
+        image = Image.open(Path(captioned, "0.png")).resize(size, Image.Resampling.LANCZOS)
         pixels = torch.tensor(np.asarray(image) / 127.5 - 1, dtype=torch.float32).permute(2, 0, 1)[None]
         latents, predict = by_script(name, pipe, pixels, f"{CAPTIONS[0]} 0")
         seed.manual_seed(5)

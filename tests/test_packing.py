@@ -8,7 +8,7 @@ import math
 import datasets
 import pytest
 import torch
-from text_recipe_runs import LENGTH, paragraphs, sequences, tokenizer
+from recipe_runs import LENGTH, paragraphs, sequences, tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

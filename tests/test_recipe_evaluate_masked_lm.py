@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from instructions import model, save_masked
 from lm_eval.api.instance import Instance
+from recipe_runs import model, save_masked
 
 from hf_diffusionblocks.recipes import evaluate_masked_lm
 from hf_diffusionblocks.recipes.evaluate_masked_lm import MaskedDiffusionLM
@@ -62,12 +62,7 @@ def test_an_answer_of_one_token_has_its_exact_likelihood(asked):
 
 
 def test_a_likelihood_does_not_depend_on_the_others_and_is_drawn_by_the_seed(asked, masked):
-    pairs = [
-        ("The yield", " statement is here"),
-        ("A", " b"),
-        ("One more", " of the longer answers there are"),
-        ("C", " d e f"),
-    ]
+    pairs = [("The yield", " statement is here"), ("A", " b"), ("One more", " of the longer answers there are")]
     together = likelihoods(asked, *pairs)
     alone = [likelihoods(asked, pair)[0] for pair in pairs]
     assert [each[0] for each in together] == pytest.approx([each[0] for each in alone], abs=1e-4)
@@ -119,18 +114,8 @@ def test_tasks_are_run_and_results_written_or_one_line_says_why_not(tmp_path, ma
     rows = [{"question": f"Is {number} even?", "answer": number % 2} for number in range(6)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "tiny_choice.yaml").write_text(TASK.format(file=tmp_path / "rows.jsonl"))
-    options = [
-        "--tasks",
-        "tiny_choice",
-        "--include_path",
-        str(tmp_path),
-        "--limit",
-        "4",
-        "--num_samples",
-        "2",
-        "--device",
-        "cpu",
-    ]
+    options = ["--tasks", "tiny_choice", "--include_path", str(tmp_path), "--limit", "4", "--num_samples", "2"]
+    options += ["--device", "cpu"]
     found = evaluate_masked_lm.main(["--model", masked, *options, "--output", str(tmp_path / "results.json")])
     assert 0 <= found["tiny_choice"]["acc,none"] <= 1 and "tiny_choice" in capsys.readouterr().out
     assert json.loads((tmp_path / "results.json").read_text())["tiny_choice"]["acc,none"] == found["tiny_choice"]["acc,none"]

@@ -1,4 +1,4 @@
-"""The recipe that fine-tunes text by TRL: forms of data, adapters, streaming, the launcher, errors."""
+"""The recipe that fine-tunes text by TRL: forms of data, adapters, the launcher."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 import torch
-from instructions import TEMPLATE, files, model  # noqa: F401  (fixtures)
 from peft import PeftModel
-from refusals import refusal
+from recipe_runs import TEMPLATE, files, model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from hf_diffusionblocks.cli import train as train_verb
 from hf_diffusionblocks.recipes import finetune
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -76,22 +73,6 @@ def test_texts_are_packed_and_adapters_alone_are_saved(tmp_path, files, model, t
     assert moved == {f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in (0, 1) for part in "qv"}
 
 
-@pytest.mark.parametrize("tuned", [[], ["--lora"]], ids=["whole", "lora"])
-def test_streaming_changes_nothing(tmp_path, files, model, trainers, capsys, tuned):
-    """Bit for bit, with accumulation, clipping, decay and packing; and a streamed run resumes."""
-    options = ["--model", model, "--data", files["chats"], *TRAINING, *ACCUMULATION, *tuned, "--packing"]
-    finetune.main([*options, "--output_dir", str(tmp_path / "plain")])
-    saves = ["--save_strategy", "steps", "--save_steps", "2"]
-    streamed = [*options, *saves, "--stream", "--output_dir", str(tmp_path / "streamed")]
-    finetune.main(streamed)
-    assert "streamed: 4 units, at most 2 on the device at once" in capsys.readouterr().out
-    finetune.main([*streamed, "--keep", "1", "--resume_from_checkpoint", str(tmp_path / "streamed" / "checkpoint-2")])
-    plain, *others = (trainer.model.state_dict() for trainer in trainers)
-    assert all(torch.equal(weight, other[name]) for other in others for name, weight in plain.items())
-    name = "adapter_model.safetensors" if tuned else "model.safetensors"
-    assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes()
-
-
 def test_two_processes_end_where_one_does(tmp_path, files, model):
     """On as many rows a step, streamed; and each sample is printed once."""
     options = ["--model", model, "--data", files["prompts"], *TRAINING]
@@ -109,62 +90,6 @@ def test_two_processes_end_where_one_does(tmp_path, files, model):
     name = "model.layers.0.mlp.up_proj.weight"
     torch.testing.assert_close(two[name], one[name], atol=1e-3, rtol=0)
     assert (one[name] - start[name]).abs().mean() > 1e-2
-
-
-@pytest.mark.parametrize("name", ["finetune_8b_16gb", "finetune_8b_8gb"])
-def test_the_configs_that_come_along_run(tmp_path, files, model, trainers, name):
-    """With a smaller model, in fewer steps, and without torchao's optimizer."""
-    config = ["--config", str(Path(finetune.__file__).parent / "configs" / f"{name}.yaml"), "--optim", "adamw_torch"]
-    small = ["--model", model, "--data", files["chats"], "--max_steps", "2", "--use_cpu", "--output_dir", str(tmp_path)]
-    finetune.main([*config, *small])
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LlamaForCausalLM
-    assert trainers[0].args.packing and next(trainers[0].model.parameters()).dtype == torch.bfloat16
-
-
-def test_the_command_finds_the_recipe():
-    assert train_verb.find_recipes()["finetune"] == finetune.__file__
-
-
-BAD_INPUTS = {
-    "no model": (["--data", "{chats}"], "required: --model"),
-    "no such model": (["--model", "{nowhere}", "--data", "{chats}"], "nowhere"),
-    "no such file": (["--model", "{model}", "--data", "{nowhere}"], "nowhere.jsonl"),
-    "no text": (["--model", "{model}", "--data", "{numbers}"], "must have a column 'messages', or columns 'prompt' and"),
-    "rank without adapters": (["--model", "{model}", "--data", "{chats}", "--lora_r", "4"], "lora_r=4 needs lora"),
-    "kept without streaming": (["--model", "{model}", "--data", "{chats}", "--keep", "2"], "keep='2' needs stream"),
-    "completions of texts": (
-        ["--model", "{model}", "--data", "{texts}", "--assistant_only_loss"], "only supported for conversational datasets"
-    ),
-    "an optimizer that is not installed": (
-        ["--model", "{model}", "--data", "{chats}", "--optim", "adamw_torch_8bit"], "needs torchao: pip install torchao"
-    ),
-    "too many kept": (
-        ["--model", "{model}", "--data", "{chats}", "--stream", "--keep", "3"], "keep=3 must be a number of layers from 0 to 2"
-    ),
-    "unknown option": (["--model", "{model}", "--data", "{texts}", "--packed"], "--packed"),
-    "a message that says nothing": (["--model", "{model}", "--data", "{silent}"], "must have content in every message: one is"),
-    "chats that are texts": (["--model", "{model}", "--data", "{flat}"], "must have lists of messages in 'messages', and has"),
-    "a row without an answer": (["--model", "{model}", "--data", "{nulls}"], "must have 'completion' in every row"),
-    "all too long": (["--model", "{model}", "--data", "{prompts}", "--max_length", "1"], "nothing to learn within max_length=1"),
-    "no checkpoint": (
-        ["--model", "{model}", "--data", "{texts}", "--resume_from_checkpoint", "{model}"], "must be a checkpoint's folder"
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("options", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS.keys())
-def test_bad_input_is_one_line_and_a_failure(tmp_path, files, model, capsys, options, message):
-    options = [option.format(model=model, **files) for option in options]
-    given = [*TRAINING, *options, "--output_dir", str(tmp_path)]
-    assert message in refusal(finetune.main, given, "finetune.py", capsys)
-
-
-def test_a_number_of_a_yaml_file_is_read_as_if_typed(tmp_path, files, model, capsys):
-    """Also of an option that takes a number or a size."""
-    (tmp_path / "options.yaml").write_text("keep: 3\nstream: true\n")
-    given = ["--model", model, "--data", files["texts"], "--config", str(tmp_path / "options.yaml")]
-    line = refusal(finetune.main, [*TRAINING, *given, "--output_dir", str(tmp_path)], "finetune.py", capsys)
-    assert "keep=3 must be a number of layers from 0 to 2" in line
 
 
 def test_empty_prompts_are_trained_and_not_continued(tmp_path, files, model, capsys):

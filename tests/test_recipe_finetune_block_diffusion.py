@@ -1,4 +1,4 @@
-"""The recipe that tunes block diffusion: its loss, what is learned of an answer, the model's own sampler, streamed, errors."""
+"""The recipe that tunes block diffusion: its loss, what is learned of an answer, the model's own sampler."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from instructions import files, model  # noqa: F401  (fixtures)
-from refusals import refusal
-from tiny_block_diffusion import block_diffusion_config
+from recipe_runs import CANVAS, block_diffusion_config, files, model, prepared, writer
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion, TrainingArguments
 
-from hf_diffusionblocks.cli import train as train_verb
 from hf_diffusionblocks.recipes import finetune_block_diffusion
 from hf_diffusionblocks.recipes.finetune_block_diffusion import CanvasTrainer, Collate, canvas_loss, noised, shares_of
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-CANVAS, END = 8, 0
+END = 0
 QUIET = ["--use_cpu", "--disable_tqdm", "true", "--report_to", "none"]
 TRAINING = [
     *QUIET, "--max_steps", "3", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--max_length", "96",
@@ -26,29 +23,9 @@ TRAINING = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def writer(tmp_path_factory, model) -> str:
-    """A block diffusion model with a tokenizer that has a chat template."""
-    folder, tokenizer = tmp_path_factory.mktemp("writer"), AutoTokenizer.from_pretrained(model)
-    torch.manual_seed(0)
-    made = DiffusionGemmaForBlockDiffusion(block_diffusion_config(len(tokenizer), CANVAS))
-    made.generation_config.update(max_denoising_steps=2, eos_token_id=END, pad_token_id=END)
-    made.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def trainers(monkeypatch) -> list:
-    """The trainers of the runs."""
-    made, original = [], finetune_block_diffusion.prepare
-
-    def prepare(*arguments):
-        made.append((prepared := original(*arguments))[0])
-        return prepared
-
-    monkeypatch.setattr(finetune_block_diffusion, "prepare", prepare)
-    return made
+    return prepared(finetune_block_diffusion, monkeypatch)
 
 
 def tune(output_dir, *options: str) -> dict[str, float]:
@@ -164,51 +141,10 @@ def test_padding_changes_no_logits(writer):
         torch.testing.assert_close(logits[:1], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_streamed_it_ends_with_the_same_weights_and_resumed_too(tmp_path, files, writer, trainers):
-    """Accumulated and clipped; parts for images are left alone."""
-    options = ["--model", writer, "--data", files["chats"], "--gradient_accumulation_steps", "2", "--max_grad_norm", "0.1"]
-    tune(tmp_path / "held", *options)
-    saving = ["--stream", "--save_strategy", "steps", "--save_steps", "2"]
-    tune(tmp_path / "streamed", *options, *saving)
-    tune(tmp_path / "streamed", *options, *saving, "--resume_from_checkpoint", str(tmp_path / "streamed" / "checkpoint-2"))
-    held, *others = (trainer.model.state_dict() for trainer in trainers)
-    assert all(torch.equal(weight, other[name]) for other in others for name, weight in held.items())
-    before = DiffusionGemmaForBlockDiffusion.from_pretrained(writer).state_dict()
-    moved = {name for name, weight in held.items() if not torch.equal(weight, before[name])}
-    assert moved and not any("vision" in name for name in moved)
-
-
-def test_what_is_saved_loads_and_answers(tmp_path, files, writer, capsys):
+def test_what_is_saved_loads_and_answers(tmp_path, files, writer, trainers, capsys):
+    """And evaluation draws the same noise each time."""
     metrics = tune(tmp_path, "--model", writer, "--data", files["prompts"], "--eval_data", files["prompts"], "--samples", "1")
-    assert " -> " in capsys.readouterr().out and metrics["eval_loss"] > 0
+    assert " -> " in capsys.readouterr().out and metrics["eval_loss"] == trainers[0].evaluate()["eval_loss"] > 0
     made, tokenizer = DiffusionGemmaForBlockDiffusion.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     prompt = torch.tensor([tokenizer("A prompt")["input_ids"]])
     assert made.generate(prompt, max_new_tokens=2 * CANVAS).sequences.shape[1] > prompt.shape[1]
-
-
-def test_evaluation_draws_the_same_noise_each_time(tmp_path, files, writer, trainers):
-    metrics = tune(tmp_path, "--model", writer, "--data", files["prompts"], "--eval_data", files["prompts"])
-    assert trainers[0].evaluate()["eval_loss"] == metrics["eval_loss"]
-
-
-def test_the_command_finds_the_recipe():
-    assert train_verb.find_recipes()["finetune-block-diffusion"] == finetune_block_diffusion.__file__
-
-
-BAD_INPUTS = {
-    "no such model": (["--model", "{nowhere}", "--data", "{chats}"], "nowhere"),
-    "of another kind": (["--model", "{model}", "--data", "{chats}"], "has model_type='llama', and must have 'diffusion_gemma'"),
-    "texts": (["--model", "{writer}", "--data", "{texts}"], "must have a column 'messages', or columns 'prompt' and"),
-    "none fits": (["--model", "{writer}", "--data", "{chats}", "--max_length", "3"], "an answer that fits max_length=3"),
-    "too long": (["--model", "{writer}", "--data", "{chats}", "--max_length", "1025"], "max_position_embeddings=1024"),
-    "keep": (["--model", "{writer}", "--data", "{chats}", "--keep", "2"], "keep='2' needs stream"),
-    "dtype": (["--model", "{writer}", "--data", "{chats}", "--dtype", "int8"], "dtype='int8' must be one of fp32"),
-    "share": (["--model", "{writer}", "--data", "{chats}", "--self_conditioning", "2"], "self_conditioning=2.0 must be from 0"),
-}
-
-
-@pytest.mark.parametrize(("options", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS.keys())
-def test_bad_input_is_one_line_and_a_failure(tmp_path, files, model, writer, capsys, options, message):
-    options = [option.format(model=model, writer=writer, **files) for option in options]
-    given = [*TRAINING, *options, "--output_dir", str(tmp_path)]
-    assert message in refusal(finetune_block_diffusion.main, given, "finetune_block_diffusion.py", capsys)

@@ -1,4 +1,4 @@
-"""The recipe that tunes masked text on answers: what is masked and learned, from which models, streamed, in jobs, errors."""
+"""The recipe that tunes masked text on answers: what is masked and learned, from which models."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from instructions import TEMPLATE, files, model, save_masked  # noqa: F401  (fixtures)
+from recipe_runs import TEMPLATE, files, masked, model, prepared
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-import hf_diffusionblocks as db
-from refusals import refusal
 from hf_diffusionblocks.backbones.stock_run import base_of
-from hf_diffusionblocks.cli import train as train_verb
 from hf_diffusionblocks.diffusion.objectives import IGNORED
 from hf_diffusionblocks.recipes import finetune_masked_lm
 
@@ -29,23 +26,7 @@ END = "<|endoftext|>"
 
 @pytest.fixture
 def trainers(monkeypatch) -> list:
-    """The trainers of the runs."""
-    made, original = [], finetune_masked_lm.prepare
-
-    def prepare(*arguments):
-        trainer, resume_from = original(*arguments)
-        made.append(trainer)
-        return trainer, resume_from
-
-    monkeypatch.setattr(finetune_masked_lm, "prepare", prepare)
-    return made
-
-
-@pytest.fixture(scope="module")
-def masked(tmp_path_factory, model) -> str:
-    """A masked model of two blocks, as the other recipe saves one."""
-    save_masked(model, folder := tmp_path_factory.mktemp("masked"), 2)
-    return str(folder)
+    return prepared(finetune_masked_lm, monkeypatch)
 
 
 def tune(output_dir: Path, *options: str) -> dict[str, float]:
@@ -122,23 +103,6 @@ def test_what_is_saved_loads_and_answers_prompts_of_several_lengths(tmp_path, fi
     assert answers.shape == (2, prompts.input_ids.shape[1] + 8) and (answers != made.mask_token_id).all()
 
 
-def test_streamed_it_ends_with_the_same_weights_and_resumed_too(tmp_path, files, masked, trainers):
-    options = ["--model", masked, "--data", files["prompts"]]
-    tune(tmp_path / "plain", *options)
-    tune(tmp_path / "streamed", *options, "--stream", "--save_strategy", "steps", "--save_steps", "2")
-    tune(tmp_path / "streamed", *options, "--resume_from_checkpoint", str(tmp_path / "streamed" / "checkpoint-2"))
-    plain, *others = (trainer.model.state_dict() for trainer in trainers)
-    assert all(torch.equal(weight, other[name]) for other in others for name, weight in plain.items())
-
-
-def test_a_job_a_block_then_merged(tmp_path, files, masked, model):
-    for block in (0, 1):
-        job = ["--model", model, "--data", files["prompts"], "--num_blocks", "2", "--shared", "per_block"]
-        tune(tmp_path / str(block), *job, "--train_blocks", str(block))
-    db.merge_blocks([tmp_path / "0", tmp_path / "1"], tmp_path / "whole")
-    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "whole").config.training_report["updates_per_block"] == [3, 3]
-
-
 def test_what_is_too_long_is_left_out_and_said(tmp_path, files, model, trainers, caplog):
     with caplog.at_level("WARNING", "hf_diffusionblocks"):
         tune(tmp_path, "--model", model, "--data", files["prompts"], "--max_length", "32")
@@ -150,35 +114,3 @@ def test_empty_prompts_are_trained_and_not_answered(tmp_path, files, model, caps
     """And the model is saved."""
     tune(tmp_path, "--model", model, "--data", files["unasked"])
     assert " -> " not in capsys.readouterr().out and AutoModelForMaskedLM.from_pretrained(tmp_path)
-
-
-def test_the_config_that_comes_along_runs(tmp_path, files, model, trainers):
-    """With a smaller model, in fewer steps."""
-    config = Path(finetune_masked_lm.__file__).parent / "configs" / "finetune_masked_0.6b_8gb.yaml"
-    small = ["--model", model, "--data", files["chats"], "--max_length", "96", "--max_steps", "2", "--use_cpu"]
-    finetune_masked_lm.main(["--config", str(config), *small, "--output_dir", str(tmp_path)])
-    assert trainers[0].args.bf16 and next(trainers[0].model.parameters()).dtype == torch.float32
-    assert AutoModelForMaskedLM.from_pretrained(tmp_path).num_blocks == 1
-
-
-def test_the_command_finds_the_recipe():
-    assert train_verb.find_recipes()["finetune-masked-lm"] == finetune_masked_lm.__file__
-
-
-BAD_INPUTS = {
-    "no model": (["--data", "{chats}"], "required: --model"),
-    "no such model": (["--model", "{nowhere}", "--data", "{chats}"], "nowhere"),
-    "no such file": (["--model", "{model}", "--data", "{nowhere}"], "nowhere.jsonl"),
-    "texts": (["--model", "{model}", "--data", "{texts}"], "must have a column 'messages', or columns 'prompt' and"),
-    "cut already": (["--model", "{masked}", "--data", "{chats}", "--num_blocks", "1"], "num_blocks must not be given"),
-    "none fits": (["--model", "{model}", "--data", "{chats}", "--max_length", "3"], "an answer that fits max_length=3"),
-    "too long": (["--model", "{model}", "--data", "{chats}", "--max_length", "257"], "max_position_embeddings=256"),
-    "no such block": (["--model", "{masked}", "--data", "{chats}", "--train_blocks", "2"], "train_blocks"),
-}
-
-
-@pytest.mark.parametrize(("options", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS.keys())
-def test_bad_input_is_one_line_and_a_failure(tmp_path, files, model, masked, capsys, options, message):
-    options = [option.format(model=model, masked=masked, **files) for option in options]
-    given = [*TRAINING, *options, "--output_dir", str(tmp_path)]
-    assert message in refusal(finetune_masked_lm.main, given, "finetune_masked_lm.py", capsys)

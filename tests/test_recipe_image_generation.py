@@ -22,7 +22,6 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.dit import DiTConfig
-from hf_diffusionblocks.cli import train as train_verb
 from hf_diffusionblocks.models.image_generation.samples import as_grid
 from hf_diffusionblocks.recipes import train_image_generation
 
@@ -103,15 +102,6 @@ def test_a_fresh_model_of_classes(tmp_path, data):
     assert Image.open(tmp_path / "samples" / "final.png").size == (24, 24)  # three classes, thrice
 
 
-def test_streamed_it_saves_the_same_weights_and_samples(tmp_path, data):
-    for name, streamed in (("held", []), ("streamed", ["--stream"])):
-        run(*MODEL, *TRAINING, *data, "--label_column", "label", *streamed, "--output_dir", tmp_path / name)
-    held, streamed = (AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("held", "streamed"))
-    assert all(torch.equal(weight, streamed[name]) for name, weight in held.items())
-    held, streamed = ((tmp_path / name / "samples" / "final.png").read_bytes() for name in ("held", "streamed"))
-    assert held == streamed
-
-
 def test_images_are_cropped_and_scaled_and_measured(tmp_path, data, pictures):
     trainer = prepared(*MODEL, *TRAINING, *data, "--validation_split", 0, "--output_dir", tmp_path)
     rows = trainer.train_dataset[:]
@@ -157,18 +147,6 @@ def test_pretrained_weights_are_kept_and_labels_are_its_classes(tmp_path, stock,
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.backbone.state_dict().items())
     assert model.config.id2label == {0: "0", 1: "1", 2: "2", 3: "LABEL_3", 4: "LABEL_4"}
     assert model.config.sigma_data == 0.25
-
-
-def test_jobs_of_a_block_are_merged(tmp_path, data):
-    common = [*MODEL, *TRAINING, *data, "--shared", "per_block"]
-    for block in range(2):
-        run(*common, "--train_blocks", block, "--output_dir", tmp_path / str(block))
-        assert not (tmp_path / str(block) / "samples").exists()
-    db.merge_blocks([tmp_path / "0", tmp_path / "1"], tmp_path / "whole")
-    run(*common, "--output_dir", tmp_path / "at once")
-    merged, at_once = (AutoModel.from_pretrained(tmp_path / name) for name in ("whole", "at once"))
-    assert merged.predict(num_inference_steps=2).images.isfinite().all()
-    assert merged.state_dict().keys() == at_once.state_dict().keys()
 
 
 BAD_INPUTS = {
@@ -233,18 +211,6 @@ def test_one_image_of_many_that_cannot_be_trained_on_is_found_before_any_work(tm
     with pytest.raises(SystemExit) as stop:
         run(*MODEL, *TRAINING, "--train_dir", images, "--validation_split", 0, "--output_dir", tmp_path / "out")
     assert message in stop.value.code and not (tmp_path / "out").exists()
-
-
-def test_the_command_finds_the_recipe():
-    assert train_verb.find_recipes()["image-generation"] == train_image_generation.__file__
-
-
-@pytest.mark.parametrize("name", ["digits_dit", "fashion_mnist_dit"])
-def test_the_configs_that_come_along_run(tmp_path, data, name):
-    """In fewer updates, with a smaller model."""
-    config = Path(train_image_generation.__file__).parent / "configs" / f"{name}.yaml"
-    metrics = run("--config", config, *MODEL, *TRAINING, *data, "--sample_every_n_steps", 2, "--output_dir", tmp_path)
-    assert metrics["eval_loss_block_1"] > 0 and (tmp_path / "samples" / "step-00000002.png").is_file()
 
 
 # ---- samples while training

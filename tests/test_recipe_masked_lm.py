@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from text_recipe_runs import LENGTH, OVERRIDES, SIZES, TRAINING, data, folder, paragraphs, sequences
+from recipe_runs import LENGTH, OVERRIDES, SIZES, TRAINING, data, folder, paragraphs, sequences, tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -16,17 +15,14 @@ from transformers import (
 )  # fmt: skip
 
 import hf_diffusionblocks as db
-from refusals import refusal
-from hf_diffusionblocks.cli import train as train_verb
-from hf_diffusionblocks.recipes import checks, common, train_masked_lm
-from hf_diffusionblocks.recipes.text import ModelArguments, Packer, trained_tokenizer
+from hf_diffusionblocks.recipes import train_masked_lm
+from hf_diffusionblocks.recipes.text import Packer
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 BERT = {
     "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48,
     "max_position_embeddings": 24,
 }  # fmt: skip
-OVERRIDES = OVERRIDES | {"bert": ", ".join(f"{name}={value}" for name, value in BERT.items())}
 MODEL = [*SIZES, "--config_name", "llama", "--config_overrides", OVERRIDES["llama"]]
 CONFIG = Path(train_masked_lm.__file__).parent / "configs" / "gutenberg_masked.yaml"
 TEST = paragraphs(120, 150)
@@ -52,7 +48,7 @@ def bound_loss(folder: Path) -> float:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> Path:
+def plain(tmp_path_factory, tokenizer) -> Path:
     """A BERT whose tokenizer has a mask token and no end token; and a GPT-2 the other way round."""
     root = tmp_path_factory.mktemp("plain")
     words = sorted({word for text in paragraphs(0, 150) for word in text.split()})
@@ -64,15 +60,14 @@ def plain(tmp_path_factory) -> Path:
         tokenizer_object=rules, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
         unk_token="[UNK]",
     )  # fmt: skip
-    of_gpt2 = trained_tokenizer(paragraphs(0, 120), ModelArguments(vocab_size=300), is_main=True)
     gpt2 = GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=24, vocab_size=300, bos_token_id=0, eos_token_id=0)
     torch.manual_seed(0)
-    for name, model, tokenizer in (
+    for name, model, own in (
         ("bert", BertForMaskedLM(BertConfig(vocab_size=len(words), **BERT)), of_bert),
-        ("gpt2", GPT2LMHeadModel(gpt2), of_gpt2),
+        ("gpt2", GPT2LMHeadModel(gpt2), tokenizer),
     ):
         model.save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
+        own.save_pretrained(root / name)
     return root
 
 
@@ -104,46 +99,6 @@ def test_end_to_end_is_one_block_of_a_file_of_options(tmp_path, data):
     assert in_bits == pytest.approx(ratio * metrics["eval_nll_bound_standard_error"])
 
 
-@pytest.mark.parametrize("origin", ["fresh", "pretrained"])
-def test_one_block_a_job_then_merged(tmp_path, data, plain, origin):
-    pretrained = ["--model_name_or_path", plain / "gpt2", "--num_blocks", "2", "--sequence_length", LENGTH]
-    model = MODEL if origin == "fresh" else pretrained
-    jobs = [str(tmp_path / f"job{block}") for block in (0, 1)]
-    for block, job in enumerate(jobs):
-        run(job, *model, *TRAINING, *data, "--train_blocks", block, "--shared", "per_block")
-    db.merge_blocks(jobs, tmp_path / "whole")
-    whole = load(tmp_path / "whole")
-    assert whole.config.training_report["updates_per_block"] == [4, 4]
-    assert whole.mask_token_id == AutoTokenizer.from_pretrained(jobs[0]).mask_token_id
-
-
-def test_a_job_that_could_not_be_saved_does_not_begin(tmp_path, data, capsys, monkeypatch):
-    job = [*MODEL, *TRAINING, *data, "--shared", "per_block", "--output_dir", str(tmp_path), "--train_blocks"]
-    train_masked_lm.main([*job, "0"])
-    monkeypatch.setattr(common, "train", lambda *args: pytest.fail("it has begun"))
-    assert "holds model-00002-of-00003.safetensors, which a model with resident_blocks=[1] alone would delete" in refusal(
-        train_masked_lm.main, [*job, "1"], "train_masked_lm.py", capsys
-    )
-    monkeypatch.setattr(checks.os, "access", lambda *args, **kwargs: False)
-    assert "must be a folder that can be written to" in refusal(train_masked_lm.main, [*job, "0"], "train_masked_lm.py", capsys)
-
-
-def test_streamed_it_saves_the_same_weights(tmp_path, data):
-    for name, options in (("held", []), ("streamed", ["--stream"])):
-        run(tmp_path / name, *MODEL, *TRAINING, *data, *options)
-    held, streamed = (load(tmp_path / name).state_dict() for name in ("held", "streamed"))
-    assert all(torch.equal(weight, streamed[name]) for name, weight in held.items())
-
-
-def test_resumed_run_ends_as_the_uninterrupted_one(tmp_path, data):
-    options = [*MODEL, *TRAINING, *data, "--save_strategy", "steps", "--save_steps", "0.5"]
-    run(tmp_path / "whole", *options)
-    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
-    run(tmp_path / "resumed", *options, "--resume_from_checkpoint", "last")
-    whole, resumed = (load(tmp_path / name).state_dict() for name in ("whole", "resumed"))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-
 # ---- pretrained models and their tokenizers
 
 
@@ -172,22 +127,3 @@ def test_a_document_ends_where_bert_s_separator_is_and_every_byte_counts(plain):
     the, yields = tokenizer("The yield", add_special_tokens=False)["input_ids"]
     assert packed == {"input_ids": [[1, the, yields, 2]], "num_bytes": [len("The yield ")]}
     assert packer.tokens == [1, the, 2] and sum(packer.bytes) == len("The")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--mask_token_id", "300"], r"mask_token_id=300 must be a token of the tokenizer, 0..299"),
-        (["--sigma_max", "9"], "sigma_max=9.0 must be None with preset='recommended' for task 'fill-mask'"),
-        (["--eval_nll_bound", "2", "--train_blocks", "0", "--train_shared", "false"], "eval_nll_bound=2 needs all blocks"),
-        (["--config_name", "vit", "--config_overrides", "image_size=8"], "task='fill-mask' must be 'image-classification'"),
-    ],
-)
-def test_bad_input_is_one_line(tmp_path, data, options, message):
-    with pytest.raises(SystemExit, match=f"^train_masked_lm.py: error: .*{message}") as stop:
-        run(tmp_path, *MODEL, *TRAINING, *data, *options)
-    assert len(str(stop.value.code).splitlines()) == 1
-
-
-def test_the_command_finds_the_recipe():
-    assert train_verb.find_recipes()["masked-lm"] == train_masked_lm.__file__

@@ -9,7 +9,6 @@ import pytest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.cli import train as train_verb
 from hf_diffusionblocks.recipes import train_text_classification
 
 WORDS = {"sea": "ship sail wave salt harbour", "wood": "oak leaf moss fern path", "town": "street lamp shop coach square"}
@@ -58,40 +57,3 @@ def test_a_stock_model_goes_on_block_by_block_on_its_own_labels(data, tmp_path):
     assert metrics["eval_accuracy"] > 0.9 and type(cut.to_plain()) is type(plain)
     assert cut.config.id2label == plain.config.id2label == {0: "sea", 1: "town", 2: "wood"}
     assert len(AutoTokenizer.from_pretrained(tmp_path / "cut")) == plain.config.vocab_size
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([*BERT, "--label_column", "class"], "label_column='class' must be a column of the train data: text, label"),
-        ([*BERT, "--preset", "paper"], "preset='paper' must be 'recommended' for model_type='bert'"),
-        ([*BERT, "--max_length", "9999"], "max_length=9999 must be at most the model's max_position_embeddings=512"),
-        ([*BERT, "--max_length", "0"], "max_length=0 must be at least 2"),
-        ([*BERT, "--train_file", "{csv}"], r"train_file='\S+texts\.csv' must end in one of"),
-        ([*BERT, "--vocab_size", "9"], "vocab_size=9 must be at least 257"),
-        (["--config_name", "vit"], "task='text-classification' must be 'image-classification'"),
-    ],
-)
-def test_bad_input_is_one_line(options, message, data, tmp_path):
-    (csv := tmp_path / "texts.csv").write_text("text,label")
-    with pytest.raises(SystemExit, match=f"^train_text_classification.py: error: .*{message}"):
-        run(data, tmp_path / "out", *(str(csv) if option == "{csv}" else option for option in options))
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"text": "", "label": "sea"}, "text_column='text' must have a text in every row, of at least one token"),
-        ({"text": None, "label": "sea"}, "text_column='text' must have a text in every row, of at least one token"),
-        ({"text": 5, "label": "sea"}, "text_column='text' must hold text, in the train data it holds"),
-        ({"text": "sail", "label": ["sea"]}, "label_column='label' must hold one label a row, in the train data it holds"),
-    ],
-)
-def test_a_row_of_another_kind_is_one_line(row, message, data, tmp_path):
-    (file := tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 3 + data.read_text() * (row["text"] in ("", None)))
-    with pytest.raises(SystemExit, match=f"^train_text_classification.py: error: {message}"):
-        run(file, tmp_path / "out", *BERT)
-
-
-def test_the_command_line_knows_it():
-    assert train_verb.find_recipes()["text-classification"] == train_text_classification.__file__
