@@ -56,13 +56,3 @@ def test_a_loaded_model_knows_who_trained_it(tmp_path, resident):
     model.provenance = Provenance([0, 3])
     model.save_pretrained(tmp_path)
     assert type(model).from_pretrained(tmp_path, resident_blocks=resident).provenance == model.provenance
-
-
-def test_noise_levels_are_those_of_the_block_that_trains():
-    model = model_of().eval()
-    ids, generator = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(3)
-    sigma = model.draw_levels(0, (2,), None, generator)
-    noise = torch.randn(2, 7, model.config.hidden_size, generator=generator)
-    arguments = {"input_ids": ids, "labels": ids, "block_index": 0}
-    by_hand = model(**arguments, sigma=sigma, noise=noise).loss
-    assert torch.equal(model(**arguments, generator=generator.manual_seed(3)).loss, by_hand)

@@ -10,7 +10,7 @@ from conftest import randomized
 from families import ENDS, LLAMA, TEXT_CONFIGS, VOCAB, WIDTH
 from peft import LoraConfig, get_peft_model
 from saved_activations import SavedActivations
-from text_models import BLOCKS, LENGTH, block_logits, draw, draw_of, layer_of, make
+from text_models import BLOCKS, LENGTH, block_logits, draw_of, make
 from text_models import ids, joint, plain, text_config, text_formulation  # noqa: F401
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
@@ -74,20 +74,6 @@ def test_evaluation_logits_do_not_know_later_tokens(plain, text_formulation, ids
 # ---- the draws of a step
 
 
-def test_noisy_tokens_are_scaled_by_c_in_and_stand_at_the_target_s_position(ids):
-    plain = randomized(AutoModelForCausalLM.from_config(TEXT_CONFIGS["gpt2"]))
-    model = make(plain)
-    entered = []
-    layer_of(model, 2).ln_1.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
-    fixed = draw(0.7)
-    model(ids, labels=ids, block_index=1, **fixed)
-    z = model.target_vectors()[ids[:, 1:]] + 0.7 * fixed["noise"]
-    positions = model.backbone.transformer.wpe.weight[1:LENGTH]
-    assert torch.allclose(entered[1], z * (0.7**2 + 0.25) ** -0.5 + positions, atol=1e-5)
-    embeddings = model.backbone.transformer
-    assert torch.equal(entered[0], embeddings.wte(ids[:, :-1]) + embeddings.wpe.weight[: LENGTH - 1])
-
-
 def test_sigma_is_drawn_for_every_sequence(plain, ids):
     model, rows = make(plain, p_mean=-0.5), []
     run = model.formulation.run
@@ -95,15 +81,6 @@ def test_sigma_is_drawn_for_every_sequence(plain, ids):
     model(ids, labels=ids, block_index=1)
     (sigma,) = rows
     assert [row.unique().numel() for row in sigma] == [1, 1, 1] and sigma.unique().numel() == 3
-
-
-def test_edm_readout_at_sigma_max_is_the_network_s_own_head(plain, ids):
-    model = make(plain)
-    given = {"sigma": torch.full((3,), 80.0), "noise": draw()["noise"], "generator": None}
-    hidden, (_, z, sigma) = model.formulation.train(model.blocks[1], {"input_ids": ids}, ids[:, 1:], None, given)
-    network = model.architecture.read_out(model.backbone, hidden)
-    c_skip_part = 0.25 / (80.0**2 + 0.25) * model.backbone.lm_head(z) / 0.5
-    assert torch.allclose(model.logits(1, hidden, z, sigma), network + c_skip_part, atol=1e-3)
 
 
 def test_targets_are_unit_vectors_of_the_embeddings_or_a_fixed_table(plain):
@@ -161,20 +138,6 @@ def test_embeddings_of_a_part_are_not_resized():
 # ---- losses
 
 
-def test_a_loss_over_num_items_is_the_sum_divided_by_them(plain, text_formulation, ids):
-    model = make(plain, **text_formulation)
-    mean = model(ids, labels=ids, block_index=0, **draw_of(model)).loss
-    part = model(ids, labels=ids, block_index=0, num_items_in_batch=100, **draw_of(model)).loss
-    assert torch.allclose(part * 100, mean * 3 * (LENGTH - 1))
-
-
-def test_a_batch_without_labels_has_no_loss_and_no_gradient(plain, text_formulation, ids):
-    model = make(plain, **text_formulation).train()
-    loss = model(ids, labels=torch.full_like(ids, -100), block_index=0, **draw_of(model)).loss
-    loss.backward()
-    assert loss == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
-
-
 def test_the_evaluation_loss_has_gradients(plain, text_formulation, ids):
     """The same with and without logits, and of no head that is not read."""
     model = make(plain, **text_formulation)
@@ -230,34 +193,6 @@ def test_chunks_of_a_large_vocabulary_are_so_large_on_a_device(device, size):
 
 
 # ---- use as the plain model
-
-BESIDE_LOGITS = ["output_hidden_states", "output_attentions"]
-
-
-@pytest.mark.parametrize("asked_by", ["the call", "the config"])
-@torch.no_grad()
-def test_a_recommended_model_gives_what_the_plain_one_does_beside_logits(plain, ids, asked_by):
-    plain.set_attn_implementation("eager")
-    model, asked = db.convert(plain, num_blocks=2).eval(), dict.fromkeys(BESIDE_LOGITS, True)
-    expected = plain(ids, **asked)
-    if asked_by == "the config":
-        model.config.output_hidden_states = model.config.output_attentions = True
-        asked = {}
-    found = model(ids, **asked)
-    assert len(found.hidden_states) == 5 and all(map(torch.equal, found.hidden_states, expected.hidden_states))
-    assert len(found.attentions) == 4 and all(map(torch.equal, found.attentions, expected.attentions))
-
-
-@pytest.mark.parametrize("name", BESIDE_LOGITS)
-def test_a_walk_has_nothing_beside_logits(plain, joint, ids, name):
-    with pytest.raises(ValueError, match=f"{name} must not be given with preset='paper'"):
-        make(plain, **joint)(ids, **{name: True})
-
-
-@pytest.mark.parametrize("name", BESIDE_LOGITS)
-def test_a_block_has_nothing_beside_its_logits(plain, text_formulation, ids, name):
-    with pytest.raises(ValueError, match=f"{name} must not be given with block_index"):
-        make(plain, **text_formulation)(ids, labels=ids, block_index=0, **{name: True})
 
 
 def test_adapters_of_peft_s_own_class(plain, text_formulation, ids):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 
-import point_family
 import pytest
 import torch
 from conftest import randomized
@@ -27,10 +26,6 @@ of_each_block_with_noisy_targets = pytest.mark.parametrize(
     **grid_of_blocks(lambda case: case.has_known_targets and not case.is_local)
 )
 of_each_block_with_known_targets = pytest.mark.parametrize(**grid_of_blocks(lambda case: case.has_known_targets))
-
-
-def test_the_family_of_the_tests_fits_a_screen_or_two():
-    assert len(open(point_family.__file__).readlines()) <= 150
 
 
 # ---- the cut
@@ -204,6 +199,16 @@ def test_the_loss_is_the_mean_cross_entropy_of_labelled_logits(case, block_index
     out = case.model().train()(**batch, block_index=block_index, return_logits=True, generator=seeded())
     expected = F.cross_entropy(out.logits.flatten(0, -2), labelled(batch["labels"]).flatten())
     assert torch.allclose(out.loss, expected, atol=1e-5)
+
+
+@with_known_targets
+@pytest.mark.parametrize("block_index", [0, None])
+def test_a_loss_over_num_items_is_the_sum_divided_by_them(case, block_index):
+    model, batch = case.model().eval(), case.rows()
+    draws = [{} if block_index is None else {"generator": seeded()} for _ in range(2)]
+    mean = model(**batch, block_index=block_index, **draws[0]).loss
+    part = model(**batch, block_index=block_index, num_items_in_batch=100, **draws[1]).loss
+    assert torch.allclose(part * 100, mean * labelled(batch["labels"]).numel())
 
 
 @pytest.mark.parametrize(**grid(lambda case: case.config is not RESNET))

@@ -8,7 +8,6 @@ from itertools import product
 import pytest
 import torch
 from conftest import randomized
-from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM, GPT2Config, LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast, Qwen3Config,
@@ -122,12 +121,6 @@ def test_a_walk_of_fewer_or_more_steps_than_blocks_is_the_same_without_a_cache(i
     assert torch.equal(greedy(model, ids, use_cache=False), greedy(model, ids))
 
 
-@over_gpt2
-def test_cache_is_used_by_default(model, ids):
-    out = greedy(model, ids, return_dict_in_generate=True)
-    assert out.past_key_values.get_seq_length() == PROMPT + NEW - 1
-
-
 @over_all
 def test_a_padded_prompt_is_continued_as_it_is_alone(model, ids):
     lengths = (5, 3, 1)
@@ -228,12 +221,6 @@ def test_repetition_penalty_reduces_repeats(model, ids):
     assert num_repeats(penalized) < 0.5 * num_repeats(plain)
 
 
-@over_gpt2
-def test_suppressed_tokens_are_never_generated(model, ids):
-    unwanted = greedy(model, ids)[:, PROMPT:].unique()
-    assert not torch.isin(greedy(model, ids, suppress_tokens=unwanted.tolist())[:, PROMPT:], unwanted).any()
-
-
 # ---- stopping, streaming, pipelines
 
 
@@ -307,18 +294,6 @@ def test_generation_stops_at_a_string(tokenizer, formulation):
     length = next(n for n in range(1, NEW + 1) if stop in tokenizer.decode(free[:n]))
     found = greedy(model, prompt, stop_strings=[stop], tokenizer=tokenizer)[0, prompt.shape[1] :]
     assert stop and length < NEW and torch.equal(found, free[:length])
-
-
-@pytest.mark.parametrize("formulation", ["recommended", "paper"])
-def test_adapters_have_their_say(ids, formulation):
-    """Of PEFT's own class, around ours; then merged into it."""
-    model = db.convert(plain_model("llama"), 2, **FORMULATIONS[formulation]).eval()
-    before = greedy(model, ids)
-    torch.manual_seed(0)
-    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "o_proj"], lora_alpha=64, init_lora_weights=False)
-    adapted = get_peft_model(model, lora).eval()
-    found = adapted.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False)
-    assert not torch.equal(found, before) and torch.equal(found, greedy(adapted.merge_and_unload(), ids))
 
 
 # ---- other searches

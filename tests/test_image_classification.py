@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import randomized
 from saved_activations import SavedActivations
-from transformers import AutoModelForImageClassification, ViTConfig, ViTImageProcessorPil, pipeline
+from transformers import AutoModelForImageClassification, ViTConfig
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.diffusion.randomness import noise_of_rows
@@ -74,17 +74,6 @@ def test_a_step_draws_a_sigma_of_its_block_and_noise_for_every_row(plain_model, 
     assert torch.equal(model(**batch, block_index=block_index, generator=generator.manual_seed(3)).loss, by_hand)
 
 
-def test_the_noisy_label_is_scaled_by_c_in_and_the_clean_tokens_are_not(plain_model, batch):
-    model = randomized(db.convert(plain_model, num_blocks=2, preset="paper")).eval()
-    entered = entered_layer_2(model)
-    sigma, noise = torch.logspace(-2, 1.5, 6), torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
-    model(**batch, block_index=1, sigma=sigma, noise=noise)
-    z = model.label_embeddings.vectors()[batch["labels"]] + sigma[:, None] * noise
-    c_in = (sigma**2 + 0.25).rsqrt()[:, None]
-    assert torch.allclose(entered[0][:, -1], c_in * z + model.noisy_labels[0].position[0], atol=1e-5)
-    assert torch.equal(entered[0][:, :-1], model.blocks[1].embed({"pixel_values": batch["pixel_values"]}))
-
-
 def test_overlap_defaults_to_the_task_s(plain_config):
     assert db.convert(plain_config, 2, preset="paper").noise_schedule.overlap == 0.05
     assert db.convert(plain_config, 2, overlap=0.0, preset="paper").noise_schedule.overlap == 0.0
@@ -94,15 +83,6 @@ def test_overlap_defaults_to_the_task_s(plain_config):
 def test_targets_are_saved_but_not_trained(plain_config, shared):
     targets = db.convert(plain_config, 2, shared=shared, preset="paper").label_embeddings
     assert not list(targets.parameters()) and list(targets.state_dict()) == ["table"]
-
-
-def test_the_last_block_has_no_local_head(plain_model, batch):
-    model = db.convert(plain_model, num_blocks=2, local_head_layers=1)
-    runs = Counter()
-    model.local_heads[0][0].attention.register_forward_hook(lambda *_: runs.update(["head"]))
-    for block_index, expected in ((0, 1), (1, 1)):
-        model(**batch, block_index=block_index)
-        assert len(model.local_heads) == 1 and runs["head"] == expected
 
 
 # ---- labels, as the plain model takes them
@@ -138,24 +118,6 @@ def test_the_paper_s_loss_is_of_images_that_have_a_label(plain_model, batch):
     assert torch.allclose(model(batch["pixel_values"], labels=some, **noise).loss, expected)
 
 
-def test_images_without_labels_have_no_loss_and_no_gradient(model, batch):
-    loss = model.train()(batch["pixel_values"], labels=torch.full((6,), -100), block_index=0).loss
-    loss.backward()
-    assert loss == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
-
-
-@pytest.mark.parametrize("labels", ["classes", "shares of classes"])
-@pytest.mark.parametrize("block_index", [*BLOCKS, None])
-def test_a_loss_over_num_items_is_the_sum_divided_by_them(model, batch, labels, block_index):
-    if labels == "shares of classes":
-        batch["labels"] = torch.rand(6, 5, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    losses = []
-    for num_items in (None, 24):
-        draws = {} if block_index is None else {"generator": torch.Generator().manual_seed(0)}
-        losses.append(model.eval()(**batch, block_index=block_index, num_items_in_batch=num_items, **draws).loss)
-    assert torch.allclose(losses[1] * 24, losses[0] * 6)
-
-
 # ---- what logits know
 
 
@@ -169,36 +131,6 @@ def test_what_evaluation_logits_are(model, batch):
             assert torch.equal(expected, model.block_logits(batch["pixel_values"])[:, -1])
             expected = model.backbone(batch["pixel_values"]).logits
     assert torch.equal(logits, expected)
-
-
-BESIDE_LOGITS = ["output_hidden_states", "output_attentions"]
-
-
-@pytest.mark.parametrize("asked_by", ["the call", "the config"])
-@torch.no_grad()
-def test_a_recommended_model_gives_what_the_plain_one_does_beside_logits(plain_model, batch, asked_by):
-    plain_model.set_attn_implementation("eager")
-    model, asked = db.convert(plain_model, num_blocks=2).eval(), dict.fromkeys(BESIDE_LOGITS, True)
-    expected = plain_model(batch["pixel_values"], **asked)
-    if asked_by == "the config":
-        model.config.output_hidden_states = model.config.output_attentions = True
-        asked = {}
-    found = model(batch["pixel_values"], **asked)
-    assert len(found.hidden_states) == 5 and all(map(torch.equal, found.hidden_states, expected.hidden_states))
-    assert len(found.attentions) == 4 and all(map(torch.equal, found.attentions, expected.attentions))
-
-
-@pytest.mark.parametrize("name", BESIDE_LOGITS)
-def test_a_walk_has_nothing_beside_logits(plain_model, batch, name):
-    model = db.convert(plain_model, num_blocks=2, preset="paper").eval()
-    with pytest.raises(ValueError, match=f"{name} must not be given with preset='paper'"):
-        model(batch["pixel_values"], **{name: True})
-
-
-@pytest.mark.parametrize("name", BESIDE_LOGITS)
-def test_a_block_has_nothing_beside_its_logits(model, batch, name):
-    with pytest.raises(ValueError, match=f"{name} must not be given with block_index"):
-        model(**batch, block_index=0, **{name: True})
 
 
 # ---- the walk
@@ -279,23 +211,6 @@ def test_a_generator_gives_every_row_its_own_noise(plain_config, batch):
 
 
 # ---- use like any other model
-
-
-def test_pipeline(plain_config, tmp_path):
-    from PIL import Image
-
-    plain_config.num_channels = 3
-    model = randomized(db.convert(plain_config, num_blocks=2, preset="paper"))
-    model.save_pretrained(tmp_path)
-    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
-    processor.save_pretrained(tmp_path)
-    image = Image.new("RGB", (8, 8), (200, 20, 90))
-    result = pipeline("image-classification", model=str(tmp_path))(image, top_k=5)
-    pixel_values = processor(image, return_tensors="pt")["pixel_values"]
-    expected = model.eval()(pixel_values=pixel_values).logits.softmax(-1)[0]
-    assert {entry["label"]: entry["score"] for entry in result} == pytest.approx(
-        {f"LABEL_{i}": p for i, p in enumerate(expected.tolist())}, abs=1e-6
-    )
 
 
 def test_new_label_set_on_loading(plain_config, batch, tmp_path):

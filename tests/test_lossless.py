@@ -13,8 +13,9 @@ import sys
 import pytest
 import torch
 from conftest import randomized
-from families import TEXT_CONFIGS
-from transformers import AutoModelForCausalLM, DynamicCache, ViTConfig, ViTForImageClassification
+from families import RESNET, SWIN, TEXT_CONFIGS, grid
+from process_scenarios import VIT
+from transformers import AutoModelForCausalLM, DynamicCache, ViTForImageClassification
 
 import hf_diffusionblocks as db
 
@@ -73,13 +74,6 @@ def positions(padding: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_a_batch_and_a_row(plain, fields, ids):
-    model = db.convert(plain, **fields)
-    assert torch.equal(model(ids).logits, plain(ids).logits)
-    assert torch.equal(model(ids[:1]).logits, plain(ids[:1]).logits)
-
-
-@torch.no_grad()
 def test_a_padded_batch(plain, fields, ids, padding):
     model = db.convert(plain, **fields)
     masks = {"attention_mask": padding, "position_ids": positions(padding)}
@@ -89,22 +83,41 @@ def test_a_padded_batch(plain, fields, ids, padding):
 
 
 @torch.no_grad()
-def test_token_by_token_with_a_cache(plain, fields, ids):
-    model = db.convert(plain, **fields)
-    assert torch.equal(step_by_step(model, ids, prompt=4), step_by_step(plain, ids, prompt=4))
-
-
-@torch.no_grad()
 def test_a_padded_batch_token_by_token(plain, fields, ids, padding):
     model = db.convert(plain, **fields)
     masks = {"attention_mask": padding, "position_ids": positions(padding)}
     assert torch.equal(step_by_step(model, ids, 5, **masks), step_by_step(plain, ids, 5, **masks))
 
 
+# ---- what there is beside
+
+BESIDE = ("output_hidden_states", "output_attentions")
+
+
+@pytest.mark.parametrize(**grid(lambda case: case.is_local and case.config not in (RESNET, SWIN)))
+@pytest.mark.parametrize("asked_by", ["the call", "the config"])
 @torch.no_grad()
-def test_loss_and_perplexity(plain, fields, ids):
-    model = db.convert(plain, **fields)
-    assert torch.equal(model(ids, labels=ids).loss, plain(ids, labels=ids).loss)
+def test_hidden_states_and_attentions(case, asked_by):
+    plain, inputs, asked = copy.deepcopy(case).plain(), case.inputs(), dict.fromkeys(BESIDE, True)
+    plain.set_attn_implementation("eager")
+    expected, model = plain(**inputs, **asked), db.convert(plain, 2, **case.fields).eval()
+    if asked_by == "the config":
+        model.config.output_hidden_states = model.config.output_attentions = True
+        asked = {}
+    found = model(**inputs, **asked)
+    for name, count in (("hidden_states", 5), ("attentions", 4)):
+        assert len(found[name]) == count and all(map(torch.equal, found[name], expected[name]))
+
+
+@pytest.mark.parametrize(**grid(lambda case: case.has_known_targets))
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_block_has_nothing_beside_its_logits_nor_has_a_walk(case, name):
+    model = case.model().eval()
+    with pytest.raises(ValueError, match=f"{name} must not be given with block_index"):
+        model(**case.rows(), block_index=0, **{name: True})
+    if not case.is_local:
+        with pytest.raises(ValueError, match=f"{name} must not be given with preset='paper'"):
+            model(**case.inputs(), **{name: True})
 
 
 # ---- and back
@@ -137,13 +150,9 @@ def test_the_plain_model_generates_as_the_source_was_told_to():
 @torch.no_grad()
 def test_stock_transformers_reads_the_trained_model_in_a_process_without_this_package(ids, tmp_path):
     """Every family and kind of cut, all in one process; the weights are not those of the source."""
-    vit = ViTConfig(
-        num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, image_size=8, patch_size=4,
-        num_channels=1, num_labels=5,
-    )  # fmt: skip
     images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     sources = {name: (AutoModelForCausalLM.from_config(config), ids) for name, config in TEXT_CONFIGS.items()}
-    sources["vit"] = (ViTForImageClassification(vit), images)
+    sources["vit"] = (ViTForImageClassification(VIT), images)
     jobs, expected = [], []
     for name, (plain, batch) in sources.items():
         for number, fields in enumerate(FIELDS.values()):
