@@ -17,7 +17,6 @@ import torch.distributed as dist
 from datasets import Dataset
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import GPT2Config, LlamaConfig, ResNetConfig, ViTConfig
-from transformers.trainer_utils import get_last_checkpoint
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.dit import DiTConfig
@@ -59,6 +58,7 @@ SCENARIOS: dict[str, tuple[object, dict, dict]] = {
 }  # fmt: skip
 #: Those that are also stopped after 2 steps and resumed
 RESUMED = ("data parallel, text", "data parallel, together", "batch norms")
+STREAMED = ("plain", "bf16", "lora")
 STEPS, BATCH, PROCESSES = 4, 2, 2
 
 
@@ -127,12 +127,22 @@ def run(name: str, output: Path) -> None:
 
 
 def run_saving(name: str, output: Path) -> None:
-    """Save at every step, starting from the last checkpoint there is."""
+    """Save at every step."""
     source, fields, arguments = SCENARIOS[name]
-    folder = output / f"{name}-killed"
-    trainer = trainer_of(made(source, fields), source, folder, {**arguments, "save_strategy": "steps", "save_steps": 1})
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
-    torch.save(trainer.model.state_dict(), output / f"{name}.killed.{os.environ['RANK']}.pt")
+    saving = {**arguments, "save_strategy": "steps", "save_steps": 1}
+    trainer_of(made(source, fields), source, output / f"{name}-killed", saving).train()
+
+
+def run_streamed(name: str, output: Path) -> None:
+    """As a stock model, and streamed."""
+    from streaming_models import weights
+    from test_streaming_training import adapted, trained
+
+    for streamed in (False, True):
+        model = {"model": adapted()} if name == "lora" else {}
+        trainer = trained(output / "streamed", streamed, max_steps=3, bf16=name == "bf16", **model)
+        kept = weights(trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False))
+        torch.save(kept, output / f"{name}-{streamed}-{trainer.args.process_index}.pt")
 
 
 def write_threads(path: Path) -> None:
@@ -153,6 +163,8 @@ def main(output: str, *names: str) -> None:
     else:
         for scenario in names:
             run(scenario, Path(output))
+        for scenario in STREAMED:
+            run_streamed(scenario, Path(output))
     dist.barrier()  # a process that ends while another still saves would close its connections
 
 

@@ -10,15 +10,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FORMULATIONS, randomized
+from conftest import randomized
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 from transformers.utils.logging import disable_progress_bar
@@ -28,19 +26,6 @@ from hf_diffusionblocks.saving import shards
 from hf_diffusionblocks.cli.inspect import describe
 
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-
-FRESH_PROCESS = """
-import sys, torch
-from pathlib import Path
-import hf_diffusionblocks
-from transformers import AutoModelForImageClassification
-torch.set_num_threads(1)
-images = torch.load(sys.argv[1] + "/images.pt")
-for folder in Path(sys.argv[1]).glob("model-*"):
-    model = AutoModelForImageClassification.from_pretrained(folder)
-    with torch.no_grad():
-        torch.save((model(pixel_values=images).logits, model.predict(images).trajectory), folder / "outputs.pt")
-"""
 
 
 @pytest.fixture
@@ -58,34 +43,16 @@ def states_equal(a: dict, b: dict) -> bool:
 # ---- the files
 
 
-def test_one_file_for_shared_parameters_and_one_for_each_block(saved):
-    model, folder = saved
-    assert sorted(path.name for path in folder.glob("*.safetensors")) == SHARDS
-    for file, block in zip(SHARDS, [None, 0, 1]):
-        expected = {key for key in model.state_dict() if model.block_of_parameter(key) == block}
-        assert set(load_file(folder / file)) == expected
-
-
-def test_index_maps_keys_and_blocks_to_files(saved):
+def test_one_file_for_shared_parameters_and_one_for_each_block_and_their_index(saved):
     model, folder = saved
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(model.state_dict())
     assert index["metadata"]["blocks"] == dict(zip(["shared", "0", "1"], SHARDS))
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in model.state_dict().values())
-
-
-def test_round_trip_in_a_fresh_process_is_bit_equal(plain_model, batch, tmp_path):
-    torch.save(batch["pixel_values"], tmp_path / "images.pt")
-    models = {}
-    for name, fields in FORMULATIONS.items():
-        models[name] = randomized(db.convert(plain_model, num_blocks=2, **fields)).eval()
-        models[name].save_pretrained(tmp_path / f"model-{name}")
-    subprocess.run([sys.executable, "-c", FRESH_PROCESS, str(tmp_path)], check=True, timeout=120)
-    for name, model in models.items():
-        logits, trajectory = torch.load(tmp_path / f"model-{name}" / "outputs.pt")
-        with torch.no_grad():
-            assert torch.equal(model(pixel_values=batch["pixel_values"]).logits, logits), name
-            assert torch.equal(model.predict(batch["pixel_values"]).trajectory, trajectory), name
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == SHARDS
+    for file, block in zip(SHARDS, [None, 0, 1]):
+        expected = {key for key in model.state_dict() if model.block_of_parameter(key) == block}
+        assert set(load_file(folder / file)) == expected
 
 
 def test_saving_again_with_other_blocks_leaves_no_stale_file(saved, plain_model):
@@ -97,13 +64,6 @@ def test_saving_again_with_other_blocks_leaves_no_stale_file(saved, plain_model)
         f"model-0000{i}-of-00005.safetensors" for i in range(1, 6)
     ]
     assert states_equal(type(other).from_pretrained(folder).state_dict(), other.state_dict())
-
-
-def test_other_files_of_the_folder_stay(saved):
-    model, folder = saved
-    (folder / "trainer_state.json").write_text("mine")
-    model.save_pretrained(folder)
-    assert (folder / "trainer_state.json").read_text() == "mine"
 
 
 def test_a_variant_is_refused(saved):
@@ -265,7 +225,7 @@ def test_a_process_killed_at_any_moment_leaves_one_whole_model(saved):
     other = randomized(copy.deepcopy(model))
     expected = [model.state_dict(), other.state_dict()]
     delay = random.Random(0)
-    for _ in range(15):
+    for _ in range(8):
         process = multiprocessing.get_context("fork").Process(target=_save_for_ever, args=([model, other], folder))
         process.start()
         time.sleep(0.1 + 0.2 * delay.random())
@@ -315,7 +275,7 @@ def _read_together(folders, barrier, faults):
 
 def test_readers_that_finish_a_save_together_do_not_disturb_one_another(interrupted):
     make, expected = interrupted
-    folders = [make(f"race-{number}") for number in range(100)]
+    folders = [make(f"race-{number}") for number in range(40)]
     context = multiprocessing.get_context("fork")
     barrier, faults = context.Barrier(4), context.SimpleQueue()
     readers = [context.Process(target=_read_together, args=(folders, barrier, faults)) for _ in range(4)]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -66,15 +64,6 @@ def test_a_bug_keeps_its_traceback(plain_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(convert, "convert", broken)
     with pytest.raises(KeyError, match="a bug"):
         main(["convert", str(plain_folder), str(tmp_path / "out")])
-
-
-def test_installed_command(plain_folder):
-    command = Path(sys.executable).with_name("diffusionblocks")
-    done = subprocess.run([command, "inspect", plain_folder], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"diffusionblocks inspect: error: {plain_folder} is not a DiffusionBlocks model")
 
 
 # ---- train

@@ -86,8 +86,6 @@ for name, use in json.loads(sys.argv[3]).items():
 print(json.dumps(ends))
 """
 COMMANDS = """
-from hf_diffusionblocks.cli import main
-
 for task in ("causal-lm", "finetune"):
     try:
         main(["train", task])
@@ -122,8 +120,8 @@ def test_others_are_those_of_the_extra_and_more():
 
 
 def test_the_library_alone_is_enough(tmp_path):
-    """To train, to be used by commands, and to say of what else it needs what that is."""
-    result = run(TRAINING + VERBS + USES, tmp_path, json.dumps({name: use for name, (use, _) in MISSING.items()}))
+    """To train, to be used by commands, and to say of what else it needs what that is; commands do, in one line."""
+    result = run(TRAINING + VERBS + COMMANDS + USES, tmp_path, json.dumps({name: use for name, (use, _) in MISSING.items()}))
     assert result.returncode == 0, result.stderr
     ends = json.loads(result.stdout.splitlines()[-1])
     for name, (_, package) in MISSING.items():
@@ -131,15 +129,11 @@ def test_the_library_alone_is_enough(tmp_path):
         assert end.startswith("hf_diffusionblocks.extras.MissingExtraError: "), name
         extra = "diffusers" if package == "diffusers" else "recipes"
         assert end.endswith(f" needs {package}: pip install hf-diffusionblocks[{extra}]"), name
-
-
-def test_the_command_names_what_is_missing_in_one_line():
-    result = run(COMMANDS)
     lines = [
         f"diffusionblocks train: error: a recipe needs {package}: pip install hf-diffusionblocks[{extra}]"
         for package, extra in (("datasets", "recipes"), ("trl", "sft"))
     ]
-    assert result.returncode == 0 and [line for line in result.stderr.splitlines() if " error: " in line] == lines
+    assert [line for line in result.stderr.splitlines() if " error: " in line] == lines
 
 
 def test_a_name_that_is_none_is_named():

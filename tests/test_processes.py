@@ -14,7 +14,8 @@ import psutil
 import pytest
 import torch
 from filelock import FileLock
-from process_scenarios import BATCH, DIT, GPT2, PROCESSES, RESUMED, SCENARIOS, STEPS, made, trainer_of
+from process_scenarios import BATCH, DIT, GPT2, PROCESSES, RESUMED, SCENARIOS, STEPS, STREAMED, made, trainer_of
+from streaming_models import assert_same
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.training.checks import check_processes
@@ -109,7 +110,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(outcomes, name):
         assert all(torch.equal(resumed[key], expected["state"][key]) for key in resumed)
 
 
-def test_killed_while_saving_and_resumed_is_the_uninterrupted_run(outcomes, tmp_path):
+def test_killed_while_saving_it_has_whole_checkpoints(tmp_path):
+    """From which a run goes on: see above."""
     name = "data parallel, text"
     run = launch(PROCESSES, str(SCRIPT), str(tmp_path), "--saving", name)
     folder = tmp_path / f"{name}-killed"
@@ -121,12 +123,10 @@ def test_killed_while_saving_and_resumed_is_the_uninterrupted_run(outcomes, tmp_
     for process in (*launcher.children(recursive=True), launcher):  # each worker has a session of its own
         process.send_signal(signal.SIGKILL)
     run.wait()
-    for path in folder.glob("checkpoint-*"):
+    assert (found := [*folder.glob("checkpoint-*")])
+    for path in found:
         assert {"optimizer.pt", "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= {p.name for p in path.iterdir()}
-    launched(PROCESSES, str(SCRIPT), str(tmp_path), "--saving", name)
-    for rank, expected in enumerate(outcome(outcomes, name)):
-        resumed = torch.load(tmp_path / f"{name}.killed.{rank}.pt", weights_only=True)
-        assert all(torch.equal(resumed[key], expected["state"][key]) for key in resumed)
+        db.DiffusionBlocksForCausalLM.from_pretrained(path)
 
 
 def test_the_saved_model_has_all_blocks(outcomes):
@@ -134,6 +134,14 @@ def test_the_saved_model_has_all_blocks(outcomes):
     model, expected = db.DiffusionBlocksForCausalLM.from_pretrained(outcomes / name), outcome(outcomes, name)[0]["averages"]
     assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
     assert sum(model.config.training_report["updates_per_block"]) == STEPS
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_two_processes_train_a_streamed_model_as_a_stock_one(name, outcomes):
+    """Gradients are averaged as in stock data parallelism, bit for bit."""
+    stock, *streamed = (torch.load(outcomes / f"{name}-{end}.pt") for end in ("False-0", "True-0", "True-1"))
+    for each in streamed:
+        assert_same(stock, each)
 
 
 # ---- what is refused

@@ -9,7 +9,6 @@ import torch
 from conftest import randomized
 from families import RECURRENT, VOCAB
 from peft import LoraConfig, get_peft_model
-from text_models import logits_in_another_process
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 
@@ -52,10 +51,8 @@ def by_hand(plain, ids, state, num_steps: int, without_gradient: int = 0) -> tor
     return plain.lm_head(model.norm(state))
 
 
-def test_importing_the_package_is_all_that_the_auto_classes_need(plain, ids, tmp_path):
-    """In another process, bit for bit; the state's noise included."""
+def test_a_saved_config_is_what_it_was(plain, tmp_path):
     plain.save_pretrained(tmp_path)
-    assert torch.equal(logits_in_another_process(tmp_path, ids), plain(ids).logits)
     assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == plain.config.to_diff_dict() | {"dtype": "float32"}
 
 

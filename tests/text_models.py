@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -37,19 +35,6 @@ def joint(request) -> dict:
 def plain(text_config):
     torch.manual_seed(0)
     return randomized(AutoModelForCausalLM.from_config(text_config)).eval()
-
-
-def logits_in_another_process(folder, ids: torch.Tensor, **arguments) -> torch.Tensor:
-    """Of a saved model, where nothing but the package is imported."""
-    torch.save((ids, arguments), folder / "inputs.pt")
-    code = (
-        "import sys, torch, hf_diffusionblocks; from transformers import AutoModelForCausalLM\n"
-        "torch.set_num_threads(1); model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "ids, arguments = torch.load(sys.argv[1] + '/inputs.pt')\n"
-        "torch.save(model(ids, **arguments).logits, sys.argv[1] + '/logits.pt')"
-    )
-    subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
-    return torch.load(folder / "logits.pt")
 
 
 def make(plain, **fields) -> db.DiffusionBlocksForCausalLM:
