@@ -83,13 +83,10 @@ def test_one_block_is_loaded_from_its_own_file(saved, block_index, tmp_path):
     for name in ("model.safetensors.index.json", file):
         shutil.copy(folder / name, alone / name)
     state = db.load_block_state_dict(alone, block_index)
+    with pytest.raises(ValueError, match="block_index=2 must be one of 0, 1, shared"):
+        db.load_block_state_dict(alone, 2)
     expected = {k: v for k, v in model.state_dict().items() if model.block_of_parameter(k) == block_index}
     assert states_equal(state, expected)
-
-
-def test_a_block_that_does_not_exist_is_named(saved):
-    with pytest.raises(ValueError, match="block_index=2 must be one of 0, 1, shared"):
-        db.load_block_state_dict(saved[1], 2)
 
 
 def test_a_plain_checkpoint_has_no_blocks(plain_model, tmp_path):
@@ -101,7 +98,16 @@ def test_a_plain_checkpoint_has_no_blocks(plain_model, tmp_path):
 # ---- damage
 
 
-@pytest.mark.parametrize("load", [AutoModelForImageClassification, db.DiffusionBlocksForImageClassification])
+READERS = {
+    "whole": AutoModelForImageClassification.from_pretrained,
+    "part": lambda folder: db.DiffusionBlocksForImageClassification.from_pretrained(folder, resident_blocks=[1]),
+    "block": lambda folder: db.load_block_state_dict(folder, 1),
+    "merge": lambda folder: db.merge_blocks([folder], folder.parent / "merged"),
+    "inspect": lambda folder: describe(str(folder)),
+}
+
+
+@pytest.mark.parametrize("reader", ["whole", "merge", "inspect"])
 @pytest.mark.parametrize("shard", SHARDS)
 @pytest.mark.parametrize(
     "damage, message",
@@ -114,10 +120,10 @@ def test_a_plain_checkpoint_has_no_blocks(plain_model, tmp_path):
     ],
     ids=["missing", "truncated", "header cut", "empty", "garbage"],
 )
-def test_a_damaged_shard_is_named(saved, load, shard, damage, message):
+def test_a_damaged_shard_is_named(saved, reader, shard, damage, message):
     damage(saved[1] / shard)
     with pytest.raises(OSError, match=f"{shard} {message}"):
-        load.from_pretrained(saved[1])
+        READERS[reader](saved[1])
 
 
 @pytest.mark.parametrize("resident", [None, [0]], ids=["whole", "part"])
@@ -139,17 +145,7 @@ def test_a_config_that_says_another_cut_than_the_files_is_refused(plain_model, e
     [b"{", b"", b"\xff\xfe{", b"[]", b"{}", b'{"weight_map": {}}', b'{"weight_map": [], "metadata": {}}',
      b'{"weight_map": {}, "metadata": {"blocks": ["0"]}}'],
 )  # fmt: skip
-@pytest.mark.parametrize(
-    "read",
-    [
-        AutoModelForImageClassification.from_pretrained,
-        lambda folder: db.DiffusionBlocksForImageClassification.from_pretrained(folder, resident_blocks=[1]),
-        lambda folder: db.load_block_state_dict(folder, 1),
-        lambda folder: db.merge_blocks([folder], folder.parent / "merged"),
-        lambda folder: describe(str(folder)),
-    ],
-    ids=["whole", "part", "block", "merge", "inspect"],
-)
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
 def test_a_damaged_index_is_named(saved, read, damaged):
     index = saved[1] / "model.safetensors.index.json"
     index.write_bytes(damaged)

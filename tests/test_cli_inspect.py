@@ -47,23 +47,6 @@ def test_inspect_json_is_the_models_own(saved, capsys):
     assert found["training_report"] is None
 
 
-def test_inspect_takes_a_file_of_options(plain_model, tmp_path, capsys):
-    model = db.convert(plain_model, num_blocks=4, preset="paper", overlap=0.2, num_inference_steps=7)
-    model.save_pretrained(tmp_path / "model")
-    (tmp_path / "options.yaml").write_text("json: true")
-    main(["inspect", str(tmp_path / "model"), "--config", str(tmp_path / "options.yaml")])
-    found = json.loads(capsys.readouterr().out)
-    check_description(found, model, tmp_path / "model")
-    assert (found["formulation"]["overlap"], found["formulation"]["num_inference_steps"]) == (0.2, 7)
-
-
-def test_inspect_of_blocks_without_noise_has_no_levels(plain_model, tmp_path, capsys):
-    db.convert(plain_model, num_blocks=2).save_pretrained(tmp_path)
-    main(["inspect", str(tmp_path)])
-    header = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("block"))
-    assert header.split() == ["block", "layers", "parameters", "file", "bytes"]
-
-
 def test_inspect_prints_table_formulation_and_report(plain_model, tmp_path, capsys):
     model = db.convert(plain_model, num_blocks=2, preset="paper")
     model.config.training_report = {"results": {"eval_accuracy": 0.5}, "steps": 12}
@@ -129,15 +112,6 @@ def test_inspect_without_the_hub_names_model_and_file(blocks_folder, monkeypatch
     monkeypatch.setattr(inspect, "cached_file", lambda source, file: str(blocks_folder / file))
     line = fail("inspect", "nobody/nothing")[1]  # the config is in the cache, its weights are not
     assert "nobody/nothing: the header of model-00001-of-00003.safetensors cannot be read: " in line
-
-
-def test_inspect_names_the_truncated_shard(blocks_folder, fail):
-    shard = blocks_folder / "model-00002-of-00003.safetensors"
-    os.truncate(shard, shard.stat().st_size - 1)
-    status, line = fail("inspect", blocks_folder)
-    assert (status, f"{shard} is truncated" in line) == (1, True), line
-    shard.unlink()
-    assert f"{shard} is missing" in fail("inspect", blocks_folder)[1]
 
 
 def test_inspect_names_what_is_wrong_with_config_or_index(blocks_folder, fail):

@@ -198,12 +198,6 @@ def test_an_estimate_counts_them():
 # ---- refused
 
 
-@pytest.mark.parametrize("decay", [0.0, 1.0, -0.1])
-def test_a_decay_is_between_0_and_1(decay, tmp_path):
-    with pytest.raises(ValueError, match=f"ema_decay={decay} must be above 0 and below 1, or None"):
-        trainer_of(TEXT.model(), TEXT, tmp_path, ema_decay=decay)
-
-
 def test_a_checkpoint_without_averages_or_with_others_is_refused(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     trained(TEXT, tmp_path, ema_decay=None, **saving)

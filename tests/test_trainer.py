@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import NUM_LABELS
-from transformers import TrainerCallback, TrainingArguments, ViTForImageClassification
+from transformers import TrainerCallback, TrainingArguments
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.training import BlockSchedule
@@ -142,8 +142,10 @@ def test_a_schedule_that_is_no_function_of_the_step_is_refused(plain_model, tmp_
 # ---- logs, evaluation
 
 
-def test_logs_hold_a_loss_for_each_block(plain_model, tmp_path):
-    trainer = make_trainer(db.convert(plain_model, 2, preset="paper"), tmp_path, updates_per_block=2, logging_steps=2)
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_logs_hold_a_loss_for_each_block(micro_batches, plain_model, tmp_path):
+    arguments = {"updates_per_block": 2, "logging_steps": 2, "gradient_accumulation_steps": micro_batches}
+    trainer = make_trainer(db.convert(plain_model, 2, preset="paper"), tmp_path, **arguments)
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(entries) == 2
@@ -151,33 +153,7 @@ def test_logs_hold_a_loss_for_each_block(plain_model, tmp_path):
         assert (entry["loss_block_0"] + entry["loss_block_1"]) / 2 == pytest.approx(entry["loss"], abs=1e-4)
 
 
-def test_block_losses_are_means_over_micro_batches(plain_model, tmp_path):
-    trainer = make_trainer(
-        db.convert(plain_model, 2, preset="paper"), tmp_path, max_steps=2, logging_steps=2, gradient_accumulation_steps=4
-    )
-    trainer.train()
-    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    assert (entry["loss_block_0"] + entry["loss_block_1"]) / 2 == pytest.approx(entry["loss"], abs=1e-4)
-
-
-def test_training_evaluates_and_goes_on(plain_model, tmp_path):
-    model = db.convert(plain_model, 2, preset="paper")
-    trainer = make_trainer(model, tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2)
-    trainer.train()
-    assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 2
-
-
 # ---- resume
-
-
-def test_resume_from_a_damaged_checkpoint_names_the_shard(plain_model, tmp_path):
-    arguments = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    make_trainer(db.convert(plain_model, 2, preset="paper"), tmp_path, **arguments).train()
-    (tmp_path / "checkpoint-2" / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(OSError, match="checkpoint-2/model-00002-of-00003.safetensors is missing"):
-        make_trainer(db.convert(plain_model, 2, preset="paper"), tmp_path, **arguments).train(
-            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
-        )
 
 
 def test_best_model_is_loaded_at_the_end(plain_model, tmp_path):
@@ -193,13 +169,33 @@ def test_best_model_is_loaded_at_the_end(plain_model, tmp_path):
 # ---- bad input
 
 
+def test_resume_from_a_damaged_checkpoint_names_the_shard(plain_model, tmp_path):
+    arguments = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(db.convert(plain_model, 2, preset="paper"), tmp_path, **arguments).train()
+    (tmp_path / "checkpoint-2" / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(OSError, match="checkpoint-2/model-00002-of-00003.safetensors is missing"):
+        make_trainer(db.convert(plain_model, 2, preset="paper"), tmp_path, **arguments).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
+
+
+def test_a_plain_model_or_plain_arguments_are_refused(plain_model, tmp_path):
+    args = db.DiffusionBlocksTrainingArguments(output_dir=str(tmp_path))
+    with pytest.raises(TypeError, match="model=ViTForImageClassification must be a DiffusionBlocks model"):
+        db.DiffusionBlocksTrainer(model=plain_model, args=args)
+    with pytest.raises(TypeError, match="args=TrainingArguments must be DiffusionBlocksTrainingArguments"):
+        db.DiffusionBlocksTrainer(
+            model=db.convert(plain_model, 2, preset="paper"), args=TrainingArguments(output_dir=str(tmp_path))
+        )
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ({"block_schedule": "round-robin"}, "block_schedule='round-robin' must be one of None, 'random', 'together'"),
         ({"updates_per_block": 0}, r"updates_per_block=0 must be a whole number from 1, or None"),
         ({"updates_per_block": 1.5}, r"updates_per_block=1.5 must be a whole number from 1, or None"),
-        ({"ema_decay": "0.9"}, r"ema_decay='0.9' must be above 0 and below 1"),
+        *(({"ema_decay": decay}, f"ema_decay={decay!r} must be above 0 and below 1") for decay in ("0.9", 0.0, 1.0)),
         ({"updates_per_block": 3, "max_steps": 6}, r"updates_per_block=3 and max_steps=6 both"),
     ],
 )
@@ -221,13 +217,3 @@ def test_several_devices_in_one_process_are_refused(plain_model, tmp_path):
     args._n_gpu = 2  # what the arguments find on a machine with two GPUs, without a launcher
     with pytest.raises(ValueError, match="2 devices in one process cannot .* `accelerate launch`"):
         db.DiffusionBlocksTrainer(model=db.convert(plain_model, 2, preset="paper"), args=args)
-
-
-def test_a_plain_model_or_plain_arguments_are_refused(plain_model, tmp_path):
-    args = db.DiffusionBlocksTrainingArguments(output_dir=str(tmp_path))
-    with pytest.raises(TypeError, match="model=ViTForImageClassification must be a DiffusionBlocks model"):
-        db.DiffusionBlocksTrainer(model=plain_model, args=args)
-    with pytest.raises(TypeError, match="args=TrainingArguments must be DiffusionBlocksTrainingArguments"):
-        db.DiffusionBlocksTrainer(
-            model=db.convert(plain_model, 2, preset="paper"), args=TrainingArguments(output_dir=str(tmp_path))
-        )

@@ -231,12 +231,6 @@ def test_a_checkpoint_of_another_model_is_not_resumed(fields, tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
-def test_a_model_that_is_made_later_is_refused(tmp_path):
-    args = db.DiffusionBlocksTrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
-    with pytest.raises(ValueError, match="model_init must be None"):
-        db.DiffusionBlocksTrainer(args=args, model_init=TEXT.model)
-
-
 # ---- losses of one's own
 
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])
