@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import (
-    BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig,
+    LlamaConfig, LlamaForCausalLM, MixtralConfig,
     MixtralForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel, T5Config, T5ForConditionalGeneration, ViTConfig,
     ViTForImageClassification,
 )  # fmt: skip
@@ -28,21 +28,8 @@ def llama(**fields) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **SPECIAL, **fields}))
 
 
-def _gpt2() -> GPT2LMHeadModel:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=4, n_head=4, n_positions=32, **SPECIAL))
-
-
 def _openai_gpt() -> OpenAIGPTLMHeadModel:
     return OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=4, n_head=4, n_positions=32))
-
-
-def _bert() -> BertForMaskedLM:
-    return BertForMaskedLM(
-        BertConfig(
-            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64,
-            max_position_embeddings=32,
-        )
-    )  # fmt: skip
 
 
 def _t5() -> T5ForConditionalGeneration:
@@ -95,9 +82,7 @@ class StockModel:
 MODELS = {
     "llama": StockModel(llama),
     "llama, tied": StockModel(llama, fields={"tie_word_embeddings": True}),
-    "gpt2": StockModel(_gpt2),
     "mixtral": StockModel(_mixtral),
-    "bert": StockModel(_bert),
     "t5": StockModel(_t5),
     "vit": StockModel(_vit, _images),
     "openai-gpt, checkpoints nothing": StockModel(_openai_gpt),

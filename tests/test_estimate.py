@@ -39,6 +39,13 @@ OTHERS = {"local head": {"preset": "recommended", "local_head_layers": 1}}
 OTHER_WAYS = {way.name: way for way in ways_of_blocks(TEXT, OTHERS) if way.job}
 
 
+@pytest.fixture(scope="module")
+def tiny() -> db.MemoryEstimate:
+    """Of all that can be asked."""
+    asked = {"ema": True, "bf16": True, "keep": 1, "bandwidth": "10GB/s", "tflops": 50, "budget": "1 TiB"}
+    return db.estimate_memory(TINY, 2, 3, 24, preset="recommended", local_head_layers=0, **asked)
+
+
 def estimated(way: Way, workload: Workload) -> db.Ledger:
     return ledger_of(way, workload, FakeTensorMode(allow_non_fake_inputs=True))
 
@@ -108,15 +115,14 @@ def test_what_is_too_large_to_allocate_is_estimated():
     assert estimate.ledgers["paper: job, shared part frozen"].parts.blocks == layer
 
 
-def test_the_budget_is_met_by_the_smallest_number_of_blocks():
+def test_the_budget_is_met_by_the_smallest_number_of_blocks(tiny):
     way = WAYS["recommended: job, own embeddings and head, around the earlier blocks"]
     totals = {blocks: estimated(way, Workload(GPT2, blocks, 3, 24)).total for blocks in (1, 2, 4)}
     assert totals[1] > totals[2] > totals[4]
     for budget, expected in ((totals[2], 2), (totals[2] - 1, 4), (totals[4] - 1, None)):
         assert smallest_number_of_blocks(way, Workload(GPT2, 3, 3, 24), budget) == expected
-    estimate = db.estimate_memory(TINY, 2, 3, 24, budget="1 TiB", preset="recommended", local_head_layers=0)
-    assert set(estimate.fitting.values()) == {1}
-    assert "fits 1 TiB" in str(estimate) and str(estimate).count("yes") == len(estimate.ledgers)
+    assert set(tiny.fitting.values()) == {1}
+    assert "fits 1 TiB" in str(tiny) and str(tiny).count("yes") == len(tiny.ledgers)
 
 
 def test_a_diffusionblocks_model_is_estimated_as_it_is():
@@ -219,9 +225,12 @@ def test_the_command_reads_a_model_of_diffusers(asked, tmp_path):
     assert config.to_dict() == CASES["dit"].config.to_dict()
 
 
-def test_a_tiny_model_s_table_says_something():
-    """In KiB, where MiB would be 0 everywhere."""
-    estimate = db.estimate_memory(TINY, 2, 3, 24, ema=True, preset="recommended", local_head_layers=0)
+def test_a_tiny_model_s_table_says_something(tiny):
+    """In KiB, where MiB would be 0 everywhere; with bandwidth and speed."""
+    estimate, printed = tiny, " ".join(str(tiny).split())
+    for heading in ("host", "copying, s (10 GB/s)", "AdamW on the host, s", "copies hidden from batch size (50 TFLOPS)"):
+        assert f"| {heading} |" in printed
+    assert "float32, computing in bfloat16" in printed
     table = str(estimate).split("\n\n")[1]
     header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
     assert header[0] == "KiB"

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from families import MODERNBERT
-from job_models import CARRIED, CONFIGS, FORMULATIONS, INDEPENDENT, made, same_weights, trained
+from job_models import CARRIED, CONFIGS, INDEPENDENT, made, same_weights, trained
 from job_models import config, fields, images, texts  # noqa: F401
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -96,14 +95,6 @@ def test_a_saved_model_is_loaded_in_part(config, fields, tmp_path):
     assert not part.training
 
 
-def test_a_part_is_saved_and_loaded(config, fields, tmp_path):
-    part = made(config, fields, resident_blocks=[1])
-    part.save_pretrained(tmp_path)
-    again = type(part).from_pretrained(tmp_path, resident_blocks=[1])
-    assert again.state_dict().keys() == part.state_dict().keys()
-    assert same_weights(again.state_dict(), part.state_dict())
-
-
 def test_a_part_is_not_loaded_as_the_whole(tmp_path):
     made(CONFIGS["gpt2"], CARRIED, resident_blocks=[1]).save_pretrained(tmp_path)
     logging.set_verbosity_error()  # Transformers would list the missing weights, too
@@ -171,21 +162,6 @@ def test_what_the_plain_model_does_not_tie_is_not_tied():
 # ---- training
 
 
-def test_a_job_trains_its_block_as_the_whole_model_would(texts, tmp_path):
-    whole, part = made(CONFIGS["gpt2"], INDEPENDENT), made(CONFIGS["gpt2"], INDEPENDENT, resident_blocks=[1])
-    trained(whole, tmp_path / "whole", texts, train_blocks=[1])
-    trained(part, tmp_path / "part", texts)
-    assert same_weights(part.state_dict(), whole.state_dict())
-
-
-def test_frozen_shared_parameters_stay(texts, tmp_path):
-    model = made(CONFIGS["gpt2"], FORMULATIONS["carried"])
-    shared = [parameter.clone() for parameter in model.shared_parameters()]
-    trainer = trained(model, tmp_path, texts, train_blocks=[0], train_shared=False)
-    assert all(map(torch.equal, shared, model.shared_parameters()))
-    assert {group["block"] for group in trainer.optimizer.param_groups} == {0}
-
-
 def test_statistics_of_shared_batch_norms_stay_so_that_jobs_can_be_merged(tmp_path):
     """MobileNetV2 has some before its stages, and after them."""
     plain = tiny_model("image-classification", "mobilenet_v2")
@@ -211,21 +187,6 @@ def test_a_job_evaluates_the_label_free_loss_of_its_block(texts, tmp_path):
     logits = part.blocks[0].head(part.blocks[0].run_stock({"input_ids": tokens}).read[:, :-1].flatten(0, 1))
     expected = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
     assert loss == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_an_interrupted_job_resumes_bit_equal(texts, tmp_path):
-    whole = made(CONFIGS["gpt2"], INDEPENDENT, [1])
-    trained(whole, tmp_path / "whole", texts)
-    args = db.DiffusionBlocksTrainingArguments(
-        str(tmp_path / "cut"), updates_per_block=3, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True,
-        report_to=[], disable_tqdm=True, save_steps=2,
-    )  # fmt: skip
-    db.DiffusionBlocksTrainer(model=made(CONFIGS["gpt2"], INDEPENDENT, [1]), args=args, train_dataset=texts).train()
-    torch.manual_seed(5)  # other fresh weights: all come from the checkpoint
-    resumed = db.convert(CONFIGS["gpt2"], 2, resident_blocks=[1], **INDEPENDENT)
-    trainer = db.DiffusionBlocksTrainer(model=resumed, args=args, train_dataset=texts)
-    trainer.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
-    assert same_weights(resumed.state_dict(), whole.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_autocast_computes_in_bf16(case, tmp_path):
     assert {parameter.dtype for parameter in half.model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", ["gpt2-carried", "llama-carried", "vit-joint"])
+@pytest.mark.parametrize("name", ["gpt2-carried", "vit-joint"])
 def test_one_graph_serves_the_layers_of_all_blocks(name, tmp_path):
     """One that trains, one that runs forward for later blocks: not one a layer or a block."""
     source, fields, _ = CASES[name]
@@ -71,11 +71,4 @@ def test_one_graph_serves_the_layers_of_all_blocks(name, tmp_path):
     trainer.train()
     assert 1 <= counter.frame_count <= 3
     assert losses(trainer) == pytest.approx(losses(trained(case, tmp_path)), abs=1e-4)
-
-
-def test_the_argument_compiles_layers(tmp_path):
-    case = CASES["gpt2-carried"]
-    compiled = trained(case, tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
-    assert losses(compiled) == pytest.approx(losses(trained(case, tmp_path)), abs=1e-4)
-    assert all("forward" in vars(layer) for layer in compiled.model.layers)
-    assert compiled.model_wrapped is compiled.model  # not compiled as a whole
+    assert trainer.model_wrapped is trainer.model  # not compiled as a whole

@@ -27,32 +27,15 @@ OTHERS = {
     "mixtral": MixtralConfig(**LAYERS | {"num_hidden_layers": 2}, num_key_value_heads=2, vocab_size=307, num_local_experts=4),
     "swin": SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[2, 1], num_heads=[2, 2], window_size=4),
     "hgnet_v2": HGNetV2Config(  # convolutions alone
-        embedding_size=8,
-        depths=[1, 1],
-        hidden_sizes=[16, 32],
-        stem_channels=[3, 8, 8],
-        stage_in_channels=[8, 16],
-        stage_mid_channels=[8, 8],
-        stage_out_channels=[16, 32],
-        stage_num_blocks=[1, 1],
-        stage_numb_of_layers=[1, 1],
-        stage_downsample=[False, True],
-        stage_light_block=[False, False],
-        stage_kernel_size=[3, 3],
-        image_size=32,
+        embedding_size=8, depths=[1, 1], hidden_sizes=[16, 32], stem_channels=[3, 8, 8], stage_in_channels=[8, 16],
+        stage_mid_channels=[8, 8], stage_out_channels=[16, 32], stage_num_blocks=[1, 1], stage_numb_of_layers=[1, 1],
+        stage_downsample=[False, True], stage_light_block=[False, False], stage_kernel_size=[3, 3], image_size=32,
     ),
     "hrm_text": HrmTextConfig(  # whose layers repeat
-        hidden_size=64,
-        intermediate_size=128,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=307,
-        num_layers_per_stack=1,
-        H_cycles=1,
-        L_cycles=2,
-    ),  # fmt: skip
-}
+        hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=307,
+        num_layers_per_stack=1, H_cycles=1, L_cycles=2,
+    ),
+}  # fmt: skip
 IMAGES = (HGNetV2Config, SwinConfig)
 EVERYTHING, IN_BACKWARD, ADAPTERS = ways_of_streams()
 DTYPES = {"float32": {}, "bfloat16": {"dtype": torch.bfloat16}, "masters": {"bf16": True}}
@@ -240,11 +223,3 @@ def test_operations_are_those_of_products_of_matrices():
     with Operations() as operations:
         (first @ second).sum().backward()
     assert operations.total == 3 * 2 * 10 * 20 * 30
-
-
-def test_the_table_has_bandwidth_and_speed():
-    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=307, n_positions=64)
-    printed = str(db.estimate_memory(config, 2, 1, 24, bf16=True, keep=1, bandwidth="10GB/s", tflops=50, preset="recommended"))
-    for heading in ("host", "copying, s (10 GB/s)", "AdamW on the host, s", "copies hidden from batch size (50 TFLOPS)"):
-        assert f"| {heading} |" in " ".join(printed.split())
-    assert "float32, computing in bfloat16" in printed

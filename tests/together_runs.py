@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from process_scenarios import DIT, GPT2, LLAMA, VIT, rows, trainer_of
+from process_scenarios import DIT, GPT2, VIT, rows, trainer_of
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hf_diffusionblocks as db
 
 B, STEPS = 4, 5
 CARRIED = {"num_blocks": B, "preset": "recommended", "local_head_layers": 0}
-SOURCES = {"gpt2": GPT2, "llama": LLAMA, "vit": VIT}
+SOURCES = {"gpt2": GPT2, "vit": VIT}
 TOGETHER = {"block_schedule": "together"}
 #: (Without its epsilon, AdamW makes signs of what is nearly nothing.)
 UNCLIPPED = {"max_grad_norm": 0.0, "adam_epsilon": 1e-3}
