@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import sys
@@ -14,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 import datasets
 import pytest
 import torch
+from process_scenarios import VIT
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
@@ -83,10 +85,7 @@ def formulation(request) -> dict:
 
 @pytest.fixture
 def plain_config() -> ViTConfig:
-    return ViTConfig(
-        num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, image_size=8, patch_size=4,
-        num_channels=1, num_labels=NUM_LABELS,
-    )  # fmt: skip
+    return copy.deepcopy(VIT)
 
 
 @pytest.fixture

@@ -5,30 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
-from transformers import GPT2Config, LlamaConfig, ViTConfig
+from process_scenarios import GPT2, LLAMA, VIT
 
 import hf_diffusionblocks as db
 
-CONFIGS = {
-    "gpt2": GPT2Config(
-        n_layer=4, n_embd=32, n_head=2, vocab_size=64, n_positions=16, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0
-    ),
-    "llama": LlamaConfig(
-        num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=64,
-        max_position_embeddings=16,
-    ),
-    "vit": ViTConfig(
-        num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, image_size=8, patch_size=4,
-        num_channels=1, num_labels=5,
-    ),
-}  # fmt: skip
+CONFIGS = {"gpt2": GPT2, "llama": LLAMA, "vit": VIT}
 FORMULATIONS = {
     "paper": {},
     "paper-own": {"shared": "per_block"},
     "carried": {"preset": "recommended", "local_head_layers": 0},
     "carried-own": {"preset": "recommended", "local_head_layers": 0, "shared": "per_block"},
 }
-INDEPENDENT = {"preset": "paper", "shared": "per_block"}
 CARRIED = {"preset": "recommended", "local_head_layers": 0, "shared": "per_block"}
 
 
@@ -54,11 +41,6 @@ def images() -> Dataset:
     return Dataset.from_dict(
         {"pixel_values": torch.randn(16, 1, 8, 8, generator=generator).tolist(), "labels": [k % 5 for k in range(16)]}
     )
-
-
-def made(source, fields: dict, resident_blocks=None):
-    torch.manual_seed(0)
-    return db.convert(source, resident_blocks=resident_blocks, **{"num_blocks": 2, "preset": "paper", **fields})
 
 
 def trained(model, folder, texts, saves: bool = True, **arguments):

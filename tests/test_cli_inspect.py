@@ -155,13 +155,6 @@ def test_card_is_the_one_of_the_save(saved, capsys):
     assert "optimizer steps: 77" in card.read_text()
 
 
-def test_card_to_stdout_writes_nothing(blocks_folder, capsys):
-    before = contents(blocks_folder)
-    main(["card", "--stdout", str(blocks_folder)])
-    assert capsys.readouterr().out.strip() == (blocks_folder / "README.md").read_text().strip()
-    assert contents(blocks_folder) == before
-
-
 def test_card_of_a_person_is_kept_unless_forced(blocks_folder, capsys):
     card = blocks_folder / "README.md"
     card.write_text("# Mine\n")

@@ -89,11 +89,6 @@ def test_attention_implementation_is_the_source_s(plain_model):
     assert model.backbone.config._attn_implementation == "eager"
 
 
-def test_task_is_taken_from_the_source_or_named(plain_config):
-    for task in (None, "image-classification"):
-        assert isinstance(db.convert(plain_config, 2, task=task, preset="paper"), db.DiffusionBlocksForImageClassification)
-
-
 @pytest.mark.parametrize(
     "source, fields, error, message",
     [

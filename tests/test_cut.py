@@ -18,8 +18,6 @@ from transformers import (
     LlamaForCausalLM,
     SwinConfig,
     SwinForImageClassification,
-    Trainer,
-    TrainingArguments,
 )
 
 import hf_diffusionblocks as db
@@ -70,33 +68,6 @@ def test_blocks_are_the_stock_model_there_and_back(mapping, name):
 @pytest.mark.parametrize(("mapping", "name"), REFUSED)
 def test_what_cannot_be_cut_is_refused(mapping, name):
     assert REFUSED[mapping, name] in breadth_cut.tried(mapping, name)
-
-
-@pytest.mark.parametrize(("mapping", "name"), [("causal-lm", "gemma2"), ("sequence-classification", "distilbert")])
-@pytest.mark.parametrize("schedule", ["together", "random"])
-def test_one_block_trains_as_the_stock_model_does(mapping, name, schedule, tmp_path):
-    """Ten steps of the Trainers: the same weights. (Adam would make much of what rounds otherwise.)"""
-    stock, task = tiny_model(mapping, name), breadth_cut.MAPPINGS[mapping][0]
-    model = db.convert(stock, 1, task)
-    rows = TASKS[task].example(stock.config, 20, 8)
-    data = [{key: tensor[row] for key, tensor in rows.items()} for row in range(20)]
-    arguments = dict(
-        per_device_train_batch_size=4, learning_rate=0.1, optim="sgd", weight_decay=0.1, max_grad_norm=0, report_to=[],
-        use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=10,
-    )  # fmt: skip
-    Trainer(stock, TrainingArguments(str(tmp_path), **arguments), train_dataset=data).train()
-    ours = db.DiffusionBlocksTrainingArguments(str(tmp_path), block_schedule=schedule, **arguments)
-    db.DiffusionBlocksTrainer(model, ours, train_dataset=data).train()
-    for name, parameter in model.to_plain().named_parameters():
-        assert torch.allclose(parameter, stock.get_parameter(name), atol=2e-6), name
-
-
-@torch.no_grad()
-def test_text_is_generated_as_the_stock_model_does():
-    stock = tiny_model("causal-lm", "gemma2").eval()
-    model, prompt = db.convert(stock, 2), torch.arange(1, 6)[None]
-    options = {"max_new_tokens": 8, "do_sample": False}
-    assert torch.equal(model.generate(prompt, **options), stock.generate(prompt, **options))
 
 
 @torch.no_grad()

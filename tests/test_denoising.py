@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from scipy import stats
 from torch.nn import functional as F
 
 from hf_diffusionblocks import NoiseSchedule
-from hf_diffusionblocks.diffusion.gaussian import edm_loss_weight, euler_step, precondition
+from hf_diffusionblocks.diffusion.gaussian import edm_loss_weight, precondition
 from hf_diffusionblocks.diffusion.randomness import noise_of_positions, noise_of_rows
 from hf_diffusionblocks.diffusion.samplers import hard_bridge, soft_bridge, walk
 
@@ -42,12 +41,6 @@ def test_bridges():
     assert torch.equal(hard_bridge(logits, targets), targets[:1])
 
 
-def test_euler_step_ends():
-    z, denoised = torch.randn(2, 8), torch.randn(2, 8)
-    assert torch.equal(euler_step(z, denoised, 2.0, 2.0), z)
-    assert torch.equal(euler_step(z, denoised, 2.0, 0.0), denoised)
-
-
 def test_euler_walk_follows_the_exact_ode_of_one_target():
     """With one class the ODE's solution is z(s) = e + s/sigma_max (z - e): Euler is exact on it, at any T."""
     target = unit_targets(1)
@@ -76,34 +69,6 @@ def test_a_soft_walk_approaches_the_prior_only_with_many_steps():
     assert (few - PRIOR).abs().max() > 0.1
 
 
-def test_walk_evaluates_every_level_but_the_last():
-    steps = []
-    sigmas = NoiseSchedule(2).inference_sigmas(5)
-    noise = noise_of_rows(3, unit_targets().shape[1], 0, None, torch.device("cpu"))
-    walk(lambda z, step: steps.append(step) or torch.zeros(3, 4), unit_targets(), sigmas, noise, soft_bridge)
-    assert steps == list(range(len(sigmas) - 1))
-
-
-def test_walk_returns_the_logits_of_its_last_evaluation():
-    evaluations = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
-    noise = noise_of_rows(3, unit_targets().shape[1], 0, None, torch.device("cpu"))
-    sigmas = NoiseSchedule(2).inference_sigmas(5)
-    logits, _ = walk(lambda z, step: evaluations[step], unit_targets(), sigmas, noise, soft_bridge)
-    assert torch.equal(logits, evaluations[-1])
-
-
-def test_euler_walk_goes_where_the_bridge_points():
-    """Always to target 2, whatever the logits say."""
-
-    def bridge(logits, targets):
-        return targets[2].expand(len(logits), -1)
-
-    targets, sigmas = unit_targets(), NoiseSchedule(2).inference_sigmas(5)
-    noise = noise_of_rows(3, unit_targets().shape[1], 0, None, torch.device("cpu"))
-    _, z = walk(lambda z, step: torch.zeros(3, 4), targets, sigmas, noise, bridge)
-    assert torch.cdist(z, targets).argmin(-1).tolist() == [2, 2, 2]
-
-
 def test_keyed_noise_is_equal_for_all_rows_and_leaves_the_global_generator_alone():
     state = torch.get_rng_state()
     first, second = (noise_of_rows(3, 8, 7, None, torch.device("cpu")) for _ in range(2))
@@ -124,12 +89,6 @@ def test_position_noise_is_a_function_of_position_however_positions_are_asked_fo
     together = drawn(positions)
     assert torch.equal(together, torch.cat([drawn([position]) for position in positions]))
     assert torch.equal(together, drawn(positions[::-1]).flip(0))
-
-
-def test_position_noise_is_equal_for_rows_at_the_same_position():
-    noise = drawn([3, 3, 4])
-    assert torch.equal(noise[0], noise[1])
-    assert not torch.equal(noise[0], noise[2])
 
 
 def test_position_noise_differs_between_seeds():

@@ -8,18 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import randomized
 from families import CASES, TEXT_CONFIGS, Case, same, trainer_of
 from process_scenarios import GPT2, INDEPENDENT, made
 from process_scenarios import trainer_of as trainer_of_scenario
 from safetensors.torch import load_file
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.memory.scenarios import ledger_of
 from hf_diffusionblocks.memory.ways import Way, Workload
-from hf_diffusionblocks.training.averages import FILE, WeightAverages
+from hf_diffusionblocks.training.averages import FILE
 
 DECAY = 0.3  # the warm-up's decay, (1 + n) / (10 + n), reaches it at the third update
 CARRIED = {"preset": "recommended", "local_head_layers": 0}
@@ -123,25 +121,6 @@ def test_of_a_streamed_model_they_are_the_same_and_take_no_memory_of_the_device(
     own = sum(parameter.nbytes for parameter in kept.model.parameters())
     assert {ledger.parts.averages for ledger in kept.ledgers.values()} == {own}
     assert max(ledger.parts.averages for ledger in trainer.ledgers.values()) < own / 20
-
-
-def test_a_run_that_dies_in_a_save_and_is_resumed_has_those_of_the_uninterrupted_one(tmp_path, monkeypatch):
-    def dies(self, folder):
-        save(self, folder)
-        if self._trainer.state.global_step == 8:
-            raise KeyboardInterrupt
-
-    arguments = {"save_strategy": "steps", "save_steps": 4}
-    whole, save = trained(TEXT, tmp_path / "whole"), WeightAverages.save
-    monkeypatch.setattr(WeightAverages, "save", dies)
-    with pytest.raises(KeyboardInterrupt):
-        trained(TEXT, tmp_path, **arguments)
-    monkeypatch.undo()
-    resumed = trainer_of(randomized(TEXT.model()), TEXT, tmp_path, ema_decay=DECAY, max_steps=9, **arguments)
-    assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    resumed.train(resume_from_checkpoint=True)
-    assert same(whole.model.state_dict(), resumed.model.state_dict())
-    assert same(averages(whole), averages(resumed)) and whole.averages.updates == resumed.averages.updates
 
 
 def test_a_checkpoint_has_the_weights_and_what_is_saved_the_averages(tmp_path):

@@ -157,12 +157,8 @@ def test_classes_may_be_numpys(gray):
         ({"class_labels": [3, 4]}, "class_labels=[3, 4] must lie in 0..2, or be 3"),
         ({"class_labels": ["cat", "cow"]}, "class label 'cow' must be one of 'cat', 'dog', 'hound', 'owl', 'dog, hound'"),
         ({"output_type": "png"}, "output_type='png' must be one of 'pil', 'np', 'pt', 'latent'"),
-        ({"num_images": 0}, "num_images=0 must be a whole number from 1"),
-        ({"num_inference_steps": 2.5}, "num_inference_steps=2.5 must be a whole number from 1"),
-        ({"guidance_scale": -1}, "guidance_scale=-1 must be a finite number from 0"),
         ({"class_labels": [True]}, "class_labels=[True] must be whole numbers"),
         ({"latents": torch.zeros(1, 2, 8, 8)}, "noise of [1, 2, 8, 8] must be [1, 1, 8, 8]"),
-        ({"sampler": "ddim"}, "sampler='ddim' must be one of 'euler', 'heun'"),
         ({"callback_on_step_end_tensor_inputs": ["z"]}, "_tensor_inputs=['z'] must be ['latents'] or []"),
     ],
 )

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from families import MODERNBERT
-from job_models import CARRIED, CONFIGS, INDEPENDENT, made, same_weights, trained
-from job_models import config, fields, images, texts  # noqa: F401
+from job_models import CARRIED, CONFIGS, config, fields, images, same_weights, texts, trained
+from process_scenarios import INDEPENDENT, made
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 

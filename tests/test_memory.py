@@ -7,12 +7,12 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from process_scenarios import CARRIED, made, trainer_of
+from process_scenarios import CARRIED, LLAMA, VIT, made, trainer_of
 from process_scenarios import GPT2 as TRAINED
 from saved_activations import SavedActivations
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, ViTConfig
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
@@ -25,20 +25,8 @@ from hf_diffusionblocks.memory.without_memory import WithoutMemory
 from hf_diffusionblocks.tasks import TASKS
 
 GPT2 = GPT2Config(n_layer=4, n_embd=32, n_head=2, vocab_size=307, n_positions=32, bos_token_id=0, eos_token_id=0)
-CONFIGS = {
-    "gpt2": (GPT2, 24),
-    "llama": (
-        LlamaConfig(num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=307),
-        24,
-    ),
-    "vit": (
-        ViTConfig(
-            num_hidden_layers=4, hidden_size=32, intermediate_size=48, num_attention_heads=4, image_size=16,
-            patch_size=4, num_channels=1, num_labels=5,
-        ),
-        None,
-    ),
-}  # fmt: skip
+WIDER = LlamaConfig(**{**LLAMA.to_dict(), "vocab_size": 307, "max_position_embeddings": 32})
+CONFIGS = {"gpt2": (GPT2, 24), "llama": (WIDER, 24), "vit": (VIT, None)}
 FORMULATIONS = formulations_for(TASKS["text-generation"], GPT2Config())
 WAYS = {way.name: way for way in ways_of_stock_models() + ways_of_blocks(TASKS["text-generation"], FORMULATIONS)}
 

@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import torch
-from job_models import CARRIED, CONFIGS, INDEPENDENT, images, made, same_weights, texts, trained  # noqa: F401
+from job_models import CARRIED, CONFIGS, same_weights, texts, trained
+from process_scenarios import INDEPENDENT, made
 from transformers import AutoModelForCausalLM
 
 import hf_diffusionblocks as db

@@ -58,13 +58,6 @@ def test_block_zero_is_the_highest_noise():
     assert schedule.block_of(schedule.boundaries).tolist() == [3, 3, 2, 1, 0]
 
 
-def test_intervals_tile_the_range():
-    schedule = NoiseSchedule(5, overlap=0.1)
-    intervals = [schedule.interval(k) for k in range(5)]
-    assert intervals[0][1] == 80.0 and intervals[-1][0] == 0.002
-    assert all(upper[0] == lower[1] for upper, lower in zip(intervals, intervals[1:]))
-
-
 def test_overlap_widens_in_log_sigma_and_is_clipped():
     schedule = NoiseSchedule(3, overlap=0.05)
     low, high = schedule.interval(1)
@@ -85,13 +78,6 @@ def test_samples_follow_the_truncated_log_normal(block_index, overlap):
     assert result.pvalue > 0.01
 
 
-def test_samples_are_those_of_the_generator():
-    schedule = NoiseSchedule(2)
-    draws = [schedule.sample(0, (3, 4), torch.Generator().manual_seed(5)) for _ in range(2)]
-    assert draws[0].shape == (3, 4) and draws[0].dtype == torch.float64
-    assert torch.equal(*draws)
-
-
 @pytest.mark.parametrize("num_blocks", BLOCKS)
 @pytest.mark.parametrize("factor", [1, 2, 3, 7])
 def test_inference_levels_meet_the_boundaries_bit_for_bit(num_blocks, factor):
@@ -99,12 +85,6 @@ def test_inference_levels_meet_the_boundaries_bit_for_bit(num_blocks, factor):
     sigmas = schedule.inference_sigmas(factor * num_blocks)
     assert sigmas.shape == (factor * num_blocks + 1,)
     assert torch.equal(sigmas[::factor], schedule.boundaries.flip(0))
-
-
-@pytest.mark.parametrize("num_blocks", BLOCKS)
-def test_with_one_step_a_block_each_block_runs_once_in_order(num_blocks):
-    schedule = NoiseSchedule(num_blocks)
-    assert schedule.block_of(schedule.inference_sigmas(num_blocks)[:-1]).tolist() == list(range(num_blocks))
 
 
 def test_cdf_inverts_quantile():

@@ -158,10 +158,7 @@ BAD_INPUTS = {
     "labels": (
         ["--model_name_or_path", "{stock}", "--num_blocks", "2", "--label_column", "far"], "labels ['17'] are beyond the model's"
     ),
-    "no such column": ([*MODEL, "--label_column", "x"], "'x' must be a column of the train data: image, label, far"),
     "guidance": ([*MODEL, "--guidance_scale", "2"], "guidance_scale=2.0 needs label_column"),
-    "block of one": ([*MODEL, "--end_to_end", "--train_blocks", "1"], "train_blocks=[1] must be a list of different blocks"),
-    "bad field": ([*MODEL, "--local_head_layers", "1"], "local_head_layers=1 must be None"),
 }  # fmt: skip
 
 

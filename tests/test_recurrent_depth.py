@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randomized
-from families import CASES, RECURRENT, VOCAB, WIDTH, reloaded, same, trainer_of
+from families import CASES, RECURRENT, VOCAB, WIDTH, same
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -218,16 +218,6 @@ def test_the_estimate_is_what_a_step_holds():
         assert estimate.ledgers[name].parts.total == pytest.approx(measured.parts.total, rel=0.02)
 
 
-def test_the_trainer_lowers_the_bound(tmp_path):
-    case = CASES["recurrent"]
-    torch.manual_seed(0)
-    model = db.convert(case.config)
-    batches = [case.rows(16)]
-    before = db.nll_bound(model, batches, num_samples=4).nats_per_token
-    trainer_of(model, case, tmp_path, updates_per_block=40).train()
-    assert db.nll_bound(model, batches, num_samples=4).nats_per_token < before - 0.3
-
-
 @pytest.mark.parametrize("way", [[], ["--end_to_end"]], ids=["blocks", "end to end"])
 def test_the_recipe_trains_it_and_the_command_line_writes_with_it(way, tmp_path, capsys):
     (tmp_path / "train.txt").write_text("\n\n".join(f"{k} bottles of {'x' * (k % 7)} on the wall" for k in range(200)))
@@ -245,13 +235,3 @@ def test_the_recipe_trains_it_and_the_command_line_writes_with_it(way, tmp_path,
     if not way:
         main(["generate", str(tmp_path / "out"), "--prompt", "9 bottles", "--max_new_tokens", "4", "--num_steps", "3"])
         assert "9 bottles" in capsys.readouterr().out
-
-
-def test_the_command_line_converts_inspects_and_describes_it(tmp_path, capsys):
-    randomized(AutoModelForCausalLM.from_config(RECURRENT)).save_pretrained(tmp_path / "plain")
-    main(["convert", str(tmp_path / "plain"), str(tmp_path / "blocks")])
-    assert "3 layers in 1 block" in capsys.readouterr().out
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "blocks")
-    assert model.num_blocks == 1 and same(reloaded(model, tmp_path / "blocks").state_dict(), model.state_dict())
-    main(["card", str(tmp_path / "blocks"), "--stdout"])
-    assert "RecurrentDepthLlamaForCausalLM" in capsys.readouterr().out
