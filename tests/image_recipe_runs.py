@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 from tiny_pipelines import PIPELINES, save_pipeline
 
-from hf_diffusionblocks.recipes import finetune_image_model as recipe
-from hf_diffusionblocks.recipes import image_trainer
+from hf_diffusionblocks.recipes import finetune_image_model as recipe, image_trainer
 
 FAMILIES = ["flux", "sd3", "qwen", "sana"]
 CAPTIONS = ["a red cat", "a dog in the park", "blue"]

@@ -11,9 +11,8 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import (
-    LlamaConfig, LlamaForCausalLM, MixtralConfig,
-    MixtralForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel, T5Config, T5ForConditionalGeneration, ViTConfig,
-    ViTForImageClassification,
+    LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel, T5Config,
+    T5ForConditionalGeneration, ViTConfig, ViTForImageClassification,
 )  # fmt: skip
 
 VOCABULARY, LENGTH = 100, 12

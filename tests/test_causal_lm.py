@@ -7,11 +7,9 @@ import copy
 import pytest
 import torch
 from conftest import randomized
-from families import ENDS, LLAMA, TEXT_CONFIGS, VOCAB, WIDTH
+from families import ENDS, LLAMA, PAPER_TEXT, TEXT_CONFIGS, TEXT_FORMULATIONS, VOCAB, WIDTH
 from peft import LoraConfig, get_peft_model
 from saved_activations import SavedActivations
-from text_models import BLOCKS, LENGTH, block_logits, draw_of, make
-from text_models import ids, joint, plain, text_config, text_formulation  # noqa: F401
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 
@@ -19,6 +17,62 @@ import hf_diffusionblocks as db
 from hf_diffusionblocks.diffusion import objectives as losses
 from hf_diffusionblocks.diffusion.gaussian import precondition
 from hf_diffusionblocks.diffusion.randomness import noise_of_positions
+from hf_diffusionblocks.models.causal_lm.streams import CleanKeys, Streams, Text, join
+
+LENGTH = 10
+BLOCKS = [0, 1]
+
+
+@pytest.fixture(params=TEXT_CONFIGS.values(), ids=TEXT_CONFIGS.keys())
+def text_config(request):
+    return copy.deepcopy(request.param)
+
+
+@pytest.fixture(params=TEXT_FORMULATIONS.values(), ids=TEXT_FORMULATIONS.keys())
+def text_formulation(request) -> dict:
+    return request.param
+
+
+@pytest.fixture(params=PAPER_TEXT.values(), ids=PAPER_TEXT.keys())
+def joint(request) -> dict:
+    return request.param
+
+
+@pytest.fixture
+def plain(text_config):
+    torch.manual_seed(0)
+    return randomized(AutoModelForCausalLM.from_config(text_config)).eval()
+
+
+def make(plain, **fields) -> db.DiffusionBlocksForCausalLM:
+    """Converted to two blocks, every parameter (AdaLN included) away from its start."""
+    return randomized(db.convert(plain, **{"num_blocks": 2, "preset": "paper", **fields})).eval()
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(1, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def draw(sigma: float = 0.3) -> dict[str, torch.Tensor]:
+    """Fixed noise for the batch of `ids`."""
+    noise = torch.randn(3, LENGTH - 1, WIDTH, generator=torch.Generator().manual_seed(2))
+    return {"sigma": torch.full((3,), sigma), "noise": noise}
+
+
+def draw_of(model) -> dict[str, torch.Tensor]:
+    """The same, where there is noise."""
+    return draw() if model.noise_schedule else {}
+
+
+def layer_of(model, index: int):
+    return model.backbone.get_submodule(model.layers_path)[index]
+
+
+def block_logits(model, ids, block_index, labels=None, **kwargs) -> torch.Tensor:
+    labels = ids if labels is None else labels
+    with torch.no_grad():
+        return model(ids, labels=labels, block_index=block_index, return_logits=True, **{**draw_of(model), **kwargs}).logits
 
 
 # ---- conversion (test_lossless.py has more)
@@ -249,3 +303,95 @@ def test_unsupported_configs_are_named(tmp_path):
     windows = Qwen3Config(head_dim=8, use_sliding_window=True, max_window_layers=2, **LLAMA)
     with pytest.raises(ValueError, match="use_sliding_window=True with max_window_layers=2"):
         db.convert(windows, num_blocks=2, preset="paper")
+
+
+# ---- two realisations of noisy tokens, and the walk that asks them
+
+
+def noisy_through_all(model, block_index: int, ids, mask=None) -> list[torch.Tensor]:
+    """What leaves a block on the noisy stream: clean pass then noisy pass, and one pass over [clean ; noisy]."""
+    positions = torch.arange(LENGTH)[None] if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
+    kept = torch.arange(LENGTH)
+    z = torch.randn(3, LENGTH, WIDTH, generator=torch.Generator().manual_seed(3))
+    sigma = torch.tensor([0.1, 0.7, 4.0])
+    block, outputs = model.blocks[block_index], []
+    clean_modulations, noisy_modulations = block.clean_modulations(), block.modulations(sigma)
+    for realisation in ("apart", "together"):
+        streams = Streams(model, Text(ids, None, mask, positions), kept, CleanKeys())
+        hidden = streams.enter(block)
+        if realisation == "together":
+            joined = [join(c, n, LENGTH, LENGTH) for c, n in zip(clean_modulations, noisy_modulations)]
+            outputs.append(streams.run_together(block, hidden, z, torch.ones(1), joined))
+        else:
+            streams.run_clean(block, hidden, clean_modulations)
+            outputs.append(streams.run_noisy(block, z, torch.ones(1), noisy_modulations))
+    return outputs
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("block_index", BLOCKS)
+def test_passes_apart_equal_one_masked_pass_in_outputs_and_gradients(plain, ids, block_index, padding, attention):
+    model = make(plain)
+    model.set_attn_implementation(attention)
+    mask = None
+    if padding is not None:
+        mask = torch.ones_like(ids)
+        mask[1, slice(0, 4) if padding == "left" else slice(6, None)] = 0
+    *fast, reference = noisy_through_all(model, block_index, ids, mask)
+    real = slice(None) if mask is None else mask.bool()
+    assert all(torch.allclose(output[real], reference[real], atol=1e-5) for output in fast)
+    gradients = []
+    for output in (reference, *fast):
+        model.zero_grad()
+        output[real].square().sum().backward(retain_graph=True)
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for other in gradients[1:]:
+        assert gradients[0].keys() == other.keys()
+        for name, gradient in gradients[0].items():
+            assert torch.allclose(gradient, other[name], atol=1e-5 * gradient.abs().max() + 1e-6), name
+
+
+def test_the_last_clean_layer_computes_keys_and_values_only(plain, ids):
+    model = make(plain)
+    tokens_seen = []
+    for index in (2, 3):
+        layer_of(model, index).get_submodule(model.architecture.mlp_name).register_forward_hook(
+            lambda _, args, __, index=index: tokens_seen.append((index, args[0].shape[1]))
+        )
+    model(ids, labels=ids, block_index=1, **draw())
+    assert tokens_seen == [(2, LENGTH - 1), (2, LENGTH - 1), (3, LENGTH - 1)]  # layer 3 runs for noisy tokens alone
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_attention_that_cannot_mask_the_noisy_stream_is_refused(plain, attention):
+    model = make(plain)
+    with pytest.raises(ValueError, match=f"attn_implementation='{attention}' must be 'sdpa' or 'eager'"):
+        model.set_attn_implementation(attention)
+
+
+@pytest.mark.parametrize("block_index", BLOCKS)
+def test_a_noisy_token_sees_no_other_noisy_token(plain, joint, ids, block_index):
+    model = make(plain, **joint)
+    noise = draw()["noise"]
+    moved = noise.clone()
+    moved[:, 3] += 1.0
+    first, second = (block_logits(model, ids, block_index, noise=n) for n in (noise, moved))
+    others = [p for p in range(LENGTH - 1) if p != 3]
+    assert torch.equal(first[:, others], second[:, others])
+    assert not torch.allclose(first[:, 3], second[:, 3])  # positive control: it sees itself
+
+
+@torch.no_grad()
+def test_a_walk_asks_the_network_that_was_trained(plain, joint, ids, monkeypatch):
+    """At every level, of the z that the walk has come to: what it is told is what a training step would compute."""
+    model, asked = make(plain, **joint), []
+    read = model.formulation.logits
+    monkeypatch.setattr(model.formulation, "logits", lambda *args: asked.append(args[:3]) or read(*args))
+    model(ids)
+    followed = Text(torch.cat([ids, ids[:, :1]], 1))  # one token more, so that the last one has a next
+    for (block, hidden, z), level in zip(asked, model.noise_schedule.inference_sigmas(2)):
+        sigma = torch.full((3, LENGTH), level.item())
+        trained = model.formulation.run(block, followed, z.unflatten(0, (3, LENGTH)), sigma)
+        torch.testing.assert_close(hidden, trained.flatten(0, 1), rtol=1e-4, atol=1e-5)
+    assert [block.index for block, *_ in asked] == BLOCKS

@@ -12,13 +12,8 @@ import torch
 from families import BERT, RESNET, TEXT_CONFIGS, watching
 from torch.nn import functional as F
 from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    LlamaForCausalLM,
-    SwinConfig,
-    SwinForImageClassification,
-)
+    BertConfig, BertForMaskedLM, BertForSequenceClassification, LlamaForCausalLM, SwinConfig, SwinForImageClassification,
+)  # fmt: skip
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones import stock_run

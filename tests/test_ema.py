@@ -9,8 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import CASES, TEXT_CONFIGS, Case, same, trainer_of
-from process_scenarios import GPT2, INDEPENDENT, made
-from process_scenarios import trainer_of as trainer_of_scenario
+from process_scenarios import GPT2, INDEPENDENT, made, trainer_of as trainer_of_scenario
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 

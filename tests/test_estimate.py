@@ -12,8 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPT2Config, LlamaConfig, Qwen3Config, ViTConfig
 
 import hf_diffusionblocks as db
-from hf_diffusionblocks.cli import estimate as estimate_command
-from hf_diffusionblocks.cli import main
+from hf_diffusionblocks.cli import estimate as estimate_command, main
 from hf_diffusionblocks.conversion import read_config
 from hf_diffusionblocks.diffusion import objectives
 from hf_diffusionblocks.memory.estimate import smallest_number_of_blocks

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from families import CASES, TEXT_CONFIGS, VOCAB
-from text_models import ids, layer_of, make, plain, text_config  # noqa: F401
+from test_causal_lm import ids, layer_of, make, plain, text_config  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 import hf_diffusionblocks as db

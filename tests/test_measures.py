@@ -9,17 +9,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    BertLMHeadModel,
-    BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5Model,
-)
+    BertConfig, BertForMaskedLM, BertForSequenceClassification, BertLMHeadModel, BertModel, GPT2Config, GPT2LMHeadModel,
+    PreTrainedTokenizerFast, T5Config, T5Model,
+)  # fmt: skip
 
 import hf_diffusionblocks as db
 

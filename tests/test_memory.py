@@ -7,8 +7,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from process_scenarios import CARRIED, LLAMA, VIT, made, trainer_of
-from process_scenarios import GPT2 as TRAINED
+from process_scenarios import CARRIED, LLAMA, VIT, made, trainer_of, GPT2 as TRAINED
 from saved_activations import SavedActivations
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode

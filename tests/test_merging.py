@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from job_models import CARRIED, CONFIGS, same_weights, texts, trained
+from test_jobs import CARRIED, CONFIGS, same_weights, texts, trained
 from process_scenarios import INDEPENDENT, made
 from transformers import AutoModelForCausalLM
 

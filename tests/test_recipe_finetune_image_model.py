@@ -22,8 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from hf_diffusionblocks.recipes import finetune_image_model as recipe
-from hf_diffusionblocks.recipes import image_trainer
+from hf_diffusionblocks.recipes import finetune_image_model as recipe, image_trainer
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

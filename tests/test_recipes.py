@@ -6,9 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from recipe_runs import (
-    RUNS, digits, files, folder, masked, model, places, run, vit, writer,
-)  # fmt: skip
+from recipe_runs import RUNS, digits, files, folder, masked, model, places, run, vit, writer
 from transformers import AutoConfig
 
 import hf_diffusionblocks as db

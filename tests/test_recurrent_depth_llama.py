@@ -12,8 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 
-from hf_diffusionblocks.recurrent_depth_llama import RecurrentDepthLlamaConfig, RecurrentDepthLlamaForCausalLM
-from hf_diffusionblocks.recurrent_depth_llama import modeling
+from hf_diffusionblocks.recurrent_depth_llama import RecurrentDepthLlamaConfig, RecurrentDepthLlamaForCausalLM, modeling
 
 NEW = 6
 STEPS = [None, 1, 3, 7]

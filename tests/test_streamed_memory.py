@@ -7,8 +7,10 @@ from dataclasses import asdict
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig, OpenAIGPTConfig
-from transformers import DbrxConfig, HGNetV2Config, HrmTextConfig, SwinConfig
+from transformers import (
+    AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig, OpenAIGPTConfig, DbrxConfig, HGNetV2Config,
+    HrmTextConfig, SwinConfig,
+)  # fmt: skip
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.memory import costs as costs_module

@@ -9,9 +9,7 @@ import torch
 from families import CASES, grid, moved, trainer_of
 from process_scenarios import GPT2, VIT
 from torch.nn import functional as F
-from transformers import (
-    AutoModelForCausalLM, AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments,
-)  # fmt: skip
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
 import hf_diffusionblocks as db
 
