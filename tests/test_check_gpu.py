@@ -39,36 +39,31 @@ def run(monkeypatch, tmp_path):
     return run_with
 
 
+@pytest.mark.parametrize(
+    ("checks", "options", "status", "result"),
+    [
+        ([HOLDS, FAILS], [], 1, {"one and one": True, "of a GPU": None, "one and two": False}),
+        ([HOLDS, FAILS], ["--only", "hold"], 0, {"one and one": True, "of a GPU": None}),
+        ([HOLDS], ["--minutes", "0"], 1, {"holds": "not begun: out of time"}),
+        ([WAITS], [], 0, {"waits": "needs a GPU"}),
+    ],
+)
+def test_status_and_rows(run, checks, options, status, result):
+    found, rows = run(*checks, options=options)
+    told = {name: row["result"] if name in ("holds", "waits") else row["holds"] for name, row in rows.items()}
+    assert (found, told) == (status, result)
+
+
 def test_where_all_holds_it_succeeds_and_measures_count_neither_way(run, capsys):
     status, rows = run(HOLDS)
     assert status == 0 and rows["one and one"]["holds"] is True and rows["of a GPU"]["holds"] is None
     assert "| one and one | 2      | 2       | yes   |" in capsys.readouterr().out
 
 
-def test_what_does_not_hold_fails_it(run):
-    status, rows = run(HOLDS, FAILS)
-    assert status == 1 and rows["one and two"]["holds"] is False
-
-
 def test_what_raises_is_a_row_and_the_others_go_on(run):
     status, rows = run(Check("raises", raising, needs_gpu=False), HOLDS)
     assert status == 1 and rows["raises"]["result"] == "RuntimeError: out of luck"
     assert rows["before"]["holds"] and rows["one and one"]["holds"]
-
-
-def test_what_needs_a_gpu_says_so(run):
-    status, rows = run(WAITS)
-    assert status == 0 and rows == {"waits": {"check": "waits", "result": "needs a GPU", "allowed": "", "holds": None}}
-
-
-def test_what_has_no_time_left_is_not_taken_to_hold(run):
-    status, rows = run(HOLDS, options=["--minutes", "0"])
-    assert status == 1 and rows["holds"]["result"] == "not begun: out of time"
-
-
-def test_some_checks_by_name(run):
-    status, rows = run(HOLDS, FAILS, options=["--only", "hold"])
-    assert status == 0 and "one and two" not in rows
 
 
 def test_it_says_what_it_ran_on(run, tmp_path, capsys):

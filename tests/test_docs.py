@@ -15,26 +15,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 #: What makes training short: of commands by how they begin, and within Python.
 SHORTER = {
-    r"accelerate launch recipes/train_|diffusionblocks train (?!finetune)|recipes/jobs.sh": ["--updates_per_block", "2"],
-    r"accelerate launch recipes/finetune_image_model": [
-        "--max_steps",
-        "2",
-        "--use_cpu",
-        "--resolution",
-        "64",
-        "--bucket_step",
-        "16",
-        "--sample_steps",
-        "2",
-    ],
-    r"diffusionblocks train finetune --config recipes/configs/finetune_8b": [  # (torchao is not installed here)
-        "--max_steps",
-        "2",
-        "--use_cpu",
-        "--optim",
-        "adamw_torch",
-    ],
-    r"accelerate launch recipes/finetune|diffusionblocks train finetune": ["--max_steps", "2", "--use_cpu"],
+    r"accelerate launch recipes/train_|diffusionblocks train (?!finetune)|recipes/jobs.sh": "--updates_per_block 2",
+    r"accelerate launch recipes/finetune_image_model": "--max_steps 2 --use_cpu --resolution 64 --bucket_step 16 --sample_steps 2",
+    # (torchao is not installed here)
+    r"diffusionblocks train finetune --config recipes/configs/finetune_8b": "--max_steps 2 --use_cpu --optim adamw_torch",
+    r"accelerate launch recipes/finetune|diffusionblocks train finetune": "--max_steps 2 --use_cpu",
 }
 SHORTER_PYTHON = {
     r"updates_per_block=\d+": "updates_per_block=2",
@@ -97,8 +82,8 @@ def type_command(newcomer: Newcomer, command: str) -> str:
         options = [word.removeprefix("--") for word in words if word.startswith("--")]
         assert all(re.search(rf'"--{option}"|^    {option}: ', sources, re.MULTILINE) for option in options), command
         return ""
-    extra = next((words for start, words in SHORTER.items() if re.match(start, command)), [])
-    done = newcomer.types([*shlex.split(command), *extra])
+    extra = next((words for start, words in SHORTER.items() if re.match(start, command)), "")
+    done = newcomer.types(shlex.split(f"{command} {extra}"))
     assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
     return done.stdout
 

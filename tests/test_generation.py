@@ -44,8 +44,10 @@ def over(*formulations: dict, families=tuple(FAMILIES)):
 
 
 over_all = over(FORMULATIONS)
-#: For what a family has no part in.
-over_gpt2 = over(FORMULATIONS, families=["gpt2"])
+#: For what is the plain model's own where nothing walks: see below.
+over_walks = over(PAPER)
+#: And a family has no part in.
+over_gpt2 = over(PAPER, families=["gpt2"])
 
 
 def plain_model(family: str):
@@ -100,7 +102,7 @@ def test_greedy_is_the_argmax_of_the_logits_step_by_step(model, ids):
     assert torch.equal(greedy(model, ids), expected)
 
 
-@over_all
+@over_walks
 @pytest.mark.parametrize(
     "route", [{"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 2}], ids=str
 )
@@ -108,7 +110,7 @@ def test_greedy_is_the_same_without_a_cache_or_with_another(model, ids, route):
     assert torch.equal(greedy(model, ids, **route), greedy(model, ids))
 
 
-@over_all
+@over_walks
 def test_sampling_is_the_same_without_a_cache(model, ids):
     assert torch.equal(sample(model, ids, use_cache=False), sample(model, ids))
 
@@ -121,7 +123,7 @@ def test_a_walk_of_fewer_or_more_steps_than_blocks_is_the_same_without_a_cache(i
     assert torch.equal(greedy(model, ids, use_cache=False), greedy(model, ids))
 
 
-@over_all
+@over_walks
 def test_a_padded_prompt_is_continued_as_it_is_alone(model, ids):
     lengths = (5, 3, 1)
     mask = torch.stack([(torch.arange(PROMPT) >= PROMPT - length).long() for length in lengths])
@@ -209,7 +211,7 @@ def test_a_walk_s_controls_act_at_every_step(ids):
 # ---- controls of greedy search
 
 
-@over(LOCAL, PAPER)
+@over_walks
 def test_repetition_penalty_reduces_repeats(model, ids):
     plain, penalized = (greedy(model, ids, max_new_tokens=20, repetition_penalty=penalty) for penalty in (1.0, 3.0))
     assert num_repeats(penalized) < 0.5 * num_repeats(plain)
@@ -287,17 +289,6 @@ def test_generation_stops_at_a_string(tokenizer, formulation):
 # ---- other searches
 
 
-@over(LOCAL)
-def test_beams_as_many_as_tokens_find_the_most_likely_pair(model, ids):
-    with torch.no_grad():
-        first = model(ids[:1]).logits[0, -1].log_softmax(-1)
-        continued = torch.cat([ids[:1].expand(VOCAB, -1), torch.arange(VOCAB)[:, None]], 1)
-        second = model(continued).logits[:, -1].log_softmax(-1)
-    best = (first[:, None] + second).argmax().item()
-    found = greedy(model, ids[:1], max_new_tokens=2, num_beams=VOCAB)
-    assert found[0, PROMPT:].tolist() == [best // VOCAB, best % VOCAB]
-
-
 @pytest.mark.parametrize(
     "arguments, named",
     [
@@ -322,7 +313,7 @@ def test_the_paper_s_model_names_what_its_walk_lacks(ids, arguments, named):
 # ---- what a token costs
 
 
-@over(PAPER)
+@over_walks
 def test_a_new_token_of_a_walk_costs_one_call_of_each_layer(model, ids):
     """Two tokens a call: the one before it, clean, and itself, noisy."""
     calls = []
@@ -340,7 +331,7 @@ def test_a_new_token_of_a_walk_costs_one_call_of_each_layer(model, ids):
     assert calls == prompt_calls + 3 * [(index, 2) for index in range(4)]
 
 
-@over(PAPER)
+@over_walks
 def test_modulations_are_computed_once_a_generation(model, ids):
     """Of each layer one for its clean tokens and one for its noisy ones, however many there are."""
     calls = []

@@ -52,7 +52,7 @@ def test_losses_and_gradients_are_those_of_the_cpu(case):
         torch.testing.assert_close(on_device[name], expected, rtol=1e-3, atol=atol, msg=lambda text: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("name", ["vit, paper-edm-independent", "dit", "bert"])
+@pytest.mark.parametrize("name", ["vit, paper", "dit", "bert"])
 def test_evaluation_meets_the_same_noise_as_on_the_cpu(name):
     case = CASES[name]
     model = case.model().eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
+import shlex
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import hf_diffusionblocks as db
+from hf_diffusionblocks.cli import main
+from hf_diffusionblocks.recipes import train_causal_lm
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS, SLURM = ROOT / "recipes" / "jobs.sh", ROOT / "recipes" / "jobs_slurm.sh"
@@ -158,8 +160,8 @@ def test_outside_an_array_it_says_so(faked):
 # ---- in earnest
 
 
-def test_two_processes_train_a_block_each_of_a_model_that_writes(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+@pytest.mark.usefixtures("own_cache")
+def test_what_is_called_trains_a_block_each_of_a_model_that_writes(faked, tmp_path, monkeypatch):
     (tmp_path / "train.txt").write_text("Once upon a time there was a block.\n\n" * 200)
     options = [
         "causal-lm", "--config_name", "gpt2", "--config_overrides", "n_layer=2,n_embd=32,n_head=2,n_positions=24",
@@ -167,9 +169,13 @@ def test_two_processes_train_a_block_each_of_a_model_that_writes(tmp_path, monke
         "--updates_per_block", "4", "--per_device_train_batch_size", "8", "--use_cpu",
         "--disable_tqdm", "true", "--report_to", "none", "--save_steps", "2",
     ]  # fmt: skip
-    settings = {"JOBS": "2", "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = run(tmp_path, "all", 2, "out", *options, OMP_NUM_THREADS="1", **settings)
-    assert done.returncode == 0, done.stderr
+    assert run(faked, "all", 2, "out", *options).returncode == 0
+    merge, *jobs = (shlex.split(call.partition(": ")[2]) for call in calls(faked))
+    monkeypatch.chdir(tmp_path)
+    for verb, _, _, task, *given in jobs:
+        assert (verb, task) == ("train", "causal-lm")
+        train_causal_lm.main(given)
+    main(merge)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "whole")
     assert isinstance(model, db.DiffusionBlocksForCausalLM) and model.config.training_report["updates_per_block"] == [4, 4]
     for k in range(2):

@@ -50,11 +50,14 @@ def test_the_wheel_of_the_sdist_has_all_that_is_no_code(installed):
 
 def test_it_runs_from_outside_of_the_checkout(installed, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(installed)}
-    assert "masked-lm" in run(str(installed / "bin" / "diffusionblocks"), "train", "--help", cwd=tmp_path, env=environment)
-    recipe = "from hf_diffusionblocks.recipes import train_image_classification as it; print(it.__file__); it.main()"
+    assert "from hf_diffusionblocks.cli import main" in (installed / "bin" / "diffusionblocks").read_text()
+    recipe = (
+        "from hf_diffusionblocks.cli import train; print(*train.find_recipes())\n"
+        "from hf_diffusionblocks.recipes import train_image_classification as it; print(it.__file__); it.main()"
+    )
     config = installed / "hf_diffusionblocks" / "recipes" / "configs" / "digits.yaml"
     printed = run(sys.executable, "-c", recipe, "--config", str(config), "--help", cwd=tmp_path, env=environment)
-    assert str(installed) in printed and "--num_blocks" in printed
+    assert "masked-lm" in printed and str(installed) in printed and "--num_blocks" in printed
 
 
 def test_what_is_not_always_installed_is_in_the_extra_that_errors_name():
