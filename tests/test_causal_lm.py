@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 from conftest import randomized
-from families import ENDS, LLAMA, PAPER_TEXT, TEXT_CONFIGS, TEXT_FORMULATIONS, VOCAB, WIDTH
+from families import ENDS, PAPER_TEXT, TEXT_CONFIGS, TEXT_FORMULATIONS, VOCAB, WIDTH
 from peft import LoraConfig, get_peft_model
 from saved_activations import SavedActivations
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, GPT2Config
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.diffusion import objectives as losses
@@ -295,14 +295,6 @@ def test_a_full_context_has_logits_for_the_token_after_it():
     plain = randomized(AutoModelForCausalLM.from_config(TEXT_CONFIGS["gpt2"]))
     ids = torch.randint(VOCAB, (1, 32))
     assert make(plain)(ids).logits.shape == (1, 32, VOCAB)
-
-
-def test_unsupported_configs_are_named(tmp_path):
-    with pytest.raises(ValueError, match="add_cross_attention=True"):
-        db.convert(GPT2Config(n_layer=2, n_embd=32, n_head=4, add_cross_attention=True), num_blocks=2, preset="paper")
-    windows = Qwen3Config(head_dim=8, use_sliding_window=True, max_window_layers=2, **LLAMA)
-    with pytest.raises(ValueError, match="use_sliding_window=True with max_window_layers=2"):
-        db.convert(windows, num_blocks=2, preset="paper")
 
 
 # ---- two realisations of noisy tokens, and the walk that asks them

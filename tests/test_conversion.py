@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import randomized
+from families import BERT, LLAMA, RECURRENT, RESNET, TEXT_CONFIGS
+from process_scenarios import DIT, GPT2, VIT
 from torch import nn
-from transformers import SamConfig, ViTConfig, ViTForImageClassification, ViTModel
+from transformers import (
+    BertConfig, GPT2Config, Qwen3Config, SamConfig, ViTConfig, ViTForImageClassification, ViTModel,
+)  # fmt: skip
 
 import hf_diffusionblocks as db
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from tiny_models import tiny_model  # noqa: E402
 
 
 def plain_logits(model: db.DiffusionBlocksForImageClassification, batch) -> torch.Tensor:
@@ -89,26 +99,56 @@ def test_attention_implementation_is_the_source_s(plain_model):
     assert model.backbone.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize(
-    "source, fields, error, message",
-    [
-        (lambda c: SamConfig(), {}, ValueError, r"model_type='sam' is not supported: it must be an architecture of Transformers"),
-        (lambda c: db.convert(c, 2, preset="paper"), {}, ValueError, r"DiffusionBlocks model already \(num_blocks=2\)"),
-        (lambda c: db.DiffusionBlocksConfig(source_config=c), {}, ValueError, r"DiffusionBlocks model already"),
-        (lambda c: ViTModel(c), {}, ValueError, r"source=ViTModel must be ViTForImageClassification"),
-        (lambda c: c, {"num_blocks": 5}, ValueError, r"num_blocks=5 must be at most the model's 4 layers"),
-        (lambda c: c, {"layers_per_block": [1, 1], "num_blocks": 2}, ValueError, r"layers_per_block=\[1, 1\]"),
-        (lambda c: c, {"task": "text-generation"}, ValueError, r"task='text-generation' must be 'image-class"),
-        (lambda c: c, {"denoise": "joint"}, ValueError, r"denoise: not a field of DiffusionBlocksConfig"),
-        (lambda c: 7, {}, TypeError, r"source=int must be a PreTrainedModel"),
-        (lambda c: "no/such-folder", {}, OSError, r"couldn't find them in the cached files"),
-        (lambda c: ViTConfig(**{**c.to_dict(), "problem_type": "multi_label_classification"}), {}, ValueError,
-         r"problem_type='multi_label_classification'"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_converted_is_refused(plain_config, source, fields, error, message):
-    with pytest.raises(error, match=message):
-        db.convert(source(plain_config), preset="paper", **fields)
+PAPER = {"preset": "paper"}
+TEXT = TEXT_CONFIGS["llama"]
+DECODER = BertConfig(**{**BERT.to_dict(), "is_decoder": True})
+WINDOWS = {"head_dim": 8, "use_sliding_window": True, "max_window_layers": 2}
+REFUSED = [
+    (lambda: SamConfig(), {}, "model_type='sam' is not supported: it must be an architecture of Transformers"),
+    (lambda: db.convert(VIT, 2), {}, r"DiffusionBlocks model already \(num_blocks=2\)"),
+    (lambda: db.DiffusionBlocksConfig(source_config=VIT), {}, "DiffusionBlocks model already"),
+    (lambda: ViTModel(VIT), {}, "source=ViTModel must be ViTForImageClassification"),
+    (lambda: ViTConfig(**{**VIT.to_dict(), "problem_type": "multi_label_classification"}), {},
+     "problem_type='multi_label_classification'"),
+    (lambda: VIT, {"num_blocks": 5}, "num_blocks=5 must be at most the model's 4 layers"),
+    (lambda: VIT, {"task": "text-generation"}, "task='text-generation' must be 'image-class"),
+    (lambda: VIT, {"denoise": "joint"}, "denoise: not a field of DiffusionBlocksConfig"),
+    *((lambda: GPT2, {"resident_blocks": blocks}, r"resident_blocks=.* must be a list of different blocks of 0\.\.1")
+      for blocks in ([], [2], [-1], [0, 0], ["0"], 1)),
+    # what an architecture cannot do
+    (lambda: BERT, {"task": "text-generation"}, "its tokens see those after them, and must not"),
+    (lambda: BERT, {"task": "text-classification", **PAPER}, "preset='paper' must be 'recommended' for model_type='bert'"),
+    (lambda: DECODER, {"task": "text-generation", **PAPER}, "AdaLN is known"),
+    (lambda: DECODER, {"task": "fill-mask"}, "do not see those after them, and must"),
+    (lambda: GPT2Config(n_layer=2, n_embd=32, n_head=4, add_cross_attention=True), PAPER, "add_cross_attention=True"),
+    (lambda: Qwen3Config(**WINDOWS, **LLAMA), PAPER, "use_sliding_window=True with max_window_layers=2"),
+    (lambda: RECURRENT, {"num_blocks": 2}, "num_blocks=2 must be 1 for model_type='recurrent_depth_llama'"),
+    (lambda: RECURRENT, {"num_blocks": 1, "task": "fill-mask"}, "RecurrentDepthLlamaForCausalLM cannot be cut into blocks"),
+    (lambda: RESNET, {"local_head_layers": 1}, "local_head_layers=1 must be 0 for model_type='resnet'"),
+    (lambda: tiny_model("sequence-classification", "xlm"), {"task": "text-classification", "local_head_layers": 1},
+     "local_head_layers=1 must be 0: no module of this model is a layer"),
+    # what has no meaning for a task
+    (lambda: DIT, {"local_head_layers": 0},
+     "local_head_layers=0 must be None with preset='recommended' for task 'image-generation'"),
+    (lambda: DIT, {"sigma_data": "auto"}, "sigma_data='auto' must be a finite number above 0"),
+    (lambda: DIT, {"label_dropout": 2}, "label_dropout=2 must be a finite number from 0 to 1"),
+    (lambda: TEXT, {"task": "fill-mask", "sigma_max": 2}, "sigma_max=2 must be None"),
+    (lambda: TEXT, {"task": "fill-mask", "local_head_layers": 2}, "local_head_layers=2 must be None"),
+    (lambda: TEXT, {"task": "fill-mask", "mask_token_id": 50}, r"mask_token_id=50 must lie in 0\.\.47, or be 48"),
+    (lambda: TEXT, {"mask_token_id": 3}, "mask_token_id=3 must be None with preset='recommended' for task 'text-generation'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("source, fields, message", REFUSED, ids=[f"{message[:50]}" for *_, message in REFUSED])
+def test_what_cannot_be_converted_is_refused(source, fields, message):
+    with pytest.raises(ValueError, match=message):
+        db.convert(source(), **{"num_blocks": 2, **fields})
+
+
+@pytest.mark.parametrize(("source", "error"), [(7, TypeError), ("no/such-folder", OSError)])
+def test_what_is_no_source_is_named(source, error):
+    with pytest.raises(error, match="source=int must be a PreTrainedModel|couldn't find them in the cached files"):
+        db.convert(source)
 
 
 def changed(model: ViTForImageClassification, how: str) -> ViTForImageClassification:

@@ -12,7 +12,7 @@ import torch
 from families import BERT, RESNET, TEXT_CONFIGS, watching
 from torch.nn import functional as F
 from transformers import (
-    BertConfig, BertForMaskedLM, BertForSequenceClassification, LlamaForCausalLM, SwinConfig, SwinForImageClassification,
+    BertForMaskedLM, BertForSequenceClassification, LlamaForCausalLM, SwinConfig, SwinForImageClassification,
 )  # fmt: skip
 
 import hf_diffusionblocks as db
@@ -121,11 +121,6 @@ def test_stages_after_a_block_are_not_run():
     assert (len(before), len(own), len(after)) == (1, 1, 0) and torch.equal(own[0], entering)
 
 
-def test_stages_have_no_local_head_layers():
-    with pytest.raises(ValueError, match="local_head_layers=1 must be 0 for model_type='resnet'"):
-        db.convert(RESNET, 2, local_head_layers=1)
-
-
 def test_stages_of_half_precision_are_compared_too():
     """Of a ConvNeXt, which does not cast images itself."""
     plain = tiny_model("image-classification", "convnext").to(torch.bfloat16)
@@ -188,11 +183,6 @@ def test_jobs_have_the_parts_of_their_layers_alone(tmp_path):
     assert not kept and job.block_of_parameter("backbone.transformer.attentions.2.q_lin.weight") == 1
     tokens = torch.arange(20, 28)[None]
     assert job(tokens, labels=tokens, block_index=1).loss.isfinite()
-
-
-def test_layers_of_several_parts_are_no_local_head():
-    with pytest.raises(ValueError, match="local_head_layers=1 must be 0: no module of this model is a layer"):
-        db.convert(tiny_model("sequence-classification", "xlm"), 2, "text-classification", local_head_layers=1)
 
 
 def test_what_is_kept_of_weights_in_evaluation_is_forgotten_with_the_next_pass():
@@ -296,28 +286,6 @@ def test_a_config_alone_is_for_the_usual_task():
         TEXT_CONFIGS, "text-generation"
     )
     assert db.convert(BERT, 2).task == "fill-mask"
-
-
-@pytest.mark.parametrize(
-    ("config", "fields", "message"),
-    [
-        (BERT, {"task": "text-generation"}, "its tokens see those after them, and must not"),
-        (
-            BERT,
-            {"task": "text-classification", "preset": "paper"},
-            "preset='paper' must be 'recommended' for model_type='bert'",
-        ),
-        (
-            BertConfig(**{**BERT.to_dict(), "is_decoder": True}),
-            {"task": "text-generation", "preset": "paper"},
-            "AdaLN is known",
-        ),
-        (BertConfig(**{**BERT.to_dict(), "is_decoder": True}), {"task": "fill-mask"}, "do not see those after them, and must"),
-    ],
-)
-def test_a_task_that_an_architecture_cannot_do_is_refused(config, fields, message):
-    with pytest.raises(ValueError, match=message):
-        db.convert(config, 2, **fields)
 
 
 def test_what_stands_beside_the_base_model_is_its_head_wherever_it_is_made():

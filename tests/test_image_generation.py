@@ -230,19 +230,6 @@ def test_weights_come_from_models_folders_and_pipelines_folders(stock, tmp_path)
 # ---- what cannot be
 
 
-@pytest.mark.parametrize(
-    "fields, named",
-    [
-        ({"local_head_layers": 0}, "local_head_layers=0 must be None with preset='recommended' for task 'image-generation'"),
-        ({"sigma_data": "auto"}, "sigma_data='auto' must be a finite number above 0"),
-        ({"label_dropout": 2}, "label_dropout=2 must be a finite number from 0 to 1"),
-    ],
-)
-def test_fields_without_a_meaning_are_refused(fields, named):
-    with pytest.raises(ValueError, match=named):
-        db.convert(DIT, 2, **fields)
-
-
 def test_other_models_of_diffusers_are_refused(tmp_path):
     unet = UNet2DModel(
         sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,

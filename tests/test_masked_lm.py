@@ -92,14 +92,7 @@ def test_the_same_architecture_stays_causal_for_text_generation(config, ids):
         db.convert(both_ways, 2)
 
 
-def test_what_has_no_meaning_for_masks_is_refused():
-    for field in ("sigma_max", "local_head_layers"):
-        with pytest.raises(ValueError, match=f"{field}=2 must be None"):
-            masked_model(**{field: 2})
-    with pytest.raises(ValueError, match=r"mask_token_id=50 must lie in 0\.\.47, or be 48"):
-        masked_model(mask_token_id=50)
-    with pytest.raises(ValueError, match="mask_token_id=3 must be None with preset='recommended' for task 'text-generation'"):
-        db.convert(TEXT_CONFIGS["llama"], 2, mask_token_id=3)
+def test_several_blocks_are_no_plain_model():
     with pytest.raises(ValueError, match=r"to_plain\(\) needs num_blocks=1, this model has 2"):
         masked_model().to_plain()
 

@@ -62,18 +62,6 @@ def test_a_converted_model_keeps_its_weights_and_is_one_joint_block():
     assert not any("prelude" in name or "adapter" in name for name in names)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"num_blocks": 2}, "num_blocks=2 must be 1 for model_type='recurrent_depth_llama'"),
-        ({"task": "fill-mask"}, "RecurrentDepthLlamaForCausalLM cannot be cut into blocks"),
-    ],
-)
-def test_what_one_core_cannot_be_is_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        db.convert(RECURRENT, **fields)
-
-
 # ---- training
 
 
