@@ -22,6 +22,7 @@ import hf_diffusionblocks as db
 from hf_diffusionblocks.backbones.dit import DiTConfig
 
 torch.set_num_threads(1)
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # whose tiny models are those of tests, too
 
 GPT2 = GPT2Config(
     n_layer=4, n_embd=32, n_head=2, vocab_size=64, n_positions=16, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0,

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 from datasets import Dataset
+from tiny_models import tiny_model
 from torch import nn
-from transformers import (
-    LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel, T5Config,
-    T5ForConditionalGeneration, ViTConfig, ViTForImageClassification,
-)  # fmt: skip
+from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCABULARY, LENGTH = 100, 12
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
@@ -27,32 +26,8 @@ def llama(**fields) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **SPECIAL, **fields}))
 
 
-def _openai_gpt() -> OpenAIGPTLMHeadModel:
-    return OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=4, n_head=4, n_positions=32))
-
-
-def _t5() -> T5ForConditionalGeneration:
-    return T5ForConditionalGeneration(
-        T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, decoder_start_token_id=0)
-    )
-
-
-def _mixtral() -> MixtralForCausalLM:
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, num_local_experts=4, output_router_logits=True, **SPECIAL,
-        )
-    )  # fmt: skip
-
-
-def _vit() -> ViTForImageClassification:
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, image_size=8, patch_size=4,
-            num_channels=1, num_labels=5, hidden_dropout_prob=0.1,
-        )
-    )  # fmt: skip
+def tiny(mapping: str, name: str) -> Callable[[], nn.Module]:
+    return partial(tiny_model, mapping, name, dropout=True)
 
 
 def tokens(rows: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -61,30 +36,29 @@ def tokens(rows: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def _images() -> dict[str, torch.Tensor]:
-    pixels = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    return {"pixel_values": pixels, "labels": torch.tensor([1, 3])}
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return {"pixel_values": pixels, "labels": torch.tensor([0, 2])}
 
 
 @dataclass
 class StockModel:
     """How to make one, and a batch of it."""
 
-    make: Callable[..., nn.Module]
+    make: Callable[[], nn.Module]
     batch: Callable[[], dict[str, torch.Tensor]] = tokens
-    fields: dict = field(default_factory=dict)
 
     def __call__(self) -> nn.Module:
         torch.manual_seed(0)
-        return self.make(**self.fields)
+        return self.make()
 
 
 MODELS = {
     "llama": StockModel(llama),
-    "llama, tied": StockModel(llama, fields={"tie_word_embeddings": True}),
-    "mixtral": StockModel(_mixtral),
-    "t5": StockModel(_t5),
-    "vit": StockModel(_vit, _images),
-    "openai-gpt, checkpoints nothing": StockModel(_openai_gpt),
+    "llama, tied": StockModel(partial(llama, tie_word_embeddings=True)),
+    "mixtral": StockModel(tiny("causal-lm", "mixtral")),
+    "t5": StockModel(tiny("seq2seq", "t5")),
+    "vit": StockModel(tiny("image-classification", "vit"), _images),
+    "openai-gpt, checkpoints nothing": StockModel(tiny("causal-lm", "openai-gpt")),
 }
 
 

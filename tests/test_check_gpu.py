@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
+import gpu
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import gpu  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from gpu_checks import CPU, passes  # noqa: E402
-from gpu_common import FAMILIES, Check, Row  # noqa: E402
+import torch.distributed as dist
+from gpu_checks import CPU, passes
+from gpu_common import FAMILIES, Check, Row
 
 HOLDS = Check("holds", lambda machine: iter([Row("one and one", "2", "2", True), Row("of a GPU", "3.1x")]), needs_gpu=False)
 FAILS = Check("fails", lambda machine: iter([Row("one and two", "4", "3", False)]), needs_gpu=False)

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import randomized
 from families import BERT, LLAMA, RECURRENT, RESNET, TEXT_CONFIGS
 from process_scenarios import DIT, GPT2, VIT
+from tiny_models import tiny_model
 from torch import nn
-from transformers import (
-    BertConfig, GPT2Config, Qwen3Config, SamConfig, ViTConfig, ViTForImageClassification, ViTModel,
-)  # fmt: skip
+from transformers import BertConfig, GPT2Config, Qwen3Config, SamConfig, ViTConfig, ViTForImageClassification, ViTModel
 
 import hf_diffusionblocks as db
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-from tiny_models import tiny_model  # noqa: E402
 
 
 def plain_logits(model: db.DiffusionBlocksForImageClassification, batch) -> torch.Tensor:

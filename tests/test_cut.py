@@ -4,12 +4,12 @@ runs over all of them."""
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
+import breadth_cut
 import pytest
 import torch
 from families import BERT, RESNET, TEXT_CONFIGS, watching
+from tiny_models import tiny_model
 from torch.nn import functional as F
 from transformers import (
     BertForMaskedLM, BertForSequenceClassification, LlamaForCausalLM, SwinConfig, SwinForImageClassification,
@@ -21,11 +21,6 @@ from hf_diffusionblocks.backbones.base import parts_around
 from hf_diffusionblocks.models import block as block_module
 from hf_diffusionblocks.models.verification import check_cut
 from hf_diffusionblocks.tasks import TASKS, backbone_for
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import breadth_cut  # noqa: E402
-from tiny_models import tiny_model  # noqa: E402
 
 #: What each is in for: soft caps and windows, shared keys and values, buffers that are not saved, experts, states instead of
 #: attention, two norms, layers that return several things, towers of images, layers that count as two, an encoder before the

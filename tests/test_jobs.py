@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from families import MODERNBERT
 from process_scenarios import GPT2, INDEPENDENT, LLAMA, VIT, made
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import hf_diffusionblocks as db
 from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.tasks import TASKS, backbone_for
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-from tiny_models import tiny_model  # noqa: E402
-
 
 CONFIGS = {"gpt2": GPT2, "llama": LLAMA, "vit": VIT}
 FORMULATIONS = {

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
+import breadth
+import breadth_check
 import pytest
 import torch
+from breadth_check import HostWatch, check
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import breadth  # noqa: E402
-import breadth_check  # noqa: E402
-from breadth_check import HostWatch, check  # noqa: E402
 
 #: What each is in for: attention of several kinds, experts, recurrences, shared layers, layers that hold layers, reversible
 #: ones, encoder and decoder, towers of images, convolutions, models that checkpoint nothing, and blocks of diffusers parts of
