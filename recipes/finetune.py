@@ -111,14 +111,13 @@ def prepare(
     model_args: ModelArguments, data_args: DataArguments, training_args: SFTConfig
 ) -> tuple[SFTTrainer, list[str | list[dict]], db.LayerStream | None]:
     """The trainer, prompts to continue at the end, and the stream, if there is one."""
+    if model_args.optimizer_in_backward:
+        db.OptimizerInBackward.check(training_args)
     with training_args.main_process_first(local=False, desc="reading the data"):
         data = load_rows(data_args.data, "data", "train", training_args.dataset_text_field)
         eval_data = data_args.eval_data and load_rows(
             data_args.eval_data, "eval_data", "test", training_args.dataset_text_field
         )
-    callbacks = [db.OptimizerInBackward()] if model_args.optimizer_in_backward else []
-    for callback in callbacks:
-        callback.check(training_args)
     quantization = get_quantization_config(model_args)
     model = AutoModelForCausalLM.from_pretrained(
         model_args.model, revision=model_args.model_revision, dtype=model_args.dtype, quantization_config=quantization,
@@ -130,7 +129,7 @@ def prepare(
         stream = streamed_runs.stream_keeping(model, model_args.keep, training_args.device)
     trainer = SFTTrainer(
         model, args=training_args, train_dataset=data, eval_dataset=eval_data, peft_config=get_peft_config(model_args),
-        callbacks=callbacks,
+        callbacks=[db.OptimizerInBackward()] if model_args.optimizer_in_backward else None,
     )  # fmt: skip
     if not len(trainer.train_dataset):
         raise ValueError(f"data={data_args.data!r} has nothing to learn within max_length={training_args.max_length}")

@@ -201,6 +201,16 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def three_texts(length: int) -> torch.Tensor:
+    """Tokens `[3, S]`, always the same."""
+    return torch.randint(1, VOCAB, (3, length), generator=seeded(1))
+
+
+def draws_of_texts(length: int, sigma: float = 0.3) -> dict[str, torch.Tensor]:
+    """A level and fixed noise for the paper's text of these."""
+    return {"sigma": torch.full((3,), sigma), "noise": torch.randn(3, length - 1, WIDTH, generator=seeded(2))}
+
+
 @contextmanager
 def watching(layer: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
     """What enters a layer, each time that it runs: what the first of its parts that runs is given."""

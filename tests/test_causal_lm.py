@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import randomized
-from families import ENDS, PAPER_TEXT, TEXT_CONFIGS, TEXT_FORMULATIONS, VOCAB, WIDTH
+from families import ENDS, PAPER_TEXT, TEXT_CONFIGS, TEXT_FORMULATIONS, VOCAB, WIDTH, draws_of_texts, three_texts
 from peft import LoraConfig, get_peft_model
 from saved_activations import SavedActivations
 from torch.nn import functional as F
@@ -51,18 +51,12 @@ def make(plain, **fields) -> db.DiffusionBlocksForCausalLM:
 
 @pytest.fixture
 def ids() -> torch.Tensor:
-    return torch.randint(1, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(1))
-
-
-def draw(sigma: float = 0.3) -> dict[str, torch.Tensor]:
-    """Fixed noise for the batch of `ids`."""
-    noise = torch.randn(3, LENGTH - 1, WIDTH, generator=torch.Generator().manual_seed(2))
-    return {"sigma": torch.full((3,), sigma), "noise": noise}
+    return three_texts(LENGTH)
 
 
 def draw_of(model) -> dict[str, torch.Tensor]:
-    """The same, where there is noise."""
-    return draw() if model.noise_schedule else {}
+    """A level and noise for the batch of `ids`, where there is noise."""
+    return draws_of_texts(LENGTH) if model.noise_schedule else {}
 
 
 def layer_of(model, index: int):
@@ -351,7 +345,7 @@ def test_the_last_clean_layer_computes_keys_and_values_only(plain, ids):
         layer_of(model, index).get_submodule(model.architecture.mlp_name).register_forward_hook(
             lambda _, args, __, index=index: tokens_seen.append((index, args[0].shape[1]))
         )
-    model(ids, labels=ids, block_index=1, **draw())
+    model(ids, labels=ids, block_index=1, **draws_of_texts(LENGTH))
     assert tokens_seen == [(2, LENGTH - 1), (2, LENGTH - 1), (3, LENGTH - 1)]  # layer 3 runs for noisy tokens alone
 
 
@@ -365,7 +359,7 @@ def test_attention_that_cannot_mask_the_noisy_stream_is_refused(plain, attention
 @pytest.mark.parametrize("block_index", BLOCKS)
 def test_a_noisy_token_sees_no_other_noisy_token(plain, joint, ids, block_index):
     model = make(plain, **joint)
-    noise = draw()["noise"]
+    noise = draws_of_texts(LENGTH)["noise"]
     moved = noise.clone()
     moved[:, 3] += 1.0
     first, second = (block_logits(model, ids, block_index, noise=n) for n in (noise, moved))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +106,9 @@ def test_optimizers_that_count_for_all_parameters_are_refused():
 
 
 def test_several_processes_are_refused(monkeypatch):
+    several = SimpleNamespace(**ONE_BY_ONE, fp16=False, world_size=2)
+    with pytest.raises(ValueError, match="world_size=2 must be 1 "):
+        db.OptimizerInBackward.check(several)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(ValueError, match="needs one process"):

@@ -14,6 +14,7 @@ from peft import PeftModel
 from recipe_runs import TEMPLATE, files, model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+import hf_diffusionblocks as db
 from hf_diffusionblocks.recipes import finetune
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -71,6 +72,16 @@ def test_texts_are_packed_and_adapters_alone_are_saved(tmp_path, files, model, t
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path).merge_and_unload().state_dict()
     moved = {name for name, weight in plain.state_dict().items() if not torch.equal(weight, tuned[name])}
     assert moved == {f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in (0, 1) for part in "qv"}
+
+
+def test_an_optimizer_in_the_backward_pass_changes_nothing(tmp_path, files, model, trainers):
+    options = ["--model", model, "--data", files["prompts"], *TRAINING, "--max_grad_norm", "0"]
+    for name, extra in (("after", []), ("within", ["--optimizer_in_backward", "--stream"])):
+        finetune.main([*options, *extra, "--output_dir", str(tmp_path / name)])
+    callbacks = [[type(each) for each in trainer.callback_handler.callbacks] for trainer in trainers]
+    assert [db.OptimizerInBackward in each for each in callbacks] == [False, True]
+    after, within = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("after", "within"))
+    assert after == within
 
 
 def test_two_processes_end_where_one_does(tmp_path, files, model):

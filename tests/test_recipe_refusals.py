@@ -221,6 +221,7 @@ TUNING = {
     "no such file": ("finetune", [*PLAIN, "--data", "{nowhere}"], "nowhere.jsonl"),
     "no text": ("finetune", [*PLAIN, "--data", "{numbers}"], "must have a column 'messages', or columns 'prompt' and"),
     "rank without adapters": ("finetune", [*ANSWERS, "--lora_r", "4"], "lora_r=4 needs lora"),
+    "clipping without gradients": ("finetune", [*ANSWERS, "--optimizer_in_backward"], "max_grad_norm=1.0 must be 0"),
     "kept without streaming": ("finetune", [*ANSWERS, "--keep", "2"], "keep='2' needs stream"),
     "completions of texts": (
         "finetune", [*PLAIN, "--data", "{texts}", "--assistant_only_loss"], "only supported for conversational datasets"

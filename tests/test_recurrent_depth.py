@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randomized
-from families import CASES, RECURRENT, VOCAB, WIDTH, same
+from families import CASES, RECURRENT, VOCAB, draws_of_texts, same, three_texts
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -35,16 +35,11 @@ def model() -> db.DiffusionBlocksForCausalLM:
 
 @pytest.fixture
 def ids() -> torch.Tensor:
-    return torch.randint(1, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(1))
-
-
-def drawn(sigma: float = 0.3) -> dict[str, torch.Tensor]:
-    noise = torch.randn(3, LENGTH - 1, WIDTH, generator=torch.Generator().manual_seed(2))
-    return {"sigma": torch.full((3,), sigma), "noise": noise}
+    return three_texts(LENGTH)
 
 
 def logits_of(model, ids, labels=None, **draw) -> torch.Tensor:
-    draw = {**drawn(), **draw}
+    draw = {**draws_of_texts(LENGTH), **draw}
     with torch.no_grad():
         return model(ids, labels=ids if labels is None else labels, block_index=0, return_logits=True, **draw).logits
 
@@ -105,7 +100,7 @@ def by_hand(model, ids, sigma: float, noise) -> torch.Tensor:
 
 @pytest.mark.parametrize("sigma", [0.1, 2.0])
 def test_loss_and_gradients_are_those_of_a_pass_a_token(model, ids, sigma):
-    draw, results = drawn(sigma), []
+    draw, results = draws_of_texts(LENGTH, sigma), []
     logits = by_hand(model, ids, sigma, draw["noise"])
     expected = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     for loss in (model.train()(ids, labels=ids, block_index=0, **draw).loss, expected):
@@ -125,7 +120,7 @@ def test_a_noisy_token_sees_no_later_token_and_no_other_noisy_one(model, ids):
     after = logits_of(model, changed, labels=ids)  # z as before
     assert torch.equal(after[:, :5], before[:, :5])  # row 4 is token 5's own
     assert not torch.allclose(after[:, 5], before[:, 5])  # positive control: the next one reads it
-    moved = drawn()["noise"]
+    moved = draws_of_texts(LENGTH)["noise"]
     moved[:, 3] += 1
     after = logits_of(model, ids, noise=moved)
     others = [p for p in range(LENGTH - 1) if p != 3]

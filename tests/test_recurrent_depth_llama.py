@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import randomized
-from families import RECURRENT, VOCAB
+from families import RECURRENT, three_texts
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
@@ -28,7 +28,7 @@ def plain() -> RecurrentDepthLlamaForCausalLM:
 
 @pytest.fixture
 def ids() -> torch.Tensor:
-    return torch.randint(1, VOCAB, (3, 8), generator=torch.Generator().manual_seed(1))
+    return three_texts(8)
 
 
 def by_hand(plain, ids, state, num_steps: int, without_gradient: int = 0) -> torch.Tensor:

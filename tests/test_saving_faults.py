@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import yaml
-from families import CASES, TEXT_CONFIGS, VOCAB, WIDTH
+from families import CASES, TEXT_CONFIGS, VOCAB, WIDTH, three_texts
 from process_scenarios import GPT2, LLAMA, VIT
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, BitsAndBytesConfig
@@ -22,7 +22,7 @@ SHARD = "model-0000{}-of-00003.safetensors"
 
 @pytest.fixture
 def ids() -> torch.Tensor:
-    return torch.randint(1, VOCAB, (3, 8), generator=torch.Generator().manual_seed(1))
+    return three_texts(8)
 
 
 @pytest.fixture

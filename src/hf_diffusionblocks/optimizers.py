@@ -30,7 +30,7 @@ class OptimizerInBackward(TrainerCallback):
     @staticmethod
     def check(args: TrainingArguments) -> None:
         """Raise ValueError if a run needs all gradients at once; names the argument."""
-        for name, needed in (("max_grad_norm", 0), ("gradient_accumulation_steps", 1), ("fp16", False)):
+        for name, needed in (("max_grad_norm", 0), ("gradient_accumulation_steps", 1), ("fp16", False), ("world_size", 1)):
             if (value := getattr(args, name)) not in (needed, None):
                 raise ValueError(f"{name}={value!r} must be {needed!r} with an optimizer in the backward pass")
 
